@@ -1,1 +1,33 @@
-"""Placeholder."""
+"""LoRA fine-tuning in which adapters come together step by step (CoTo, arXiv:2506.05713)."""
+
+from cotolora.checkpoint import load_adapter, save_adapter
+from cotolora.coto import CoTo
+from cotolora.dispatch import explain, set_backend
+from cotolora.functional import coto_lora_linear
+from cotolora.groups import adapters
+from cotolora.inject import adapter_parameters, eject, inject, lora_plus_groups, trainable_report
+from cotolora.linear import CoToLoRALinear
+from cotolora.masks import adapter_mask
+from cotolora.schedule import activation_probability, sample_mask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CoTo",
+    "CoToLoRALinear",
+    "__version__",
+    "activation_probability",
+    "adapter_mask",
+    "adapter_parameters",
+    "adapters",
+    "coto_lora_linear",
+    "eject",
+    "explain",
+    "inject",
+    "load_adapter",
+    "lora_plus_groups",
+    "sample_mask",
+    "save_adapter",
+    "set_backend",
+    "trainable_report",
+]

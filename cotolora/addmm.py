@@ -1,0 +1,146 @@
+"""The low-rank linear as vendor GEMMs with a hand-written backward: the backend of CPUs and of small eager batches.
+
+`forward` and `backward` are the two halves of one autograd Function (functional.py); neither records a graph.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cotolora.reference import Gate, rows_on
+
+
+class Saved(NamedTuple):
+    """What the backward needs beyond the arguments, None where it will not be asked for.
+
+    h: ``scale · dropout(x) Aᵀ [rows, rank]`` in the dtype of x, zero where the gate is off.
+    keep: boolean dropout mask of the shape of x.
+    """
+
+    h: Tensor | None
+    keep: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    lora_a: bool
+    lora_b: bool
+
+
+def flat(t: Tensor) -> Tensor:
+    """``[..., features]`` as ``[rows, features]``: a view where the strides allow one, else a copy."""
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def select(on: Tensor | None, t: Tensor) -> Tensor:
+    """``t [rows, features]`` where the gate is on, zeros elsewhere; `on` is None, ``[]`` or ``[batch, 1, …, 1]``.
+
+    A selection, not a product: what is off may hold infinities.
+    """
+    if on is None:
+        return t
+    if on.dim() == 0:
+        return torch.where(on, t, 0)
+    per_sample = t.view(on.shape[0], t.shape[0] // max(on.shape[0], 1), t.shape[1])
+    return torch.where(on.view(-1, 1, 1), per_sample, 0).view(t.shape)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scale: float,
+    gate: Gate,
+    dropout: float,
+) -> tuple[Tensor, Saved]:
+    """``y = x Wᵀ + bias + h Bᵀ`` with ``h = δ · scale · dropout(x) Aᵀ``, added in place to the base's result.
+
+    Shapes as in `cotolora.reference.lora_linear`. `gate` is True or a tensor: a host gate that is off never comes here.
+    """
+    # contiguous() costs nothing on what F.linear makes today; without it a layout that cannot be
+    # viewed as a matrix would lose the in-place update
+    y = F.linear(x, weight, bias).contiguous()
+    rows = flat(y)
+    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    dropped, keep = torch.native_dropout(x, dropout, True) if dropout else (x, None)
+    # beta=0 ignores its first operand: one product that rounds scale · x Aᵀ once
+    h = torch.addmm(x.new_empty(()), flat(dropped), lora_a.T, beta=0, alpha=scale)
+    on = rows_on(gate, y) if isinstance(gate, Tensor) else None
+    h = select(on, h)
+    if on is None:
+        rows.addmm_(h, lora_b.T)
+    elif on.dim() == 0:
+        rows.addmm_(h, select(on, lora_b).T)
+    else:
+        # a row that is off must not meet a non-finite B, so here the selection comes after the product
+        y = torch.where(on, torch.addmm(rows, h, lora_b.T).view(y.shape), y)
+    return y, Saved(h, keep)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    saved: Saved,
+    needs: Needs,
+    *,
+    scale: float,
+    gate: Gate,
+    dropout: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    r"""Gradients of x, weight, bias, A and B given ``dy [..., out]``.
+
+    With ``p = δ · dy B``, h as the forward saved it and D the dropout mask with its factor ``1 / (1 - dropout)``:
+
+        dx = dy W + scale · D ∘ (p A)      dA = scale · pᵀ (D ∘ x)      dB = dyᵀ h
+        dW = dyᵀ x                         dbias = Σ_rows dy
+
+    Only what `needs` asks for is computed; operands that the rest would need may be None.
+    """
+    dx = dw = dbias = da = db = p = None
+    rows = flat(dy)
+    on = rows_on(gate, dy) if isinstance(gate, Tensor) else None
+    # a 0-dim gate that is off makes A's and B's gradients zero even where x or dy is not finite
+    whole = on if on is not None and on.dim() == 0 else None
+    if needs.weight and x is not None:
+        dw = rows.T @ flat(x)
+    if needs.bias:
+        dbias = rows.sum(0)
+    if needs.lora_b and saved.h is not None:
+        # (hᵀ dy)ᵀ and not dyᵀ h: the faster of the two on CPUs
+        db = select(whole, saved.h.T @ rows).T
+    if (needs.x or needs.lora_a) and lora_b is not None:
+        p = select(on, rows @ lora_b.to(dy.dtype))
+    if needs.lora_a and p is not None and x is not None:
+        dropped = x if saved.keep is None else _masked(x, saved.keep, dropout)
+        da = select(whole, (p.T @ flat(dropped)).mul_(scale))
+    if needs.x and p is not None and weight is not None and lora_a is not None:
+        dx = rows @ weight
+        lora_a = lora_a.to(dy.dtype)
+        if saved.keep is None and (on is None or on.dim() == 0):
+            dx.addmm_(p, select(whole, lora_a), alpha=scale)
+        else:
+            update = select(on, (p @ lora_a).mul_(scale))
+            if saved.keep is not None:
+                update = _masked(update, flat(saved.keep), dropout)
+            dx.add_(update)
+        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+    return dx, dw, dbias, da, db
+
+
+def _masked(t: Tensor, keep: Tensor, dropout: float) -> Tensor:
+    return (t * keep).mul_(0.0 if dropout == 1 else 1 / (1 - dropout))

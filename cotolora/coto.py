@@ -1,0 +1,268 @@
+"""The strategy: owns a run's schedule and sets the gates of a model's adapters."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
+
+from cotolora.groups import Unit, adapters, group_names, unwrap
+from cotolora.linear import CoToLoRALinear
+from cotolora.schedule import activation_probability, sample_mask
+
+logger = logging.getLogger("cotolora")
+
+# stands for p = 0 where at least one group must be on: small enough that no second one is ever drawn
+_TINY = 1e-30
+
+
+class CoTo:
+    r"""Progressive activation of adapters: at optimizer step t each group is on with probability p(t).
+
+    p rises from `initial_p` to 1 over the first `ramp` of the run (see `activation_probability`), so the
+    run ends as ordinary LoRA. Masks are a pure function of the seed and the step (see `sample_mask`): the
+    same on every rank and after every resume, whatever else draws random numbers.
+
+    The constructor applies step 0. Gates change only in `step`, `set_step`, `load_state_dict` and
+    `finish`, never between a forward and its backward, if these are called where a scheduler is stepped:
+
+        coto = CoTo(model, total_steps=len(loader) * epochs)
+        coto.attach(optimizer)
+        for x, y in loader:
+            loss(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            coto.step()
+
+    In `eval()` every adapter is on, whatever the gates say.
+
+    Args:
+        model: a model with adapters; may be wrapped by DistributedDataParallel or torch.compile.
+        total_steps: optimizer steps of the run.
+        initial_p, ramp, shape: of the schedule, see `activation_probability`.
+        unit: what is switched as one: "layer" (adapters whose names agree up to their first number, such as
+            ``model.layers.3``), "module" (each adapter) or a callable from name to key.
+        tilt: in [-1, 1]; positive drops high layers more (the paper's CoTo-H), negative low ones. Group l
+            of L is on with probability ``p · (1 - tilt · (1 - p) · (2l / (L - 1) - 1))``.
+        at_least_one: never switch every enabled group off, which would leave nothing to train.
+        seed: of the masks.
+        gates: "host" (bools; an adapter that is off launches nothing and costs nothing) or "device" (int32
+            tensors written in place, for CUDA graphs and whole-model compile).
+
+    Attributes:
+        groups: adapter names by group, in module order.
+        mask: bool ``[len(groups)]`` on the CPU, what is on now.
+        p: the schedule's probability now.
+        current_step: optimizer steps done.
+
+    Raises:
+        TypeError: `model` is not a module, or `unit` neither a string nor a callable.
+        ValueError: the model has no adapters or merged ones, or an argument is out of its range.
+
+    Source: Zhuang et al. 2025, section 3 (arXiv:2506.05713).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        total_steps: int,
+        *,
+        initial_p: float = 0.1,
+        ramp: float = 0.75,
+        shape: str = "linear",
+        unit: Unit = "layer",
+        tilt: float = 0.0,
+        at_least_one: bool = True,
+        seed: int = 0,
+        gates: str = "host",
+    ) -> None:
+        self._layers = adapters(model)
+        if not self._layers:
+            raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
+        if merged := [name for name, layer in self._layers.items() if layer.merged]:
+            raise ValueError(f"model must have no merged adapters, which cannot train; merged: {merged}")
+        if isinstance(tilt, bool) or not isinstance(tilt, (int, float)) or not -1 <= tilt <= 1:
+            raise ValueError(f"tilt must be in [-1, 1]; got {tilt!r}")
+        if gates not in ("host", "device"):
+            raise ValueError(f"gates must be 'host' or 'device'; got {gates!r}")
+        activation_probability(0, total_steps, initial_p=initial_p, ramp=ramp, shape=shape)
+        sample_mask(0, 1.0, seed=seed, step=0)
+        self.groups: dict[Hashable, list[str]] = group_names(self._layers, unit)
+        self._settings: dict[str, Any] = {
+            "total_steps": total_steps,
+            "initial_p": initial_p,
+            "ramp": ramp,
+            "shape": shape,
+            "tilt": tilt,
+            "at_least_one": at_least_one,
+            "seed": seed,
+        }
+        self.current_step = 0
+        self.p = 0.0
+        self.mask = torch.ones(len(self.groups), dtype=torch.bool)
+        self._warned = False
+        for layer in self._layers.values():
+            # not layer.gate = …, which would fill a tensor that an earlier run left there
+            layer._set_switch("_gate", torch.ones((), dtype=torch.int32) if gates == "device" else True)
+        self._handle = unwrap(model).register_forward_hook(self._join_graph)
+        self._advise(model, unit, gates)
+        self.set_step(0)
+
+    def _advise(self, model: nn.Module, unit: Unit, gates: str) -> None:
+        compiled = any(
+            hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+            for module in model.modules()
+        )
+        if compiled and gates == "host" and unit != "layer":
+            logger.warning(
+                "torch.compile traces a graph for every pattern of host gates inside a compiled module; "
+                "with unit=%r there are many patterns: gates='device' needs one graph",
+                unit,
+            )
+
+    def step(self) -> None:
+        """Counts one optimizer step and draws the next mask. Call it after ``optimizer.step()``."""
+        if not self._warned and not any(layer.training for layer in self._layers.values()):
+            warnings.warn("CoTo.step() was called while no adapter is in training mode", stacklevel=2)
+            self._warned = True
+        self.set_step(self.current_step + 1)
+
+    def set_step(self, step: int) -> None:
+        """Applies the mask of optimizer step `step`, for loops that count themselves."""
+        settings = self._settings
+        p = activation_probability(
+            step,
+            settings["total_steps"],
+            initial_p=settings["initial_p"],
+            ramp=settings["ramp"],
+            shape=settings["shape"],
+        )
+        # a group whose adapters are all pruned cannot be the one that is on
+        mask = torch.tensor(
+            [any(self._layers[n].enabled is not False for n in names) for names in self.groups.values()]
+        )
+        alive = mask.nonzero().flatten().tolist()
+        mask[alive] = sample_mask(
+            len(alive),
+            [self._tilted(p, index) for index in alive],
+            seed=settings["seed"],
+            step=step,
+            at_least_one=settings["at_least_one"],
+        )
+        self.current_step, self.p = step, p
+        self._apply(mask)
+
+    def _tilted(self, p: float, index: int) -> float:
+        count = len(self.groups)
+        position = 2 * index / (count - 1) - 1 if count > 1 else 0.0
+        if self._settings["at_least_one"]:
+            p = max(p, _TINY)
+        return min(1.0, p * (1 - self._settings["tilt"] * (1 - p) * position))
+
+    def _apply(self, mask: Tensor) -> None:
+        self.mask = mask
+        for names, on in zip(self.groups.values(), mask.tolist(), strict=True):
+            for name in names:
+                self._layers[name].gate = on
+
+    def finish(self) -> None:
+        """Switches every adapter on and takes the hook off the model: the end of the run."""
+        self.p = 1.0
+        self._apply(torch.ones_like(self.mask))
+        self._handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step and the settings; masks follow from them."""
+        return {"step": self.current_step, "groups": [str(key) for key in self.groups], **self._settings}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken, with its settings, and applies its step's mask.
+
+        Raises:
+            ValueError: `state` is not from a CoTo, or from one with other groups. Nothing is changed.
+        """
+        expected = {"step", "groups", *self._settings}
+        if not isinstance(state, dict) or set(state) != expected:
+            got = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"state must be a CoTo state_dict with keys {sorted(expected)}; got {got}")
+        if state["groups"] != [str(key) for key in self.groups]:
+            raise ValueError(
+                f"state must be of a model with the same groups, {[str(key) for key in self.groups]}; "
+                f"got {state['groups']}"
+            )
+        before = self._settings
+        self._settings = {key: state[key] for key in before}
+        try:
+            self.set_step(state["step"])
+        except BaseException:
+            self._settings = before
+            raise
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Makes `optimizer` leave the adapters that are off untouched; returns a handle that undoes this.
+
+        Just before each of its steps, the gradients of A and B of adapters that are off become None. A
+        single process with host gates and ``zero_grad(set_to_none=True)`` has none there anyway; DDP,
+        device gates and zeroed gradients leave zeros, with which AdamW would still move and decay weights.
+
+        Raises:
+            TypeError: `optimizer` is not a torch optimizer.
+        """
+        if not hasattr(optimizer, "register_step_pre_hook"):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
+
+        def forget(*_: Any) -> None:
+            for layer, on in self._on():
+                if (layer.training and not on) or layer.enabled is False:
+                    layer.lora_a.grad = layer.lora_b.grad = None
+
+        return optimizer.register_step_pre_hook(forget)
+
+    def _on(self) -> list[tuple[CoToLoRALinear, bool]]:
+        pairs = zip(self.groups.values(), self.mask.tolist(), strict=True)
+        return [(self._layers[name], on) for names, on in pairs for name in names]
+
+    def _join_graph(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Under DDP, ties parameters that no forward used to the output, so that the reducer sees them."""
+        if not (dist.is_available() and dist.is_initialized() and torch.is_grad_enabled()):
+            return None
+        unused = [
+            parameter
+            for layer in self._layers.values()
+            if layer.training and layer.active is False
+            for parameter in (layer.lora_a, layer.lora_b)
+            if parameter.requires_grad
+        ]
+        leaves, spec = pytree.tree_flatten(output)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not unused or not places:
+            return None
+        joined = _Join.apply(len(places), *(leaves[i] for i in places), *unused)
+        for i, tensor in zip(places, joined, strict=True):
+            leaves[i] = tensor
+        return pytree.tree_unflatten(leaves, spec)
+
+
+class _Join(torch.autograd.Function):
+    """Hands the model's outputs on unchanged, and zeros to parameters that took no part in them.
+
+    Zeros and not None: with None, DDP's static_graph lets the ranks drift apart in silence.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.count = count
+        ctx.unused = tensors[count:]
+        # detached and not viewed: autograd forbids writing in place (loss /= n) to a view made in here
+        return tuple(tensor.detach() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, *gradients, *(torch.zeros_like(parameter) for parameter in ctx.unused)

@@ -1,0 +1,224 @@
+"""The operation itself: checks its arguments once, casts as autocast would, and runs one backend."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cotolora import dispatch, reference
+from cotolora.addmm import Needs, Saved
+from cotolora.reference import Gate
+
+
+def coto_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scale: float,
+    gate: Gate = True,
+    dropout: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Linear layer plus a gated low-rank update: ``y = x Wᵀ + bias + δ · scale · (dropout(x) Aᵀ) Bᵀ``.
+
+    Gradients, with δ = 1 on gated rows and no dropout:
+
+        dx = dy W + scale · (dy B) A      dA = scale · (dy B)ᵀ x      dB = scale · dyᵀ (x Aᵀ)
+
+    W and bias get none unless they require it. No double backward except by the reference.
+
+    Args:
+        x: inputs, ``[..., in_features]``; any strides, any leading dimensions, also none or empty.
+        weight: base weight W, ``[out_features, in_features]``, in the dtype of `x`.
+        bias: base bias, ``[out_features]``, in the dtype of `x`, or None.
+        lora_a: A, ``[rank, in_features]``, floating; float32 masters are usual. Cast to the dtype of `x` for
+            compute, its gradient is in its own dtype.
+        lora_b: B, ``[out_features, rank]``, likewise.
+        scale: ``alpha / rank``; for rsLoRA ``alpha / √rank``.
+        gate: δ.
+
+            - ``True``: ordinary LoRA. ``False``: exactly ``F.linear(x, weight, bias)``; A and B do not
+              enter the graph and get no gradient.
+            - 0-dim bool or integer tensor on the device of `x`: read by the device, without a
+              sync, so legal in CUDA graphs; when 0, A and B get zeros.
+            - bool or integer tensor ``[batch]`` with ``batch = x.shape[0]``: one gate per sample.
+
+            Off selects the base, also where A or B is not finite.
+        dropout: probability in [0, 1] of zeroing an entry of the adapter's input; always acts. Masks are
+            drawn from torch's generator.
+        backend: "auto", "reference", "addmm" or "triton"; None follows `set_backend`, then the
+            environment variable ``COTOLORA_BACKEND``, then "auto".
+
+    Returns:
+        ``[..., out_features]``, in the dtype of `x`. Under autocast `x`, `weight` and `bias` are
+        first cast as `F.linear` would cast them.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: an argument has the wrong shape, value or device.
+        RuntimeError: the backend asked for by name cannot run this call; lists every reason.
+
+    Source: LoRA, Hu et al. 2021, eq. 3 (arXiv:2106.09685); δ is the activation indicator of CoTo,
+    Zhuang et al. 2025, section 3 (arXiv:2506.05713).
+
+    >>> x, weight = torch.ones(2, 3), torch.eye(3)
+    >>> lora_a, lora_b = torch.ones(1, 3), torch.ones(3, 1)
+    >>> coto_lora_linear(x, weight, None, lora_a, lora_b, scale=0.5, gate=torch.tensor([1, 0]))
+    tensor([[2.5000, 2.5000, 2.5000],
+            [1.0000, 1.0000, 1.0000]])
+    """
+    _check_tensors(x, weight, bias, lora_a, lora_b)
+    _check_gate(gate, x)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number; got {scale!r}")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be a probability in [0, 1]; got {dropout!r}")
+
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if not autocast:
+        _check_dtypes(x, weight, bias)
+    if gate is False:
+        if backend is not None:
+            dispatch.check_name(backend, "backend")
+        return F.linear(x, weight, bias)
+    if autocast:
+        x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
+        _check_dtypes(x, weight, bias)
+    name = dispatch.choose(backend, x.device, x.dtype, lora_a.shape[0], dropout)
+    if name == "reference":
+        return reference.lora_linear(x, weight, bias, lora_a, lora_b, scale=scale, gate=gate, dropout=dropout)
+    return _LowRankLinear.apply(x, weight, bias, lora_a, lora_b, scale, gate, dropout, name)
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """Joins a backend's forward and backward.
+
+    Old style (the context comes with the forward): half the eager cost of a setup_context Function.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
+        gate: Gate,
+        dropout: float,
+        backend: str,
+    ) -> Tensor:
+        kernels = dispatch.kernels(backend)
+        y, saved = kernels.forward(x, weight, bias, lora_a, lora_b, scale=scale, gate=gate, dropout=dropout)
+        needs = Needs(*ctx.needs_input_grad[:5])
+        ctx.needs, ctx.scale, ctx.dropout, ctx.backend = needs, scale, dropout, backend
+        ctx.gate = gate if isinstance(gate, bool) else None
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype, lora_a.dtype, lora_b.dtype
+        ctx.save_for_backward(
+            x if needs.lora_a or needs.weight else None,
+            weight if needs.x else None,
+            lora_a if needs.x else None,
+            lora_b if needs.x or needs.lora_a else None,
+            saved.h if needs.lora_b else None,
+            saved.keep if needs.lora_a or needs.x else None,
+            None if isinstance(gate, bool) else gate,
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, lora_a, lora_b, h, keep, gate = ctx.saved_tensors
+        gate = ctx.gate if gate is None else gate
+        kernels = dispatch.kernels(ctx.backend)
+        # backward may be called inside an autocast region, which must not recast what forward settled
+        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+            gradients = kernels.backward(
+                dy, x, weight, lora_a, lora_b, Saved(h, keep), ctx.needs,
+                scale=ctx.scale, gate=gate, dropout=ctx.dropout,
+            )  # fmt: skip
+            gradients = tuple(None if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True))
+        if torch.is_grad_enabled():
+            # requires_grad marks them as depending on the inputs, which no_grad hid from autograd
+            marked = (None if g is None else g.detach().requires_grad_() for g in gradients)
+            gradients = _OnlyOnce.apply(ctx.backend, *marked)
+        return *gradients, None, None, None, None
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """Hands gradients on unchanged and raises if someone differentiates through them."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ctx.backend = backend
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        raise RuntimeError(
+            f"backend={ctx.backend!r} has no double backward; call coto_lora_linear or the layer with "
+            "backend='reference' (or set_backend('reference')) to differentiate twice"
+        )
+
+
+def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
+    named = {"x": x, "weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
+    for name, t in named.items():
+        if t is None and name == "bias":
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name} must be of a floating dtype; got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}; got {t.device}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [out_features, in_features]; got shape {tuple(weight.shape)}")
+    out_features, in_features = weight.shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x must be [..., {in_features}] to fit weight; got shape {tuple(x.shape)}")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must be [{out_features}] to fit weight; got shape {tuple(bias.shape)}")
+    if lora_a.dim() != 2 or lora_a.shape[1] != in_features or lora_a.shape[0] == 0:
+        raise ValueError(f"lora_a must be [rank, {in_features}] with rank at least 1; got shape {tuple(lora_a.shape)}")
+    if lora_b.shape != (out_features, lora_a.shape[0]):
+        raise ValueError(
+            f"lora_b must be [{out_features}, {lora_a.shape[0]}] to fit weight and lora_a; "
+            f"got shape {tuple(lora_b.shape)}"
+        )
+
+
+def _check_gate(gate: Gate, x: Tensor) -> None:
+    if isinstance(gate, bool):
+        return
+    if not isinstance(gate, Tensor):
+        raise TypeError(f"gate must be a bool or a bool or integer tensor; got {type(gate).__name__} {gate!r}")
+    if gate.is_floating_point() or gate.is_complex():
+        raise TypeError(f"gate must be a bool or a bool or integer tensor; got a tensor of {gate.dtype}")
+    if gate.device != x.device:
+        raise ValueError(f"gate must be on the device of x, {x.device}; got {gate.device}")
+    if gate.dim() > 1:
+        raise ValueError(f"gate must be 0-dim or [batch]; got shape {tuple(gate.shape)}")
+    if gate.dim() == 1 and (x.dim() < 2 or gate.shape[0] != x.shape[0]):
+        raise ValueError(
+            f"a row gate [batch] needs x [batch, ..., in_features] with the same batch; "
+            f"got gate of shape {tuple(gate.shape)}, x of shape {tuple(x.shape)}"
+        )
+
+
+def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"{name} must be of the dtype of x, {x.dtype}; got {t.dtype}")
+
+
+def _autocast(t: Tensor) -> Tensor:
+    # F.linear is on autocast's list of lower-precision operations, which leaves float64 alone
+    return t if t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(t.device.type))

@@ -1,0 +1,99 @@
+"""Finds the adapters of a model and sorts their names into groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+
+import torch
+from torch import nn
+
+from cotolora.linear import CoToLoRALinear
+
+Unit = str | Callable[[str], Hashable]
+
+# components that compile, checkpoint and FSDP1 wrappers put into the names of what they wrap
+_WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside DistributedDataParallel, DataParallel and torch.compile."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def plain_name(name: str) -> str:
+    """`name` without the components that wrappers add.
+
+    >>> plain_name("layers.0._checkpoint_wrapped_module.mlp.up")
+    'layers.0.mlp.up'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def adapters(model: nn.Module) -> dict[str, CoToLoRALinear]:
+    """Every `CoToLoRALinear` of `model` by its name, in module order.
+
+    Names are those of the unwrapped model. A layer that is reachable under several names is listed
+    once, under the first.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    return {
+        plain_name(name): module for name, module in unwrap(model).named_modules() if isinstance(module, CoToLoRALinear)
+    }
+
+
+def group_names(names: Iterable[str], unit: Unit) -> dict[Hashable, list[str]]:
+    """Sorts adapter names into groups, in the order of their first member.
+
+    Args:
+        names: adapter names, in module order.
+        unit: "module": every adapter is its own group. "layer": names that agree up to and including
+            their first component that is an integer share a group; a name without one is its own.
+            A callable gives each name its group's key.
+
+    Raises:
+        ValueError: `unit` is another string.
+        TypeError: `unit` is neither a string nor a callable.
+
+    >>> group_names(["embed", "blocks.0.q", "blocks.0.v", "blocks.1.q"], "layer")
+    {'embed': ['embed'], 'blocks.0': ['blocks.0.q', 'blocks.0.v'], 'blocks.1': ['blocks.1.q']}
+    """
+    if isinstance(unit, str):
+        if unit not in ("layer", "module"):
+            raise ValueError(f"unit must be 'layer', 'module' or a callable; got {unit!r}")
+        key: Callable[[str], Hashable] = _layer if unit == "layer" else str
+    elif callable(unit):
+        key = unit
+    else:
+        raise TypeError(f"unit must be 'layer', 'module' or a callable; got {type(unit).__name__}")
+    groups: dict[Hashable, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(name), []).append(name)
+    return groups
+
+
+def _layer(name: str) -> str:
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal():
+            return ".".join(parts[: i + 1])
+    return name
+
+
+def as_mask(mask: object, argument: str = "mask") -> torch.Tensor:
+    """`mask` as a bool tensor; what holds anything but zeros and ones is refused."""
+    values = torch.as_tensor(mask)
+    if values.dtype == torch.bool:
+        return values
+    if not ((values == 0) | (values == 1)).all():
+        raise ValueError(f"{argument} must hold only 0, 1, True or False; got {mask!r}")
+    return values != 0

@@ -1,0 +1,352 @@
+"""The layer: a linear module with a low-rank adapter that can be switched."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cotolora.functional import coto_lora_linear
+from cotolora.reference import Gate
+
+VARIANTS = ("lora",)
+INITS = ("kaiming", "gaussian")
+
+
+class CoToLoRALinear(nn.Module):
+    r"""A frozen linear layer with a low-rank update that can be switched on and off.
+
+        y = x Wᵀ + bias + δ · s · (dropout(x) Aᵀ) Bᵀ,   s = alpha / rank
+
+    B starts at zero, so a fresh layer computes exactly what the plain linear computes; so does a
+    layer whose adapter is off, at any time and at the same cost.
+
+    Two switches decide whether the adapter counts: ``δ = enabled and (gate or not training)``.
+    `gate` is for training (`CoTo` sets it) and is ignored in `eval()`; `enabled` is the user's and
+    always holds (`adapter_mask` and pruning set it). Each takes a bool, or a bool or integer tensor,
+    0-dim or ``[batch]``: see `coto_lora_linear`.
+
+    Args:
+        in_features: size of the input's last dimension.
+        out_features: size of the output's last dimension.
+        rank: rank of the update, any positive integer.
+        alpha: the update is scaled by ``alpha / rank``.
+        bias: whether the base has a bias.
+        dropout: probability of zeroing an entry of the adapter's input while training.
+        use_rslora: scale by ``alpha / √rank`` instead (arXiv:2312.03732, theorem 3.2).
+        variant: "lora".
+        init: of A: "kaiming" (uniform with a = √5, as nn.Linear) or "gaussian" (standard
+            deviation 1 / rank). B is zero in both.
+        device, dtype: of the base weight. A and B are float32, or float64 if the base is.
+
+    Attributes:
+        weight: ``[out_features, in_features]``, frozen; ``[in_features, out_features]`` if
+            `fan_in_fan_out`, which marks a layer made from a transformers Conv1D.
+        bias: ``[out_features]`` or None, frozen.
+        lora_a: A, ``[rank, in_features]``.
+        lora_b: B, ``[out_features, rank]``.
+
+    Raises:
+        ValueError: a size, `alpha`, `dropout`, `variant` or `init` is out of its range.
+
+    Source: Hu et al. 2021, section 4.1 (arXiv:2106.09685).
+
+    >>> CoToLoRALinear(8, 4, rank=2, alpha=4.0)
+    CoToLoRALinear(in_features=8, out_features=4, bias=True, rank=2, alpha=4.0, gate=True, variant=lora)
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 8,
+        alpha: float = 16.0,
+        *,
+        bias: bool = True,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        variant: str = "lora",
+        init: str = "kaiming",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("in_features", in_features), ("out_features", out_features), ("rank", rank)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a positive integer; got {size!r}")
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ValueError(f"alpha must be a finite number; got {alpha!r}")
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be a probability in [0, 1]; got {dropout!r}")
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {VARIANTS}; got {variant!r}")
+        if init not in INITS:
+            raise ValueError(f"init must be one of {INITS}; got {init!r}")
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.alpha, self.dropout, self.use_rslora = float(alpha), float(dropout), bool(use_rslora)
+        self.variant, self.init = variant, init
+        self.fan_in_fan_out = False
+        self._gate: Gate = True
+        self._enabled: Gate = True
+        self._original_weight: nn.Parameter | None = None
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._share(base.weight, base.bias)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        rank: int = 8,
+        alpha: float = 16.0,
+        *,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        variant: str = "lora",
+        init: str = "kaiming",
+    ) -> CoToLoRALinear:
+        """A layer around the weight and bias of an ``nn.Linear`` or a transformers ``Conv1D``.
+
+        The parameters are shared, not copied, and are frozen by this.
+
+        Raises:
+            TypeError: `linear` is of another class, subclasses of nn.Linear included, or its weight
+                is not a dense floating parameter.
+            ValueError: as the constructor.
+        """
+        if reason := why_not_adaptable(linear):
+            raise TypeError(f"linear must be an nn.Linear or a transformers Conv1D; {reason}")
+        weight, bias = linear.weight, linear.bias
+        assert isinstance(weight, nn.Parameter)
+        assert bias is None or isinstance(bias, nn.Parameter)
+        transposed = is_conv1d(linear)
+        in_features, out_features = weight.shape if transposed else weight.shape[::-1]
+        layer = cls(
+            in_features, out_features, rank, alpha, bias=bias is not None, dropout=dropout,
+            use_rslora=use_rslora, variant=variant, init=init, device="meta", dtype=weight.dtype,
+        )  # fmt: skip
+        layer.fan_in_fan_out = transposed
+        layer._share(weight, bias)
+        return layer.train(linear.training)
+
+    def _share(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        weight.requires_grad_(False)
+        self.weight = weight
+        if bias is not None:
+            bias.requires_grad_(False)
+        self.bias = bias
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.lora_a = nn.Parameter(torch.empty(self.rank, self.in_features, device=weight.device, dtype=dtype))
+        self.lora_b = nn.Parameter(torch.empty(self.out_features, self.rank, device=weight.device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws A anew and sets B to zero. The base is pretrained and stays as it is."""
+        if self.init == "kaiming":
+            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        else:
+            nn.init.normal_(self.lora_a, std=1 / self.rank)
+        nn.init.zeros_(self.lora_b)
+
+    @property
+    def scale(self) -> float:
+        """``alpha / rank``, or ``alpha / √rank`` with rsLoRA."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def gate(self) -> Gate:
+        """The training switch. Assigning a bool to a 0-dim tensor gate fills that tensor."""
+        return self._gate
+
+    @gate.setter
+    def gate(self, value: Gate) -> None:
+        if isinstance(value, bool) and isinstance(self._gate, Tensor) and self._gate.dim() == 0:
+            self._gate.fill_(value)  # in place: a captured CUDA graph keeps reading this address
+        else:
+            self._set_switch("_gate", value)
+
+    @property
+    def enabled(self) -> Gate:
+        """The user's switch; holds in train and eval."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: Gate) -> None:
+        self._set_switch("_enabled", value)
+
+    def _set_switch(self, name: str, value: Gate) -> None:
+        argument = name.removeprefix("_")
+        if not isinstance(value, (bool, Tensor)):
+            raise TypeError(
+                f"{argument} must be a bool or a bool or integer tensor; got {type(value).__name__} {value!r}"
+            )
+        if isinstance(value, Tensor):
+            if value.is_floating_point() or value.is_complex():
+                raise TypeError(f"{argument} must be a bool or a bool or integer tensor; got a tensor of {value.dtype}")
+            if value.dim() > 1:
+                raise ValueError(f"{argument} must be 0-dim or [batch]; got a tensor of shape {tuple(value.shape)}")
+            if not self.weight.is_meta:
+                value = value.to(self.weight.device)
+        self.__dict__.pop(name, None)
+        self._buffers.pop(name, None)
+        if isinstance(value, Tensor):
+            # a buffer, so that it follows .to(); not persistent, because it is no part of a checkpoint
+            self.register_buffer(name, value, persistent=False)
+        else:
+            self.__dict__[name] = value
+
+    @property
+    def active(self) -> Gate:
+        """δ: whether the adapter counts, ``enabled and (gate or not training)``."""
+        enabled, gate = self._enabled, self._gate if self.training else True
+        if isinstance(enabled, bool):
+            return gate if enabled else False
+        if isinstance(gate, bool):
+            return enabled if gate else False
+        return (enabled != 0) & (gate != 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in_features]`` → ``[..., out_features]``. A merged layer is a plain linear."""
+        weight = self.weight.T if self.fan_in_fan_out else self.weight
+        if self._original_weight is not None:
+            return F.linear(x, weight, self.bias)
+        return coto_lora_linear(
+            x, weight, self.bias, self.lora_a, self.lora_b,
+            scale=self.scale, gate=self.active, dropout=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+
+    def delta_weight(self) -> Tensor:
+        """The update ``s · B A [out_features, in_features]`` in the dtype of A and B, whatever the switches say."""
+        return self.scale * (self.lora_b @ self.lora_a)
+
+    @property
+    def merged(self) -> bool:
+        """Whether `weight` holds the update."""
+        return self._original_weight is not None
+
+    @torch.no_grad()
+    def _merged_weight(self) -> nn.Parameter:
+        """The base weight plus the update of an enabled adapter: a new parameter, or the base's own if disabled."""
+        base = self.weight if self._original_weight is None else self._original_weight
+        if isinstance(self._enabled, Tensor) and self._enabled.dim() > 0:
+            raise RuntimeError("enabled is a row mask, which no single weight can hold; set it to a bool to merge")
+        if not self._enabled:
+            return base
+        delta = self.delta_weight()
+        weight = base.to(delta.dtype) + (delta.T if self.fan_in_fan_out else delta)
+        return nn.Parameter(weight.to(base.dtype), requires_grad=base.requires_grad)
+
+    def merge(self) -> None:
+        """Puts ``W + s · B A`` in place of `weight`, if the adapter is enabled; the gate is ignored.
+
+        A new tensor: the original, which other modules may share, is kept and never written. Until
+        `unmerge`, the switches have no effect and nothing trains here. Twice is once.
+
+        Raises:
+            RuntimeError: `enabled` is a row mask.
+        """
+        if self._original_weight is None:
+            merged, original = self._merged_weight(), self.weight
+            self.weight = merged
+            # past nn.Module's __setattr__, which would register a second parameter
+            self.__dict__["_original_weight"] = original
+
+    def unmerge(self) -> None:
+        """Puts the original weight object back, bit for bit. Does nothing if not merged."""
+        if self._original_weight is not None:
+            self.weight, self._original_weight = self._original_weight, None
+
+    def to_linear(self, merge: bool = True) -> nn.Module:
+        """A plain ``nn.Linear`` (or Conv1D) with the base's bias, and its weight or, merged, a new one.
+
+        Raises:
+            RuntimeError: `merge` is asked for and `enabled` is a row mask.
+        """
+        base = self.weight if self._original_weight is None else self._original_weight
+        weight = self._merged_weight() if merge else base
+        if self.fan_in_fan_out:
+            from transformers.pytorch_utils import Conv1D
+
+            linear: nn.Module = Conv1D(0, 0)
+            linear.nf, linear.nx = self.out_features, self.in_features  # type: ignore[assignment]
+        else:
+            linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight, linear.bias = weight, self.bias  # type: ignore[assignment]
+        return linear.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoToLoRALinear:
+        super()._apply(fn, recurse)
+        if (original := self._original_weight) is not None and original is not self.weight:
+            with torch.no_grad():
+                moved = fn(original)
+            if torch._has_compatible_shallow_copy_type(original, moved):
+                original.data = moved  # the same object, which a tied module may hold too
+            else:
+                self.__dict__["_original_weight"] = nn.Parameter(moved, requires_grad=original.requires_grad)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._original_weight is not None:
+            destination[prefix + "weight"] = self._original_weight if keep_vars else self._original_weight.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        was_merged = self.merged
+        self.unmerge()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if was_merged:
+            self.merge()
+        own = {prefix + "lora_a", prefix + "lora_b"}
+        if own.isdisjoint(state_dict):  # a checkpoint of the base model, which knows no adapters
+            missing_keys[:] = [key for key in missing_keys if key not in own]
+
+    def extra_repr(self) -> str:
+        """Sizes and switches, for repr."""
+        switches = f"gate={_shown(self._gate)}"
+        if self._enabled is not True:
+            switches += f", enabled={_shown(self._enabled)}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"rank={self.rank}, alpha={self.alpha}, {switches}, variant={self.variant}"
+        )
+
+
+def _shown(switch: Gate) -> str:
+    return f"tensor{list(switch.shape)}" if isinstance(switch, Tensor) else str(switch)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is a transformers Conv1D; never imports transformers to find out."""
+    loaded = sys.modules.get("transformers.pytorch_utils")
+    return loaded is not None and type(module) is loaded.Conv1D
+
+
+def why_not_adaptable(module: nn.Module) -> str:
+    """Why `CoToLoRALinear.from_linear` cannot take `module`; empty if it can."""
+    kind = type(module).__name__
+    if type(module) is not nn.Linear and not is_conv1d(module):
+        return f"got {kind}, a subclass of nn.Linear" if isinstance(module, nn.Linear) else f"got {kind}"
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter) or type(weight) not in (nn.Parameter, Tensor):
+        return f"got a {kind} whose weight is a {type(weight).__name__}, not an nn.Parameter"
+    if not weight.is_floating_point() or weight.layout != torch.strided:
+        return f"got a {kind} whose weight is {weight.dtype}, {weight.layout}"
+    return ""

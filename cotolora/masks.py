@@ -1,0 +1,56 @@
+"""Sets which adapters count, for the length of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from cotolora.groups import Unit, adapters, as_mask, group_names
+
+
+@contextmanager
+def adapter_mask(model: nn.Module, mask: object, *, unit: Unit = "module") -> Iterator[None]:
+    """Sets `enabled` of every adapter inside the block and restores what was there before.
+
+    Holds in train and eval, nests, and restores also when the block raises.
+
+    Args:
+        model: a model with adapters.
+        mask: a bool for all; ``[n]`` for the n groups in module order; or ``[batch, n]``, whose row i
+            says which groups count for sample i of a batch-first model. Anything `torch.as_tensor` takes,
+            of zeros and ones.
+        unit: how adapters are grouped: "module" (each its own), "layer" or a callable, as in `CoTo`.
+
+    Raises:
+        ValueError: `model` has no adapters; `mask` has another shape, or values other than 0 and 1.
+    """
+    layers = adapters(model)
+    if not layers:
+        raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
+    groups = group_names(layers, unit)
+    values = as_mask(mask)
+    if values.dim() > 2 or (values.dim() > 0 and values.shape[-1] != len(groups)):
+        raise ValueError(
+            f"mask must be a bool, [{len(groups)}] or [batch, {len(groups)}], one entry for each group; "
+            f"got shape {tuple(values.shape)}"
+        )
+    # plain bools where one value holds for the whole batch: an adapter that is off then costs nothing
+    switches: list[bool | Tensor]
+    if values.dim() == 0:
+        switches = [bool(values)] * len(groups)
+    elif values.dim() == 1:
+        switches = values.tolist()
+    else:
+        switches = list(values.unbind(1))
+
+    before = {name: layer.enabled for name, layer in layers.items()}
+    try:
+        for names, switch in zip(groups.values(), switches, strict=True):
+            for name in names:
+                layers[name].enabled = switch
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.enabled = before[name]

@@ -1,0 +1,184 @@
+"""PEFT's ``adapter_config.json``: what it says of an adapter, and how ours is written."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from cotolora.groups import plain_name
+from cotolora.inject import matches
+from cotolora.linear import CoToLoRALinear
+
+# PEFT fields that do not change what the adapter computes once its weights are loaded
+_HARMLESS = frozenset((
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode",
+    "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "task_type",
+))  # fmt: skip
+# initialisations that leave the base weights alone; the others train on a residual base
+_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What of a PEFT config bears on loading."""
+
+    rank: int
+    lora_alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    dropout: float
+    targets: str | list[str]
+    exclude: str | list[str] | None
+    layers_to_transform: list[int]
+    layers_pattern: list[str]
+    modules_to_save: list[str]
+
+    def alpha_of(self, name: str) -> float:
+        """Alpha of the module `name`."""
+        return _first_match(self.alpha_pattern, name, self.lora_alpha)
+
+    def rank_of(self, name: str) -> int:
+        """Rank of the module `name`."""
+        return _first_match(self.rank_pattern, name, self.rank)
+
+    def takes(self, name: str) -> bool:
+        """PEFT's rule for target_modules, exclude_modules, modules_to_save and layers_to_transform."""
+        if (self.exclude and matches(name, self.exclude)) or not matches(name, self.targets):
+            return False
+        if any(re.match(rf"(^|.*\.){re.escape(module)}($|\..*)", name) for module in self.modules_to_save):
+            return False
+        if not self.layers_to_transform or isinstance(self.targets, str):
+            return True
+        rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
+        found = next((match for rule in rules if (match := re.match(rule, name))), None)
+        return found is not None and int(found[1]) in self.layers_to_transform
+
+
+def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def parse(fields: dict[str, Any]) -> PeftConfig:
+    """Checks the fields of a config. One that is unknown and set is refused, since it may change the result.
+
+    Raises:
+        ValueError: names the field, what it must be and what it was.
+    """
+    rest = dict(fields)
+
+    def take(name: str, must: str, test: Callable[[Any], bool], default: Any = None) -> Any:
+        value = rest.pop(name, default)
+        if not test(value):
+            raise ValueError(f"{name} must be {must}; got {value!r}")
+        return value
+
+    take("peft_type", "'LORA', the one method supported", lambda value: value == "LORA")
+    take("bias", "'none': trained biases are not supported", lambda value: value == "none", "none")
+    take("init_lora_weights", f"one of {_INITS}: others change the base weights", lambda value: value in _INITS)
+    config = PeftConfig(
+        rank=take("r", "a positive integer", _is_size, 8),
+        lora_alpha=take("lora_alpha", "a finite number", _is_number, 8),
+        rank_pattern=take("rank_pattern", "a map to positive integers", _optional(_map_of(_is_size))) or {},
+        alpha_pattern=take("alpha_pattern", "a map to finite numbers", _optional(_map_of(_is_number))) or {},
+        use_rslora=take("use_rslora", "a bool", lambda value: isinstance(value, bool), False),
+        dropout=take("lora_dropout", "a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1, 0.0),
+        targets=take("target_modules", "a regular expression or a list of names", lambda v: bool(v) and _are_names(v)),
+        exclude=take("exclude_modules", "a regular expression or a list of names", _optional(_are_names)),
+        layers_to_transform=_as_list(
+            take("layers_to_transform", "an integer or a list of them", _optional(_one_or_many(_is_index)))
+        ),
+        layers_pattern=_as_list(take("layers_pattern", "names", _optional(_are_names))),
+        modules_to_save=_as_list(take("modules_to_save", "names", _optional(_are_names))),
+    )
+    if unsupported := {name: value for name, value in rest.items() if value and name not in _HARMLESS}:
+        raise ValueError(f"these settings are not supported and would change the result: {unsupported}")
+    expressions = [*config.rank_pattern, *config.alpha_pattern, *config.layers_pattern]
+    expressions += [value for value in (config.targets, config.exclude) if isinstance(value, str)]
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ValueError(f"{expression!r} must be a regular expression; {error}") from None
+    return config
+
+
+def _is_size(value: Any) -> bool:
+    return _is_index(value) and value > 0
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
+def _optional(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or test(value)
+
+
+def _map_of(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(test(item) for item in value.values())
+
+
+def _one_or_many(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: all(test(item) for item in value) if isinstance(value, list) else test(value)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def describe(model: nn.Module, layers: dict[str, CoToLoRALinear], modules: list[str]) -> dict[str, Any]:
+    """The config of `layers`; `modules` are the names for modules_to_save."""
+    use_rslora = all(layer.use_rslora for layer in layers.values())
+    # where only some layers are rsLoRA, every layer states its scale as alpha / rank
+    alphas = {
+        name: _plain_number(layer.alpha if use_rslora or not layer.use_rslora else layer.scale * layer.rank)
+        for name, layer in layers.items()
+    }
+    rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    others = [plain_name(name) for name, _ in model.named_modules() if plain_name(name) not in layers]
+    ambiguous = any(other.endswith("." + name) for other in others for name in layers)
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "inference_mode": True,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": max(layer.dropout for layer in layers.values()),
+        "use_rslora": use_rslora,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
+        "init_lora_weights": True,
+        # a list takes dotted ends too; where that would take more than the adapters, an exact expression
+        "target_modules": "|".join(re.escape(name) for name in layers) if ambiguous else list(layers),
+        "modules_to_save": modules or None,
+        "rank_pattern": {exactly(name): layer.rank for name, layer in layers.items() if layer.rank != rank},
+        "alpha_pattern": {exactly(name): value for name, value in alphas.items() if value != alpha},
+    }
+
+
+def exactly(name: str) -> str:
+    """A key of rank_pattern or alpha_pattern that takes this one name and no longer one."""
+    return "^" + re.escape(name)
+
+
+def _plain_number(value: float) -> int | float:
+    return int(value) if value == int(value) else value

@@ -1,0 +1,30 @@
+"""Shared by all tests: Triton's interpreter where there is no GPU, and memory that shows when it was not written."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # before anything imports triton: kernels decorated earlier would be compiled for a GPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture
+def poison_empty(monkeypatch):
+    """Uninitialised memory reads as NaN, so code that leaves part of its output unwritten is caught."""
+    empty, empty_like = torch.empty, torch.empty_like
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(make):
+        def filled(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return filled
+
+    monkeypatch.setattr(torch, "empty", poisoned(empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
