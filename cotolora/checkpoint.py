@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from cotolora.groups import adapters, plain_name, unwrap
 from cotolora.inject import inject, match_linears, matches
-from cotolora.linear import CoToLoRALinear, is_conv1d
-from cotolora.peft_config import PeftConfig, describe, exactly, parse
+from cotolora.linear import CoToLoRALinear, is_conv1d, why_not_adaptable
+from cotolora.peft_config import PeftConfig, describe, exactly, is_alone, parse
 
 logger = logging.getLogger("cotolora")
 
@@ -32,7 +32,7 @@ _HASH = "cotolora_config_sha256"
 
 
 class LoadResult(NamedTuple):
-    """What did not fit, by the file's keys; both empty unless ``strict=False``."""
+    """What did not fit: the file's keys without PEFT's ``base_model.model.``; empty unless ``strict=False``."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -41,8 +41,12 @@ class LoadResult(NamedTuple):
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Writes the enabled adapters, and whatever else trains, as PEFT would: a config and a safetensors file.
 
-    Disabled (pruned) adapters are left out. The names of DDP, compile and checkpoint wrappers are
-    dropped; sharded parameters are gathered, so in a distributed run every rank must call this; rank 0 writes.
+    Modules that train in full are PEFT's modules_to_save. Other parameters that train (a bare parameter, a
+    bias alone, a module whose name PEFT would also take for another) are stored beside them under their own
+    names, where PEFT finds them too. Disabled (pruned) adapters are left out.
+
+    The names of DDP, compile and checkpoint wrappers are dropped; sharded parameters are gathered, so in a
+    distributed run every rank must call this; rank 0 writes.
 
     A kill at any moment leaves a pair that `load_adapter` reads, the old one or the new one: the
     weights carry the hash of their config, and where a kill fell between the two renames, the new config
@@ -53,14 +57,16 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         directory: made if need be; other files in it are left alone.
 
     Raises:
-        ValueError: the model has no enabled adapter, or the base weight or bias of an adapter trains,
-            for which the format has no place.
+        ValueError: the model has no enabled adapter or is one itself, or the base weight or bias of an adapter
+            trains: the format has no place for these.
         OSError: the files cannot be written; the old ones are as they were.
     """
     layers = {name: layer for name, layer in adapters(model).items() if _enabled(layer)}
     if not layers:
         raise ValueError(f"model must have enabled adapters to save; {type(model).__name__} has none")
     model = unwrap(model)
+    if model in layers.values():
+        raise ValueError("model must hold adapters; it is one itself, which has no name to save it by")
     tensors, modules = _trained_besides(model)
     for name, layer in layers.items():
         tensors[f"{name}.lora_A.weight"] = layer.lora_a
@@ -94,40 +100,48 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bo
     path = Path(directory)
     tensors, config_hash = _read_weights(path)
     config = _read_config(path, config_hash)
-    model = unwrap(model)
     existing = adapters(model)
-    ranks, missing, unexpected = _fit(model, config, existing, tensors)
-    if strict and (missing or unexpected):
+    fit = _fit(unwrap(model), config, existing, tensors)
+    if strict and (fit.missing or fit.unexpected):
         raise ValueError(
             f"{path / WEIGHTS} must hold exactly what {CONFIG} and the model call for; "
-            f"missing keys {missing}, unexpected keys {unexpected}"
+            f"missing keys {fit.missing}, unexpected keys {fit.unexpected}"
         )
-    extra = _check_plain(model, config, tensors, unexpected)
     if existing:
-        _check_agreement(existing, config, ranks, strict)
+        _check_agreement(existing, config, fit.ranks)
         layers = existing
+    elif not fit.ranks:
+        raise ValueError(f"{path / WEIGHTS} must hold an adapter that fits the model; it holds none")
     else:
+        # what we saved besides the adapters did train; of what PEFT saved, modules_to_save did
+        trained = [key for key in fit.plain if config_hash is not None or _is_saved(key, config)]
+        parameters = {plain_name(name) for name, _ in unwrap(model).named_parameters()}
         layers = inject(
             model,
-            "|".join(re.escape(name) for name in ranks),
-            rank_pattern={exactly(name): rank for name, rank in ranks.items()},
-            alpha_pattern={exactly(name): config.alpha_of(name) for name in ranks},
+            _any_of(fit.ranks),
+            rank=config.rank,
+            alpha=config.lora_alpha,
+            rank_pattern={exactly(name): rank for name, rank in fit.ranks.items() if rank != config.rank},
+            alpha_pattern={
+                exactly(name): alpha for name in fit.ranks if (alpha := config.alpha_of(name)) != config.lora_alpha
+            },
             dropout=config.dropout,
             use_rslora=config.use_rslora,
-            trainable=[*config.modules_to_save, *(key for key in extra if "." not in key)],
+            trainable=_any_of(parameters & set(trained)) or (),
         )
-    for name in ranks:
-        layer, was_merged = layers[name], layers[name].merged
+    merged = [layer for layer in layers.values() if layer.merged]
+    for layer in merged:
         layer.unmerge()
-        _fill(layer.lora_a, tensors[f"{name}.lora_A.weight"])
-        _fill(layer.lora_b, tensors[f"{name}.lora_B.weight"])
-        if was_merged:
-            layer.merge()
-    for key, parameter in extra.items():
-        _fill(parameter, tensors[key])
-    if missing or unexpected:
-        logger.warning("%s: missing keys %s, unexpected keys %s", path / WEIGHTS, missing, unexpected)
-    return LoadResult(missing, unexpected)
+    for name in fit.ranks:
+        _fill(layers[name].lora_a, tensors[f"{name}.lora_A.weight"])
+        _fill(layers[name].lora_b, tensors[f"{name}.lora_B.weight"])
+    for key, target in fit.plain.items():
+        _fill(target, tensors[key])
+    for layer in merged:
+        layer.merge()
+    if fit.missing or fit.unexpected:
+        logger.warning("%s: missing keys %s, unexpected keys %s", path / WEIGHTS, fit.missing, fit.unexpected)
+    return LoadResult(fit.missing, fit.unexpected)
 
 
 def _enabled(layer: CoToLoRALinear) -> bool:
@@ -136,30 +150,32 @@ def _enabled(layer: CoToLoRALinear) -> bool:
 
 
 def _trained_besides(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """State of the modules that train besides the adapters, and the modules' names (PEFT's modules_to_save)."""
+    """What trains besides the adapters, with buffers beside it, and the modules that PEFT can find by name."""
     tensors: dict[str, Tensor] = {}
     modules = []
-    for raw_name, module in model.named_modules():
-        name = plain_name(raw_name)
+    named = {plain_name(name): module for name, module in model.named_modules()}
+    for name, module in named.items():
         own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, CoToLoRALinear):
-            if trained := [key for key in ("weight", "bias") if key in own and own[key].requires_grad]:
-                raise ValueError(f"model must not train the base of an adapter; {name}.{trained[0]} requires grad")
-            continue
         trained = [key for key, parameter in own.items() if parameter.requires_grad]
-        if not trained:
-            continue
-        if name == "":  # parameters of the root belong to no module that the config could name
-            tensors.update({key: own[key] for key in trained})
-            continue
-        buffers = {
-            key: tensor
-            for key, tensor in module.named_buffers(recurse=False)
-            if key not in module._non_persistent_buffers_set
-        }
-        tensors.update({f"{name}.{key}": tensor for key, tensor in {**own, **buffers}.items()})
-        modules.append(name)
+        if isinstance(module, CoToLoRALinear):
+            if trained := [key for key in trained if not key.startswith("lora_")]:
+                raise ValueError(f"model must not train the base of an adapter; {name}.{trained[0]} requires grad")
+        elif trained:
+            frozen = set(own) - set(trained)
+            tensors |= {_join(name, key): t for key, t in _own_state(module).items() if key not in frozen}
+            if name and not frozen and not list(module.children()) and is_alone(name, named):
+                modules.append(name)
     return tensors, modules
+
+
+def _own_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of `module` itself."""
+    kept = (item for item in module.named_buffers(recurse=False) if item[0] not in module._non_persistent_buffers_set)
+    return dict([*module.named_parameters(recurse=False), *kept])
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -172,13 +188,16 @@ def _whole(tensor: Tensor) -> Tensor:
 def _on_rank_zero(write: Callable[[], None]) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         return write()
-    outcome: list[str | None] = [None]
+    caught: Exception | None = None
     if dist.get_rank() == 0:
         try:
             write()
-        except OSError as error:
-            outcome = [str(error)]
+        except Exception as error:  # whatever it is, the others wait to hear of it
+            caught = error
+    outcome = [caught and f"rank 0 could not write: {caught}"]
     dist.broadcast_object_list(outcome)  # also the barrier: nobody reads before it is written
+    if caught is not None:
+        raise caught
     if outcome[0] is not None:
         raise OSError(outcome[0])
 
@@ -186,6 +205,9 @@ def _on_rank_zero(write: Callable[[], None]) -> None:
 def _write(directory: Path, config: bytes, weights: bytes) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     new_config, new_weights = directory / _temporary(CONFIG), directory / _temporary(WEIGHTS)
+    if new_config.is_file() and _sha256(new_config) == _saved_hash(directory / WEIGHTS):
+        # a save was killed between its two renames: its config must not be lost to this one
+        os.replace(new_config, directory / CONFIG)
     try:
         _write_durably(new_config, config)
         _write_durably(new_weights, weights)
@@ -196,6 +218,15 @@ def _write(directory: Path, config: bytes, weights: bytes) -> None:
     # weights first: between the two renames the new config is still there under its temporary name
     os.replace(new_weights, directory / WEIGHTS)
     os.replace(new_config, directory / CONFIG)
+
+
+def _saved_hash(weights: Path) -> str | None:
+    """The hash of the config that `weights` was saved with; None where there is none to read."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return (file.metadata() or {}).get(_HASH)
+    except (SafetensorError, OSError):
+        return None
 
 
 def _temporary(name: str) -> str:
@@ -225,25 +256,23 @@ def _read_weights(directory: Path) -> tuple[dict[str, Tensor], str | None]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{path} must be a whole safetensors file; reading it failed: {error}") from error
-    for key, tensor in tensors.items():
+    for key in tensors:
         if not key.startswith(_PREFIX):
             raise ValueError(f"{path} must hold keys that begin with {_PREFIX!r}; got {key!r}")
-        if ".lora_" in key and not tensor.is_floating_point():
-            raise ValueError(f"{path}: {key} must be of a floating dtype; got {tensor.dtype}")
     return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}, metadata.get(_HASH)
 
 
 def _read_config(directory: Path, config_hash: str | None) -> PeftConfig:
     path = directory / CONFIG
+    found = [p.read_bytes() for p in (path, directory / _temporary(CONFIG)) if p.is_file()]
     if config_hash is not None:
-        pair = [p for p in (path, directory / _temporary(CONFIG)) if p.is_file() and _sha256(p) == config_hash]
-        if not pair:
+        found = [text for text in found if hashlib.sha256(text).hexdigest() == config_hash]
+        if not found:
             raise ValueError(f"{path} must be the config that {WEIGHTS} was saved with; it is missing or another one")
-        path = pair[0]
     elif not path.is_file():
         raise FileNotFoundError(f"directory must hold {CONFIG}; there is none in {directory}")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(found[0].decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON; reading it failed: {error}") from error
     if not isinstance(fields, dict):
@@ -258,76 +287,84 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _fit(
-    model: nn.Module, config: PeftConfig, existing: dict[str, CoToLoRALinear], tensors: dict[str, Tensor]
-) -> tuple[dict[str, int], list[str], list[str]]:
-    """Ranks of the adapters that file, config and model agree on, and the keys that are missing or too many.
+class _Fit(NamedTuple):
+    """How a file lies on a model."""
+
+    ranks: dict[str, int]  # of the adapters to load
+    plain: dict[str, Tensor]  # the model's own tensors to load, by the file's keys
+    missing: list[str]
+    unexpected: list[str]
+
+
+def _fit(model: nn.Module, config: PeftConfig, existing: dict[str, CoToLoRALinear], tensors: dict[str, Tensor]) -> _Fit:
+    """What file, config and model agree on, and the keys that are missing or too many.
 
     Raises:
-        ValueError: a tensor has the wrong shape.
+        ValueError: the config takes nothing of the model, or a tensor has the wrong shape or kind.
     """
-    sizes: dict[str, tuple[int, int]] = {}
+    linears: dict[str, nn.Module] = {}
+    state: dict[str, Tensor] = {}
     for raw_name, module in model.named_modules():
-        if isinstance(module, CoToLoRALinear):
-            sizes[plain_name(raw_name)] = module.out_features, module.in_features
-        elif isinstance(module, nn.Linear) or is_conv1d(module):
-            out_features, in_features = module.weight.shape[::-1] if is_conv1d(module) else module.weight.shape
-            sizes[plain_name(raw_name)] = out_features, in_features
+        name = plain_name(raw_name)
+        if isinstance(module, (CoToLoRALinear, nn.Linear)) or is_conv1d(module):
+            linears[name] = module
+        if not isinstance(module, CoToLoRALinear):
+            state |= {_join(name, key): tensor for key, tensor in _own_state(module).items()}
     if isinstance(config.targets, str) and config.targets.lower() == "all-linear":
         wanted = list(existing or match_linears(model, config.targets, config.exclude, config.modules_to_save))
     else:
-        wanted = [name for name in sizes if config.takes(name)]
+        wanted = [name for name in linears if config.takes(name)]
     if not wanted:
         raise ValueError(f"target_modules {config.targets!r} must take linear modules of the model; they take none")
 
-    expected = {f"{name}.lora_{factor}.weight" for name in wanted for factor in "AB"}
-    plain = _plain_keys(model, config, tensors)
-    missing = sorted((expected | plain) - set(tensors))
-    unexpected = sorted(set(tensors) - expected - plain)
-    ranks = {}
-    for name in wanted:
-        if f"{name}.lora_A.weight" in missing or f"{name}.lora_B.weight" in missing:
-            continue
-        (out_features, in_features), rank = sizes[name], config.rank_of(name)
-        for factor, shape in (("A", (rank, in_features)), ("B", (out_features, rank))):
-            got = tuple(tensors[f"{name}.lora_{factor}.weight"].shape)
-            if got != shape:
-                raise ValueError(f"{name}.lora_{factor}.weight must be of shape {shape}; the file holds {got}")
-        ranks[name] = rank
-    return ranks, missing, unexpected
-
-
-def _plain_keys(model: nn.Module, config: PeftConfig, tensors: dict[str, Tensor]) -> set[str]:
-    """Keys of what trained in full: the state of modules_to_save, and parameters of the root that the file holds."""
-    state = {plain_name(key) for key in model.state_dict(keep_vars=True)}
-    roots = {name for name, _ in model.named_parameters(recurse=False)} & set(tensors)
-    modules = {plain_name(name) for name, _ in model.named_modules() if name}
-    saved = [name for name in modules if matches(name, config.modules_to_save)]
-    return roots | {key for key in state if any(key.startswith(name + ".") for name in saved)}
-
-
-def _check_plain(
-    model: nn.Module, config: PeftConfig, tensors: dict[str, Tensor], unexpected: list[str]
-) -> dict[str, Tensor]:
-    """The model's own tensors that the file replaces, each of the right shape."""
-    state = {plain_name(key): tensor for key, tensor in model.state_dict(keep_vars=True).items()}
-    plain = {key: state[key] for key in _plain_keys(model, config, tensors) if key in tensors}
-    for key, tensor in plain.items():
-        if tensor.shape != tensors[key].shape:
-            raise ValueError(
-                f"{key} must be of shape {tuple(tensor.shape)}; the file holds {tuple(tensors[key].shape)}"
-            )
-    return plain
-
-
-def _check_agreement(
-    existing: dict[str, CoToLoRALinear], config: PeftConfig, ranks: dict[str, int], strict: bool
-) -> None:
-    if strict and (differing := sorted(set(existing) ^ set(ranks))):
-        raise ValueError(f"the file and the model must adapt the same modules; only one of them has {differing}")
+    here = [name for name in wanted if not existing or name in existing]
+    bases = tuple(f"{name}." for name in here)
+    plain = {key: tensor for key, tensor in state.items() if key in tensors and not key.startswith(bases)}
+    saved = {key for key in state if _is_saved(key, config)}
+    missing = ({*_factors(wanted), *_factors(existing)} | saved) - set(tensors)
+    unexpected = set(tensors) - set(_factors(here)) - set(plain)
+    ranks = {name: config.rank_of(name) for name in here if not missing & set(_factors([name]))}
     for name, rank in ranks.items():
-        if name not in existing:
-            raise ValueError(f"{name} must be an adapter of the model; eject the model to load it with other targets")
+        out_features, in_features, device = _sizes(name, linears[name])
+        for key, shape in zip(_factors([name]), ((rank, in_features), (out_features, rank)), strict=True):
+            _check_tensor(key, tensors[key], torch.float32, shape, device)
+    for key, target in plain.items():
+        _check_tensor(key, tensors[key], target.dtype, tuple(target.shape), target.device)
+    return _Fit(ranks, plain, sorted(missing), sorted(unexpected))
+
+
+def _factors(names: Iterable[str]) -> list[str]:
+    return [f"{name}.lora_{factor}.weight" for name in names for factor in "AB"]
+
+
+def _is_saved(key: str, config: PeftConfig) -> bool:
+    """Whether modules_to_save takes a module around the tensor `key`."""
+    parts = key.split(".")[:-1]
+    return any(matches(".".join(parts[: i + 1]), config.modules_to_save) for i in range(len(parts)))
+
+
+def _sizes(name: str, linear: nn.Module) -> tuple[int, int, torch.device]:
+    if isinstance(linear, CoToLoRALinear):
+        return linear.out_features, linear.in_features, linear.weight.device
+    if reason := why_not_adaptable(linear):
+        raise ValueError(f"{name} must be an nn.Linear or a transformers Conv1D; {reason}")
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    out_features, in_features = weight.shape[::-1] if is_conv1d(linear) else weight.shape
+    return out_features, in_features, weight.device
+
+
+def _check_tensor(key: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    if device.type == "meta":
+        raise ValueError(f"{key} must have memory in the model to be loaded into; there it is on the meta device")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{key} must be of shape {shape}; the file holds {tuple(tensor.shape)}")
+    if tensor.dtype.is_floating_point != dtype.is_floating_point or tensor.is_complex() != dtype.is_complex:
+        raise ValueError(f"{key} must be of a dtype like {dtype}; the file holds {tensor.dtype}")
+
+
+def _check_agreement(existing: dict[str, CoToLoRALinear], config: PeftConfig, ranks: dict[str, int]) -> None:
+    for name, rank in ranks.items():
         layer = existing[name]
         scale = config.alpha_of(name) / (math.sqrt(rank) if config.use_rslora else rank)
         if layer.rank != rank or not math.isclose(layer.scale, scale):
@@ -335,6 +372,14 @@ def _check_agreement(
                 f"{name} must have the rank and scale of the file, {rank} and {scale:g}; "
                 f"the model's are {layer.rank} and {layer.scale:g}"
             )
+    for name, layer in existing.items():
+        if layer.merged and isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0:
+            raise ValueError(f"{name} must not be merged while enabled is a row mask; unmerge it to load")
+
+
+def _any_of(names: Iterable[str]) -> str:
+    """A regular expression that takes just these names."""
+    return "|".join(re.escape(name) for name in names)
 
 
 @torch.no_grad()

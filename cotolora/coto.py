@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
 import warnings
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +43,7 @@ class CoTo:
             optimizer.zero_grad()
             coto.step()
 
-    In `eval()` every adapter is on, whatever the gates say.
+    In `eval()` every adapter is on, whatever the gates say. A model has one CoTo: a second one finishes the first.
 
     Args:
         model: a model with adapters; may be wrapped by DistributedDataParallel or torch.compile.
@@ -88,12 +90,8 @@ class CoTo:
             raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
         if merged := [name for name, layer in self._layers.items() if layer.merged]:
             raise ValueError(f"model must have no merged adapters, which cannot train; merged: {merged}")
-        if isinstance(tilt, bool) or not isinstance(tilt, (int, float)) or not -1 <= tilt <= 1:
-            raise ValueError(f"tilt must be in [-1, 1]; got {tilt!r}")
         if gates not in ("host", "device"):
             raise ValueError(f"gates must be 'host' or 'device'; got {gates!r}")
-        activation_probability(0, total_steps, initial_p=initial_p, ramp=ramp, shape=shape)
-        sample_mask(0, 1.0, seed=seed, step=0)
         self.groups: dict[Hashable, list[str]] = group_names(self._layers, unit)
         self._settings: dict[str, Any] = {
             "total_steps": total_steps,
@@ -104,28 +102,42 @@ class CoTo:
             "at_least_one": at_least_one,
             "seed": seed,
         }
+        _check(self._settings)
+        # not numpy's float64, which is a float but which torch.load(weights_only=True) refuses
+        self._settings.update(initial_p=float(initial_p), ramp=float(ramp), tilt=float(tilt))
         self.current_step = 0
         self.p = 0.0
-        self.mask = torch.ones(len(self.groups), dtype=torch.bool)
-        self._warned = False
+        # on the CPU by name, here and below: the user may have set another default device
+        self.mask = torch.ones(len(self.groups), dtype=torch.bool, device="cpu")
+        self._warned = self._told = False
+        self._model = unwrap(model)
+        self._handle: RemovableHandle | None = None
+        for hook in list(self._model._forward_hooks.values()):
+            # the mask of an earlier run must not go on deciding what an attached optimizer leaves out
+            if isinstance(earlier := getattr(hook, "__self__", None), CoTo):
+                earlier.finish()
         for layer in self._layers.values():
             # not layer.gate = …, which would fill a tensor that an earlier run left there
-            layer._set_switch("_gate", torch.ones((), dtype=torch.int32) if gates == "device" else True)
-        self._handle = unwrap(model).register_forward_hook(self._join_graph)
-        self._advise(model, unit, gates)
+            on = torch.ones((), dtype=torch.int32, device="cpu") if gates == "device" else True
+            layer._set_switch("_gate", on)
+        if gates == "host":
+            self._advise(model)
         self.set_step(0)
 
-    def _advise(self, model: nn.Module, unit: Unit, gates: str) -> None:
-        compiled = any(
-            hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-            for module in model.modules()
-        )
-        if compiled and gates == "host" and unit != "layer":
-            logger.warning(
-                "torch.compile traces a graph for every pattern of host gates inside a compiled module; "
-                "with unit=%r there are many patterns: gates='device' needs one graph",
-                unit,
-            )
+    def _advise(self, model: nn.Module) -> None:
+        group_of = {id(self._layers[name]): i for i, names in enumerate(self.groups.values()) for name in names}
+        for name, module in model.named_modules():
+            if not hasattr(module, "_orig_mod") and getattr(module, "_compiled_call_impl", None) is None:
+                continue
+            inside = {group_of[id(child)] for child in module.modules() if id(child) in group_of}
+            if len(inside) > 1:
+                logger.warning(
+                    "torch.compile traces a graph for every pattern of host gates inside a compiled module, until it "
+                    "gives up; %s holds %d groups: compile modules of one group each, or take gates='device'",
+                    name or "the model",
+                    len(inside),
+                )
+                return
 
     def step(self) -> None:
         """Counts one optimizer step and draws the next mask. Call it after ``optimizer.step()``."""
@@ -146,7 +158,7 @@ class CoTo:
         )
         # a group whose adapters are all pruned cannot be the one that is on
         mask = torch.tensor(
-            [any(self._layers[n].enabled is not False for n in names) for names in self.groups.values()]
+            [any(_enabled(self._layers[n]) for n in names) for names in self.groups.values()], device="cpu"
         )
         alive = mask.nonzero().flatten().tolist()
         mask[alive] = sample_mask(
@@ -158,6 +170,8 @@ class CoTo:
         )
         self.current_step, self.p = step, p
         self._apply(mask)
+        if self._handle is None:
+            self._handle = self._model.register_forward_hook(self._join_graph)
 
     def _tilted(self, p: float, index: int) -> float:
         count = len(self.groups)
@@ -173,10 +187,12 @@ class CoTo:
                 self._layers[name].gate = on
 
     def finish(self) -> None:
-        """Switches every adapter on and takes the hook off the model: the end of the run."""
+        """Switches every adapter on and takes the hook off the model: the end of the run, until another step is set."""
         self.p = 1.0
         self._apply(torch.ones_like(self.mask))
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
     def state_dict(self) -> dict[str, Any]:
         """The step and the settings; masks follow from them."""
@@ -186,11 +202,12 @@ class CoTo:
         """Goes on where `state` was taken, with its settings, and applies its step's mask.
 
         Raises:
-            ValueError: `state` is not from a CoTo, or from one with other groups. Nothing is changed.
+            ValueError: `state` is not from a CoTo, or from one with other groups, or a setting is out of its
+                range. Nothing is changed.
         """
         expected = {"step", "groups", *self._settings}
         if not isinstance(state, dict) or set(state) != expected:
-            got = sorted(state) if isinstance(state, dict) else type(state).__name__
+            got = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"state must be a CoTo state_dict with keys {sorted(expected)}; got {got}")
         if state["groups"] != [str(key) for key in self.groups]:
             raise ValueError(
@@ -198,7 +215,9 @@ class CoTo:
                 f"got {state['groups']}"
             )
         before = self._settings
-        self._settings = {key: state[key] for key in before}
+        settings = {key: state[key] for key in before}
+        _check(settings)
+        self._settings = settings
         try:
             self.set_step(state["step"])
         except BaseException:
@@ -212,18 +231,33 @@ class CoTo:
         single process with host gates and ``zero_grad(set_to_none=True)`` has none there anyway; DDP,
         device gates and zeroed gradients leave zeros, with which AdamW would still move and decay weights.
 
+        Args:
+            optimizer: also one wrapped by accelerate or Lightning; may run backward in a closure.
+
         Raises:
             TypeError: `optimizer` is not a torch optimizer.
         """
+        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = inner
         if not hasattr(optimizer, "register_step_pre_hook"):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
 
-        def forget(*_: Any) -> None:
+        def forget() -> None:
             for layer, on in self._on():
-                if (layer.training and not on) or layer.enabled is False:
+                if (layer.training and not on) or not _enabled(layer):
                     layer.lora_a.grad = layer.lora_b.grad = None
 
-        return optimizer.register_step_pre_hook(forget)
+        def before_step(
+            _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            forget()
+            # Lightning runs backward inside the step, in a closure
+            args = tuple(_followed_by(forget, value) if callable(value) else value for value in args)
+            if callable(closure := kwargs.get("closure")):
+                kwargs = {**kwargs, "closure": _followed_by(forget, closure)}
+            return args, kwargs
+
+        return optimizer.register_step_pre_hook(before_step)
 
     def _on(self) -> list[tuple[CoToLoRALinear, bool]]:
         pairs = zip(self.groups.values(), self.mask.tolist(), strict=True)
@@ -233,21 +267,68 @@ class CoTo:
         """Under DDP, ties parameters that no forward used to the output, so that the reducer sees them."""
         if not (dist.is_available() and dist.is_initialized() and torch.is_grad_enabled()):
             return None
+        if torch._C._are_functorch_transforms_active():  # which have no reducer, and refuse _Join
+            return None
         unused = [
             parameter
             for layer in self._layers.values()
-            if layer.training and layer.active is False
+            if layer.active is False or layer.merged
             for parameter in (layer.lora_a, layer.lora_b)
             if parameter.requires_grad
         ]
+        return self._joined(output, unused) if unused else None
+
+    def _joined(self, output: Any, unused: Sequence[Tensor]) -> Any:
         leaves, spec = pytree.tree_flatten(output)
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if not unused or not places:
-            return None
-        joined = _Join.apply(len(places), *(leaves[i] for i in places), *unused)
-        for i, tensor in zip(places, joined, strict=True):
-            leaves[i] = tensor
-        return pytree.tree_unflatten(leaves, spec)
+        if len(leaves) == 1 and leaves[0] is output and dataclasses.is_dataclass(output):
+            # pytree knows only the dataclasses that were registered with it
+            fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+            output = copy.copy(output)
+            for name, value in self._joined(fields, unused).items():
+                object.__setattr__(output, name, value)
+            return output
+        # by identity: a tensor in two places stays one tensor, or writing to one of them would miss the other's graph
+        tied = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad}
+        if not tied:
+            if not self._told and not any(isinstance(leaf, Tensor) for leaf in leaves):
+                logger.warning(
+                    "the model's output, a %s, shows no tensors (in tuples, lists, dicts or a dataclass it would): "
+                    "DistributedDataParallel will miss the adapters that are off",
+                    type(output).__name__,
+                )
+                self._told = True
+            return output
+        joined = dict(zip(tied, _Join.apply(len(tied), *tied.values(), *unused), strict=True))
+        return pytree.tree_unflatten([joined.get(id(leaf), leaf) for leaf in leaves], spec)
+
+
+def _check(settings: dict[str, Any]) -> None:
+    tilt, at_least_one = settings["tilt"], settings["at_least_one"]
+    if isinstance(tilt, bool) or not isinstance(tilt, (int, float)) or not -1 <= tilt <= 1:
+        raise ValueError(f"tilt must be in [-1, 1]; got {tilt!r}")
+    if not isinstance(at_least_one, bool):
+        raise ValueError(f"at_least_one must be True or False; got {at_least_one!r}")
+    activation_probability(
+        0,
+        settings["total_steps"],
+        initial_p=settings["initial_p"],
+        ramp=settings["ramp"],
+        shape=settings["shape"],
+    )
+    sample_mask(0, 1.0, seed=settings["seed"], step=0)
+
+
+def _enabled(layer: CoToLoRALinear) -> bool:
+    return layer.enabled if isinstance(layer.enabled, bool) else bool(layer.enabled.any())
+
+
+def _followed_by(then: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
+    def both(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        then()
+        return result
+
+    return both
 
 
 class _Join(torch.autograd.Function):
@@ -258,8 +339,9 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        ctx.count = count
         ctx.unused = tensors[count:]
+        # an output that the loss does not use gets None: zeros would cost memory, and 0 · inf further down is NaN
+        ctx.set_materialize_grads(False)
         # detached and not viewed: autograd forbids writing in place (loss /= n) to a view made in here
         return tuple(tensor.detach() for tensor in tensors[:count])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import operator
 import os
 from dataclasses import dataclass
 from types import ModuleType, TracebackType
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cotolora import addmm
 
@@ -44,10 +46,12 @@ class set_backend:  # noqa: N801 (used like torch.set_grad_enabled)
         global _chosen
         if backend is not None:
             check_name(backend, "backend")
-        self._before = _chosen
+        self._backend, self._before = backend, _chosen
         _chosen = backend
 
     def __enter__(self) -> set_backend:
+        global _chosen
+        _chosen = self._backend  # again, for an object that is entered a second time
         return self
 
     def __exit__(
@@ -95,7 +99,7 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype, rank: 
 def auto(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """What ``backend="auto"`` takes, and the reason."""
     if _transforming():
-        return "reference", "inside torch.func transforms, which need plain autograd"
+        return "reference", "inside a torch.func transform or forward-mode AD, which need plain autograd"
     if dtype == torch.float64:
         return "reference", "float64 is for checking, and the reference is what to check with"
     if device.type == "cuda":
@@ -107,7 +111,7 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, rank: int, d
     """Every reason `backend` cannot run such a call; an empty list means it can."""
     if backend == "reference":
         return []
-    reasons = ["torch.func transforms take only the reference"] if _transforming() else []
+    reasons = ["torch.func transforms and forward-mode AD take only the reference"] if _transforming() else []
     if backend == "addmm":
         return reasons
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -142,7 +146,7 @@ def kernels(backend: str) -> ModuleType:
 
 
 def _transforming() -> bool:
-    return torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,7 @@ def explain(
 
     Raises:
         TypeError: `layer_or_shapes` is neither.
-        ValueError: `backend` is no backend's name.
+        ValueError: a size is negative or the rank is not positive; `backend` is no backend's name.
 
     >>> explain((394, 768, 768, 8)).backend
     'addmm'
@@ -192,16 +196,21 @@ def explain(
     if isinstance(getattr(layer_or_shapes, "lora_a", None), Tensor):
         layer = layer_or_shapes
         rank, (out_features, in_features) = layer.rank, (layer.out_features, layer.in_features)
-        rows: object = "any"
+        rows: int | str = "any"
         place, dtype, dropout = layer.weight.device, layer.weight.dtype, layer.dropout if layer.training else 0.0
     else:
         try:
-            rows, in_features, out_features, rank = (int(size) for size in layer_or_shapes)
+            rows, in_features, out_features, rank = (operator.index(size) for size in layer_or_shapes)
         except (TypeError, ValueError):
             raise TypeError(
                 "layer_or_shapes must be a CoToLoRALinear or (rows, in_features, out_features, rank); "
                 f"got {layer_or_shapes!r}"
             ) from None
+        if min(rows, in_features, out_features, rank - 1) < 0:
+            raise ValueError(
+                "layer_or_shapes must be (rows, in_features, out_features, rank), none negative and rank at least 1; "
+                f"got {layer_or_shapes!r}"
+            )
         place = torch.device(device)
     name, source = requested(backend)
     why_nots = {other: why_not(other, place, dtype, rank, dropout) for other in BACKENDS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -76,12 +77,9 @@ def coto_lora_linear(
     """
     _check_tensors(x, weight, bias, lora_a, lora_b)
     _check_gate(gate, x)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number; got {scale!r}")
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
-        raise ValueError(f"dropout must be a probability in [0, 1]; got {dropout!r}")
+    _check_numbers(scale, dropout)
 
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = _autocasts(x.device)
     if not autocast:
         _check_dtypes(x, weight, bias)
     if gate is False:
@@ -125,7 +123,8 @@ class _LowRankLinear(torch.autograd.Function):
         ctx.save_for_backward(
             x if needs.lora_a or needs.weight else None,
             weight if needs.x else None,
-            lora_a if needs.x else None,
+            # B's gradient has h for it, but a second differentiation is noticed by A's presence
+            lora_a if needs.x or needs.lora_b else None,
             lora_b if needs.x or needs.lora_a else None,
             saved.h if needs.lora_b else None,
             saved.keep if needs.lora_a or needs.x else None,
@@ -139,26 +138,27 @@ class _LowRankLinear(torch.autograd.Function):
         gate = ctx.gate if gate is None else gate
         kernels = dispatch.kernels(ctx.backend)
         # backward may be called inside an autocast region, which must not recast what forward settled
-        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(dy.device):
             gradients = kernels.backward(
                 dy, x, weight, lora_a, lora_b, Saved(h, keep), ctx.needs,
                 scale=ctx.scale, gate=gate, dropout=ctx.dropout,
             )  # fmt: skip
             gradients = tuple(None if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True))
         if torch.is_grad_enabled():
-            # requires_grad marks them as depending on the inputs, which no_grad hid from autograd
+            # requires_grad marks them as depending on the inputs, which no_grad hid from autograd; the inputs go
+            # along because autograd.grad visits only what leads to the tensors it is asked about
             marked = (None if g is None else g.detach().requires_grad_() for g in gradients)
-            gradients = _OnlyOnce.apply(ctx.backend, *marked)
+            gradients = _OnlyOnce.apply(ctx.backend, *marked, dy, x, weight, lora_a, lora_b)
         return *gradients, None, None, None, None
 
 
 class _OnlyOnce(torch.autograd.Function):
-    """Hands gradients on unchanged and raises if someone differentiates through them."""
+    """Hands five gradients on unchanged and raises if someone differentiates them, towards whatever they came from."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def forward(ctx: Any, backend: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         ctx.backend = backend
-        return gradients
+        return tensors[:5]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -213,10 +213,31 @@ def _check_gate(gate: Gate, x: Tensor) -> None:
         )
 
 
+def _check_numbers(scale: float, dropout: float) -> None:
+    for name, value in (("scale", scale), ("dropout", dropout)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number; got {type(value).__name__} {value!r}")
+    # not math.isfinite, which torch.compile cannot trace once it takes a changing scale for a symbol
+    if not abs(scale) < math.inf:
+        raise ValueError(f"scale must be finite; got {scale!r}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be a probability in [0, 1]; got {dropout!r}")
+
+
 def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.dtype != x.dtype:
             raise TypeError(f"{name} must be of the dtype of x, {x.dtype}; got {t.dtype}")
+
+
+def _autocasts(device: torch.device) -> bool:
+    # asking about meta, which has no autocast, raises
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context in which autocast casts nothing on `device`."""
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
 
 
 def _autocast(t: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -11,19 +11,23 @@ from cotolora.linear import CoToLoRALinear
 
 Unit = str | Callable[[str], Hashable]
 
+_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 # components that compile, checkpoint and FSDP1 wrappers put into the names of what they wrap
 _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
 
 
+def wrappers(model: nn.Module) -> Iterator[nn.Module]:
+    """`model` and what lies inside it, as long as that is DistributedDataParallel, DataParallel or torch.compile."""
+    yield model
+    inner = model.module if isinstance(model, _PARALLEL) else getattr(model, "_orig_mod", None)
+    if isinstance(inner, nn.Module):
+        yield from wrappers(inner)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module inside DistributedDataParallel, DataParallel and torch.compile."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
+    *_, inner = wrappers(model)
+    return inner
 
 
 def plain_name(name: str) -> str:
@@ -91,7 +95,11 @@ def _layer(name: str) -> str:
 
 def as_mask(mask: object, argument: str = "mask") -> torch.Tensor:
     """`mask` as a bool tensor; what holds anything but zeros and ones is refused."""
-    values = torch.as_tensor(mask)
+    try:
+        # a copy: what the caller writes to `mask` afterwards changes nothing
+        values = mask.detach().clone() if isinstance(mask, torch.Tensor) else torch.tensor(mask)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{argument} must be a bool or hold bools, as torch.tensor takes them; {error}") from None
     if values.dtype == torch.bool:
         return values
     if not ((values == 0) | (values == 1)).all():

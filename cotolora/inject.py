@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
-from cotolora.groups import adapters, unwrap
+from cotolora.groups import adapters, plain_name, unwrap, wrappers
 from cotolora.linear import CoToLoRALinear, is_conv1d, why_not_adaptable
 
 logger = logging.getLogger("cotolora")
 
 Targets = str | Sequence[str]
+
+Patterns = list[tuple[re.Pattern[str], Any]]
 
 # everything that nn.Module.register_*_hook writes to
 _HOOKS = (
@@ -25,6 +30,15 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+# what makes torch's encoder take the fused path, and the value that keeps it off
+_FAST_PATH = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),  # "neither": one of the conditions of the fused path
+    (nn.TransformerEncoder, "use_nested_tensor", False),  # only the fused path can read nested tensors
 )
 
 
@@ -50,8 +64,9 @@ def inject(
     "all-linear": every ``nn.Linear`` and transformers ``Conv1D`` except what `trainable` takes and, in a
     transformers model, the output embedding.
 
-    A module under several names becomes one adapter, named after the first. Forward and backward
-    hooks move to the new layer. Weights are shared, not copied; tied weights stay tied.
+    A module under several names becomes one adapter, named after the first. Hooks move to the new
+    layer. Weights are shared, not copied; tied weights stay tied. Names are those of the unwrapped model, as
+    `adapters` gives them.
 
     Args:
         model: the model; changed in place, and unchanged if anything raises.
@@ -68,8 +83,9 @@ def inject(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: a target or `trainable` matches nothing; a match cannot be adapted (the message
-            says why and what to exclude); the model has adapters already; an option is out of its range.
+        ValueError: a target or `trainable` matches nothing, or both take the same parameter; a match cannot
+            be adapted (the message says why and what to exclude); the model has adapters already, or is inside
+            DistributedDataParallel, which would not synchronise them; an option is out of its range.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> list(inject(model, ["0"], rank=2))
@@ -77,17 +93,26 @@ def inject(
     """
     if existing := adapters(model):
         raise ValueError(f"model must have no adapters yet; it has {len(existing)} (eject them first)")
+    if any(isinstance(wrapper, nn.parallel.DistributedDataParallel) for wrapper in wrappers(model)):
+        raise ValueError(
+            "model must be wrapped in DistributedDataParallel after inject, which synchronises only the parameters "
+            "that it finds when it is made; pass the module inside and wrap it anew"
+        )
     model = unwrap(model)
+    trainable = _checked_names("trainable", trainable)
     matched = match_linears(model, targets, exclude, trainable)
-    linears = {name: model.get_submodule(name) for name in matched}
+    linears = {name: model.get_submodule(raw_names[0]) for name, raw_names in matched.items()}
+    trained = _trainable_parameters(model, trainable)
+    _refuse_overlap(linears, trained)
+    ranks = compile_patterns("rank_pattern", rank_pattern)
+    alphas = compile_patterns("alpha_pattern", alpha_pattern)
     frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        trained = _trainable_parameters(model, trainable)
         layers = {
             name: CoToLoRALinear.from_linear(
                 linear,
-                _by_pattern(rank_pattern, name, rank),
-                _by_pattern(alpha_pattern, name, alpha),
+                first_match(ranks, name, rank),
+                first_match(alphas, name, alpha),
                 dropout=dropout,
                 use_rslora=use_rslora,
                 variant=variant,
@@ -104,8 +129,8 @@ def inject(
         parameter.requires_grad_(parameter in trained)
     for name, layer in layers.items():
         _move_hooks(linears[name], layer)
-        for alias in matched[name]:
-            _replace(model, alias, layer)
+        for raw_name in matched[name]:
+            _replace(model, raw_name, layer)
     _block_fast_path(model)
     return layers
 
@@ -124,14 +149,20 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: it has no adapters.
+        ValueError: it has no adapters, or is one itself (which `to_linear` turns into a plain module), or
+            something replaced an adapter's forward.
         RuntimeError: `merge` is asked for and an adapter's `enabled` is a row mask.
     """
     layers = adapters(model)
     if not layers:
         raise ValueError(f"model must have adapters; {type(model).__name__} has none")
     model = unwrap(model)
-    tied = _shared_weights(model, layers) if merge else {}
+    if model in layers.values():
+        raise ValueError("model must hold adapters; it is one itself (call its to_linear)")
+    for name, layer in layers.items():
+        if reason := _why_forward_is_not_its_own(layer):
+            raise ValueError(f"{name} must have its own forward to be ejected; {reason}")
+    shared = _shared_weights(model, layers)
     plain = {id(layer): layer.to_linear(merge) for layer in layers.values()}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, CoToLoRALinear):
@@ -139,8 +170,9 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
     for layer in layers.values():
         _move_hooks(layer, plain[id(layer)])
     _restore_fast_path(model)
-    for name, others in tied.items():
-        logger.warning("%s shared its weight with %s; merged, it has a weight of its own", name, ", ".join(others))
+    for name, (weight, others) in shared.items():
+        if plain[id(layers[name])].weight is not weight:
+            logger.warning("%s shared its weight with %s; merged, it has a weight of its own", name, ", ".join(others))
     return {name: plain[id(layer)] for name, layer in layers.items()}
 
 
@@ -175,13 +207,13 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[d
         two groups with "params" and "lr".
 
     Raises:
-        ValueError: `model` has no adapters; `lr` or `ratio` is not positive.
+        ValueError: `model` has no adapters; `lr` or `ratio` is not a positive finite number.
 
     Source: LoRA+, Hayou et al. 2024, section 4 (arXiv:2402.12354).
     """
     for name, value in (("lr", lr), ("ratio", ratio)):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive; got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive finite number; got {value!r}")
     layers = adapters(model)
     if not layers:
         raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
@@ -202,25 +234,57 @@ def matches(name: str, targets: Targets) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
+def compiled(argument: str, expression: str) -> re.Pattern[str]:
+    """`expression`, compiled.
+
+    Raises:
+        ValueError: it is no regular expression.
+    """
+    try:
+        return re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{argument} must hold regular expressions; got {expression!r} ({error})") from None
+
+
+def compile_patterns(argument: str, pattern: Mapping[str, Any] | None) -> Patterns:
+    """The keys of a rank_pattern or alpha_pattern, compiled once, with their values.
+
+    Raises:
+        ValueError: `pattern` is no map, or a key is no regular expression.
+    """
+    if not isinstance(pattern, (Mapping, type(None))):
+        raise ValueError(f"{argument} must be a map from regular expressions to values; got {pattern!r}")
+    return [(compiled(argument, rf"(.*\.)?({key})$"), value) for key, value in (pattern or {}).items()]
+
+
+def first_match(patterns: Patterns, name: str, default: Any) -> Any:
+    """The value of the first pattern that takes `name`, or `default`."""
+    return next((value for expression, value in patterns if expression.match(name)), default)
+
+
 def match_linears(
     model: nn.Module, targets: Targets, exclude: Targets | None = None, trainable: Targets = ()
 ) -> dict[str, list[str]]:
     """The linear modules that `inject` would replace: first name of each, in module order, and all its names.
 
+    The first name is the one in the unwrapped model; the list holds what `get_submodule` takes.
+
     Raises:
         ValueError: as `inject`.
     """
-    for argument, value in (("targets", targets), ("exclude", exclude or ()), ("trainable", trainable)):
-        _check_names(argument, value)
+    targets = _checked_names("targets", targets)
+    exclude = _checked_names("exclude", exclude or ())
+    trainable = _checked_names("trainable", trainable)
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
     modules = dict(model.named_modules(remove_duplicate=False))
     head = _output_embedding(model) if everything else None
-    names_of: dict[nn.Module, list[str]] = {}
-    for name, module in modules.items():
-        names_of.setdefault(module, []).append(name)
+    raw_names_of: dict[nn.Module, list[str]] = {}
+    for raw_name, module in modules.items():
+        raw_names_of.setdefault(module, []).append(raw_name)
 
     found = {}
-    for module, names in names_of.items():
+    for module, raw_names in raw_names_of.items():
+        names = [plain_name(raw_name) for raw_name in raw_names]
         if not everything and not any(matches(name, targets) for name in names):
             continue
         if names == [""] or (exclude and any(matches(name, exclude) for name in names)):
@@ -238,23 +302,21 @@ def match_linears(
             raise ValueError(f"targets and trainable must not overlap; both take {names[0]}")
         if module is head:
             continue
-        for name in names:
-            _refuse_unadaptable(name, module, modules)
-        found[names[0]] = names
+        for raw_name in raw_names:
+            _refuse_unadaptable(raw_name, module, modules)
+        found[names[0]] = raw_names
     _refuse_missing(model, targets, found)
     return found
 
 
-def _check_names(argument: str, value: Targets) -> None:
+def _checked_names(argument: str, value: Targets) -> Targets:
     if isinstance(value, str):
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(
-                f"{argument} must be a list of names or a regular expression; got {value!r} ({error})"
-            ) from None
-    elif not isinstance(value, Iterable) or not all(isinstance(item, str) for item in value):
+        compiled(argument, value)
+        return value
+    names = list(value) if isinstance(value, Iterable) else [value]
+    if not all(isinstance(name, str) for name in names):
         raise ValueError(f"{argument} must be a list of names or a regular expression; got {value!r}")
+    return names
 
 
 def _with_parents(name: str) -> list[str]:
@@ -267,9 +329,24 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
     return find() if callable(find) else None
 
 
-def _refuse_unadaptable(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
-    parent, _, leaf = name.rpartition(".")
-    advice = f"leave it out with exclude=[{leaf!r}]"
+def _refuse_overlap(linears: dict[str, nn.Module], trained: set[nn.Parameter]) -> None:
+    for name, linear in linears.items():
+        for key, parameter in linear.named_parameters():
+            if parameter in trained:
+                raise ValueError(
+                    f"targets and trainable must not overlap; both take {name}.{key}, by this name or one tied to it"
+                )
+
+
+def _refuse_unadaptable(raw_name: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
+    parent, _, leaf = raw_name.rpartition(".")
+    name = plain_name(raw_name)
+    advice = f"leave it out with exclude=[{name.rpartition('.')[2]!r}]"
+    if leaf == "_orig_mod":
+        raise ValueError(
+            f"{name} must not be compiled by itself: torch.compile goes on calling the module it was given, so an "
+            f"adapter there would be ignored; inject before torch.compile, or {advice}"
+        )
     if isinstance(modules[parent], nn.MultiheadAttention):
         raise ValueError(
             f"{name} must not be adapted: nn.MultiheadAttention hands its weight to a functional and never "
@@ -277,24 +354,31 @@ def _refuse_unadaptable(name: str, module: nn.Module, modules: dict[str, nn.Modu
         )
     if reason := why_not_adaptable(module):
         raise ValueError(f"{name} must be an nn.Linear or a transformers Conv1D; {reason}; {advice}")
-    if "forward" in module.__dict__:
-        raise ValueError(
-            f"{name} must keep its own forward; something replaced it (accelerate's hooks do), and the "
-            f"replacement would be lost; remove the hook first, or {advice}"
-        )
+    if reason := _why_forward_is_not_its_own(module):
+        raise ValueError(f"{name} must keep its own forward; {reason}, or {advice}")
+
+
+def _why_forward_is_not_its_own(module: nn.Module) -> str:
+    # accelerate puts the bound method back when it removes a hook: that one is the module's own
+    if module.__dict__.get("forward", own := MethodType(type(module).forward, module)) == own:
+        return ""
+    return (
+        "something replaced it (accelerate's hooks do), and the replacement would be lost with the module; "
+        "remove the hook first"
+    )
 
 
 def _refuse_missing(model: nn.Module, targets: Targets, found: dict[str, list[str]]) -> None:
     if isinstance(targets, str):
         missing = [] if found else [targets]
     else:
-        taken = [name for names in found.values() for name in names]
+        taken = [plain_name(raw_name) for raw_names in found.values() for raw_name in raw_names]
         missing = [target for target in targets if not any(matches(name, [target]) for name in taken)]
         if not targets:
             raise ValueError("targets must name at least one module; got none")
     if missing:
         linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module))
-        ends = sorted({name.rpartition(".")[2] for name in linears if name})
+        ends = sorted({plain_name(name).rpartition(".")[2] for name in linears if name})
         raise ValueError(
             f"targets {missing} match no linear module in {type(model).__name__}; its linear modules end in {ends}"
         )
@@ -302,7 +386,11 @@ def _refuse_missing(model: nn.Module, targets: Targets, found: dict[str, list[st
 
 def _trainable_parameters(model: nn.Module, trainable: Targets) -> set[nn.Parameter]:
     """The parameters that `trainable` takes, by their own names or by those of modules around them."""
-    parameters = list(model.named_parameters(remove_duplicate=False))
+    parameters = [
+        (plain_name(name), parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.is_floating_point() or parameter.is_complex()  # others cannot have a gradient
+    ]
     found = set()
     for target in [trainable] if isinstance(trainable, str) else trainable:
         rule = target if isinstance(trainable, str) else [target]
@@ -316,13 +404,6 @@ def _trainable_parameters(model: nn.Module, trainable: Targets) -> set[nn.Parame
     return found
 
 
-def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
-
-
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     # not setattr: Sequential, ModuleList and ModuleDict hold children under names that are no identifiers
@@ -334,38 +415,36 @@ def _move_hooks(source: nn.Module, target: nn.Module) -> None:
         # the very same dictionary: a handle that the user kept removes its hook from it
         setattr(target, name, getattr(source, name))
     target._is_full_backward_hook = source._is_full_backward_hook
+    for hook in target._load_state_dict_pre_hooks.values():
+        if hook.with_module:  # type: ignore[attr-defined]
+            hook.module = weakref.ref(target)  # type: ignore[attr-defined]  # torch keeps the module it was set on
 
 
-def _shared_weights(model: nn.Module, layers: dict[str, CoToLoRALinear]) -> dict[str, list[str]]:
-    """Adapters whose base weight other parameters of the model share, with those parameters' names."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+def _shared_weights(model: nn.Module, layers: dict[str, CoToLoRALinear]) -> dict[str, tuple[nn.Parameter, list[str]]]:
+    """Base weights of adapters that other modules of the model hold too, with their names there."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((module, plain_name(f"{name}.{key}" if name else key)))
     shared = {}
     for name, layer in layers.items():
         base = layer.weight if layer._original_weight is None else layer._original_weight
-        if others := [owner for owner in owners.get(id(base), []) if owner != f"{name}.weight"]:
-            shared[name] = others
+        if others := [owner for module, owner in owners.get(id(base), []) if module is not layer]:
+            shared[name] = base, others
     return shared
 
 
 def _block_fast_path(model: nn.Module) -> None:
     """Keeps torch's fused encoder inference, which reads the weights past the layers, off what was adapted."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and adapters(module):
-            module._cotolora_activation = module.activation_relu_or_gelu  # type: ignore[assignment]
-            module.activation_relu_or_gelu = 0  # "neither": one of the conditions of the fused path
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and adapters(module):
-            module._cotolora_nested = module.use_nested_tensor  # type: ignore[assignment]
-            module.use_nested_tensor = False  # only the fused path can read nested tensors
+        for kind, attribute, off in _FAST_PATH:
+            if isinstance(module, kind) and hasattr(module, attribute) and adapters(module):
+                module.__dict__[f"_cotolora_{attribute}"] = getattr(module, attribute)
+                setattr(module, attribute, off)
 
 
 def _restore_fast_path(model: nn.Module) -> None:
     for module in model.modules():
-        for saved, attribute in (
-            ("_cotolora_activation", "activation_relu_or_gelu"),
-            ("_cotolora_nested", "use_nested_tensor"),
-        ):
-            if saved in module.__dict__:
+        for _, attribute, _ in _FAST_PATH:
+            if (saved := f"_cotolora_{attribute}") in module.__dict__:
                 setattr(module, attribute, module.__dict__.pop(saved))

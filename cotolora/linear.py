@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cotolora.functional import coto_lora_linear
+from cotolora.functional import coto_lora_linear, without_autocast
 from cotolora.reference import Gate
 
 VARIANTS = ("lora",)
@@ -224,7 +224,11 @@ class CoToLoRALinear(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """The update ``s · B A [out_features, in_features]`` in the dtype of A and B, whatever the switches say."""
-        return self.scale * (self.lora_b @ self.lora_a)
+        return self._delta(self.lora_a.dtype)
+
+    def _delta(self, dtype: torch.dtype) -> Tensor:
+        with without_autocast(self.lora_a.device):
+            return self.scale * (self.lora_b.to(dtype) @ self.lora_a.to(dtype))
 
     @property
     def merged(self) -> bool:
@@ -239,8 +243,10 @@ class CoToLoRALinear(nn.Module):
             raise RuntimeError("enabled is a row mask, which no single weight can hold; set it to a bool to merge")
         if not self._enabled:
             return base
-        delta = self.delta_weight()
-        weight = base.to(delta.dtype) + (delta.T if self.fan_in_fan_out else delta)
+        # at least float32, also where .half() has cast A and B: one rounding, the last
+        dtype = torch.promote_types(torch.promote_types(base.dtype, self.lora_a.dtype), torch.float32)
+        delta = self._delta(dtype)
+        weight = base.to(dtype) + (delta.T if self.fan_in_fan_out else delta)
         return nn.Parameter(weight.to(base.dtype), requires_grad=base.requires_grad)
 
     def merge(self) -> None:

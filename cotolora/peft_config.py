@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from cotolora.groups import plain_name
-from cotolora.inject import matches
+from cotolora.inject import Patterns, compile_patterns, compiled, first_match, matches
 from cotolora.linear import CoToLoRALinear
 
 # PEFT fields that do not change what the adapter computes once its weights are loaded
@@ -31,8 +31,8 @@ class PeftConfig:
 
     rank: int
     lora_alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Patterns
+    alpha_pattern: Patterns
     use_rslora: bool
     dropout: float
     targets: str | list[str]
@@ -43,11 +43,11 @@ class PeftConfig:
 
     def alpha_of(self, name: str) -> float:
         """Alpha of the module `name`."""
-        return _first_match(self.alpha_pattern, name, self.lora_alpha)
+        return first_match(self.alpha_pattern, name, self.lora_alpha)
 
     def rank_of(self, name: str) -> int:
         """Rank of the module `name`."""
-        return _first_match(self.rank_pattern, name, self.rank)
+        return first_match(self.rank_pattern, name, self.rank)
 
     def takes(self, name: str) -> bool:
         """PEFT's rule for target_modules, exclude_modules, modules_to_save and layers_to_transform."""
@@ -55,15 +55,12 @@ class PeftConfig:
             return False
         if any(re.match(rf"(^|.*\.){re.escape(module)}($|\..*)", name) for module in self.modules_to_save):
             return False
-        if not self.layers_to_transform or isinstance(self.targets, str):
+        if not self.layers_to_transform or isinstance(self.targets, str) or name in self.targets:
             return True
-        rules = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
+        rules = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in self.layers_pattern]
+        rules = rules or [r".*?\.[^.]*\.(?P<index>\d+)\."]
         found = next((match for rule in rules if (match := re.match(rule, name))), None)
-        return found is not None and int(found[1]) in self.layers_to_transform
-
-
-def _first_match(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+        return found is not None and int(found["index"]) in self.layers_to_transform
 
 
 def parse(fields: dict[str, Any]) -> PeftConfig:
@@ -86,11 +83,15 @@ def parse(fields: dict[str, Any]) -> PeftConfig:
     config = PeftConfig(
         rank=take("r", "a positive integer", _is_size, 8),
         lora_alpha=take("lora_alpha", "a finite number", _is_number, 8),
-        rank_pattern=take("rank_pattern", "a map to positive integers", _optional(_map_of(_is_size))) or {},
-        alpha_pattern=take("alpha_pattern", "a map to finite numbers", _optional(_map_of(_is_number))) or {},
+        rank_pattern=compile_patterns(
+            "rank_pattern", take("rank_pattern", "a map to positive integers", _optional(_map_of(_is_size)))
+        ),
+        alpha_pattern=compile_patterns(
+            "alpha_pattern", take("alpha_pattern", "a map to finite numbers", _optional(_map_of(_is_number)))
+        ),
         use_rslora=take("use_rslora", "a bool", lambda value: isinstance(value, bool), False),
         dropout=take("lora_dropout", "a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1, 0.0),
-        targets=take("target_modules", "a regular expression or a list of names", lambda v: bool(v) and _are_names(v)),
+        targets=take("target_modules", "a regular expression or a list of names", _optional(_are_names)) or [],
         exclude=take("exclude_modules", "a regular expression or a list of names", _optional(_are_names)),
         layers_to_transform=_as_list(
             take("layers_to_transform", "an integer or a list of them", _optional(_one_or_many(_is_index)))
@@ -100,13 +101,13 @@ def parse(fields: dict[str, Any]) -> PeftConfig:
     )
     if unsupported := {name: value for name, value in rest.items() if value and name not in _HARMLESS}:
         raise ValueError(f"these settings are not supported and would change the result: {unsupported}")
-    expressions = [*config.rank_pattern, *config.alpha_pattern, *config.layers_pattern]
-    expressions += [value for value in (config.targets, config.exclude) if isinstance(value, str)]
-    for expression in expressions:
-        try:
-            re.compile(expression)
-        except re.error as error:
-            raise ValueError(f"{expression!r} must be a regular expression; {error}") from None
+    if not config.targets:
+        raise ValueError(f"target_modules must be a regular expression or a list of names; got {config.targets!r}")
+    for name, value in (("target_modules", config.targets), ("exclude_modules", config.exclude)):
+        if isinstance(value, str):
+            compiled(name, value)
+    for value in config.layers_pattern:
+        compiled("layers_pattern", value)
     return config
 
 
@@ -119,7 +120,8 @@ def _is_index(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    largest = sys.float_info.max  # comparing takes integers that no float can hold, which math.isfinite does not
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def _are_names(value: Any) -> bool:
@@ -139,7 +141,7 @@ def _one_or_many(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+    return value if isinstance(value, list) else [] if value in (None, "") else [value]
 
 
 def describe(model: nn.Module, layers: dict[str, CoToLoRALinear], modules: list[str]) -> dict[str, Any]:
@@ -158,7 +160,9 @@ def describe(model: nn.Module, layers: dict[str, CoToLoRALinear], modules: list[
         "peft_type": "LORA",
         "task_type": None,
         "inference_mode": True,
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "base_model_name_or_path": path
+        if (path := getattr(model, "name_or_path", "")) and isinstance(path, str)
+        else None,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": max(layer.dropout for layer in layers.values()),
@@ -173,6 +177,17 @@ def describe(model: nn.Module, layers: dict[str, CoToLoRALinear], modules: list[
         "rank_pattern": {exactly(name): layer.rank for name, layer in layers.items() if layer.rank != rank},
         "alpha_pattern": {exactly(name): value for name, value in alphas.items() if value != alpha},
     }
+
+
+def is_alone(name: str, others: Iterable[str]) -> bool:
+    """Whether PEFT, finding `name` in modules_to_save, takes no other module and keeps adapters out of no other.
+
+    It takes every module whose name ends so, inside a component too, and reads `name` as a regular expression.
+    """
+    if set(name) & set(r"^$*+?{}[]\|()"):
+        return False
+    inside = re.compile(rf"(^|.*\.){name}($|\..*)")
+    return not any(other != name and (other.endswith(name) or inside.match(other)) for other in others)
 
 
 def exactly(name: str) -> str:

@@ -43,15 +43,16 @@ def activation_probability(
         raise ValueError(f"step must be an integer of at least 0; got {step!r}")
     if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
         raise ValueError(f"total_steps must be a positive integer; got {total_steps!r}")
-    if not 0 <= initial_p <= 1:
+    if isinstance(initial_p, bool) or not isinstance(initial_p, (int, float)) or not 0 <= initial_p <= 1:
         raise ValueError(f"initial_p must be a probability in [0, 1]; got {initial_p!r}")
-    if not 0 < ramp <= 1:
+    if isinstance(ramp, bool) or not isinstance(ramp, (int, float)) or not 0 < ramp <= 1:
         raise ValueError(f"ramp must be in (0, 1]; got {ramp!r}")
     if shape not in SHAPES:
         raise ValueError(f"shape must be one of {SHAPES}; got {shape!r}")
     if shape == "constant":
         return float(initial_p)
-    u = step / (ramp * total_steps)
+    # in this order, so that u is exactly 1 where ramp is the decimal of step / total_steps: 55 / (0.55 * 100) < 1
+    u = min(step, total_steps) / total_steps / ramp
     if u >= 1:
         return 1.0
     f = {"linear": u, "exponential": math.expm1(u) / math.expm1(1), "sine": math.sin(math.pi * u / 2)}[shape]
@@ -94,7 +95,10 @@ def sample_mask(
     for name, value, limit in (("n", n, 2**32), ("seed", seed, 2**64), ("step", step, 2**64)):
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
             raise ValueError(f"{name} must be an integer in [0, {limit}); got {value!r}")
-    probabilities = np.asarray(p, dtype=np.float64)
+    try:
+        probabilities = np.asarray(p, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"p must be a float or {n} of them, one for each group; got {p!r}") from None
     if probabilities.ndim == 0:
         probabilities = np.full(n, probabilities)
     if probabilities.shape != (n,):
@@ -111,9 +115,7 @@ def sample_mask(
         if not weights.any():
             weights = np.ones(n)
         cumulative = np.cumsum(weights)
-        # at most the last group of positive weight, also where u · total rounds up to the total
-        first = min(
-            int(np.searchsorted(cumulative, uniforms[0] * cumulative[-1], side="right")), int(weights.nonzero()[0][-1])
-        )
+        # divided, and not u times the total, which rounds up to the total and coarsely where p is subnormal
+        first = int(np.searchsorted(cumulative / cumulative[-1], uniforms[0], side="right"))
         active[:first], active[first] = False, True
     return torch.from_numpy(active)  # type: ignore[return-value]

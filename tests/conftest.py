@@ -9,7 +9,8 @@ if not torch.cuda.is_available():
     # before anything imports triton: kernels decorated earlier would be compiled for a GPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# the sizes are small, and threads that wait for one another cost more than they save on a shared machine
+torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -1,0 +1,24 @@
+"""`python -m benchmarks NAME …` runs one of the measurements."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+# each is a module of this package whose main(arguments) returns the exit status
+COMMANDS = {
+    "aot": "compile every kernel for every GPU it has tiles for, without a GPU, and hold it to its budget",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command named first with the rest of the arguments."""
+    if arguments and arguments[0] in COMMANDS:
+        return importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
+    print("usage: python -m benchmarks NAME ...\n")
+    print("\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items()))
+    return 0 if arguments in ([], ["-h"], ["--help"]) else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,154 @@
+"""A linear layer and its gated low-rank update in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cotolora.kernels.tiles import Tile, architecture, dot_precision, is_aligned, one_pass_tile
+
+
+@triton.jit
+def accumulate(
+    # [BLOCK_M, BLOCK_N], what x Wᵀ is added to; then where each row of x, W and A starts
+    y, x_rows, weight_rows, a_rows,
+    row_ok, column_ok, rank_ok,
+    K,
+    stride_x_k, stride_weight_k, stride_a_k,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    LOW_RANK: tl.constexpr,  # without it A is not read and h is zero
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds x Wᵀ to y and makes h = x Aᵀ, in float32, from one read of x."""
+    h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for first_k in range(0, K, BLOCK_K):
+        ks = first_k + tl.arange(0, BLOCK_K).to(tl.int64)
+        k_ok = ks < K
+        x = tl.load(x_rows[:, None] + ks[None, :] * stride_x_k, mask=row_ok[:, None] & k_ok[None, :], other=0.0)
+        weight_ptrs = weight_rows[None, :] + ks[:, None] * stride_weight_k
+        weight = tl.load(weight_ptrs, mask=k_ok[:, None] & column_ok[None, :], other=0.0)
+        y = tl.dot(x, weight, y, input_precision=PRECISION)
+        if LOW_RANK:
+            a_ptrs = a_rows[None, :] + ks[:, None] * stride_a_k
+            a = tl.load(a_ptrs, mask=k_ok[:, None] & rank_ok[None, :], other=0.0)
+            h = tl.dot(x, a, h, input_precision=PRECISION)
+    return y, h
+
+
+# M changes from batch to batch, and 1, a multiple of 16 and any other would each be a compilation
+@triton.jit(do_not_specialize=["M", "rows_per_gate"])
+def one_pass_kernel(
+    # [M, K], [N, K], [N] or None, [R, K], [N, R], [] or [G] or None, [M, N] and [M, R]
+    x_ptr, weight_ptr, bias_ptr, a_ptr, b_ptr, gate_ptr, y_ptr, h_ptr,
+    M, N, K, R, rows_per_gate,
+    stride_x_m, stride_x_k,
+    stride_weight_n, stride_weight_k,
+    stride_bias_n,
+    stride_a_r, stride_a_k,
+    stride_b_n, stride_b_r,
+    stride_gate_g,
+    stride_y_m, stride_y_n,
+    stride_h_m, stride_h_r,
+    scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # R rounded up to a power of two, at least 16 (tl.dot)
+    GROUP_M: tl.constexpr,
+    ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
+    STORE_H: tl.constexpr,
+    PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
+):  # fmt: skip
+    """One program writes a [BLOCK_M, BLOCK_N] tile of y; those of the first column of tiles also [BLOCK_M, R] of h."""
+    program = tl.program_id(0)
+    group_size = GROUP_M * tl.maximum(tl.cdiv(N, BLOCK_N), 1)
+    first_m = program // group_size * GROUP_M
+    group_m = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, GROUP_M)
+    tile_m = first_m + program % group_size % group_m
+    tile_n = program % group_size // group_m
+
+    # int64: index * stride passes 2**31 for tensors beyond 2 Gi elements
+    rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tl.arange(0, BLOCK_R).to(tl.int64)
+    row_ok, column_ok, rank_ok = rows < M, columns < N, ranks < R
+
+    on, row_on = True, row_ok
+    if ROW_GATES:
+        row_on = tl.load(gate_ptr + rows // rows_per_gate * stride_gate_g, mask=row_ok, other=0) != 0
+        on = tl.max(row_on.to(tl.int32), axis=0) != 0
+    elif gate_ptr is not None:
+        on = tl.load(gate_ptr) != 0
+
+    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if bias_ptr is not None:
+        # before the K loop: added after it, a thread's share of 256 columns costs 40 registers [compiled, sm_90]
+        bias = tl.load(bias_ptr + columns * stride_bias_n, mask=column_ok, other=0.0)
+        y += bias.to(tl.float32)[None, :]
+    x_rows = x_ptr + rows * stride_x_m
+    weight_rows, a_rows = weight_ptr + columns * stride_weight_n, a_ptr + ranks * stride_a_r
+    # a loop of its own for each, because a branch inside the loop stops the pipelining of A
+    if on:
+        y, h = accumulate(
+            y, x_rows, weight_rows, a_rows, row_ok, column_ok, rank_ok, K, stride_x_k, stride_weight_k, stride_a_k,
+            BLOCK_M, BLOCK_K, BLOCK_R, True, PRECISION,
+        )  # fmt: skip
+    else:
+        y, h = accumulate(
+            y, x_rows, weight_rows, a_rows, row_ok, column_ok, rank_ok, K, stride_x_k, stride_weight_k, stride_a_k,
+            BLOCK_M, BLOCK_K, BLOCK_R, False, PRECISION,
+        )  # fmt: skip
+
+    # rank_ok: an inf in x makes NaN of the ranks that are not there
+    h = tl.where(row_on[:, None] & rank_ok[None, :], scale * h, 0.0).to(h_ptr.dtype.element_ty)
+    if STORE_H and tile_n == 0:
+        h_ptrs = h_ptr + rows[:, None] * stride_h_m + ranks[None, :] * stride_h_r
+        tl.store(h_ptrs, h, mask=row_ok[:, None] & rank_ok[None, :])
+    y_ptrs = y_ptr + rows[:, None] * stride_y_m + columns[None, :] * stride_y_n
+    if ROW_GATES:
+        # rows that are off leave before B comes in: their zeros times its inf would be NaN
+        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(row_ok & ~row_on)[:, None] & column_ok[None, :])
+    if on:
+        b_ptrs = b_ptr + ranks[:, None] * stride_b_r + columns[None, :] * stride_b_n
+        b = tl.load(b_ptrs, mask=rank_ok[:, None] & column_ok[None, :], other=0.0)
+        y = tl.dot(h, b, y, input_precision=PRECISION)
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=row_on[:, None] & column_ok[None, :])
+
+
+def one_pass(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gate: Tensor | None, scale: float,
+    *, tile: Tile | None = None, store_h: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launches `one_pass_kernel`: ``y = x Wᵀ + bias + h Bᵀ`` with ``h = scale · x Aᵀ``, rounded once.
+
+    ``x [M, K]``, ``weight [N, K]``, ``bias [N]`` or None, ``a [R, K]``, ``b [N, R]`` → ``y [M, N]``, ``h [M, R]``, of
+    one dtype and any strides. `gate`: None (on), ``[]``, or ``[G]`` with row i under gate ``i // (M / G)``. Rows that
+    are off have the base in y, whatever A and B hold, and zeros in h. Without `store_h`, h is ``[M, 0]``.
+    """
+    (m, k), n, rank = x.shape, weight.shape[0], a.shape[0]
+    y, h = x.new_empty(m, n), x.new_empty(m, rank if store_h else 0)
+    if m == 0:
+        return y, h
+    row_gates = gate is not None and gate.dim() == 1
+    precision = dot_precision(x.dtype, x.device)
+    tile = tile or one_pass_tile(
+        m, n, rank, architecture(x.device), element_size=x.element_size(), precision=precision,
+        # K of x must lie together: the kernel is not specialised on M
+        aligned=x.stride(1) == 1 and is_aligned(x) and is_aligned(weight) and is_aligned(a), row_gates=row_gates,
+    )  # fmt: skip
+    # without columns there is still h to write
+    programs = triton.cdiv(m, tile.block_m) * max(1, triton.cdiv(n, tile.block_n))
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        one_pass_kernel[(programs,)](
+            x, weight, bias, a, b, gate, y, h,
+            m, n, k, rank, m // gate.shape[0] if row_gates else m,
+            *x.stride(), *weight.stride(), bias.stride(0) if bias is not None else 0, *a.stride(), *b.stride(),
+            gate.stride(0) if row_gates else 0, *y.stride(), *h.stride(),
+            float(scale),
+            BLOCK_R=max(16, triton.next_power_of_2(rank)),
+            ROW_GATES=row_gates,
+            STORE_H=store_h,
+            PRECISION=precision,
+            **tile.meta(),
+        )  # fmt: skip
+    return y, h

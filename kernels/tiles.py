@@ -1,0 +1,195 @@
+"""Launch parameters of the kernels, as data: which tile a kernel takes for which sizes on which GPU.
+
+No row has been timed on a GPU. They follow from counting waves, bytes in flight and shared memory, and from the
+registers and spills that `python -m benchmarks aot` reads out of the compiled kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Launch parameters of one kernel: what one program covers, the order of the programs, warps and stages."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int = 8  # row tiles taken together, so that a tile of the weight is read again while the L2 has it
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def meta(self) -> dict[str, int | bool]:
+        """Keyword arguments of the launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP_M": self.group_m,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,  # the default of all versions; left unsaid, Triton 3.9 warns
+        }
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tile and what it is for: sizes up to and including a bound, and one kind of operand. None is any.
+
+    There is no bound on K, which sets the number of steps and nothing else.
+    """
+
+    tile: Tile
+    max_m: int | None = None
+    max_n: int | None = None
+    max_rank: int | None = None
+    element_size: int | None = None
+    precision: str | None = None
+    aligned: bool | None = None
+    row_gates: bool | None = None
+
+    def takes(
+        self, m: int, n: int, rank: int, *, element_size: int, precision: str, aligned: bool, row_gates: bool
+    ) -> bool:
+        """Whether the row is for these sizes and operands."""
+        sizes = ((m, self.max_m), (n, self.max_n), (rank, self.max_rank))
+        kinds = (
+            (element_size, self.element_size),
+            (precision, self.precision),
+            (aligned, self.aligned),
+            (row_gates, self.row_gates),
+        )
+        return all(most is None or size <= most for size, most in sizes) and all(
+            only is None or kind == only for kind, only in kinds
+        )
+
+
+# every element has an address of its own, so only more warps per element keep them in registers
+UNALIGNED = Row(Tile(64, 64, 32, num_warps=8, num_stages=2), element_size=2, aligned=False)
+# NVIDIA has no matrix instruction for full float32: a product holds BLOCK_K (h Bᵀ: BLOCK_R) operands a row in registers
+IEEE = (
+    Row(Tile(32, 64, 16), max_rank=16, element_size=4, precision="ieee"),
+    Row(Tile(32, 32, 16, num_warps=8), element_size=4, precision="ieee"),
+)
+# small enough for rank 128, where h takes twice the registers of y
+TF32 = Row(Tile(64, 64, 32, num_warps=8), element_size=4, precision="tf32")
+
+# the first row that takes the operands counts, and the last of an architecture takes what is left
+ONE_PASS: dict[str, tuple[Row, ...]] = {
+    # 108 SMs, 163 KiB
+    "sm_80": (
+        UNALIGNED,
+        *IEEE,
+        TF32,
+        # the weight is read once and all else is small: 32 columns make 128 programs of N = 4096
+        Row(Tile(16, 32, 128, group_m=1, num_stages=4), max_m=16, max_rank=64),
+        Row(Tile(64, 32, 128, group_m=1, num_stages=4), max_m=64, max_n=8192, max_rank=32),
+        # a large N has programs enough; a large rank wants A read by fewer of them
+        Row(Tile(64, 64, 64, group_m=1, num_warps=8, num_stages=4), max_m=64),
+        # too few rows to fill the GPU with 128 x 128
+        Row(Tile(64, 128, 32, num_warps=8, num_stages=4), max_m=512),
+        # the usual tile of this GPU; above rank 32 h does not fit beside y
+        Row(Tile(128, 128, 32, num_warps=8, num_stages=4), max_rank=32),
+        Row(Tile(128, 64, 32, num_warps=8, num_stages=4)),
+    ),
+    # 132 SMs, 227 KiB; wgmma wants 64 rows for each 4 warps
+    "sm_90": (
+        UNALIGNED,
+        *IEEE,
+        Row(Tile(64, 64, 32), max_m=64, element_size=4, precision="tf32", aligned=True),
+        Row(Tile(128, 64, 32, num_warps=8), element_size=4, precision="tf32", aligned=True),
+        TF32,
+        # the weight is read once and all else is small: 32 columns make 128 programs of N = 4096, 5 stages of 8 KiB
+        # of it each; 4.3 TB/s at 0.7 µs want 23 KiB in flight on an SM
+        Row(Tile(64, 32, 128, group_m=1, num_stages=5), max_m=64, max_n=8192, max_rank=32),
+        # a large N has programs enough, two to an SM; a large rank wants A read by fewer of them
+        Row(Tile(64, 64, 64, group_m=1, num_stages=5), max_m=64),
+        # 128 programs of [256, 4096], 128 of [512, 4096]
+        Row(Tile(64, 128, 64, num_stages=4), max_m=256),
+        Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=512),
+        # the widest: 16 ranks cost 1/16 more products; row gates store y twice, and that spills
+        Row(Tile(128, 256, 64, num_warps=8), max_rank=64, row_gates=False),
+        Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
+    ),
+    # 148 SMs, 227 KiB; tcgen05 wants 64 rows and keeps y in tensor memory
+    "sm_100": (
+        UNALIGNED,
+        *IEEE,
+        Row(Tile(64, 64, 32), max_m=64, element_size=4, precision="tf32", aligned=True),
+        Row(Tile(128, 64, 32, num_warps=8), element_size=4, precision="tf32", aligned=True),
+        TF32,
+        # as on sm_90, of which this is the same with more SMs
+        Row(Tile(64, 32, 128, group_m=1, num_stages=5), max_m=64, max_n=8192, max_rank=32),
+        Row(Tile(64, 64, 64, group_m=1, num_stages=5), max_m=64),
+        Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=512),
+        Row(Tile(128, 256, 64, num_warps=8), max_rank=64, row_gates=False),
+        Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
+    ),
+    # 304 CUs, 64 KiB, so two stages; matrix instructions exist for full float32
+    "gfx942": (
+        UNALIGNED,
+        Row(Tile(64, 64, 32, num_stages=2), element_size=4),
+        # the weight is read once: narrow tiles for the many CUs
+        Row(Tile(16, 32, 128, group_m=1, num_stages=2), max_m=16),
+        Row(Tile(64, 64, 64, num_stages=2), max_m=512),
+        Row(Tile(128, 128, 64, num_warps=8, num_stages=2)),
+    ),
+    # any other GPU: at most 64 KiB, and no more registers than sm_80 has
+    "generic": (
+        UNALIGNED,
+        Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4),
+        Row(Tile(16, 64, 64, group_m=1, num_stages=2), max_m=16),
+        Row(Tile(64, 64, 32, num_stages=2)),
+    ),
+}
+
+
+def one_pass_tile(
+    m: int, n: int, rank: int, arch: str, *, element_size: int, precision: str, aligned: bool, row_gates: bool
+) -> Tile:
+    """The tile of `one_pass_kernel` for ``x [m, K]``, ``weight [n, K]`` and ``a [rank, K]``."""
+    kind = {"element_size": element_size, "precision": precision, "aligned": aligned, "row_gates": row_gates}
+    return next(row.tile for row in one_pass_rows(arch) if row.takes(m, n, rank, **kind))
+
+
+def one_pass_rows(arch: str) -> tuple[Row, ...]:
+    """Every row for an architecture, in the order in which they are tried."""
+    return ONE_PASS[arch]
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """Whose rows a device takes: "sm_80", "sm_90", "sm_100", "gfx942", or "generic" for anything else."""
+    if device.type != "cuda":
+        return "generic"
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    else:
+        major, minor = torch.cuda.get_device_capability(device)
+        # all of 9 and 10 have 227 KiB of shared memory; 8.0 has 163, but 8.6 and 8.9 have 99
+        name = f"sm_{major}0" if major in (9, 10) or (major, minor) == (8, 0) else "generic"
+    return name if name in ONE_PASS else "generic"
+
+
+def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
+    """What `tl.dot` does to float32 operands, "tf32" or "ieee": as torch's own switch says at the moment."""
+    if dtype != torch.float32 or (torch.version.hip and architecture(device) != "gfx942"):
+        return "ieee"  # of AMD's GPUs, Triton takes "tf32" on gfx942 alone
+    switch = torch.backends.cuda.matmul
+    # torch 2.9 brought fp32_precision; a program that sets it can no longer read allow_tf32
+    if hasattr(switch, "fp32_precision"):
+        return "tf32" if switch.fp32_precision == "tf32" else "ieee"
+    return "tf32" if switch.allow_tf32 else "ieee"
+
+
+def is_aligned(matrix: Tensor) -> bool:
+    """Whether Triton can see that 16-byte loads fit: a stride of 1, all else multiples of 16."""
+    if 1 not in matrix.stride():
+        return False
+    inner = matrix.stride().index(1)
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(1 - inner) % 16 == 0 and matrix.shape[inner] % 16 == 0

@@ -1,0 +1,116 @@
+"""Every kernel compiles for every GPU it has tiles for, and keeps its budget. Needs no GPU."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cotolora.kernels.tiles import one_pass_rows
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+ROOT = Path(__file__).parent.parent
+SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+
+
+def run(*arguments):
+    """A Python that compiles, whether or not this one interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def aot(tmp_path_factory):
+    """The finished process, and what it wrote."""
+    path = tmp_path_factory.mktemp("aot") / "aot.json"
+    process = run("-m", "benchmarks", "aot", "--json", str(path))
+    assert path.exists(), process.stderr
+    return process, json.loads(path.read_text())
+
+
+@pytest.fixture(params=list(SHARED_LIMITS))
+def target(request):
+    return request.param
+
+
+@pytest.fixture
+def results(aot, target):
+    return [result for result in aot[1]["results"] if result["target"] == target]
+
+
+def test_nothing_breaks_its_budget(aot):
+    process, written = aot
+    assert [result for result in written["results"] if result["broken"]] == []
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[0] == f"triton {written['triton']}"
+
+
+def test_every_row_is_compiled(results, target):
+    tiles = {result["tile"] for result in results if result["rows"] == target}
+    for row in one_pass_rows(target):
+        t = row.tile
+        assert f"{t.block_m}x{t.block_n}x{t.block_k} w{t.num_warps} s{t.num_stages}" in tiles
+    assert {result["dtype"].split()[0] for result in results} == {"bfloat16", "float16", "float32"}
+    assert {result["gate"] for result in results} == {"none", "device", "rows"}
+    assert {result["layout"] for result in results} == {"aligned", "odd", "ones"}
+
+
+def test_no_spills(results):
+    assert [r for r in results if r["spill_bytes"] > 0 and not r["dtype"].startswith("float32")] == []
+
+
+def test_shared_memory_fits(results, target):
+    assert 0 < max(result["shared_bytes"] for result in results) <= SHARED_LIMITS[target]
+
+
+def test_tensor_cores(results, target):
+    instruction = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}[target]
+    halves = [result for result in results if result["dtype"] in ("bfloat16", "float16")]
+    assert [result for result in halves if not result["instructions"][instruction]] == []
+    assert not any(result["serialized"] for result in results)
+
+
+def test_off_multiplies_by_the_weight_alone(results):
+    """A device gate adds one loop, and in it there are fewer products than in the loop with A."""
+    products = {
+        (result["tile"], result["gate"]): sum(result["instructions"].values())
+        for result in results
+        if result["rank"] == 8 and result["dtype"] == "bfloat16"
+    }
+    for tile in {tile for tile, _ in products}:
+        with_a, both = products[tile, "none"], products[tile, "device"]
+        assert with_a < both < 2 * with_a
+
+
+BROKEN = {
+    "shared-memory": ("Tile(256, 256, 64, num_warps=8, num_stages=4), 'bfloat16'", "bytes of shared memory"),
+    "spills": ("Tile(256, 256, 32, num_warps=4, num_stages=2), 'bfloat16'", "bytes of spills"),
+    "no-wgmma": ("Tile(32, 64, 64), 'bfloat16'", "no wgmma"),
+    "no-power-of-two": ("Tile(96, 64, 64), 'bfloat16'", "does not compile"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_budget_is_reported(what):
+    arguments, reason = BROKEN[what]
+    code = (
+        "from benchmarks.aot import *\n"
+        f"tile, dtype = {arguments}\n"
+        "print(*measure(one_pass_case('sm_90', 'sm_90', Row(tile), 16, dtype, 'device', 'aligned')).broken)"
+    )
+    process = run("-c", code)
+    assert process.returncode == 0, process.stderr
+    assert reason in process.stdout
+
+
+def test_interpreting_is_refused():
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "aot"],
+        cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 2
+    assert "TRITON_INTERPRET" in process.stderr

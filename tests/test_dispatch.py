@@ -1,0 +1,469 @@
+"""Which backend runs, what is imported for it, and the fused backend under Triton's interpreter."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cotolora import CoToLoRALinear, coto_lora_linear, dispatch, explain, set_backend
+from tests.tolerance import assert_as_accurate_as_torch
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreter = pytest.mark.skipif(
+    not (INTERPRETED and dispatch.has_triton()),
+    reason="needs triton and TRITON_INTERPRET=1 (set where there is no GPU)",
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_chosen(monkeypatch):
+    """As in a fresh process, whatever the environment of this one."""
+    monkeypatch.setattr(dispatch, "_environment", None)
+    before = dispatch._chosen
+    dispatch._chosen = None
+    yield
+    dispatch._chosen = before
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Collects the names of the backends that calls take."""
+    names, choose = [], dispatch.choose
+
+    def recorded(*args):
+        names.append(choose(*args))
+        return names[-1]
+
+    monkeypatch.setattr(dispatch, "choose", recorded)
+    return names
+
+
+def call(dtype=torch.float32, rank=2, **kwargs):
+    g = torch.Generator().manual_seed(0)
+    x, weight, a, b = (torch.randn(*size, generator=g).to(dtype) for size in ((3, 6), (4, 6), (rank, 6), (4, rank)))
+    return coto_lora_linear(x, weight, None, a, b, scale=0.5, **kwargs)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+# precedence
+
+
+def test_the_argument_goes_before_set_backend_before_the_environment_before_auto(monkeypatch, ran):
+    call()
+    monkeypatch.setattr(dispatch, "_environment", "reference")
+    call()
+    with set_backend("addmm"):
+        call()
+        call(backend="reference")
+    call(backend="addmm")
+    call(backend="auto")
+    assert ran == ["addmm", "reference", "addmm", "reference", "addmm", "addmm"]
+
+
+def test_auto_by_name_overrides_what_was_set(monkeypatch, ran):
+    monkeypatch.setattr(dispatch, "_environment", "reference")
+    with set_backend("auto"):
+        call()
+    with set_backend("reference"):
+        call(backend="auto")
+    assert ran == ["addmm", "addmm"]
+
+
+def test_the_layer_follows_set_backend(ran):
+    layer = CoToLoRALinear(6, 4, rank=2)
+    with set_backend("reference"):
+        layer(torch.ones(3, 6))
+    layer(torch.ones(3, 6))
+    assert ran == ["reference", "addmm"]
+
+
+@pytest.mark.parametrize(("value", "backend"), [("reference", "reference"), ("auto", "addmm"), ("", "addmm")])
+def test_the_environment_variable_is_read(value, backend):
+    done = python("import cotolora; print(cotolora.explain((3, 4, 5, 2)).backend)", COTOLORA_BACKEND=value)
+    assert (done.stdout.strip(), done.returncode) == (backend, 0), done.stderr
+
+
+def test_a_wrong_environment_variable_is_named(monkeypatch):
+    monkeypatch.setattr(dispatch, "_environment", "cuda")
+    with pytest.raises(ValueError, match=r"environment variable COTOLORA_BACKEND must be 'auto', .*; got 'cuda'"):
+        call()
+    call(backend="addmm")  # nobody asks it then
+
+
+# set_backend
+
+
+def test_set_backend_as_a_call_stays():
+    set_backend("reference")
+    assert dispatch.requested(None) == ("reference", "set_backend")
+    set_backend(None)
+    assert dispatch.requested(None) == ("auto", "default")
+
+
+def test_set_backend_nests_and_restores():
+    set_backend("addmm")
+    with set_backend("reference"):
+        with set_backend("auto"):
+            assert dispatch.requested(None)[0] == "auto"
+            with set_backend(None):
+                assert dispatch.requested(None) == ("auto", "default")
+        assert dispatch.requested(None)[0] == "reference"
+    assert dispatch.requested(None)[0] == "addmm"
+
+
+def test_set_backend_restores_when_the_block_raises():
+    with pytest.raises(KeyError), set_backend("reference"):
+        raise KeyError
+    assert dispatch.requested(None)[0] == "auto"
+
+
+def test_set_backend_can_be_entered_again():
+    choice = set_backend("reference")
+    for _ in range(2):
+        with choice:
+            assert dispatch.requested(None)[0] == "reference"
+        assert dispatch.requested(None)[0] == "auto"
+
+
+def test_set_backend_holds_in_the_threads_of_autograd():
+    x = torch.ones(3, 6, requires_grad=True)
+    layer, seen = CoToLoRALinear(6, 4, rank=2), []
+    x.register_hook(lambda _: seen.append(dispatch.requested(None)[0]))
+    with set_backend("reference"):
+        layer(x).sum().backward()
+    assert seen == ["reference"]
+
+
+@pytest.mark.parametrize("name", ["cuda", "Reference", "", 1, True])
+def test_unknown_names_are_refused_and_change_nothing(name):
+    message = rf"backend must be 'auto', 'reference', 'addmm' or 'triton'; got {name!r}"
+    with set_backend("reference"):
+        for ask in (set_backend, lambda name: call(backend=name), lambda name: explain((1, 2, 3, 4), backend=name)):
+            with pytest.raises(ValueError, match=message):
+                ask(name)
+        with pytest.raises(ValueError, match=message):
+            call(backend=name, gate=False)
+        assert dispatch.requested(None)[0] == "reference"
+
+
+# what is chosen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+def test_auto_takes_addmm(device, dtype):
+    assert dispatch.auto(torch.device(device), dtype)[0] == "addmm"
+    assert dispatch.choose(None, torch.device(device), dtype, 500, 0.5) == "addmm"
+
+
+def test_auto_takes_the_reference_in_float64_and_under_transforms(ran):
+    call(torch.float64)
+    call(torch.float64, backend="addmm")
+    torch.func.vmap(lambda x: coto_lora_linear(x, x[None], None, x[None], x[:1, None], scale=1.0))(torch.ones(2, 6))
+    assert ran == ["reference", "addmm", "reference"]
+
+
+def test_a_backend_asked_for_by_name_lists_every_reason(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    with pytest.raises(RuntimeError) as raised:
+        call(torch.float64, rank=200, dropout=0.5, backend="triton")
+    assert str(raised.value) == (
+        "backend='triton' cannot run this call:\n"
+        "  - triton is not installed\n"
+        "  - x is on cpu, not cuda (on a CPU only under TRITON_INTERPRET=1)\n"
+        "  - dtype torch.float64 is not float32, float16 or bfloat16\n"
+        "  - rank 200 exceeds 128\n"
+        "  - the fused kernel has no dropout yet; got dropout=0.5"
+    )
+    with set_backend("triton"), pytest.raises(RuntimeError, match=r"(?s)backend='triton' cannot run.*x is on cpu"):
+        call()
+
+
+def test_a_backend_that_can_run_has_no_reason_against_it():
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        assert dispatch.why_not("reference", CPU, dtype, 1000, 0.5) == []
+        assert dispatch.why_not("addmm", CPU, dtype, 1000, 0.5) == []
+    if dispatch.has_triton() and INTERPRETED:
+        assert dispatch.why_not("triton", CPU, torch.float16, dispatch.TRITON_MAX_RANK, 0.0) == []
+
+
+# explain
+
+
+def test_explain_says_what_runs_and_why_the_others_do_not(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    plan = explain((7, 6, 4, 2), dtype=torch.bfloat16)
+    assert plan.backend == "addmm"
+    assert plan.reason == dispatch.auto(CPU, torch.bfloat16)[1]
+    assert set(plan.others) == {"reference", "triton"}
+    assert plan.others["reference"] == ("can run",)
+    assert str(plan).splitlines() == [
+        f"rows 7, 6 -> 4, rank 2, bfloat16 on cpu: addmm ({plan.reason})",
+        "  reference: can run",
+        f"  triton: {'; '.join(plan.others['triton'])}",
+    ]
+    assert "x is on cpu" in str(plan)
+
+
+def test_explain_agrees_with_what_runs(ran):
+    for dtype in (torch.float32, torch.float64):
+        for name in (None, "auto", "reference", "addmm"):
+            call(dtype, backend=name)
+            assert ran[-1] == explain((3, 6, 4, 2), dtype=dtype, backend=name).backend
+
+
+def test_explain_of_what_cannot_run(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    plan = explain((7, 6, 4, 200), backend="triton")
+    assert plan.backend is None
+    assert "cannot run (asked for by the backend argument, but" in str(plan)
+    assert "rank 200 exceeds 128" in plan.reason
+    assert set(plan.others) == {"reference", "addmm"}
+    with set_backend("reference"):
+        assert explain((7, 6, 4, 2)).reason == "asked for by set_backend"
+
+
+def test_explain_takes_a_layer():
+    layer = CoToLoRALinear(6, 4, rank=2, dropout=0.5, dtype=torch.float64)
+    plan = explain(layer)
+    assert plan.backend == "reference"
+    assert "6 -> 4, rank 2, float64 on cpu" in str(plan)
+    assert any("dropout=0.5" in reason for reason in plan.others["triton"])
+    assert not any("dropout" in reason for reason in explain(layer.eval()).others["triton"])
+    assert explain(CoToLoRALinear(6, 4, device="meta")).call.endswith("on meta")
+
+
+@pytest.mark.parametrize("bad", [(1, 2, 3), (1.5, 2, 3, 4), "1234", None, 5, torch.nn.Linear(2, 3)], ids=str)
+def test_explain_refuses_what_is_no_shape(bad):
+    with pytest.raises(TypeError, match="layer_or_shapes must be a CoToLoRALinear or"):
+        explain(bad)
+
+
+@pytest.mark.parametrize("bad", [(-1, 2, 3, 4), (1, -2, 3, 4), (1, 2, 3, 0)], ids=str)
+def test_explain_refuses_impossible_sizes(bad):
+    with pytest.raises(ValueError, match="none negative and rank at least 1; got"):
+        explain(bad)
+
+
+# imports
+
+
+def test_importing_cotolora_loads_nothing_heavy():
+    done = python(
+        "import sys, torch\n"
+        "torchs = set(sys.modules)\n"  # its hub takes tqdm where there is one
+        "heavy = {'triton', 'transformers', 'matplotlib', 'sklearn', 'tqdm', 'peft', 'lightning', 'cotolora.ops'}\n"
+        "import cotolora\n"
+        "loaded = set(sys.modules) - torchs\n"
+        "assert not loaded & heavy, loaded & heavy\n"
+        "assert not [name for name in loaded if name.startswith('cotolora.kernels')]\n"
+        "x, a, b = torch.ones(3, 4), torch.ones(2, 4), torch.ones(5, 2)\n"
+        "cotolora.coto_lora_linear(x, torch.ones(5, 4), None, a, b, scale=1.0)\n"
+        "assert cotolora.explain((3, 4, 5, 2)).backend == 'addmm'\n"
+        "assert not (set(sys.modules) - torchs) & {'triton', 'cotolora.ops'}\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# lower levels first; a module may import from its own level and below
+LEVELS = [
+    {"reference", "schedule"},
+    {"addmm"},
+    {"ops"},
+    {"dispatch"},
+    {"functional"},
+    {"linear"},
+    {"groups"},
+    {"masks"},
+    {"inject", "checkpoint", "peft_config", "coto", "merging", "pruning", "shapley", "connectivity"},
+    {"demo", "integrations", "__main__", "__init__"},
+]
+MODULES = sorted(p for p in (ROOT / "cotolora").rglob("*.py") if "kernels" not in p.relative_to(ROOT).parts)
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+            for alias in node.names:
+                # `from cotolora import addmm` imports a module, `from cotolora import CoTo` the package
+                inside = ROOT.joinpath(*node.module.split("."), alias.name)
+                is_module = inside.is_dir() or inside.with_suffix(".py").exists()
+                found.add(f"{node.module}.{alias.name}" if is_module else node.module)
+    return found
+
+
+def own(names: set[str]) -> set[str]:
+    """The modules of cotolora among `names`, by the component after it; "__init__" for the package itself."""
+    return {([*name.split("."), "__init__"])[1] for name in names if name.split(".")[0] == "cotolora"}
+
+
+def level(module: str) -> int:
+    (found,) = (i for i, names in enumerate(LEVELS) if module in names)
+    return found
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT / "cotolora").parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    name, names = name_of(path), own(imported(path))
+    if name == "schedule":
+        assert names == set()
+    if name != "dispatch":
+        assert "ops" not in names
+    if name != "ops":
+        # the demo and the command line report on the package; nothing else knows of the kernels
+        assert "kernels" not in names or level(name) == len(LEVELS) - 1
+    for other in names - {"kernels"}:
+        assert level(other) <= level(name), f"{name} imports {other}"
+        assert other not in {"demo", "integrations", "__main__"} or other == name, f"{name} imports {other}"
+
+
+def test_imports_have_no_cycle():
+    graph = {name_of(p): own(imported(p)) - {name_of(p), "kernels"} for p in MODULES if p.parent.name == "cotolora"}
+    while graph:
+        leaves = {name for name, names in graph.items() if not names & set(graph)}
+        assert leaves, f"a cycle among {sorted(graph)}"
+        graph = {name: names for name, names in graph.items() if name not in leaves}
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)
+def test_kernels_import_only_torch_and_triton(path):
+    foreign = {n for n in imported(path) if n.split(".")[0] not in {"torch", "triton", *sys.stdlib_module_names}}
+    assert {name for name in foreign if not name.startswith("cotolora.kernels")} == set()
+
+
+def test_kernels_are_no_top_level_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "cotolora" / "kernels").is_symlink()
+    assert os.readlink(ROOT / "cotolora" / "kernels") == "../kernels"
+
+
+# triton, interpreted
+
+GATES = [
+    pytest.param(True, id="true"),
+    pytest.param(torch.tensor(1, dtype=torch.int32), id="0-dim-on"),
+    pytest.param(torch.tensor(False), id="0-dim-off"),
+    pytest.param(torch.tensor([1, 0, 3], dtype=torch.int64), id="rows-mixed"),
+    pytest.param(torch.zeros(3, dtype=torch.bool), id="rows-all-off"),
+]
+
+# x, out_features, rank
+TRITON_SHAPES = [
+    pytest.param((3, 5, 24), 20, 4, id="below-one-tile"),
+    pytest.param((3, 33), 17, 3, id="odd-sizes"),
+    pytest.param((3, 30, 80), 70, 17, id="several-tiles"),
+    pytest.param((3, 0, 16), 16, 4, id="no-rows"),
+]
+
+
+def results(x, weight, bias, a, b, dy, *, gate, backend):
+    leaves = [None if t is None else t.clone().requires_grad_() for t in (x, weight, bias, a, b)]
+    y = coto_lora_linear(*leaves, scale=0.75, gate=gate, backend=backend)
+    y.backward(dy)
+    return y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)
+
+
+def random_call(shape, out, rank, dtype, bias, factors):
+    g = torch.Generator().manual_seed(0)
+    sizes = (shape, (out, shape[-1]), (out,), (rank, shape[-1]), (out, rank), (*shape[:-1], out))
+    x, weight, bias_, a, b, dy = (torch.randn(*s, generator=g) / s[-1] ** 0.5 for s in sizes)
+    x, weight, bias_, dy = (t.to(dtype) for t in (x, weight, bias_, dy))
+    return x, weight, bias_ if bias else None, a.to(factors), b.to(factors), dy
+
+
+@interpreter
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("shape", "out", "rank"), TRITON_SHAPES)
+def test_triton_is_as_accurate_as_the_reference(shape, out, rank, dtype, gate):
+    operands = random_call(shape, out, rank, dtype, bias=rank != 3, factors=dtype)
+    exact = [None if t is None else t.double() for t in operands]
+    ours = results(*operands, gate=gate, backend="triton")
+    torchs = results(*operands, gate=gate, backend="reference")
+    for got, torch_, truth in zip(ours, torchs, results(*exact, gate=gate, backend="reference"), strict=True):
+        assert_as_accurate_as_torch(got, torch_, truth, slack=2.0)
+
+
+@interpreter
+@pytest.mark.parametrize("gate", GATES)
+def test_triton_takes_any_strides_and_float32_masters(gate):
+    x, weight, bias, a, b, dy = random_call((3, 6, 24), 20, 4, torch.float16, True, torch.float32)
+    strided = (
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+        weight.T.contiguous().T,
+        bias.repeat_interleave(2)[::2],
+        torch.cat([a, a], 1)[:, : a.shape[1]],
+        b.T.contiguous().T,
+        dy[..., :1].expand(dy.shape),
+    )
+    ours = results(*strided, gate=gate, backend="triton")
+    plain = results(*(t.contiguous() for t in strided), gate=gate, backend="triton")
+    assert ours[4].dtype == ours[5].dtype == torch.float32
+    for got, want in zip(ours, plain, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@interpreter
+@pytest.mark.parametrize("gate", [torch.tensor(0), torch.zeros(3, dtype=torch.int32)], ids=["0-dim", "rows"])
+def test_triton_off_is_the_base_whatever_a_and_b_hold(gate):
+    x, weight, bias, a, b, dy = random_call((3, 5, 24), 20, 4, torch.float32, True, torch.float32)
+    y, dx, _, _, da, db = results(x, weight, bias, a * float("inf"), b * float("nan"), dy, gate=gate, backend="triton")
+    torch.testing.assert_close(y, F.linear(x, weight, bias))
+    torch.testing.assert_close(dx, dy @ weight)
+    assert not da.any()
+    assert not db.any()
+
+
+@interpreter
+def test_triton_runs_the_layer_and_what_it_saves_is_small():
+    layer = CoToLoRALinear(24, 20, rank=4)
+    torch.nn.init.normal_(layer.lora_b)
+    x = torch.randn(3, 5, 24)
+    with set_backend("triton"):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            y = layer(x)
+    torch.testing.assert_close(y, layer(x))
+    known = {t.data_ptr() for t in (x, *layer.parameters())}
+    assert [t.shape for t in saved if t.data_ptr() not in known] == [(15, 4)]
+
+
+@interpreter
+def test_triton_refuses_to_be_differentiated_twice():
+    x = torch.ones(3, 6, requires_grad=True)
+    y = coto_lora_linear(x, torch.ones(4, 6), None, torch.ones(2, 6), torch.ones(4, 2), scale=1.0, backend="triton")
+    (dx,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"backend='triton' has no double backward.*backend='reference'"):
+        dx.sum().backward()
+
+
+@interpreter
+def test_the_interpreter_refuses_bfloat16():
+    with pytest.raises(RuntimeError, match="interpreter multiplies bfloat16 matrices wrongly"):
+        call(torch.bfloat16, backend="triton")

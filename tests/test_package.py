@@ -1,0 +1,60 @@
+"""What the package promises from outside: names, files, commands."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cotolora
+
+ROOT = Path(__file__).parent.parent
+NAMES = """
+CoToLoRALinear coto_lora_linear inject eject adapters adapter_parameters lora_plus_groups trainable_report CoTo
+activation_probability sample_mask adapter_mask save_adapter load_adapter set_backend explain __version__
+"""
+
+
+def test_public_names_are_the_promised_ones():
+    assert set(cotolora.__all__) == set(NAMES.split())
+    assert all(hasattr(cotolora, name) for name in cotolora.__all__)
+
+
+def test_every_public_name_is_documented():
+    undocumented = [name for name in cotolora.__all__ if name != "__version__" and not getattr(cotolora, name).__doc__]
+    assert undocumented == []
+
+
+def test_version_agrees_with_the_metadata():
+    assert f'version = "{cotolora.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_kernels_is_a_relative_link_to_a_folder_without_init():
+    link = ROOT / "cotolora" / "kernels"
+    if not link.is_symlink():
+        pytest.skip("this tree holds a copy instead of the link (made from an sdist)")
+    assert os.readlink(link) == "../kernels"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_readme_has_the_two_commands():
+    text = (ROOT / "README.md").read_text()
+    assert 'pip install -e ".[demo]" && python -m cotolora.demo\n' in text
+    assert 'pip install -e ".[test]" && pytest\n' in text
+
+
+def test_readme_names_only_files_that_exist():
+    named = set(re.findall(r"`((?:tests|cotolora|benchmarks)/[\w./-]+)`", (ROOT / "README.md").read_text()))
+    assert named
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_python_m_cotolora_says_what_would_run():
+    text = subprocess.run(
+        [sys.executable, "-m", "cotolora"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    assert cotolora.__version__ in text
+    assert "float32 on cpu: addmm" in text
+    assert "triton:" in text
