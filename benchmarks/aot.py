@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from cotolora.kernels.one_pass import one_pass
-from cotolora.kernels.tiles import Row, Tile, one_pass_rows
+from cotolora.kernels.tiles import UNALIGNED, Row, Tile, one_pass_row, one_pass_rows
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ TARGETS = {
 # where the rows for any other GPU are tried, and the least that such a GPU has
 GENERIC_TARGETS = ("sm_80", "gfx942")
 GENERIC_SHARED_LIMIT = 64 * 1024
+GATES = ("none", "device", "rows")  # by the registers they take
 # bytes a thread: ptxas spills a few to fit one more block on the SM, and h Bᵀ in full float32 some, once a tile
 FLOAT32_SPILL_LIMIT = 128
 SPILLS = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -99,48 +101,52 @@ class Result:
 def launch_one_pass(tile: Tile, m: int, n: int, rank: int, dtype: torch.dtype, gate: str, layout: str) -> None:
     """Calls the launcher on operands that have sizes and strides but no memory."""
     empty = partial(torch.empty, dtype=dtype, device="meta")
-    k = 4096
-    if layout == "ones":  # an argument that is 1 is a constant to Triton
-        m = n = k = rank = 1
-    if layout in ("aligned", "ones"):
+    k = 1 if layout == "ones" else 4096
+    if layout != "odd":
         x, weight, a, b, bias = empty(m, k), empty(n, k), empty(rank, k), empty(n, rank), empty(n)
     else:
         k, n = k - 3, n - 3
         x, weight = empty(k, m).t(), empty(n, 2 * k + 1)[:, 1::2]
         a, b, bias = empty(rank, k + 1)[:, 1:], empty(rank, n).t(), empty(1).expand(n)
-    gates = {"none": None, "device": empty((), dtype=torch.int32), "rows": empty(m, dtype=torch.bool)}
+    gates = dict(zip(GATES, (None, empty((), dtype=torch.int32), empty(m, dtype=torch.bool)), strict=True))
     one_pass(x, weight, bias, a, b, gates[gate], 2.0, tile=tile)
 
 
-def one_pass_case(target: str, rows: str, row: Row, rank: int, dtype: str, gate: str, layout: str) -> Case:
-    """A launch of sizes that the row is for."""
-    m, n, scalar = row.max_m or 8192, row.max_n or 4096, getattr(torch, dtype.split()[0])
-    launch = partial(launch_one_pass, row.tile, m, n, rank, scalar, gate, layout)
-    return Case("one_pass", target, rows, row.tile, rank, dtype, gate, layout, launch)
-
-
 def one_pass_cases(target: str) -> Iterator[Case]:
-    """Every row for a target, at a small rank and at the largest it takes, with the gates and layouts it takes."""
-    own = one_pass_rows(target)
-    generic = [row for row in one_pass_rows("generic") if row not in own] if target in GENERIC_TARGETS else []
-    for rows, row in [*((target, row) for row in own), *(("generic", row) for row in generic)]:
-        case = partial(one_pass_case, target, rows, row)
-        largest, layout = row.max_rank or 128, "odd" if row.aligned is False else "aligned"
-        greediest = "device" if row.row_gates is False else "rows"
-        if row.element_size == 4:
-            for dtype in [f"float32 {row.precision}"] if row.precision else ["float32 ieee", "float32 tf32"]:
-                yield case(8, dtype, "device", layout)
-                yield case(largest, dtype, greediest, layout)
-                if row.aligned is None:
-                    yield case(largest, dtype, greediest, "odd")
-        else:
-            yield case(8, "bfloat16", "none", layout)
-            yield case(8, "bfloat16", "device", layout)
-            yield case(largest, "bfloat16", greediest, layout)
-        if row is one_pass_rows(rows)[-1]:
-            yield case(largest, "float16", greediest, layout)
-            yield case(1, "bfloat16", "none", "ones")
-            yield case(1, "bfloat16", "rows", "ones")
+    """Every row for a target, with operands that come to it: of the smallest and the largest rank, of any layout."""
+    for arch in (target, "generic") if target in GENERIC_TARGETS else (target,):
+        for row in one_pass_rows(arch):
+            if arch == target or row not in one_pass_rows(target):
+                precisions = [row.precision] if row.precision else ["ieee", "tf32"]
+                dtypes = [f"float32 {precision}" for precision in precisions] if row.element_size == 4 else ["bfloat16"]
+                for dtype in dtypes:
+                    yield from one_pass_row_cases(arch, target, row, dtype)
+                if row is one_pass_rows(arch)[-1]:
+                    yield list(one_pass_row_cases(arch, target, row, "float16"))[-1]
+    # an argument that is 1 is a constant to Triton, with operations of its own
+    tile = UNALIGNED.tile
+    ones = partial(launch_one_pass, tile, 1, 1, 1, torch.bfloat16, "rows", "ones")
+    yield Case("one_pass", target, target, tile, 1, "bfloat16", "rows", "ones", ones)
+
+
+def one_pass_row_cases(arch: str, target: str, row: Row, dtype: str) -> Iterator[Case]:
+    """The cases of one row in one dtype, those that take most registers last."""
+    m, n = row.max_m or 8192, row.max_n or 16384
+    scalar, precision = getattr(torch, dtype.split()[0]), dtype.partition(" ")[2] or "ieee"
+
+    def comes_to_row(rank: int, gate: str, layout: str) -> bool:
+        return row is one_pass_row(
+            m, n, rank, arch, element_size=scalar.itemsize, precision=precision,
+            aligned=layout == "aligned", row_gates=gate == "rows",
+        )  # fmt: skip
+
+    operands = [o for o in product((8, 32, 64, 128), GATES, ("aligned", "odd")) if comes_to_row(*o)]
+    smallest, largest, greediest = operands[0][0], operands[-1][0], operands[-1][1]
+    for rank, gate, layout in operands:
+        first = rank == smallest and (gate == "device" or (gate == "none" and dtype == "bfloat16"))
+        if first or (rank == largest and gate == greediest):
+            launch = partial(launch_one_pass, row.tile, m, n, rank, scalar, gate, layout)
+            yield Case("one_pass", target, arch, row.tile, rank, dtype, gate, layout, launch)
 
 
 def intercept(launch: Callable[[], object]) -> list[tuple[JITFunction, tuple, dict[str, Any]]]:

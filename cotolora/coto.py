@@ -156,9 +156,9 @@ class CoTo:
             ramp=settings["ramp"],
             shape=settings["shape"],
         )
-        # a group whose adapters are all pruned cannot be the one that is on
+        # a group whose adapters are all pruned or merged cannot be the one that is on
         mask = torch.tensor(
-            [any(_enabled(self._layers[n]) for n in names) for names in self.groups.values()], device="cpu"
+            [any(_trainable(self._layers[n]) for n in names) for names in self.groups.values()], device="cpu"
         )
         alive = mask.nonzero().flatten().tolist()
         mask[alive] = sample_mask(
@@ -244,7 +244,7 @@ class CoTo:
 
         def forget() -> None:
             for layer, on in self._on():
-                if (layer.training and not on) or not _enabled(layer):
+                if (layer.training and not on) or not _trainable(layer):
                     layer.lora_a.grad = layer.lora_b.grad = None
 
         def before_step(
@@ -318,8 +318,9 @@ def _check(settings: dict[str, Any]) -> None:
     sample_mask(0, 1.0, seed=settings["seed"], step=0)
 
 
-def _enabled(layer: CoToLoRALinear) -> bool:
-    return layer.enabled if isinstance(layer.enabled, bool) else bool(layer.enabled.any())
+def _trainable(layer: CoToLoRALinear) -> bool:
+    enabled = layer.enabled
+    return not layer.merged and (enabled if isinstance(enabled, bool) else bool(enabled.any()))
 
 
 def _followed_by(then: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:

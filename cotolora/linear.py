@@ -53,6 +53,7 @@ class CoToLoRALinear(nn.Module):
 
     Raises:
         ValueError: a size, `alpha`, `dropout`, `variant` or `init` is out of its range.
+        TypeError: `dtype` is not floating.
 
     Source: Hu et al. 2021, section 4.1 (arXiv:2106.09685).
 
@@ -90,6 +91,8 @@ class CoToLoRALinear(nn.Module):
             raise ValueError(f"variant must be one of {VARIANTS}; got {variant!r}")
         if init not in INITS:
             raise ValueError(f"init must be one of {INITS}; got {init!r}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating dtype; got {dtype}")
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.alpha, self.dropout, self.use_rslora = float(alpha), float(dropout), bool(use_rslora)
         self.variant, self.init = variant, init

@@ -21,6 +21,16 @@ _HARMLESS = frozenset((
     "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "task_type",
 ))  # fmt: skip
+# names that PEFT puts into a model, where it looks for modules_to_save afterwards
+_INSIDE = (
+    "base_layer",
+    "lora_A.default",
+    "lora_A",
+    "lora_B.default",
+    "lora_B",
+    "lora_dropout",
+    "lora_magnitude_vector",
+)
 # initialisations that leave the base weights alone; the others train on a residual base
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -156,13 +166,12 @@ def describe(model: nn.Module, layers: dict[str, CoToLoRALinear], modules: list[
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     others = [plain_name(name) for name, _ in model.named_modules() if plain_name(name) not in layers]
     ambiguous = any(other.endswith("." + name) for other in others for name in layers)
+    path = getattr(model, "name_or_path", None)
     return {
         "peft_type": "LORA",
         "task_type": None,
         "inference_mode": True,
-        "base_model_name_or_path": path
-        if (path := getattr(model, "name_or_path", "")) and isinstance(path, str)
-        else None,
+        "base_model_name_or_path": path if isinstance(path, str) and path else None,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": max(layer.dropout for layer in layers.values()),
@@ -187,7 +196,7 @@ def is_alone(name: str, others: Iterable[str]) -> bool:
     if set(name) & set(r"^$*+?{}[]\|()"):
         return False
     inside = re.compile(rf"(^|.*\.){name}($|\..*)")
-    return not any(other != name and (other.endswith(name) or inside.match(other)) for other in others)
+    return not any(other != name and (other.endswith(name) or inside.match(other)) for other in (*others, *_INSIDE))
 
 
 def exactly(name: str) -> str:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cotolora.kernels.tiles import Tile, architecture, dot_precision, is_aligned, one_pass_tile
+from cotolora.kernels.tiles import Tile, architecture, dot_precision, is_aligned, one_pass_row
 
 
 @triton.jit
@@ -131,11 +131,11 @@ def one_pass(
         return y, h
     row_gates = gate is not None and gate.dim() == 1
     precision = dot_precision(x.dtype, x.device)
-    tile = tile or one_pass_tile(
+    tile = tile or one_pass_row(
         m, n, rank, architecture(x.device), element_size=x.element_size(), precision=precision,
         # K of x must lie together: the kernel is not specialised on M
         aligned=x.stride(1) == 1 and is_aligned(x) and is_aligned(weight) and is_aligned(a), row_gates=row_gates,
-    )  # fmt: skip
+    ).tile  # fmt: skip
     # without columns there is still h to write
     programs = triton.cdiv(m, tile.block_m) * max(1, triton.cdiv(n, tile.block_n))
     with torch.cuda.device_of(x):  # Triton launches on the current device

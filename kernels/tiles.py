@@ -123,11 +123,13 @@ ONE_PASS: dict[str, tuple[Row, ...]] = {
         Row(Tile(64, 64, 32), max_m=64, element_size=4, precision="tf32", aligned=True),
         Row(Tile(128, 64, 32, num_warps=8), element_size=4, precision="tf32", aligned=True),
         TF32,
-        # as on sm_90, of which this is the same with more SMs
+        # as on sm_90, which has fewer SMs and is the same otherwise
         Row(Tile(64, 32, 128, group_m=1, num_stages=5), max_m=64, max_n=8192, max_rank=32),
         Row(Tile(64, 64, 64, group_m=1, num_stages=5), max_m=64),
-        Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=512),
+        Row(Tile(128, 128, 64, num_stages=4), max_m=512, max_rank=64),
         Row(Tile(128, 256, 64, num_warps=8), max_rank=64, row_gates=False),
+        # 4 warps can read y out of tensor memory, but not above rank 64
+        Row(Tile(128, 128, 64, num_stages=4), max_rank=64),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
     ),
     # 304 CUs, 64 KiB, so two stages; matrix instructions exist for full float32
@@ -149,12 +151,12 @@ ONE_PASS: dict[str, tuple[Row, ...]] = {
 }
 
 
-def one_pass_tile(
+def one_pass_row(
     m: int, n: int, rank: int, arch: str, *, element_size: int, precision: str, aligned: bool, row_gates: bool
-) -> Tile:
-    """The tile of `one_pass_kernel` for ``x [m, K]``, ``weight [n, K]`` and ``a [rank, K]``."""
+) -> Row:
+    """The row of `one_pass_kernel` for ``x [m, K]``, ``weight [n, K]`` and ``a [rank, K]``."""
     kind = {"element_size": element_size, "precision": precision, "aligned": aligned, "row_gates": row_gates}
-    return next(row.tile for row in one_pass_rows(arch) if row.takes(m, n, rank, **kind))
+    return next(row for row in one_pass_rows(arch) if row.takes(m, n, rank, **kind))
 
 
 def one_pass_rows(arch: str) -> tuple[Row, ...]:

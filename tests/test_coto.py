@@ -447,6 +447,7 @@ def test_loading_applies_the_mask_at_once_and_after_finish():
         pytest.param(lambda state: {**state, "groups": state["groups"][:-1]}, id="fewer-groups"),
         pytest.param(lambda state: {**state, "groups": state["groups"][::-1]}, id="groups-in-another-order"),
         pytest.param(lambda state: {**state, "groups": None}, id="no-groups"),
+        pytest.param(lambda state: {**state, "seed": 9, "tilt": 0.5, "step": -1}, id="other-settings-and-a-bad-step"),
         *[
             pytest.param(lambda state, key=key, value=value: {**state, key: value}, id=f"{key}={value!r}")
             for key, values in {
@@ -840,6 +841,15 @@ def test_joining_keeps_errors_of_writing_in_place_and_tensors_in_two_places(one_
     expected = output["loss"].item() / 4
     output["loss"] /= 4
     assert output["more"][0].item() == pytest.approx(expected)
+
+
+def test_an_output_without_tensors_is_logged_once_and_handed_on(one_rank, caplog):
+    model = make()
+    model.register_forward_hook(lambda module, args, output: "text")  # before CoTo's
+    CoTo(model, 20)
+    with caplog.at_level(logging.INFO, logger="cotolora"):
+        assert [model(batch()) for _ in range(3)] == ["text"] * 3
+    assert ["a str, shows no tensors" in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_joining_is_left_out_where_there_is_no_graph(one_rank):

@@ -11,6 +11,7 @@ import logging.handlers
 import os
 import subprocess
 import sys
+import time
 import traceback
 import warnings
 from dataclasses import dataclass, field
@@ -37,8 +38,8 @@ class Case:
     ddp: options of DistributedDataParallel. coto: options of CoTo, built "before" or "after" wrapping.
     output: what the model returns. checkpoint: "reentrant" or "non-reentrant", around every block.
     compiled: "inside" or "outside" of DDP, "blocks", or "call" (Module.compile). micro: micro-batches a step, all but
-    the last without sync. forwards: forwards of one backward. off: adapters the user disabled. sharded: by FSDP2, in
-    place of DDP.
+    the last without sync. forwards: forwards of one backward. off: adapters the user disabled. merged: those the user
+    merged after the start. sharded: by FSDP2, in place of DDP.
     """
 
     ddp: dict[str, Any] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class Case:
     micro: int = 1
     forwards: int = 1
     off: tuple[int, ...] = ()
+    merged: tuple[int, ...] = ()
     train: bool = True
     evaluate: bool = False
     set_to_none: bool = True
@@ -93,6 +95,7 @@ CASES = {
     "modules-and-tilt": Case(coto={"unit": "module", "tilt": 1.0}),
     "disabled": Case(off=(1,)),
     "disabled-static": Case(off=(0, 3), ddp={"static_graph": True}),
+    "merged-in-the-run": Case(merged=(2,), coto={"unit": lambda name: name < "layers.2"}),
     "eval-mode": Case(train=False),
     "eval-mode-disabled": Case(train=False, off=(2,)),
     "evaluation-between-steps": Case(evaluate=True),
@@ -109,12 +112,6 @@ CASES = {
     "compiled-call": Case(compiled="call", steps=4),
     "compiled-device": Case(compiled="inside", coto={"gates": "device"}),
 }
-
-
-@dataclass
-class Dataclass:
-    loss: Tensor
-    text: str
 
 
 @dataclass(frozen=True)
@@ -234,6 +231,9 @@ def train(case: Case, rank: int, world: int) -> dict[str, Any]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1)
     coto.attach(optimizer)
 
+    for i in case.merged:
+        layers[f"layers.{i}.0"].merge()
+        coto.set_step(0)
     data = torch.Generator().manual_seed(1)
     masks, losses, touched, norms = [], [], [], []
     for step in range(case.steps):
@@ -248,7 +248,9 @@ def train(case: Case, rank: int, world: int) -> dict[str, Any]:
                 loss /= case.micro
                 if loss.requires_grad or case.coto.get("at_least_one", True):
                     loss.backward()
-        on = torch.tensor([bool(layer.enabled and (layer.gate or not case.train)) for layer in layers.values()])
+        on = torch.tensor(
+            [bool(layer.enabled and (layer.gate or not case.train) and not layer.merged) for layer in layers.values()]
+        )
         before = [(whole(p).clone(), state_of(optimizer, p)) for p in parameters(layers)]
         norms.append(whole(nn.utils.clip_grad_norm_(parameters(layers), 1.0)).double())
         optimizer.step()
@@ -299,7 +301,7 @@ def work(rank: int, folder: Path) -> None:
             init_method=f"file://{folder}/{name}.store",
             rank=rank,
             world_size=2,
-            timeout=datetime.timedelta(seconds=10),  # a rank that waits for one that failed gives up, and goes on
+            timeout=datetime.timedelta(seconds=30),  # a rank that waits for one that failed gives up, and goes on
         )
         records = logging.handlers.BufferingHandler(10**6)
         log.addHandler(records)
@@ -327,10 +329,10 @@ def results(tmp_path_factory):
         )
         for rank in range(2)
     ]  # fmt: skip
-    output = ""
+    output, deadline = "", time.monotonic() + 60
     for process in ranks:
         try:
-            output += process.communicate(timeout=60)[0]
+            output += process.communicate(timeout=max(1, deadline - time.monotonic()))[0]
         except subprocess.TimeoutExpired:
             process.kill()
             output += process.communicate()[0]

@@ -42,6 +42,7 @@ SHAPES = [
     pytest.param((3, 0, 7), 5, 2, id="no-rows"),
     pytest.param((0, 7), 5, 2, id="no-samples"),
     pytest.param((1, 7), 5, 2, id="one-row"),
+    pytest.param((3, 3, 7), 5, 2, id="as-many-positions-as-samples"),
     pytest.param((3, 5, 33), 17, 1, id="rank-one"),
     pytest.param((3, 5, 6), 4, 9, id="rank-above-both-sizes"),
     pytest.param((3, 11, 67), 35, 5, id="odd-sizes"),
@@ -143,7 +144,8 @@ def test_addmm_is_as_accurate_as_the_reference(shape, out, rank, dtype, gate):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_reference_is_the_formula(backend):
-    ops = operands((3, 4, 6), 5, 2, dtype=torch.float64)
+    # as many positions as samples, so that a row gate on the wrong dimension fits and must be seen
+    ops = operands((3, 3, 6), 5, 2, dtype=torch.float64)
     x, w, bias, a, b = ops
     y = coto_lora_linear(*ops, scale=SCALE, backend=backend)
     torch.testing.assert_close(y, x @ w.T + bias + SCALE * (x @ a.T @ b.T))

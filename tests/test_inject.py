@@ -133,10 +133,11 @@ def in_peft(peft, targets, exclude, name):
 
 
 @settings(max_examples=200, deadline=None)
-@given(name=NAME, targets=RULE)
-def test_a_name_matches_as_in_peft(name, targets):
+@given(name=NAME, targets=RULE, start=st.integers(0, 12))
+def test_a_name_matches_as_in_peft(name, targets, start):
     peft = pytest.importorskip("peft")
-    assert matches(name, targets) == in_peft(peft, targets, None, name)
+    for rule in (targets, [name[start:] or name], re.escape(name[start:])):  # ends, whole or not
+        assert matches(name, rule) == in_peft(peft, rule, None, name)
 
 
 @settings(max_examples=200, deadline=None)

@@ -160,6 +160,12 @@ def test_bad_arguments_are_named(argument, value, message):
         CoToLoRALinear(**{"in_features": 12, "out_features": 10, argument: value})
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64], ids=str)
+def test_the_dtype_is_floating(dtype):
+    with pytest.raises(TypeError, match=f"dtype must be a floating dtype; got {dtype}"):
+        CoToLoRALinear(12, 10, dtype=dtype)
+
+
 @pytest.mark.parametrize(("rank", "sizes"), [(1, (12, 10)), (30, (12, 10)), (3, (1, 1))], ids=str)
 def test_any_positive_rank(rank, sizes):
     layer = trained(CoToLoRALinear(*sizes, rank=rank))
@@ -535,9 +541,12 @@ def test_merging_never_writes_a_tied_weight():
     layer, before = trained(CoToLoRALinear.from_linear(head)), embedding.weight.detach().clone()
     layer.merge()
     assert torch.equal(embedding.weight, before)
-    layer.unmerge()
-    assert layer.weight is embedding.weight
-    assert torch.equal(embedding.weight, before)
+    # a copy of the whole is tied as well
+    twin = copy.deepcopy(nn.ModuleList([embedding, layer]))
+    for tied, merged in ((embedding, layer), twin):
+        merged.unmerge()
+        assert merged.weight is tied.weight
+        assert torch.equal(tied.weight, before)
 
 
 def test_a_merged_layers_state_dict_holds_the_original():
