@@ -8,6 +8,7 @@ import sys
 # each is a module of this package whose main(arguments) returns the exit status
 COMMANDS = {
     "aot": "compile every kernel for every GPU it has tiles for, without a GPU, and hold it to its budget",
+    "three_linears": "forward and backward of three linears on the CPU: frozen, PEFT's LoRA, ours on, ours off",
 }
 
 
@@ -16,7 +17,7 @@ def main(arguments: list[str]) -> int:
     if arguments and arguments[0] in COMMANDS:
         return importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
     print("usage: python -m benchmarks NAME ...\n")
-    print("\n".join(f"  {name:10} {what}" for name, what in COMMANDS.items()))
+    print("\n".join(f"  {name:14} {what}" for name, what in COMMANDS.items()))
     return 0 if arguments in ([], ["-h"], ["--help"]) else 2
 
 

@@ -353,6 +353,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f'the demo needs {error.name}; install it with: pip install "cotolora[demo]"')
     from tqdm import tqdm
 
+    # matrices this small gain nothing from a second thread, and lose where other programs want the core
+    torch.set_num_threads(1)
     began = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
     data = load_data(device)

@@ -129,24 +129,25 @@ def one_pass(
     y, h = x.new_empty(m, n), x.new_empty(m, rank if store_h else 0)
     if m == 0:
         return y, h
-    row_gates = gate is not None and gate.dim() == 1
+    row_gates = gate if gate is not None and gate.dim() == 1 else None
     precision = dot_precision(x.dtype, x.device)
     tile = tile or one_pass_row(
         m, n, rank, architecture(x.device), element_size=x.element_size(), precision=precision,
         # K of x must lie together: the kernel is not specialised on M
-        aligned=x.stride(1) == 1 and is_aligned(x) and is_aligned(weight) and is_aligned(a), row_gates=row_gates,
+        aligned=x.stride(1) == 1 and is_aligned(x) and is_aligned(weight) and is_aligned(a),
+        row_gates=row_gates is not None,
     ).tile  # fmt: skip
     # without columns there is still h to write
     programs = triton.cdiv(m, tile.block_m) * max(1, triton.cdiv(n, tile.block_n))
     with torch.cuda.device_of(x):  # Triton launches on the current device
         one_pass_kernel[(programs,)](
             x, weight, bias, a, b, gate, y, h,
-            m, n, k, rank, m // gate.shape[0] if row_gates else m,
-            *x.stride(), *weight.stride(), bias.stride(0) if bias is not None else 0, *a.stride(), *b.stride(),
-            gate.stride(0) if row_gates else 0, *y.stride(), *h.stride(),
+            m, n, k, rank, m if row_gates is None else m // row_gates.shape[0],
+            *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), *a.stride(), *b.stride(),
+            0 if row_gates is None else row_gates.stride(0), *y.stride(), *h.stride(),
             float(scale),
             BLOCK_R=max(16, triton.next_power_of_2(rank)),
-            ROW_GATES=row_gates,
+            ROW_GATES=row_gates is not None,
             STORE_H=store_h,
             PRECISION=precision,
             **tile.meta(),

@@ -155,8 +155,11 @@ def one_pass_row(
     m: int, n: int, rank: int, arch: str, *, element_size: int, precision: str, aligned: bool, row_gates: bool
 ) -> Row:
     """The row of `one_pass_kernel` for ``x [m, K]``, ``weight [n, K]`` and ``a [rank, K]``."""
-    kind = {"element_size": element_size, "precision": precision, "aligned": aligned, "row_gates": row_gates}
-    return next(row for row in one_pass_rows(arch) if row.takes(m, n, rank, **kind))
+    return next(
+        row
+        for row in one_pass_rows(arch)
+        if row.takes(m, n, rank, element_size=element_size, precision=precision, aligned=aligned, row_gates=row_gates)
+    )
 
 
 def one_pass_rows(arch: str) -> tuple[Row, ...]:
