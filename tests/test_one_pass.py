@@ -12,11 +12,7 @@ from cotolora.kernels.one_pass import one_pass
 from cotolora.kernels.tiles import ONE_PASS, Tile, architecture, dot_precision, is_aligned, one_pass_row
 from tests.tolerance import assert_as_accurate_as_torch
 
-pytestmark = [
-    pytest.mark.usefixtures("poison_empty"),
-    # the interpreter of Triton 3.6 does it for every loop
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"),
-]
+pytestmark = pytest.mark.usefixtures("poison_empty")
 # what the interpreter's numpy says of infinities
 invalid_values = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
