@@ -56,8 +56,6 @@ TARGETS = {
 GENERIC_TARGETS = ("sm_80", "gfx942")
 GENERIC_SHARED_LIMIT = 64 * 1024
 GATES = ("none", "device", "rows")  # by the registers they take
-# bytes a thread: ptxas spills a few to fit one more block on the SM, and h Bᵀ in full float32 some, once a tile
-FLOAT32_SPILL_LIMIT = 128
 SPILLS = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
 
 
@@ -144,7 +142,8 @@ def one_pass_row_cases(arch: str, target: str, row: Row, dtype: str) -> Iterator
     smallest, largest, greediest = operands[0][0], operands[-1][0], operands[-1][1]
     for rank, gate, layout in operands:
         first = rank == smallest and (gate == "device" or (gate == "none" and dtype == "bfloat16"))
-        if first or (rank == largest and gate == greediest):
+        # ptxas spills float32 for one more block on the SM, at any rank
+        if first or (rank == largest and gate == greediest) or scalar == torch.float32:
             launch = partial(launch_one_pass, row.tile, m, n, rank, scalar, gate, layout)
             yield Case("one_pass", target, arch, row.tile, rank, dtype, gate, layout, launch)
 
@@ -207,10 +206,9 @@ def broken(result: Result) -> list[str]:
     """Every part of its target's budget that a compiled kernel breaks."""
     case, reasons = result.case, []
     float32, nvidia = case.dtype.startswith("float32"), TARGETS[case.target].gpu.backend == "cuda"
-    spill_limit = FLOAT32_SPILL_LIMIT if float32 and nvidia else 0
     shared_limit = GENERIC_SHARED_LIMIT if case.rows == "generic" else TARGETS[case.target].shared_limit
-    if result.spill_bytes > spill_limit:
-        reasons.append(f"{result.spill_bytes} bytes of spills, {spill_limit} allowed")
+    if result.spill_bytes > 0:
+        reasons.append(f"{result.spill_bytes} bytes of spills")
     if result.shared_bytes > shared_limit:
         reasons.append(f"{result.shared_bytes} bytes of shared memory, {shared_limit} allowed")
     if case.target == "sm_90" and not float32 and not result.instructions["wgmma"]:

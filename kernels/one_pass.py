@@ -109,9 +109,20 @@ def one_pass_kernel(
         # rows that are off leave before B comes in: their zeros times its inf would be NaN
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(row_ok & ~row_on)[:, None] & column_ok[None, :])
     if on:
-        b_ptrs = b_ptr + ranks[:, None] * stride_b_r + columns[None, :] * stride_b_n
-        b = tl.load(b_ptrs, mask=rank_ok[:, None] & column_ok[None, :], other=0.0)
-        y = tl.dot(h, b, y, input_precision=PRECISION)
+        if h.dtype == tl.float32 and PRECISION == "ieee" and BLOCK_R > 16:
+            # without a matrix instruction a product holds all its ranks in registers: 16 at a time do not spill
+            parts = tl.reshape(h, (BLOCK_M, BLOCK_R // 16, 16))
+            for part in range(0, BLOCK_R // 16):
+                chosen = tl.arange(0, BLOCK_R // 16) == part
+                h_part = tl.sum(tl.where(chosen[None, :, None], parts, 0.0), axis=1)
+                part_ranks = part * 16 + tl.arange(0, 16).to(tl.int64)
+                b_ptrs = b_ptr + part_ranks[:, None] * stride_b_r + columns[None, :] * stride_b_n
+                b = tl.load(b_ptrs, mask=(part_ranks < R)[:, None] & column_ok[None, :], other=0.0)
+                y = tl.dot(h_part, b, y, input_precision=PRECISION)
+        else:
+            b_ptrs = b_ptr + ranks[:, None] * stride_b_r + columns[None, :] * stride_b_n
+            b = tl.load(b_ptrs, mask=rank_ok[:, None] & column_ok[None, :], other=0.0)
+            y = tl.dot(h, b, y, input_precision=PRECISION)
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=row_on[:, None] & column_ok[None, :])
 
 

@@ -71,9 +71,16 @@ class Row:
 
 # every element has an address of its own, so only more warps per element keep them in registers
 UNALIGNED = Row(Tile(64, 64, 32, num_warps=8, num_stages=2), element_size=2, aligned=False)
-# NVIDIA has no matrix instruction for full float32: a product holds BLOCK_K (h Bᵀ: BLOCK_R) operands a row in registers
+# NVIDIA has no matrix instruction for full float32: a product holds 16 operands a row in registers. Among tiles of this
+# size ptxas may spill a few bytes to fit one more block on the SM; these it leaves alone, for every BLOCK_R, gate and
+# layout, in Triton 3.6 and 3.9 alike [compiled]
 IEEE = (
-    Row(Tile(32, 64, 16), max_rank=16, element_size=4, precision="ieee"),
+    Row(Tile(16, 64, 16, num_stages=2), max_rank=64, element_size=4, precision="ieee"),
+    Row(Tile(16, 32, 16, num_stages=2), element_size=4, precision="ieee"),
+)
+IEEE_SM_90 = (Row(Tile(32, 32, 16, num_warps=8), element_size=4, precision="ieee"),)
+IEEE_SM_100 = (
+    Row(Tile(32, 32, 32, num_warps=8, num_stages=2), max_rank=32, element_size=4, precision="ieee"),
     Row(Tile(32, 32, 16, num_warps=8), element_size=4, precision="ieee"),
 )
 # small enough for rank 128, where h takes twice the registers of y
@@ -85,7 +92,9 @@ ONE_PASS: dict[str, tuple[Row, ...]] = {
     "sm_80": (
         UNALIGNED,
         *IEEE,
-        TF32,
+        # 8 bytes of spills with 32 of K and odd strides, or with 16 of K and 16-byte loads
+        Row(Tile(64, 64, 32, num_warps=8, num_stages=4), element_size=4, precision="tf32", aligned=True),
+        Row(Tile(64, 64, 16, num_warps=8), element_size=4, precision="tf32"),
         # the weight is read once and all else is small: 32 columns make 128 programs of N = 4096
         Row(Tile(16, 32, 128, group_m=1, num_stages=4), max_m=16, max_rank=64),
         Row(Tile(64, 32, 128, group_m=1, num_stages=4), max_m=64, max_n=8192, max_rank=32),
@@ -100,7 +109,7 @@ ONE_PASS: dict[str, tuple[Row, ...]] = {
     # 132 SMs, 227 KiB; wgmma wants 64 rows for each 4 warps
     "sm_90": (
         UNALIGNED,
-        *IEEE,
+        *IEEE_SM_90,
         Row(Tile(64, 64, 32), max_m=64, element_size=4, precision="tf32", aligned=True),
         Row(Tile(128, 64, 32, num_warps=8), element_size=4, precision="tf32", aligned=True),
         TF32,
@@ -119,9 +128,10 @@ ONE_PASS: dict[str, tuple[Row, ...]] = {
     # 148 SMs, 227 KiB; tcgen05 wants 64 rows and keeps y in tensor memory
     "sm_100": (
         UNALIGNED,
-        *IEEE,
+        *IEEE_SM_100,
         Row(Tile(64, 64, 32), max_m=64, element_size=4, precision="tf32", aligned=True),
-        Row(Tile(128, 64, 32, num_warps=8), element_size=4, precision="tf32", aligned=True),
+        Row(Tile(128, 64, 32, num_warps=8), element_size=4, precision="tf32", aligned=True, row_gates=False),
+        Row(Tile(64, 64, 64, num_warps=8, num_stages=2), element_size=4, precision="tf32", aligned=True),
         TF32,
         # as on sm_90, which has fewer SMs and is the same otherwise
         Row(Tile(64, 32, 128, group_m=1, num_stages=5), max_m=64, max_n=8192, max_rank=32),
@@ -144,7 +154,8 @@ ONE_PASS: dict[str, tuple[Row, ...]] = {
     # any other GPU: at most 64 KiB, and no more registers than sm_80 has
     "generic": (
         UNALIGNED,
-        Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4),
+        *IEEE,
+        Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4, precision="tf32"),
         Row(Tile(16, 64, 64, group_m=1, num_stages=2), max_m=16),
         Row(Tile(64, 64, 32, num_stages=2)),
     ),

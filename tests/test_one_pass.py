@@ -154,8 +154,9 @@ def test_row_gates_over_rows_that_no_tile_divides(device):
     ids=["device", "rows-off", "rows-mixed"],
 )
 @pytest.mark.parametrize("where", ["a", "b", "both"])
-def test_off_is_the_base_whatever_a_and_b_hold(where, gate, poison, dtype, device):
-    x, weight, bias, a, b = operands(48, 70, 45, 8, dtype, device)
+@pytest.mark.parametrize("rank", [8, 40])
+def test_off_is_the_base_whatever_a_and_b_hold(rank, where, gate, poison, dtype, device):
+    x, weight, bias, a, b = operands(48, 70, 45, rank, dtype, device)
     base, _ = one_pass(x, weight, bias, torch.zeros_like(a), torch.zeros_like(b), None, SCALE, tile=SMALL)
     if where != "b":
         a[1] = poison
