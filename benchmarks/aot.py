@@ -14,13 +14,14 @@ import io
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -32,8 +33,14 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from cotolora.kernels.adapter_grads import gram, project
+from cotolora.kernels.low_rank_gemm import low_rank_gemm
 from cotolora.kernels.one_pass import one_pass
-from cotolora.kernels.tiles import UNALIGNED, Row, Tile, one_pass_row, one_pass_rows
+from cotolora.kernels.one_pass_swapped import one_pass_swapped
+from cotolora.kernels.partials import sum_partials
+from cotolora.kernels.pre_expand import expand, pre_expand
+from cotolora.kernels.shrink import shrink
+from cotolora.kernels.tiles import PROJECT_MAX_RANK, TABLES, TMA_ARCHITECTURES, UNALIGNED, Row, Stream, Tile, choose
 
 
 @dataclass(frozen=True)
@@ -60,25 +67,60 @@ SPILLS = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill 
 
 
 @dataclass(frozen=True)
+class Operands:
+    """What a launcher is called on; without memory, but with sizes and strides."""
+
+    m: int
+    n: int
+    rank: int
+    dtype: torch.dtype
+    gate: str
+    layout: str  # "aligned", "odd" in every stride and size, or "ones": sizes of 1, which are constants to Triton
+    dropout: bool
+
+    def tensors(self) -> dict[str, Any]:
+        """x, weight, bias, a, b, dy, h, p, gate, and a seed where there is dropout."""
+        empty = partial(torch.empty, dtype=self.dtype, device="meta")
+        m, n, k, r = self.m, self.n, 1 if self.layout == "ones" else 4096, self.rank
+        if self.layout == "odd":
+            k, n = k - 3, n - 3
+            x, dy, weight = empty(k, m).t(), empty(n, m).t(), empty(n, 2 * k + 1)[:, 1::2]
+            a, b, bias = empty(r, k + 1)[:, 1:], empty(r, n).t(), empty(1).expand(n)
+            h = p = empty(r, m).t()
+        else:
+            x, dy, weight, a, b, bias = empty(m, k), empty(m, n), empty(n, k), empty(r, k), empty(n, r), empty(n)
+            h = p = empty(m, r)
+        gates = (None, empty((), dtype=torch.int32), empty(m, dtype=torch.bool))
+        return {
+            "x": x, "dy": dy, "weight": weight, "a": a, "b": b, "bias": bias, "h": h, "p": p,
+            "gate": dict(zip(GATES, gates, strict=True))[self.gate],
+            "dropped": {"seed": empty((), dtype=torch.int64), "dropout": 0.1} if self.dropout else {},
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Case:
-    """One compilation: a launch, its target, and what the table says of it."""
+    """A launch, its target, and the architecture in whose table the tile stands."""
 
     kernel: str
     target: str
-    rows: str  # the architecture in whose table the tile stands
-    tile: Tile
-    rank: int
+    rows: str
+    tile: Tile | Stream
     dtype: str  # with the precision, if it is float32
-    gate: str
-    layout: str
-    launch: Callable[[], object]
+    operands: Operands
+    tma: bool
+
+    def launch(self) -> None:
+        """Calls the launcher."""
+        launch(self.kernel, self.tile, self.tma, self.operands)
 
 
 @dataclass
 class Result:
-    """What the compiler made of a case; `broken` lists the parts of the budget that it breaks."""
+    """What the compiler made of one kernel of a case; `broken` lists the parts of the budget that it breaks."""
 
     case: Case
+    kernel: str = ""
     registers: int = 0
     spill_bytes: int = 0
     shared_bytes: int = 0
@@ -88,64 +130,99 @@ class Result:
     broken: list[str] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
-        """Everything but the launch, in the order of the table."""
-        record = {**vars(self.case), **vars(self)}
-        tile = record.pop("tile")
-        record["tile"] = f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}"
-        order = "kernel target rows tile rank dtype gate layout registers spill_bytes shared_bytes instructions broken"
-        return {name: record[name] for name in [*order.split(), "serialized", "seconds"]}
+        """A line of the table."""
+        case, operands, tile = self.case, self.case.operands, self.case.tile
+        sizes = [size for size in (list(vars(tile).values())[:3] if isinstance(tile, Tile) else (tile.rows, tile.columns))]
+        return {
+            "kernel": self.kernel,
+            "target": case.target,
+            "rows": case.rows,
+            "tile": f"{'x'.join(map(str, sizes))} w{tile.num_warps} s{tile.num_stages}",
+            "rank": operands.rank,
+            "dtype": case.dtype,
+            "gate": operands.gate,
+            "layout": operands.layout + " tma" * case.tma,
+            "dropout": operands.dropout,
+            "registers": self.registers,
+            "spill_bytes": self.spill_bytes,
+            "shared_bytes": self.shared_bytes,
+            "instructions": self.instructions,
+            "broken": self.broken,
+            "serialized": self.serialized,
+            "seconds": self.seconds,
+        }
 
 
-def launch_one_pass(tile: Tile, m: int, n: int, rank: int, dtype: torch.dtype, gate: str, layout: str) -> None:
-    """Calls the launcher on operands that have sizes and strides but no memory."""
-    empty = partial(torch.empty, dtype=dtype, device="meta")
-    k = 1 if layout == "ones" else 4096
-    if layout != "odd":
-        x, weight, a, b, bias = empty(m, k), empty(n, k), empty(rank, k), empty(n, rank), empty(n)
-    else:
-        k, n = k - 3, n - 3
-        x, weight = empty(k, m).t(), empty(n, 2 * k + 1)[:, 1::2]
-        a, b, bias = empty(rank, k + 1)[:, 1:], empty(rank, n).t(), empty(1).expand(n)
-    gates = dict(zip(GATES, (None, empty((), dtype=torch.int32), empty(m, dtype=torch.bool)), strict=True))
-    one_pass(x, weight, bias, a, b, gates[gate], 2.0, tile=tile)
+def launch(kernel: str, tile: Tile | Stream, tma: bool, operands: Operands) -> None:
+    """Calls the launchers of a family, every kernel of which is to be compiled."""
+    t = SimpleNamespace(**operands.tensors())
+    forward = (t.bias, t.a, t.b, t.gate, 2.0)
+    match kernel:
+        case "one_pass":
+            one_pass(t.x, t.weight, *forward, **t.dropped, tile=tile)
+        case "one_pass_swapped":
+            one_pass_swapped(t.x, t.weight, *forward, **t.dropped, stream=tile, split=2)
+        case "pre_expand":
+            pre_expand(t.x, *forward, **t.dropped, stream=tile)
+            expand(t.p, t.a, t.gate, **t.dropped, stream=tile)
+        case "shrink":
+            shrink(t.x, t.a, t.gate, 2.0, **t.dropped, stream=tile, split=1)
+        case "gram":
+            sums = gram(t.x, t.p, t.gate, 1.0, torch.float32, **t.dropped, stream=tile, split=2)
+            sum_partials(sums, sums)
+        case "project":
+            project(t.dy, t.h, t.b, t.gate, 2.0, torch.float32, stream=tile)
+        case "low_rank_gemm" if operands.dropout:
+            low_rank_gemm(t.dy, t.weight.T, None, t.p, t.a.T, t.gate, **t.dropped, tile=tile, tma=tma)
+        case "low_rank_gemm":
+            low_rank_gemm(t.x, t.weight, t.bias, t.h, t.b, t.gate, tile=tile, tma=tma)
 
 
-def one_pass_cases(target: str) -> Iterator[Case]:
-    """Every row for a target, with operands that come to it: of the smallest and the largest rank, of any layout."""
-    for arch in (target, "generic") if target in GENERIC_TARGETS else (target,):
-        for row in one_pass_rows(arch):
-            if arch == target or row not in one_pass_rows(target):
-                precisions = [row.precision] if row.precision else ["ieee", "tf32"]
-                dtypes = [f"float32 {precision}" for precision in precisions] if row.element_size == 4 else ["bfloat16"]
-                for dtype in dtypes:
-                    yield from one_pass_row_cases(arch, target, row, dtype)
-                if row is one_pass_rows(arch)[-1]:
-                    yield list(one_pass_row_cases(arch, target, row, "float16"))[-1]
+def all_cases(target: str) -> Iterator[Case]:
+    """Every row of every table for a target, with operands that come to it."""
+    for kernel, table in TABLES.items():
+        for arch in (target, "generic") if target in GENERIC_TARGETS else (target,):
+            for row in table[arch]:
+                if arch == target or row not in table[target]:
+                    precisions = [row.precision] if row.precision else ["ieee", "tf32"]
+                    floats = [f"float32 {precision}" for precision in precisions]
+                    dtypes = {2: ["bfloat16"], 4: floats, None: ["bfloat16", *floats]}[row.element_size]
+                    for dtype in dtypes:
+                        yield from row_cases(kernel, arch, target, row, dtype)
+                    if row is table[arch][-1]:
+                        yield list(row_cases(kernel, arch, target, row, "float16"))[-1]
     # an argument that is 1 is a constant to Triton, with operations of its own
-    tile = UNALIGNED.tile
-    ones = partial(launch_one_pass, tile, 1, 1, 1, torch.bfloat16, "rows", "ones")
-    yield Case("one_pass", target, target, tile, 1, "bfloat16", "rows", "ones", ones)
+    ones = Operands(1, 1, 1, torch.bfloat16, "rows", "ones", dropout=False)
+    yield Case("one_pass", target, target, UNALIGNED.tile, "bfloat16", ones, tma=False)
 
 
-def one_pass_row_cases(arch: str, target: str, row: Row, dtype: str) -> Iterator[Case]:
+def row_cases(kernel: str, arch: str, target: str, row: Row, dtype: str) -> Iterator[Case]:
     """The cases of one row in one dtype, those that take most registers last."""
-    m, n = row.max_m or 8192, row.max_n or 16384
+    m, n = row.max_m or (64 if kernel == "one_pass_swapped" else 8192), row.max_n or 16384
     scalar, precision = getattr(torch, dtype.split()[0]), dtype.partition(" ")[2] or "ieee"
+    ranks = [rank for rank in (8, 32, 64, 128, 256) if kernel != "project" or rank <= PROJECT_MAX_RANK]
 
-    def comes_to_row(rank: int, gate: str, layout: str) -> bool:
-        return row is one_pass_row(
-            m, n, rank, arch, element_size=scalar.itemsize, precision=precision,
-            aligned=layout == "aligned", row_gates=gate == "rows",
-        )  # fmt: skip
+    def comes_to_row(rank: int, gate: str, layout: str, dropout: bool) -> bool:
+        dropout_of_dx = kernel == "low_rank_gemm" and dropout
+        return row is choose(
+            kernel, arch, m, n, rank, element_size=scalar.itemsize, precision=precision,
+            aligned=layout == "aligned", selects=gate == "rows" or dropout_of_dx,
+        ) and not (kernel == "project" and dropout)  # fmt: skip
 
-    operands = [o for o in product((8, 32, 64, 128), GATES, ("aligned", "odd")) if comes_to_row(*o)]
-    smallest, largest, greediest = operands[0][0], operands[-1][0], operands[-1][1]
-    for rank, gate, layout in operands:
-        first = rank == smallest and (gate == "device" or (gate == "none" and dtype == "bfloat16"))
+    operands = [o for o in product(ranks, GATES, ("aligned", "odd"), (False, True)) if comes_to_row(*o)]
+    if not operands:
+        return
+    smallest, plain = operands[0][0], [o for o in operands if not o[3]]
+    light = next(o for o in plain if o[0] == smallest and o[1] != "none") if len(plain) > 1 else plain[0]
+    chosen = {light, plain[-1], operands[-1]}
+    if kernel == "one_pass" and dtype == "bfloat16":
+        chosen |= {o for o in plain if o[0] == smallest and o[1] != "rows"}
+    if kernel == "one_pass" and scalar == torch.float32:
         # ptxas spills float32 for one more block on the SM, at any rank
-        if first or (rank == largest and gate == greediest) or scalar == torch.float32:
-            launch = partial(launch_one_pass, row.tile, m, n, rank, scalar, gate, layout)
-            yield Case("one_pass", target, arch, row.tile, rank, dtype, gate, layout, launch)
+        chosen |= {o for o in plain if o[1] == plain[-1][1]}
+    for rank, gate, layout, dropout in sorted(chosen, key=operands.index):
+        tma = kernel == "low_rank_gemm" and arch in TMA_ARCHITECTURES and layout == "aligned"
+        yield Case(kernel, target, arch, row.tile, dtype, Operands(m, n, rank, scalar, gate, layout, dropout), tma)
 
 
 def intercept(launch: Callable[[], object]) -> list[tuple[JITFunction, tuple, dict[str, Any]]]:
@@ -160,12 +237,17 @@ def intercept(launch: Callable[[], object]) -> list[tuple[JITFunction, tuple, di
     return calls
 
 
-def compile_for(gpu: GPUTarget, kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str]:
-    """The compiled kernel and ptxas's log, specialised on the arguments as Triton's JIT does where it finds `gpu`."""
+def specialise(gpu: GPUTarget, kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Options, signature, constants and attributes, as Triton's JIT finds them where it finds `gpu`."""
     backend = make_backend(gpu)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*args, **kwargs)
-    options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    return kernel._pack_args(backend, kwargs, bound, specialization, options)
+
+
+def compile_for(gpu: GPUTarget, kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, str]:
+    """The compiled kernel and ptxas's log."""
+    options, signature, constants, attributes = specialise(gpu, kernel, args, kwargs)
     log = io.StringIO()
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
@@ -175,14 +257,40 @@ def compile_for(gpu: GPUTarget, kernel: JITFunction, args: tuple, kwargs: dict[s
     return compiled, log.getvalue()
 
 
-def measure(case: Case) -> Result:
-    """Compiles a case and reads what it takes."""
-    target, result = TARGETS[case.target], Result(case)
+def distinct(cases: Iterable[Case]) -> Iterator[tuple[Case, int]]:
+    """Each kernel of each case, as a case and the position of the launch in it, once if several are the same."""
+    seen = set()
+    for case in cases:
+        for position, (kernel, args, kwargs) in enumerate(intercept(case.launch)):
+            kwargs = with_precision(case, kwargs)
+            same = (case.target, case.rows, kernel.__name__, repr(specialise(TARGETS[case.target].gpu, kernel, args, kwargs)))
+            if same not in seen:
+                seen.add(same)
+                yield case, position
+
+
+def with_precision(case: Case, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a launch, with the case's precision for that of this machine."""
+    return kwargs | {"PRECISION": case.dtype.partition(" ")[2] or "ieee"} if "PRECISION" in kwargs else kwargs
+
+
+def measure_one(case_and_position: tuple[Case, int]) -> Result:
+    """One kernel of a case."""
+    case, position = case_and_position
+    return measure_kernel(case, *intercept(case.launch)[position])
+
+
+def measure(case: Case) -> list[Result]:
+    """Compiles the kernels of a case and reads what each takes."""
+    return [measure_kernel(case, *call) for call in intercept(case.launch)]
+
+
+def measure_kernel(case: Case, kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> Result:
+    """Compiles one kernel and reads what it takes."""
+    target, result = TARGETS[case.target], Result(case, kernel.__name__.removesuffix("_kernel"))
     start = time.perf_counter()
     try:
-        ((kernel, args, kwargs),) = intercept(case.launch)
-        precision = case.dtype.partition(" ")[2] or "ieee"
-        compiled, log = compile_for(target.gpu, kernel, args, kwargs | {"PRECISION": precision})
+        compiled, log = compile_for(target.gpu, kernel, args, with_precision(case, kwargs))
     except Exception as error:  # whatever a compiler raises is the finding
         result.broken = [f"does not compile: {error!r}"]
         return result
@@ -211,10 +319,14 @@ def broken(result: Result) -> list[str]:
         reasons.append(f"{result.spill_bytes} bytes of spills")
     if result.shared_bytes > shared_limit:
         reasons.append(f"{result.shared_bytes} bytes of shared memory, {shared_limit} allowed")
-    if case.target == "sm_90" and not float32 and not result.instructions["wgmma"]:
-        reasons.append("no wgmma")
-    if result.serialized:
+    # the kernels that read a matrix once wait for memory, not for the matrix units
+    if result.serialized and result.kernel in ("one_pass", "low_rank_gemm"):
         reasons.append("serialized wgmma")
+    if result.kernel == "sum_partials":
+        return reasons
+    # 16 rows, which is all that finish has, are too few for wgmma
+    if case.target == "sm_90" and not float32 and result.kernel != "finish" and not result.instructions["wgmma"]:
+        reasons.append("no wgmma")
     if case.dtype == "float32 ieee" and nvidia:
         if any(result.instructions.values()):
             reasons.append("a matrix instruction, which rounds float32")
@@ -244,10 +356,10 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: with it kernels are interpreted and never compiled")
-    cases = [case for target in options.target or TARGETS for case in one_pass_cases(target)]
+    cases = list(distinct(case for target in options.target or TARGETS for case in all_cases(target)))
     # spawned: a fork after torch has started its threads can hang
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(measure, cases))
+        results = list(pool.map(measure_one, cases, chunksize=4))
     print(table(results))
     if options.json:
         records = [result.record() for result in results]

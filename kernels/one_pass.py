@@ -7,21 +7,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cotolora.kernels.tiles import Tile, architecture, dot_precision, is_aligned, one_pass_row
+from cotolora.kernels.dropout import keep_mask, keep_scale
+from cotolora.kernels.tiles import Tile, architecture, choose, dot_precision, is_aligned
+
+
+@triton.jit
+def swizzled(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Row and column of the tile-th tile, when `GROUP_M` row tiles are taken together."""
+    group_size = GROUP_M * tiles_n
+    first_m = tile // group_size * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    return first_m + tile % group_size % group_m, tile % group_size // group_m
 
 
 @triton.jit
 def accumulate(
     # [BLOCK_M, BLOCK_N], what x Wᵀ is added to; then where each row of x, W and A starts
     y, x_rows, weight_rows, a_rows,
-    row_ok, column_ok, rank_ok,
+    rows, row_ok, column_ok, rank_ok,
     K,
     stride_x_k, stride_weight_k, stride_a_k,
+    seed_ptr, dropout,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     LOW_RANK: tl.constexpr,  # without it A is not read and h is zero
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds x Wᵀ to y and makes h = x Aᵀ, in float32, from one read of x."""
+    """Adds x Wᵀ to y and makes h = dropout(x) Aᵀ, in float32, from one read of x."""
     h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for first_k in range(0, K, BLOCK_K):
         ks = first_k + tl.arange(0, BLOCK_K).to(tl.int64)
@@ -33,6 +44,8 @@ def accumulate(
         if LOW_RANK:
             a_ptrs = a_rows[None, :] + ks[:, None] * stride_a_k
             a = tl.load(a_ptrs, mask=k_ok[:, None] & rank_ok[None, :], other=0.0)
+            if seed_ptr is not None:
+                x = tl.where(keep_mask(tl.load(seed_ptr), rows, first_k, dropout, BLOCK_K), x, 0.0)
             h = tl.dot(x, a, h, input_precision=PRECISION)
     return y, h
 
@@ -40,8 +53,8 @@ def accumulate(
 # M changes from batch to batch, and 1, a multiple of 16 and any other would each be a compilation
 @triton.jit(do_not_specialize=["M", "rows_per_gate"])
 def one_pass_kernel(
-    # [M, K], [N, K], [N] or None, [R, K], [N, R], [] or [G] or None, [M, N] and [M, R]
-    x_ptr, weight_ptr, bias_ptr, a_ptr, b_ptr, gate_ptr, y_ptr, h_ptr,
+    # [M, K], [N, K], [N] or None, [R, K], [N, R], [] or [G] or None, [] or None, [M, N] and [M, R]
+    x_ptr, weight_ptr, bias_ptr, a_ptr, b_ptr, gate_ptr, seed_ptr, y_ptr, h_ptr,
     M, N, K, R, rows_per_gate,
     stride_x_m, stride_x_k,
     stride_weight_n, stride_weight_k,
@@ -51,7 +64,7 @@ def one_pass_kernel(
     stride_gate_g,
     stride_y_m, stride_y_n,
     stride_h_m, stride_h_r,
-    scale,
+    scale, dropout,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,  # R rounded up to a power of two, at least 16 (tl.dot)
     GROUP_M: tl.constexpr,
@@ -60,12 +73,8 @@ def one_pass_kernel(
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
     """One program writes a [BLOCK_M, BLOCK_N] tile of y; those of the first column of tiles also [BLOCK_M, R] of h."""
-    program = tl.program_id(0)
-    group_size = GROUP_M * tl.maximum(tl.cdiv(N, BLOCK_N), 1)
-    first_m = program // group_size * GROUP_M
-    group_m = tl.minimum(tl.cdiv(M, BLOCK_M) - first_m, GROUP_M)
-    tile_m = first_m + program % group_size % group_m
-    tile_n = program % group_size // group_m
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.maximum(tl.cdiv(N, BLOCK_N), 1)
+    tile_m, tile_n = swizzled(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
 
     # int64: index * stride passes 2**31 for tensors beyond 2 Gi elements
     rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -90,13 +99,13 @@ def one_pass_kernel(
     # a loop of its own for each, because a branch inside the loop stops the pipelining of A
     if on:
         y, h = accumulate(
-            y, x_rows, weight_rows, a_rows, row_ok, column_ok, rank_ok, K, stride_x_k, stride_weight_k, stride_a_k,
-            BLOCK_M, BLOCK_K, BLOCK_R, True, PRECISION,
+            y, x_rows, weight_rows, a_rows, rows, row_ok, column_ok, rank_ok, K, stride_x_k, stride_weight_k,
+            stride_a_k, seed_ptr, dropout, BLOCK_M, BLOCK_K, BLOCK_R, True, PRECISION,
         )  # fmt: skip
     else:
         y, h = accumulate(
-            y, x_rows, weight_rows, a_rows, row_ok, column_ok, rank_ok, K, stride_x_k, stride_weight_k, stride_a_k,
-            BLOCK_M, BLOCK_K, BLOCK_R, False, PRECISION,
+            y, x_rows, weight_rows, a_rows, rows, row_ok, column_ok, rank_ok, K, stride_x_k, stride_weight_k,
+            stride_a_k, seed_ptr, dropout, BLOCK_M, BLOCK_K, BLOCK_R, False, PRECISION,
         )  # fmt: skip
 
     # rank_ok: an inf in x makes NaN of the ranks that are not there
@@ -128,13 +137,14 @@ def one_pass_kernel(
 
 def one_pass(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gate: Tensor | None, scale: float,
-    *, tile: Tile | None = None, store_h: bool = True,
+    *, seed: Tensor | None = None, dropout: float = 0.0, tile: Tile | None = None, store_h: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launches `one_pass_kernel`: ``y = x Wᵀ + bias + h Bᵀ`` with ``h = scale · x Aᵀ``, rounded once.
+    """Launches `one_pass_kernel`: ``y = x Wᵀ + bias + h Bᵀ`` with ``h = scale · dropout(x) Aᵀ``, rounded once.
 
     ``x [M, K]``, ``weight [N, K]``, ``bias [N]`` or None, ``a [R, K]``, ``b [N, R]`` → ``y [M, N]``, ``h [M, R]``, of
     one dtype and any strides. `gate`: None (on), ``[]``, or ``[G]`` with row i under gate ``i // (M / G)``. Rows that
-    are off have the base in y, whatever A and B hold, and zeros in h. Without `store_h`, h is ``[M, 0]``.
+    are off have the base in y, whatever A and B hold, and zeros in h. `seed`, an int64 ``[]``, drops out. Without
+    `store_h`, h is ``[M, 0]``.
     """
     (m, k), n, rank = x.shape, weight.shape[0], a.shape[0]
     y, h = x.new_empty(m, n), x.new_empty(m, rank if store_h else 0)
@@ -142,21 +152,21 @@ def one_pass(
         return y, h
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     precision = dot_precision(x.dtype, x.device)
-    tile = tile or one_pass_row(
-        m, n, rank, architecture(x.device), element_size=x.element_size(), precision=precision,
+    tile = tile or choose(
+        "one_pass", architecture(x.device), m, n, rank, element_size=x.element_size(), precision=precision,
         # K of x must lie together: the kernel is not specialised on M
         aligned=x.stride(1) == 1 and is_aligned(x) and is_aligned(weight) and is_aligned(a),
-        row_gates=row_gates is not None,
+        selects=row_gates is not None,
     ).tile  # fmt: skip
     # without columns there is still h to write
     programs = triton.cdiv(m, tile.block_m) * max(1, triton.cdiv(n, tile.block_n))
     with torch.cuda.device_of(x):  # Triton launches on the current device
         one_pass_kernel[(programs,)](
-            x, weight, bias, a, b, gate, y, h,
+            x, weight, bias, a, b, gate, seed, y, h,
             m, n, k, rank, m if row_gates is None else m // row_gates.shape[0],
             *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), *a.stride(), *b.stride(),
             0 if row_gates is None else row_gates.stride(0), *y.stride(), *h.stride(),
-            float(scale),
+            float(scale) * (1.0 if seed is None else keep_scale(dropout)), float(dropout),
             BLOCK_R=max(16, triton.next_power_of_2(rank)),
             ROW_GATES=row_gates is not None,
             STORE_H=store_h,

@@ -23,6 +23,7 @@ class Tile:
     group_m: int = 8  # row tiles taken together, so that a tile of the weight is read again while the L2 has it
     num_warps: int = 4
     num_stages: int = 3
+    programs: int = 1  # on one multiprocessor, where each takes tile after tile
 
     def meta(self) -> dict[str, int | bool]:
         """Keyword arguments of the launch."""
@@ -38,23 +39,39 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """Launch parameters of a kernel that reads a matrix once: the tile it reads at a time, warps and stages."""
+
+    rows: int
+    columns: int
+    max_ranks: int = 256  # of one program; a larger rank takes several, and reads the matrix several times
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def meta(self) -> dict[str, int | bool]:
+        """Keyword arguments of the launch, but for the tile, which the kernels name by their own dimensions."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
 class Row:
     """A tile and what it is for: sizes up to and including a bound, and one kind of operand. None is any.
 
     There is no bound on K, which sets the number of steps and nothing else.
     """
 
-    tile: Tile
+    tile: Tile | Stream
     max_m: int | None = None
     max_n: int | None = None
+    min_rank: int = 1
     max_rank: int | None = None
     element_size: int | None = None
     precision: str | None = None
     aligned: bool | None = None
-    row_gates: bool | None = None
+    selects: bool | None = None  # among entries of the low-rank term: row gates, or dropout of the gradient of x
 
     def takes(
-        self, m: int, n: int, rank: int, *, element_size: int, precision: str, aligned: bool, row_gates: bool
+        self, m: int, n: int, rank: int, *, element_size: int, precision: str, aligned: bool, selects: bool
     ) -> bool:
         """Whether the row is for these sizes and operands."""
         sizes = ((m, self.max_m), (n, self.max_n), (rank, self.max_rank))
@@ -62,10 +79,12 @@ class Row:
             (element_size, self.element_size),
             (precision, self.precision),
             (aligned, self.aligned),
-            (row_gates, self.row_gates),
+            (selects, self.selects),
         )
-        return all(most is None or size <= most for size, most in sizes) and all(
-            only is None or kind == only for kind, only in kinds
+        return (
+            rank >= self.min_rank
+            and all(most is None or size <= most for size, most in sizes)
+            and all(only is None or kind == only for kind, only in kinds)
         )
 
 
@@ -83,6 +102,13 @@ IEEE_SM_100 = (
     Row(Tile(32, 32, 32, num_warps=8, num_stages=2), max_rank=32, element_size=4, precision="ieee"),
     Row(Tile(32, 32, 16, num_warps=8), element_size=4, precision="ieee"),
 )
+# h of rank 256 takes four times the registers of y
+WIDE = (
+    Row(Tile(32, 32, 16, num_warps=8, num_stages=2), min_rank=129, element_size=4, precision="tf32"),
+    Row(Tile(64, 32, 16, num_warps=8, num_stages=2), min_rank=129, element_size=2, aligned=False),
+    Row(Tile(64, 64, 32, num_warps=8), min_rank=129, element_size=2),
+)
+WIDE_SMALL = Row(Tile(64, 32, 16, num_warps=8, num_stages=2), min_rank=129, element_size=2)
 # small enough for rank 128, where h takes twice the registers of y
 TF32 = Row(Tile(64, 64, 32, num_warps=8), element_size=4, precision="tf32")
 
@@ -90,6 +116,7 @@ TF32 = Row(Tile(64, 64, 32, num_warps=8), element_size=4, precision="tf32")
 ONE_PASS: dict[str, tuple[Row, ...]] = {
     # 108 SMs, 163 KiB
     "sm_80": (
+        *WIDE,
         UNALIGNED,
         *IEEE,
         # 8 bytes of spills with 32 of K and odd strides, or with 16 of K and 16-byte loads
@@ -108,6 +135,7 @@ ONE_PASS: dict[str, tuple[Row, ...]] = {
     ),
     # 132 SMs, 227 KiB; wgmma wants 64 rows for each 4 warps
     "sm_90": (
+        *WIDE,
         UNALIGNED,
         *IEEE_SM_90,
         Row(Tile(64, 64, 32), max_m=64, element_size=4, precision="tf32", aligned=True),
@@ -122,28 +150,30 @@ ONE_PASS: dict[str, tuple[Row, ...]] = {
         Row(Tile(64, 128, 64, num_stages=4), max_m=256),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=512),
         # the widest: 16 ranks cost 1/16 more products; row gates store y twice, and that spills
-        Row(Tile(128, 256, 64, num_warps=8), max_rank=64, row_gates=False),
+        Row(Tile(128, 256, 64, num_warps=8), max_rank=64, selects=False),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
     ),
     # 148 SMs, 227 KiB; tcgen05 wants 64 rows and keeps y in tensor memory
     "sm_100": (
+        *WIDE,
         UNALIGNED,
         *IEEE_SM_100,
         Row(Tile(64, 64, 32), max_m=64, element_size=4, precision="tf32", aligned=True),
-        Row(Tile(128, 64, 32, num_warps=8), element_size=4, precision="tf32", aligned=True, row_gates=False),
+        Row(Tile(128, 64, 32, num_warps=8), element_size=4, precision="tf32", aligned=True, selects=False),
         Row(Tile(64, 64, 64, num_warps=8, num_stages=2), element_size=4, precision="tf32", aligned=True),
         TF32,
         # as on sm_90, which has fewer SMs and is the same otherwise
         Row(Tile(64, 32, 128, group_m=1, num_stages=5), max_m=64, max_n=8192, max_rank=32),
         Row(Tile(64, 64, 64, group_m=1, num_stages=5), max_m=64),
         Row(Tile(128, 128, 64, num_stages=4), max_m=512, max_rank=64),
-        Row(Tile(128, 256, 64, num_warps=8), max_rank=64, row_gates=False),
+        Row(Tile(128, 256, 64, num_warps=8), max_rank=64, selects=False),
         # 4 warps can read y out of tensor memory, but not above rank 64
         Row(Tile(128, 128, 64, num_stages=4), max_rank=64),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
     ),
     # 304 CUs, 64 KiB, so two stages; matrix instructions exist for full float32
     "gfx942": (
+        WIDE_SMALL,
         UNALIGNED,
         Row(Tile(64, 64, 32, num_stages=2), element_size=4),
         # the weight is read once: narrow tiles for the many CUs
@@ -153,6 +183,7 @@ ONE_PASS: dict[str, tuple[Row, ...]] = {
     ),
     # any other GPU: at most 64 KiB, and no more registers than sm_80 has
     "generic": (
+        WIDE_SMALL,
         UNALIGNED,
         *IEEE,
         Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4, precision="tf32"),
@@ -162,20 +193,124 @@ ONE_PASS: dict[str, tuple[Row, ...]] = {
 }
 
 
-def one_pass_row(
-    m: int, n: int, rank: int, arch: str, *, element_size: int, precision: str, aligned: bool, row_gates: bool
-) -> Row:
-    """The row of `one_pass_kernel` for ``x [m, K]``, ``weight [n, K]`` and ``a [rank, K]``."""
+LOW_RANK_GEMM: dict[str, tuple[Row, ...]] = {
+    "sm_80": (
+        *IEEE,
+        Row(Tile(64, 32, 32, num_warps=8, programs=2), element_size=4),
+        Row(Tile(128, 64, 32, num_warps=8, programs=2), aligned=False),
+        Row(Tile(128, 128, 32, num_warps=8, num_stages=4), max_rank=64),
+        Row(Tile(128, 64, 32, num_warps=8, num_stages=4, programs=2)),
+    ),
+    # by TMA where aligned
+    "sm_90": (
+        *IEEE_SM_90,
+        Row(Tile(64, 32, 32, num_warps=8, programs=2), element_size=4),
+        Row(Tile(128, 64, 64, num_warps=8, programs=2), aligned=False),
+        # too few tiles of 128 x 256 to go round
+        Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=1024),
+        # rows off or entries dropped of a low-rank term take registers of their own
+        Row(Tile(128, 256, 64, num_warps=8), selects=False),
+        Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
+    ),
+    "sm_100": (
+        *IEEE_SM_100,
+        Row(Tile(64, 32, 32, num_warps=8, programs=2), element_size=4),
+        Row(Tile(128, 64, 64, num_warps=8, programs=2), aligned=False),
+        Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=1024),
+        Row(Tile(128, 256, 64, num_warps=8), selects=False),
+        Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
+    ),
+    "gfx942": (
+        Row(Tile(64, 64, 32, num_stages=2, programs=2), element_size=4),
+        Row(Tile(128, 64, 64, num_warps=8, num_stages=2), aligned=False),
+        Row(Tile(128, 128, 64, num_warps=8, num_stages=2)),
+    ),
+    "generic": (
+        *IEEE,
+        Row(Tile(32, 32, 32, num_warps=8, num_stages=2, programs=2), element_size=4),
+        Row(Tile(64, 64, 32, num_warps=8, num_stages=2, programs=2)),
+    ),
+}
+
+# rows of W, columns of K; 3 stages of 8 KiB of W on each of two programs keep 40 KiB in flight on an SM
+ONE_PASS_SWAPPED: dict[str, tuple[Row, ...]] = {
+    arch: (
+        Row(Stream(32, 16, num_warps=8), element_size=4),
+        Row(Stream(64, 64, num_warps=4 if arch == "sm_100" else 8), aligned=False),
+        Row(Stream(64, 64, num_stages=2 if arch in ("gfx942", "generic") else 5)),
+    )
+    for arch in ONE_PASS
+}
+
+# what reads a matrix once waits for memory: small tiles, which leave room for several programs on a multiprocessor
+SHRINK: dict[str, tuple[Row, ...]] = {
+    arch: (
+        Row(Stream(32, 32, max_ranks=32, num_stages=2), element_size=4),
+        Row(Stream(64, 64), max_rank=64),
+        Row(Stream(64, 64, max_ranks=128, num_warps=8)),
+    )
+    for arch in ONE_PASS
+}
+GRAM: dict[str, tuple[Row, ...]] = {
+    arch: (
+        Row(Stream(16, 32, max_ranks=32, num_warps=8, num_stages=2), element_size=4),
+        Row(Stream(64, 64, max_ranks=64, num_warps=8)),
+    )
+    for arch in ONE_PASS
+}
+# wide, because each tile of columns writes a p of its own
+PROJECT: dict[str, tuple[Row, ...]] = {
+    arch: (
+        Row(Stream(16, 32, num_warps=8, num_stages=2), element_size=4),
+        Row(Stream(32, 64), aligned=False),
+        Row(Stream(32, 128, num_warps=4 if arch == "gfx942" else 8)),
+    )
+    for arch in ONE_PASS
+}
+PRE_EXPAND: dict[str, tuple[Row, ...]] = {
+    arch: (
+        Row(Stream(16, 16, max_ranks=16, num_stages=2), element_size=4, precision="ieee"),
+        Row(Stream(16, 16 if arch == "sm_80" else 32, max_ranks=16, num_stages=2), element_size=4),
+        Row(Stream(64, 32 if arch == "sm_100" else 64, max_ranks=64, num_warps=8)),
+    )
+    for arch in ONE_PASS
+}
+
+TABLES = {
+    "one_pass": ONE_PASS,
+    "one_pass_swapped": ONE_PASS_SWAPPED,
+    "low_rank_gemm": LOW_RANK_GEMM,
+    "shrink": SHRINK,
+    "gram": GRAM,
+    "project": PROJECT,
+    "pre_expand": PRE_EXPAND,
+}
+
+
+def choose(
+    kernel: str, arch: str, m: int, n: int, rank: int,
+    *, element_size: int, precision: str, aligned: bool = True, selects: bool = False,
+) -> Row:  # fmt: skip
+    """The row of a kernel's table for ``y [m, n]``, of which kernels that read a matrix once take no notice."""
     return next(
         row
-        for row in one_pass_rows(arch)
-        if row.takes(m, n, rank, element_size=element_size, precision=precision, aligned=aligned, row_gates=row_gates)
+        for row in TABLES[kernel][arch]
+        if row.takes(m, n, rank, element_size=element_size, precision=precision, aligned=aligned, selects=selects)
     )
 
 
-def one_pass_rows(arch: str) -> tuple[Row, ...]:
-    """Every row for an architecture, in the order in which they are tried."""
-    return ONE_PASS[arch]
+# project writes 4 R bytes and reads them again for each BLOCK_N of dy: above this rank a second read of dy is less
+PROJECT_MAX_RANK = 32
+TMA_ARCHITECTURES = ("sm_90", "sm_100")
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "generic": 64}
+
+
+def splits(arch: str, tiles: int, steps: int) -> int:
+    """Into how many parts `tiles` programs of `steps` steps are split: two programs to a multiprocessor, 4 steps each.
+
+    A function of the architecture and the sizes alone, so that a sum has the same order on every such GPU.
+    """
+    return max(1, min(-(-2 * MULTIPROCESSORS[arch] // max(tiles, 1)), steps // 4))
 
 
 @functools.cache

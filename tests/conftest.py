@@ -29,3 +29,22 @@ def poison_empty(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned(empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if request.param == "interpreter" and not interpreted:
+        pytest.skip("TRITON_INTERPRET is not set: kernels are compiled here")
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if request.param == "cuda" and interpreted:
+        pytest.skip("TRITON_INTERPRET is set: nothing is compiled here")
+    return torch.device("cpu" if request.param == "interpreter" else "cuda")
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
+def dtype(request, device):
+    if request.param == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("bfloat16 tl.dot is wrong in Triton's interpreter")
+    return request.param

@@ -1,7 +1,5 @@
 """Numbers of the one-pass kernel: through Triton's interpreter where there is no GPU, on the GPU where there is one."""
 
-import itertools
-import os
 
 import pytest
 import torch
@@ -9,7 +7,7 @@ import torch
 pytest.importorskip("triton")
 
 from cotolora.kernels.one_pass import one_pass
-from cotolora.kernels.tiles import ONE_PASS, Tile, architecture, dot_precision, is_aligned, one_pass_row
+from cotolora.kernels.tiles import ONE_PASS, Tile, architecture, dot_precision, is_aligned
 from tests.tolerance import assert_as_accurate_as_torch
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -38,25 +36,6 @@ EMPTY = [
     pytest.param(20, 0, 32, 8, id="no-columns"),
     pytest.param(20, 40, 0, 8, id="no-k"),
 ]
-
-
-@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if request.param == "interpreter" and not interpreted:
-        pytest.skip("TRITON_INTERPRET is not set: kernels are compiled here")
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if request.param == "cuda" and interpreted:
-        pytest.skip("TRITON_INTERPRET is set: nothing is compiled here")
-    return torch.device("cpu" if request.param == "interpreter" else "cuda")
-
-
-@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
-def dtype(request, device):
-    if request.param == torch.bfloat16 and device.type == "cpu":
-        pytest.skip("bfloat16 tl.dot is wrong in Triton's interpreter")
-    return request.param
 
 
 def operands(m, n, k, r, dtype, device):
@@ -273,20 +252,6 @@ def test_leaves_its_arguments_alone(device):
     before = [t.clone() for t in tensors]
     one_pass(*tensors, SCALE, tile=SMALL)
     assert all(map(torch.equal, tensors, before))
-
-
-@pytest.mark.parametrize("arch", ONE_PASS)
-def test_every_row_is_for_something(arch):
-    rows = ONE_PASS[arch]
-    bounds = {bound for row in rows for bound in (row.max_m, row.max_n, row.max_rank) if bound}
-    sizes = {1, *bounds, *(bound + 1 for bound in bounds)}
-    kinds = itertools.product((2, 4), ("ieee", "tf32"), (True, False), (True, False))
-    names = ("element_size", "precision", "aligned", "row_gates")
-    chosen = {
-        one_pass_row(m, n, rank, arch, **dict(zip(names, kind, strict=True)))
-        for kind, m, n, rank in itertools.product(kinds, sizes, sizes, sizes)
-    }
-    assert chosen == set(rows)
 
 
 def test_a_cpu_has_the_generic_rows():

@@ -1,0 +1,184 @@
+"""Gradients of A and B: from one read of dy its projection and dB, from one read of x dA."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cotolora.kernels.dropout import keep_mask, keep_scale
+from cotolora.kernels.partials import Sum
+from cotolora.kernels.tiles import Stream, architecture, choose, dot_precision, is_aligned, splits
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_gate", "steps_per_split"])
+def gram_kernel(
+    # [M, N], [M, R], [] or [G] or None, [] or None, [S, N, R]
+    t_ptr, h_ptr, gate_ptr, seed_ptr, out_ptr,
+    M, N, R, rows_per_gate, steps_per_split,
+    stride_t_m, stride_t_n,
+    stride_h_m, stride_h_r,
+    stride_gate_g,
+    stride_out_s, stride_out_n, stride_out_r,
+    scale, dropout,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # ranks of one program, at least 16 (tl.dot)
+    ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
+    PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
+):  # fmt: skip
+    """One program writes what steps_per_split times BLOCK_M rows contribute to a [BLOCK_N, BLOCK_R] tile of out = scale · tᵀ h."""
+    split = tl.program_id(1)
+    # int64: index * stride passes 2**31 for tensors beyond 2 Gi elements
+    columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tl.program_id(2).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column_ok, rank_ok = columns < N, ranks < R
+    on = True
+    if gate_ptr is not None and not ROW_GATES:
+        on = tl.load(gate_ptr) != 0
+
+    out = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    if on:
+        first_step = split * steps_per_split
+        for step in range(first_step, tl.minimum(first_step + steps_per_split, tl.cdiv(M, BLOCK_M))):
+            rows = step * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+            row_on = rows < M
+            if ROW_GATES:
+                row_on = tl.load(gate_ptr + rows // rows_per_gate * stride_gate_g, mask=row_on, other=0) != 0
+            t_ptrs = t_ptr + rows[:, None] * stride_t_m + columns[None, :] * stride_t_n
+            t = tl.load(t_ptrs, mask=row_on[:, None] & column_ok[None, :], other=0.0)
+            if seed_ptr is not None:
+                first_column = tl.program_id(0) * BLOCK_N
+                t = tl.where(keep_mask(tl.load(seed_ptr), rows, first_column, dropout, BLOCK_N), t, 0.0)
+            h_ptrs = h_ptr + rows[:, None] * stride_h_m + ranks[None, :] * stride_h_r
+            h = tl.load(h_ptrs, mask=row_on[:, None] & rank_ok[None, :], other=0.0)
+            out = tl.dot(t.T, h, out, input_precision=PRECISION)
+    out_ptrs = out_ptr + split.to(tl.int64) * stride_out_s + columns[:, None] * stride_out_n + ranks[None, :] * stride_out_r
+    tl.store(out_ptrs, (scale * out).to(out_ptr.dtype.element_ty), mask=column_ok[:, None] & rank_ok[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_gate", "steps_per_split"])
+def project_kernel(
+    # [M, N], [M, R], [N, R], [] or [G] or None, [T, M, R] with T tiles of columns, [S, N, R]
+    dy_ptr, h_ptr, b_ptr, gate_ptr, p_ptr, db_ptr,
+    M, N, R, rows_per_gate, steps_per_split,
+    stride_dy_m, stride_dy_n,
+    stride_h_m, stride_h_r,
+    stride_b_n, stride_b_r,
+    stride_gate_g,
+    stride_p_t, stride_p_m, stride_p_r,
+    stride_db_s, stride_db_n, stride_db_r,
+    scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # R rounded up to a power of two, at least 16 (tl.dot)
+    ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
+    PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
+):  # fmt: skip
+    """One program reads steps_per_split times [BLOCK_M, BLOCK_N] of dy and writes what it contributes to p = scale · dy B and dB = dyᵀ h."""
+    tile_n, split = tl.program_id(0), tl.program_id(1)
+    # int64: index * stride passes 2**31 for tensors beyond 2 Gi elements
+    columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tl.arange(0, BLOCK_R).to(tl.int64)
+    column_ok, rank_ok = columns < N, ranks < R
+    b_ptrs = b_ptr + columns[:, None] * stride_b_n + ranks[None, :] * stride_b_r
+    b = tl.load(b_ptrs, mask=column_ok[:, None] & rank_ok[None, :], other=0.0)
+    db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    rows_on = M
+    if gate_ptr is not None and not ROW_GATES:
+        rows_on = tl.where(tl.load(gate_ptr) != 0, M, 0)
+    first_step = split * steps_per_split
+    for step in range(first_step, tl.minimum(first_step + steps_per_split, tl.cdiv(M, BLOCK_M))):
+        rows = step * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+        row_ok, row_on = rows < M, rows < rows_on
+        if ROW_GATES:
+            row_on = tl.load(gate_ptr + rows // rows_per_gate * stride_gate_g, mask=row_ok, other=0) != 0
+        dy_ptrs = dy_ptr + rows[:, None] * stride_dy_m + columns[None, :] * stride_dy_n
+        dy = tl.load(dy_ptrs, mask=row_on[:, None] & column_ok[None, :], other=0.0)
+        h_ptrs = h_ptr + rows[:, None] * stride_h_m + ranks[None, :] * stride_h_r
+        h = tl.load(h_ptrs, mask=row_on[:, None] & rank_ok[None, :], other=0.0)
+        # where: rows that are off are zero whatever B holds
+        p = tl.where(row_on[:, None], scale * tl.dot(dy, b, input_precision=PRECISION), 0.0)
+        p_ptrs = p_ptr + tile_n.to(tl.int64) * stride_p_t + rows[:, None] * stride_p_m + ranks[None, :] * stride_p_r
+        tl.store(p_ptrs, p.to(p_ptr.dtype.element_ty), mask=row_ok[:, None] & rank_ok[None, :])
+        db = tl.dot(dy.T, h, db, input_precision=PRECISION)
+    db_ptrs = db_ptr + split.to(tl.int64) * stride_db_s + columns[:, None] * stride_db_n + ranks[None, :] * stride_db_r
+    tl.store(db_ptrs, db.to(db_ptr.dtype.element_ty), mask=column_ok[:, None] & rank_ok[None, :])
+
+
+def gram(
+    t: Tensor, h: Tensor, gate: Tensor | None, scale: float, dtype: torch.dtype,
+    *, seed: Tensor | None = None, dropout: float = 0.0, stream: Stream | None = None, split: int | None = None,
+) -> Sum:  # fmt: skip
+    """Launches `gram_kernel`: ``out = scale · Σ δ_m dropout(t)_m ⊗ h_m``, that is ``scale · tᵀ h`` over rows that are on.
+
+    ``t [M, N]``, ``h [M, R]``, of one dtype and any strides → ``out [N, R]`` in `dtype`, contiguous. dB is
+    ``gram(dy, h, gate, 1)``, dAᵀ is ``gram(x, p, gate, 1)``. `gate`, `seed`, `split` as in `shrink`, but the split is
+    over rows. The sum is left to the caller, who can do two in one launch; it is done where ``partials`` has one part.
+    """
+    (m, n), rank = t.shape, h.shape[1]
+    out = t.new_empty(n, rank, dtype=dtype)
+    if n == 0:
+        return Sum(out[None], out)
+    row_gates = gate if gate is not None and gate.dim() == 1 else None
+    arch, precision = architecture(t.device), dot_precision(t.dtype, t.device)
+    stream = stream or choose(
+        "gram", arch, m, n, rank, element_size=t.element_size(), precision=precision
+    ).tile
+    block_r = min(stream.max_ranks, max(16, triton.next_power_of_2(rank)))
+    tiles = triton.cdiv(n, stream.columns) * triton.cdiv(rank, block_r)
+    steps = triton.cdiv(m, stream.rows)
+    split = split or splits(arch, tiles, steps)
+    partials = out[None] if split == 1 else t.new_empty(split, n, rank, dtype=torch.float32)
+    with torch.cuda.device_of(t):  # Triton launches on the current device
+        gram_kernel[(triton.cdiv(n, stream.columns), split, triton.cdiv(rank, block_r))](
+            t, h, gate, seed, partials,
+            m, n, rank, max(1, m if row_gates is None else m // max(1, row_gates.shape[0])),
+            triton.cdiv(steps, split),
+            *t.stride(), *h.stride(), 0 if row_gates is None else row_gates.stride(0), *partials.stride(),
+            float(scale) * (1.0 if seed is None else keep_scale(dropout)), float(dropout),
+            BLOCK_M=stream.rows,
+            BLOCK_N=stream.columns,
+            BLOCK_R=block_r,
+            ROW_GATES=row_gates is not None,
+            PRECISION=precision,
+            **stream.meta(),
+        )  # fmt: skip
+    return Sum(partials, out)
+
+
+def project(
+    dy: Tensor, h: Tensor, b: Tensor, gate: Tensor | None, scale: float, dtype: torch.dtype,
+    *, stream: Stream | None = None, split: int | None = None,
+) -> tuple[Sum, Sum]:  # fmt: skip
+    """Launches `project_kernel`: ``p = scale · δ · dy B`` and ``dB = Σ δ_m dy_m ⊗ h_m`` from one read of dy.
+
+    ``dy [M, N]``, ``h [M, R]``, ``b [N, R]``, of one dtype and any strides → ``p [M, R]`` in their dtype and ``dB
+    [N, R]`` in `dtype`, both contiguous; R at most `PROJECT_MAX_RANK`. `gate` as in `shrink`. The sums are left to the
+    caller.
+    """
+    (m, n), rank = dy.shape, h.shape[1]
+    row_gates = gate if gate is not None and gate.dim() == 1 else None
+    arch, precision = architecture(dy.device), dot_precision(dy.dtype, dy.device)
+    stream = stream or choose(
+        "project", arch, m, n, rank, element_size=dy.element_size(), precision=precision,
+        aligned=dy.stride(1) == 1 and is_aligned(dy),
+    ).tile  # fmt: skip
+    p, db = dy.new_empty(m, rank), dy.new_empty(n, rank, dtype=dtype)
+    tiles, steps = triton.cdiv(n, stream.columns), triton.cdiv(m, stream.rows)
+    split = split or splits(arch, tiles, steps)
+    p_parts = p[None] if tiles == 1 else dy.new_empty(tiles, m, rank, dtype=torch.float32)
+    db_parts = db[None] if split == 1 else dy.new_empty(split, n, rank, dtype=torch.float32)
+    with torch.cuda.device_of(dy):  # Triton launches on the current device
+        project_kernel[(tiles, split)](
+            dy, h, b, gate, p_parts, db_parts,
+            m, n, rank, m if row_gates is None else m // row_gates.shape[0], triton.cdiv(steps, split),
+            *dy.stride(), *h.stride(), *b.stride(), 0 if row_gates is None else row_gates.stride(0),
+            *p_parts.stride(), *db_parts.stride(), float(scale),
+            BLOCK_M=stream.rows,
+            BLOCK_N=stream.columns,
+            BLOCK_R=max(16, triton.next_power_of_2(rank)),
+            ROW_GATES=row_gates is not None,
+            PRECISION=precision,
+            **stream.meta(),
+        )  # fmt: skip
+    return Sum(p_parts, p), Sum(db_parts, db)
