@@ -132,7 +132,9 @@ class Result:
     def record(self) -> dict[str, Any]:
         """A line of the table."""
         case, operands, tile = self.case, self.case.operands, self.case.tile
-        sizes = [size for size in (list(vars(tile).values())[:3] if isinstance(tile, Tile) else (tile.rows, tile.columns))]
+        sizes = [
+            size for size in (list(vars(tile).values())[:3] if isinstance(tile, Tile) else (tile.rows, tile.columns))
+        ]
         return {
             "kernel": self.kernel,
             "target": case.target,
@@ -203,10 +205,9 @@ def row_cases(kernel: str, arch: str, target: str, row: Row, dtype: str) -> Iter
     ranks = [rank for rank in (8, 32, 64, 128, 256) if kernel != "project" or rank <= PROJECT_MAX_RANK]
 
     def comes_to_row(rank: int, gate: str, layout: str, dropout: bool) -> bool:
-        dropout_of_dx = kernel == "low_rank_gemm" and dropout
         return row is choose(
             kernel, arch, m, n, rank, element_size=scalar.itemsize, precision=precision,
-            aligned=layout == "aligned", selects=gate == "rows" or dropout_of_dx,
+            aligned=layout == "aligned", selects=gate == "rows" or dropout,
         ) and not (kernel == "project" and dropout)  # fmt: skip
 
     operands = [o for o in product(ranks, GATES, ("aligned", "odd"), (False, True)) if comes_to_row(*o)]
@@ -263,7 +264,12 @@ def distinct(cases: Iterable[Case]) -> Iterator[tuple[Case, int]]:
     for case in cases:
         for position, (kernel, args, kwargs) in enumerate(intercept(case.launch)):
             kwargs = with_precision(case, kwargs)
-            same = (case.target, case.rows, kernel.__name__, repr(specialise(TARGETS[case.target].gpu, kernel, args, kwargs)))
+            same = (
+                case.target,
+                case.rows,
+                kernel.__name__,
+                repr(specialise(TARGETS[case.target].gpu, kernel, args, kwargs)),
+            )
             if same not in seen:
                 seen.add(same)
                 yield case, position

@@ -19,7 +19,7 @@ class Saved(NamedTuple):
     """What the backward needs beyond the arguments, None where it will not be asked for.
 
     h: ``scale · dropout(x) Aᵀ [rows, rank]`` in the dtype of x, zero where the gate is off.
-    keep: boolean dropout mask of the shape of x.
+    keep: boolean dropout mask of the shape of x; of the Triton backend an int64 ``[]``, the seed that draws it.
     """
 
     h: Tensor | None
@@ -27,13 +27,13 @@ class Saved(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked for."""
+    """The dtype of each gradient that is asked for, None for the others."""
 
-    x: bool
-    weight: bool
-    bias: bool
-    lora_a: bool
-    lora_b: bool
+    x: torch.dtype | None
+    weight: torch.dtype | None
+    bias: torch.dtype | None
+    lora_a: torch.dtype | None
+    lora_b: torch.dtype | None
 
 
 def flat(t: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import operator
 import os
 from dataclasses import dataclass
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,10 +19,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cotolora import addmm
+from cotolora.kernels import forms
+from cotolora.kernels.forms import FORMS, Choice, Launch, Sizes
+from cotolora.kernels.tiles import architecture
 
 BACKENDS = ("reference", "addmm", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-TRITON_MAX_RANK = 128
+TRITON_MAX_RANK = 256
+logger = logging.getLogger("cotolora")
 
 # a plain global, not a context variable: autograd runs checkpoint recomputation in threads of its
 # own, and those must take the backend of the first run
@@ -33,7 +38,8 @@ class set_backend:  # noqa: N801 (used like torch.set_grad_enabled)
     """Chooses the backend of every call that names none: at once, or for the length of a ``with`` block.
 
     Args:
-        backend: "auto", "reference", "addmm" or "triton"; None takes back an earlier choice.
+        backend: "auto", "reference", "addmm" or "triton"; "triton:one_pass", "triton:low_rank_gemm" and
+            "triton:pre_expand" ask for one form of the fused kernels; None takes back an earlier choice.
 
     Raises:
         ValueError: `backend` is none of these.
@@ -63,7 +69,8 @@ class set_backend:  # noqa: N801 (used like torch.set_grad_enabled)
 
 def check_name(backend: object, argument: str) -> None:
     """Raises ValueError unless `backend` is "auto" or the name of a backend."""
-    if backend != "auto" and backend not in BACKENDS:
+    forms_by_name = [f"triton:{form}" for form in FORMS]
+    if backend != "auto" and backend not in BACKENDS and backend not in forms_by_name:
         raise ValueError(f"{argument} must be 'auto', 'reference', 'addmm' or 'triton'; got {backend!r}")
 
 
@@ -80,8 +87,29 @@ def requested(backend: str | None) -> tuple[str, str]:
     return "auto", "default"
 
 
-def choose(backend: str | None, device: torch.device, dtype: torch.dtype, rank: int, dropout: float) -> str:
-    """The name of the backend that runs a call.
+@dataclass(frozen=True)
+class Call:
+    """What the choice of a backend may depend on; None where the sizes are not known."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    dropout: float = 0.0
+    rows: int | None = None  # unknown under torch.compile, where a choice by size would compile for each size
+    in_features: int = 0
+    out_features: int = 0
+    backward: bool = True
+
+    @property
+    def sizes(self) -> Sizes | None:
+        """As the kernels' models take them."""
+        if self.rows is None:
+            return None
+        return Sizes(self.rows, self.out_features, self.in_features, self.rank, self.dtype.itemsize)
+
+
+def choose(backend: str | None, call: Call) -> str:
+    """What runs a call: "reference", "addmm" or "triton:" and a form.
 
     Raises:
         ValueError: `backend` is no backend's name.
@@ -89,25 +117,81 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype, rank: 
     """
     name, _ = requested(backend)
     if name == "auto":
-        return auto(device, dtype)[0]
-    if reasons := why_not(name, device, dtype, rank, dropout):
+        return auto(call)[0]
+    if reasons := why_not(name, call):
         lines = "".join(f"\n  - {reason}" for reason in reasons)
         raise RuntimeError(f"backend={name!r} cannot run this call:{lines}")
-    return name
+    return f"triton:{_form(call, fastest_fused=True).form}" if name == "triton" else name
 
 
-def auto(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def auto(call: Call) -> tuple[str, str]:
     """What ``backend="auto"`` takes, and the reason."""
     if _transforming():
         return "reference", "inside a torch.func transform or forward-mode AD, which need plain autograd"
-    if dtype == torch.float64:
+    if call.dtype == torch.float64:
         return "reference", "float64 is for checking, and the reference is what to check with"
-    if device.type == "cuda":
-        return "addmm", "no fused kernel has been measured faster on a GPU yet, and none is chosen on trust"
-    return "addmm", f"vendor GEMMs are the fastest there is on {device.type}"
+    if call.device.type != "cuda":
+        return "addmm", f"vendor GEMMs are the fastest there is on {call.device.type}"
+    if reasons := why_not("triton", call):
+        return "addmm", "the fused kernels cannot run: " + "; ".join(reasons)
+    choice = _form(call)
+    if choice.form != "addmm" and (reason := _failed.get(choice.form)):
+        return "addmm", f"the fused {choice.form} has failed in this process: {reason}"
+    return choice.form if choice.form == "addmm" else f"triton:{choice.form}", choice.reason
 
 
-def why_not(backend: str, device: torch.device, dtype: torch.dtype, rank: int, dropout: float) -> list[str]:
+def _form(call: Call, *, fastest_fused: bool = False) -> Choice:
+    """The form for a call; with `fastest_fused` one of the fused forms, even where vendor GEMMs would win."""
+    sizes = call.sizes
+    if sizes is None:
+        # the form that depends least on the sizes, and on our own GEMM
+        return Choice("pre_expand" if fastest_fused else "addmm", "the number of rows is not known beforehand")
+    captured = call.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    choice = _form_for(call, captured)
+    if fastest_fused and choice.form == "addmm":
+        arch = architecture(call.device)
+        if arch not in forms.MACHINES:
+            return Choice("one_pass" if sizes.m <= 64 else "pre_expand", "asked for by name")
+        times = {form: forms.seconds(form, sizes, arch, captured=captured, backward=call.backward) for form in FORMS}
+        return Choice(min(FORMS, key=lambda form: times[form]), "asked for by name")
+    if captured and not fastest_fused and choice.form != "addmm" and (choice.form, call.dtype, call.rank) not in _ran:
+        # loading a kernel may not be possible while a graph is being captured
+        return Choice("addmm", f"the fused {choice.form} has not run in this process; run it once before the capture")
+    return choice
+
+
+@functools.lru_cache(maxsize=4096)
+def _form_for(call: Call, captured: bool) -> Choice:
+    sizes = call.sizes
+    assert sizes is not None
+    table = _measured(call.device) if call.device.type == "cuda" else ()
+    return forms.choose_form(sizes, architecture(call.device), captured=captured, backward=call.backward, table=table)
+
+
+@functools.cache
+def _measured(device: torch.device) -> tuple[dict[str, Any], ...]:
+    return forms.load_table(forms.cache_path(torch.cuda.get_device_name(device)))
+
+
+# forms that auto has taken and that could not run, with the error; and the forms that have run, by dtype and rank
+_failed: dict[str, str] = {}
+_ran: set[tuple[str, torch.dtype, int]] = set()
+
+
+def note_run(backend: str, dtype: torch.dtype, rank: int) -> None:
+    """Remembers that the kernels of a form are compiled and loaded."""
+    _ran.add((backend.removeprefix("triton:"), dtype, rank))
+
+
+def note_failure(backend: str, error: Exception) -> None:
+    """Takes a form that auto had chosen out of its choice and says so once in the log."""
+    form = backend.removeprefix("triton:")
+    if form not in _failed:
+        _failed[form] = f"{type(error).__name__}: {error}"
+        logger.warning("the fused %s cannot run here, vendor GEMMs run instead: %s", form, _failed[form])
+
+
+def why_not(backend: str, call: Call) -> list[str]:
     """Every reason `backend` cannot run such a call; an empty list means it can."""
     if backend == "reference":
         return []
@@ -117,16 +201,14 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, rank: int, d
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not has_triton():
         reasons.append("triton is not installed")
-    if device.type != "cuda" and not interpreted:
-        reasons.append(f"x is on {device.type}, not cuda (on a CPU only under TRITON_INTERPRET=1)")
-    if dtype not in TRITON_DTYPES:
-        reasons.append(f"dtype {dtype} is not float32, float16 or bfloat16")
-    if interpreted and dtype == torch.bfloat16:
+    if call.device.type != "cuda" and not interpreted:
+        reasons.append(f"x is on {call.device.type}, not cuda (on a CPU only under TRITON_INTERPRET=1)")
+    if call.dtype not in TRITON_DTYPES:
+        reasons.append(f"dtype {call.dtype} is not float32, float16 or bfloat16")
+    if interpreted and call.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
-    if rank > TRITON_MAX_RANK:
-        reasons.append(f"rank {rank} exceeds {TRITON_MAX_RANK}")
-    if dropout > 0:
-        reasons.append(f"the fused kernel has no dropout yet; got dropout={dropout}")
+    if call.rank > TRITON_MAX_RANK:
+        reasons.append(f"rank {call.rank} exceeds {TRITON_MAX_RANK}")
     return reasons
 
 
@@ -136,13 +218,13 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def kernels(backend: str) -> ModuleType:
-    """The module whose `forward` and `backward` run `backend`."""
+def kernels(backend: str) -> Any:
+    """What has the `forward` and `backward` of a name that `choose` gave."""
     if backend == "addmm":
         return addmm
     from cotolora import ops
 
-    return ops
+    return ops.Fused(backend.removeprefix("triton:"))
 
 
 def _transforming() -> bool:
@@ -157,15 +239,30 @@ class Plan:
         backend: the name of the backend that would run, or None if the one asked for cannot.
         reason: why this one.
         others: for every other backend, why it does not run.
+        form: of the Triton backend, which of its forms.
+        forward, backward: the kernels, each with the bytes that it reads and writes; empty where the number of rows is
+            not known, and for the reference.
+        saved_bytes: what is kept for the backward beyond the arguments of the call; None likewise.
     """
 
     call: str
     backend: str | None
     reason: str
     others: dict[str, tuple[str, ...]]
+    form: str | None = None
+    forward: tuple[Launch, ...] = ()
+    backward: tuple[Launch, ...] = ()
+    saved_bytes: int | None = None
 
     def __str__(self) -> str:
-        lines = [f"{self.call}: {self.backend or 'cannot run'} ({self.reason})"]
+        name = f"{self.backend} as {self.form}" if self.form else self.backend
+        lines = [f"{self.call}: {name or 'cannot run'} ({self.reason})"]
+        for pass_, launches in (("forward", self.forward), ("backward", self.backward)):
+            if launches:
+                kernels = ", ".join(f"{launch.kernel} {launch.bytes / 1e6:.2f} MB" for launch in launches)
+                lines.append(f"  {pass_}: {len(launches)} launches: {kernels}")
+        if self.saved_bytes is not None:
+            lines.append(f"  saved for backward: {self.saved_bytes / 1e6:.2f} MB beside x")
         lines += [f"  {name}: {'; '.join(reasons)}" for name, reasons in self.others.items()]
         return "\n".join(lines)
 
@@ -173,16 +270,18 @@ class Plan:
 def explain(
     layer_or_shapes: Any,
     *,
+    rows: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     dropout: float = 0.0,
     backend: str | None = None,
 ) -> Plan:
-    """Which backend would run a layer or a shape, and why not the others. Runs nothing.
+    """Which backend would run a layer or a shape, with which kernels, and why not the others. Runs nothing.
 
     Args:
         layer_or_shapes: a `CoToLoRALinear`, whose own dtype, device and dropout are used, or the
             shapes ``(rows, in_features, out_features, rank)``.
+        rows: of the layer's input; without it nothing that depends on it is said.
         dtype, device, dropout: of a call described by its shapes.
         backend: as in `coto_lora_linear`.
 
@@ -190,13 +289,15 @@ def explain(
         TypeError: `layer_or_shapes` is neither.
         ValueError: a size is negative or the rank is not positive; `backend` is no backend's name.
 
-    >>> explain((394, 768, 768, 8)).backend
-    'addmm'
+    >>> plan = explain((394, 768, 768, 8))
+    >>> plan.backend, len(plan.forward), plan.saved_bytes
+    ('addmm', 3, 12608)
     """
     if isinstance(getattr(layer_or_shapes, "lora_a", None), Tensor):
         layer = layer_or_shapes
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 0):
+            raise ValueError(f"rows must be a non-negative integer; got {rows!r}")
         rank, (out_features, in_features) = layer.rank, (layer.out_features, layer.in_features)
-        rows: int | str = "any"
         place, dtype, dropout = layer.weight.device, layer.weight.dtype, layer.dropout if layer.training else 0.0
     else:
         try:
@@ -212,14 +313,23 @@ def explain(
                 f"got {layer_or_shapes!r}"
             )
         place = torch.device(device)
+    call = Call(place, dtype, rank, dropout, rows, in_features, out_features)
     name, source = requested(backend)
-    why_nots = {other: why_not(other, place, dtype, rank, dropout) for other in BACKENDS}
     if name == "auto":
-        runs, reason = auto(place, dtype)
+        runs, reason = auto(call)
     else:
-        runs, reason = name, f"asked for by {source}"
-    others = {other: tuple(why) or ("can run",) for other, why in why_nots.items() if other != runs}
-    call = f"rows {rows}, {in_features} -> {out_features}, rank {rank}, {str(dtype).removeprefix('torch.')} on {place}"
-    if blocked := why_nots[runs]:
-        return Plan(call, None, f"{reason}, but " + "; ".join(blocked), others)
-    return Plan(call, runs, reason, others)
+        runs = f"triton:{_form(call, fastest_fused=True).form}" if name == "triton" else name
+        reason = f"asked for by {source}"
+    ran_by, _, form = runs.partition(":")
+    why_nots = {other: why_not(other, call) for other in BACKENDS}
+    others = {other: tuple(why) or ("can run",) for other, why in why_nots.items() if other != ran_by}
+    shown = f"rows {'any' if rows is None else rows}, {in_features} -> {out_features}, rank {rank}, "
+    shown += f"{str(dtype).removeprefix('torch.')} on {place}"
+    if blocked := why_nots[ran_by]:
+        return Plan(shown, None, f"{reason}, but " + "; ".join(blocked), others)
+    sizes = call.sizes
+    if sizes is None or ran_by == "reference":
+        return Plan(shown, ran_by, reason, others, form or None)
+    forward, backward = forms.launches(form or runs, sizes)
+    mask = 0 if not dropout else sizes.m * sizes.k if runs == "addmm" else 8
+    return Plan(shown, ran_by, reason, others, form or None, forward, backward, sizes.bytes("h") + mask)

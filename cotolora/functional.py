@@ -89,7 +89,11 @@ def coto_lora_linear(
     if autocast:
         x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
         _check_dtypes(x, weight, bias)
-    name = dispatch.choose(backend, x.device, x.dtype, lora_a.shape[0], dropout)
+    rows = None if torch.compiler.is_compiling() else math.prod(x.shape[:-1])
+    call = dispatch.Call(
+        x.device, x.dtype, lora_a.shape[0], dropout, rows, weight.shape[1], weight.shape[0], torch.is_grad_enabled()
+    )
+    name = dispatch.choose(backend, call)
     if name == "reference":
         return reference.lora_linear(x, weight, bias, lora_a, lora_b, scale=scale, gate=gate, dropout=dropout)
     return _LowRankLinear.apply(x, weight, bias, lora_a, lora_b, scale, gate, dropout, name)
@@ -116,10 +120,10 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> Tensor:
         kernels = dispatch.kernels(backend)
         y, saved = kernels.forward(x, weight, bias, lora_a, lora_b, scale=scale, gate=gate, dropout=dropout)
-        needs = Needs(*ctx.needs_input_grad[:5])
+        dtypes = (None if t is None else t.dtype for t in (x, weight, bias, lora_a, lora_b))
+        needs = Needs(*(d if need else None for d, need in zip(dtypes, ctx.needs_input_grad[:5], strict=True)))
         ctx.needs, ctx.scale, ctx.dropout, ctx.backend = needs, scale, dropout, backend
         ctx.gate = gate if isinstance(gate, bool) else None
-        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype, lora_a.dtype, lora_b.dtype
         ctx.save_for_backward(
             x if needs.lora_a or needs.weight else None,
             weight if needs.x else None,
@@ -143,7 +147,7 @@ class _LowRankLinear(torch.autograd.Function):
                 dy, x, weight, lora_a, lora_b, Saved(h, keep), ctx.needs,
                 scale=ctx.scale, gate=gate, dropout=ctx.dropout,
             )  # fmt: skip
-            gradients = tuple(None if g is None else g.to(d) for g, d in zip(gradients, ctx.dtypes, strict=True))
+            gradients = tuple(None if g is None else g.to(d) for g, d in zip(gradients, ctx.needs, strict=True))
         if torch.is_grad_enabled():
             # requires_grad marks them as depending on the inputs, which no_grad hid from autograd; the inputs go
             # along because autograd.grad visits only what leads to the tensors it is asked about

@@ -5,57 +5,177 @@ Imported only when the Triton backend runs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cotolora import addmm
-from cotolora.addmm import Saved, flat
-from cotolora.kernels.one_pass import one_pass
+from cotolora.addmm import Needs, Saved, flat
+from cotolora.kernels import adapter_grads as grads
+from cotolora.kernels import low_rank_gemm as gemm
+from cotolora.kernels import one_pass, one_pass_swapped
+from cotolora.kernels import pre_expand as expands
+from cotolora.kernels import shrink as shrinks
 from cotolora.reference import Gate
 
 # define and impl rather than custom_op: half the eager cost of a call
 _library = torch.library.Library("cotolora", "DEF")
-_library.define(
-    "one_pass(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor? gate, float scale)"
-    " -> (Tensor, Tensor)"
+FORWARD = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? gate, Tensor? seed, float scale, float dropout"
 )
+SCHEMAS = {
+    "one_pass": f"({FORWARD}) -> (Tensor, Tensor)",
+    "pre_expand": f"({FORWARD.replace('Tensor weight, ', '')}) -> (Tensor, Tensor)",
+    "shrink": "(Tensor x, Tensor a, Tensor? gate, Tensor? seed, float scale, float dropout) -> Tensor",
+    "low_rank_gemm": "(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor b, Tensor? gate, Tensor? seed, "
+    "float dropout) -> Tensor",
+    "expand": "(Tensor p, Tensor a, Tensor? gate, Tensor? seed, float dropout) -> Tensor",
+    "adapter_grads": "(Tensor dy, Tensor? x, Tensor? h, Tensor? b, Tensor? gate, Tensor? seed, float scale, "
+    "float dropout, ScalarType dtype_a, ScalarType dtype_b) -> (Tensor, Tensor, Tensor)",
+}
+SWAPPED_MAX_M = 64
 
 
-def _one_pass(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    return one_pass(x, weight, bias, lora_a, lora_b, gate, scale)
+def _one_pass(x, weight, bias, a, b, gate, seed, scale, dropout):  # type: ignore[no-untyped-def]
+    module = one_pass_swapped.one_pass_swapped if x.shape[0] <= SWAPPED_MAX_M else one_pass.one_pass
+    return module(x, weight, bias, a, b, gate, scale, seed=seed, dropout=dropout)
 
 
-def _one_pass_shapes(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
+def _pre_expand(x, bias, a, b, gate, seed, scale, dropout):  # type: ignore[no-untyped-def]
+    return expands.pre_expand(x, bias, a, b, gate, scale, seed=seed, dropout=dropout)
 
 
-# on a CPU only Triton's interpreter can run it; dispatch sees to that
-_library.impl("one_pass", _one_pass, "CPU")
-_library.impl("one_pass", _one_pass, "CUDA")
-torch.library.register_fake("cotolora::one_pass", _one_pass_shapes, lib=_library)
-
-# vendor GEMMs, from the h that the forward saved
-backward = addmm.backward
+def _shrink(x, a, gate, seed, scale, dropout):  # type: ignore[no-untyped-def]
+    return shrinks.shrink(x, a, gate, scale, seed=seed, dropout=dropout)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    *,
-    scale: float,
-    gate: Gate,
-    dropout: float,
-) -> tuple[Tensor, Saved]:
-    """``y = x Wᵀ + bias + h Bᵀ`` with ``h = δ · scale · x Aᵀ`` in one launch; as `cotolora.addmm.forward`."""
-    assert dropout == 0, "dispatch refuses dropout for the fused kernel"
-    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    device_gate = gate if isinstance(gate, Tensor) else None
-    y, h = torch.ops.cotolora.one_pass(flat(x), weight, bias, lora_a, lora_b, device_gate, scale)
-    return y.view(*x.shape[:-1], weight.shape[0]), Saved(h, None)
+def _low_rank_gemm(x, weight, bias, h, b, gate, seed, dropout):  # type: ignore[no-untyped-def]
+    return gemm.low_rank_gemm(x, weight, bias, h, b, gate, seed=seed, dropout=dropout)
+
+
+def _expand(p, a, gate, seed, dropout):  # type: ignore[no-untyped-def]
+    return expands.expand(p, a, gate, seed=seed, dropout=dropout)
+
+
+def _adapter_grads(dy, x, h, b, gate, seed, scale, dropout, dtype_a, dtype_b):  # type: ignore[no-untyped-def]
+    made = grads.adapter_grads(dy, x, h, b, gate, scale, dtype_a, dtype_b, seed=seed, dropout=dropout)
+    # an operator returns tensors: an empty one where nothing was asked for
+    return tuple(dy.new_empty(0) if t is None else t for t in made)
+
+
+def _linear_shapes(x, weight, bias, a, b, gate, seed, scale, dropout):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+
+
+def _pre_expand_shapes(x, bias, a, b, gate, seed, scale, dropout):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], b.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+
+
+def _adapter_grads_shapes(dy, x, h, b, gate, seed, scale, dropout, dtype_a, dtype_b):  # type: ignore[no-untyped-def]
+    none = dy.new_empty(0)
+    return (
+        none if b is None else dy.new_empty(dy.shape[0], b.shape[1]),
+        none if b is None or x is None else dy.new_empty(b.shape[1], x.shape[1], dtype=dtype_a),
+        none if h is None else dy.new_empty(dy.shape[1], h.shape[1], dtype=dtype_b),
+    )
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
+    "one_pass": (_one_pass, _linear_shapes),
+    "pre_expand": (_pre_expand, _pre_expand_shapes),
+    "shrink": (_shrink, lambda x, a, gate, seed, scale, dropout: x.new_empty(x.shape[0], a.shape[0])),
+    "low_rank_gemm": (
+        _low_rank_gemm,
+        lambda x, weight, bias, h, b, gate, seed, dropout: x.new_empty(x.shape[0], weight.shape[0]),
+    ),
+    "expand": (_expand, lambda p, a, gate, seed, dropout: p.new_empty(p.shape[0], a.shape[1])),
+    "adapter_grads": (_adapter_grads, _adapter_grads_shapes),
+}
+for _name, (_launch, _shapes) in _IMPLEMENTATIONS.items():
+    _library.define(_name + SCHEMAS[_name])
+    # on a CPU only Triton's interpreter can run it; dispatch sees to that
+    _library.impl(_name, _launch, "CPU")
+    _library.impl(_name, _launch, "CUDA")
+    torch.library.register_fake(f"cotolora::{_name}", _shapes, lib=_library)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The Triton backend by one of the forms of `cotolora.kernels.forms`; `forward` and `backward` as in `addmm`."""
+
+    form: str
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        *,
+        scale: float,
+        gate: Gate,
+        dropout: float,
+    ) -> tuple[Tensor, Saved]:
+        """``y = x Wᵀ + bias + h Bᵀ`` with ``h = δ · scale · dropout(x) Aᵀ``."""
+        lora_a, lora_b, rows = lora_a.to(x.dtype), lora_b.to(x.dtype), flat(x)
+        device_gate = gate if isinstance(gate, Tensor) else None
+        seed = None
+        if dropout:
+            # drawn on the device, from torch's generator: no sync, and a CUDA graph draws anew in every replay
+            seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
+        ops = torch.ops.cotolora
+        if self.form == "one_pass":
+            y, h = ops.one_pass(rows, weight, bias, lora_a, lora_b, device_gate, seed, scale, dropout)
+        elif self.form == "low_rank_gemm":
+            h = ops.shrink(rows, lora_a, device_gate, seed, scale, dropout)
+            y = ops.low_rank_gemm(rows, weight, bias, h, lora_b, device_gate, None, 0.0)
+        else:
+            y, h = ops.pre_expand(rows, bias, lora_a, lora_b, device_gate, seed, scale, dropout)
+            y.addmm_(rows, weight.T)
+        return y.view(*x.shape[:-1], weight.shape[0]), Saved(h, seed)
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        weight: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        saved: Saved,
+        needs: Needs,
+        *,
+        scale: float,
+        gate: Gate,
+        dropout: float,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        r"""Gradients of x, weight, bias, A and B given ``dy [..., out]``, A's and B's in their own dtype.
+
+        With ``p = δ · scale · dy B``, h as the forward saved it and D the dropout mask with its factor:
+
+            dx = dy W + D ∘ (p A)      dA = pᵀ (D ∘ x)      dB = dyᵀ h      dW = dyᵀ x      dbias = Σ_rows dy
+        """
+        dx = dw = dbias = da = db = p = None
+        rows, ops = flat(dy), torch.ops.cotolora
+        device_gate = gate if isinstance(gate, Tensor) else None
+        if needs.weight and x is not None:
+            dw = rows.T @ flat(x)
+        if needs.bias:
+            dbias = rows.sum(0)
+        if needs.lora_a or needs.lora_b or needs.x:
+            p, da, db = ops.adapter_grads(
+                rows,
+                flat(x) if needs.lora_a and x is not None else None,
+                saved.h if needs.lora_b else None,
+                lora_b.to(dy.dtype) if lora_b is not None and (needs.lora_a or needs.x) else None,
+                device_gate, saved.keep, scale, dropout, needs.lora_a or dy.dtype, needs.lora_b or dy.dtype,
+            )  # fmt: skip
+        if needs.x and p is not None and weight is not None and lora_a is not None:
+            lora_a = lora_a.to(dy.dtype)
+            if self.form == "pre_expand":
+                dx = ops.expand(p, lora_a, device_gate, saved.keep, dropout).addmm_(rows, weight)
+            else:
+                dx = ops.low_rank_gemm(rows, weight.T, None, p, lora_a.T, device_gate, saved.keep, dropout)
+            dx = dx.view(*dy.shape[:-1], weight.shape[1])
+        return dx, dw, dbias, da if needs.lora_a else None, db if needs.lora_b else None

@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale
-from cotolora.kernels.partials import Sum
-from cotolora.kernels.tiles import Stream, architecture, choose, dot_precision, is_aligned, splits
+from cotolora.kernels.partials import Sum, sum_partials
+from cotolora.kernels.shrink import shrink
+from cotolora.kernels.tiles import PROJECT_MAX_RANK, Stream, architecture, choose, dot_precision, is_aligned, splits
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_gate", "steps_per_split"])
@@ -53,7 +54,9 @@ def gram_kernel(
             h_ptrs = h_ptr + rows[:, None] * stride_h_m + ranks[None, :] * stride_h_r
             h = tl.load(h_ptrs, mask=row_on[:, None] & rank_ok[None, :], other=0.0)
             out = tl.dot(t.T, h, out, input_precision=PRECISION)
-    out_ptrs = out_ptr + split.to(tl.int64) * stride_out_s + columns[:, None] * stride_out_n + ranks[None, :] * stride_out_r
+    out_ptrs = (
+        out_ptr + split.to(tl.int64) * stride_out_s + columns[:, None] * stride_out_n + ranks[None, :] * stride_out_r
+    )
     tl.store(out_ptrs, (scale * out).to(out_ptr.dtype.element_ty), mask=column_ok[:, None] & rank_ok[None, :])
 
 
@@ -108,22 +111,21 @@ def project_kernel(
 def gram(
     t: Tensor, h: Tensor, gate: Tensor | None, scale: float, dtype: torch.dtype,
     *, seed: Tensor | None = None, dropout: float = 0.0, stream: Stream | None = None, split: int | None = None,
+    transposed: bool = False,
 ) -> Sum:  # fmt: skip
     """Launches `gram_kernel`: ``out = scale · Σ δ_m dropout(t)_m ⊗ h_m``, that is ``scale · tᵀ h`` over rows that are on.
 
-    ``t [M, N]``, ``h [M, R]``, of one dtype and any strides → ``out [N, R]`` in `dtype`, contiguous. dB is
-    ``gram(dy, h, gate, 1)``, dAᵀ is ``gram(x, p, gate, 1)``. `gate`, `seed`, `split` as in `shrink`, but the split is
+    ``t [M, N]``, ``h [M, R]``, of one dtype and any strides → ``out [N, R]`` in `dtype`, contiguous, or a
+    contiguous ``[R, N]`` `transposed`. dB is ``gram(dy, h, gate, 1)``, dAᵀ is ``gram(x, p, gate, 1, transposed=True)``. `gate`, `seed`, `split` as in `shrink`, but the split is
     over rows. The sum is left to the caller, who can do two in one launch; it is done where ``partials`` has one part.
     """
     (m, n), rank = t.shape, h.shape[1]
-    out = t.new_empty(n, rank, dtype=dtype)
+    out = t.new_empty(rank, n, dtype=dtype).T if transposed else t.new_empty(n, rank, dtype=dtype)
     if n == 0:
         return Sum(out[None], out)
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(t.device), dot_precision(t.dtype, t.device)
-    stream = stream or choose(
-        "gram", arch, m, n, rank, element_size=t.element_size(), precision=precision
-    ).tile
+    stream = stream or choose("gram", arch, m, n, rank, element_size=t.element_size(), precision=precision).tile
     block_r = min(stream.max_ranks, max(16, triton.next_power_of_2(rank)))
     tiles = triton.cdiv(n, stream.columns) * triton.cdiv(rank, block_r)
     steps = triton.cdiv(m, stream.rows)
@@ -182,3 +184,37 @@ def project(
             **stream.meta(),
         )  # fmt: skip
     return Sum(p_parts, p), Sum(db_parts, db)
+
+
+def adapter_grads(
+    dy: Tensor, x: Tensor | None, h: Tensor | None, b: Tensor | None, gate: Tensor | None, scale: float,
+    dtype_a: torch.dtype, dtype_b: torch.dtype, *, seed: Tensor | None = None, dropout: float = 0.0,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """``p = scale · δ · dy B``, ``dA = pᵀ dropout(x)`` and ``dB = dyᵀ h``, each summed in a fixed order.
+
+    ``dy [M, N]``, ``x [M, K]``, ``h [M, R]``, ``b [N, R]``, of one dtype and any strides → ``p [M, R]`` in it, dA ``[R,
+    K]`` in `dtype_a`, dB ``[N, R]`` in `dtype_b`. Without b there is no p and no dA, without x no dA, without h no dB.
+    Reads dy once up to rank `PROJECT_MAX_RANK`. 2 to 5 launches.
+    """
+    p = da = db = None
+    unfinished: list[Sum] = []
+
+    def finish(sum_: Sum) -> Tensor:
+        if sum_.partials.shape[0] > 1:
+            unfinished.append(sum_)
+        return sum_.out
+
+    if h is not None and b is not None and h.shape[1] <= PROJECT_MAX_RANK and dy.numel():
+        p_sum, db_sum = project(dy, h, b, gate, scale, dtype_b)
+        p, db = finish(p_sum), finish(db_sum)
+        if x is not None and p_sum.partials.shape[0] > 1:
+            unfinished.pop(0)
+            sum_partials(p_sum)  # at once: dA reads it
+    else:
+        p = None if b is None else shrink(dy, b.T, gate, scale)
+        db = None if h is None else finish(gram(dy, h, gate, 1.0, dtype_b))
+    if x is not None and p is not None:
+        da = finish(gram(x, p, gate, 1.0, dtype_a, seed=seed, dropout=dropout, transposed=True)).T
+    if unfinished:
+        sum_partials(*unfinished)
+    return p, da, db

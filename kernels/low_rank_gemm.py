@@ -22,7 +22,7 @@ def add_low_rank(
     stride_b_n, stride_b_r,
     BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y + h Bᵀ over BLOCK_R ranks from first_r."""
+    """Y + h Bᵀ over BLOCK_R ranks from first_r."""
     ranks = first_r + tl.arange(0, BLOCK_R).to(tl.int64)
     rank_ok = ranks < R
     h_ptrs = h_ptr + rows[:, None] * stride_h_m + ranks[None, :] * stride_h_r
@@ -163,7 +163,8 @@ def low_rank_gemm(
             TensorDescriptor.from_tensor(y, [tile.block_m, tile.block_n // stores]),
         )
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
-    block_r = min(64, max(16, triton.next_power_of_2(rank)))
+    # full float32 has no matrix instruction on NVIDIA: a product holds its ranks in registers
+    block_r = min(64 if x.element_size() == 2 else 16, max(16, triton.next_power_of_2(rank)))
     with torch.cuda.device_of(x):  # Triton launches on the current device
         low_rank_gemm_kernel[(min(tiles, MULTIPROCESSORS[arch] * tile.programs),)](
             operands[0], operands[1], bias, h, b, gate, seed, operands[2],

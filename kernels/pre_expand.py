@@ -121,9 +121,12 @@ def _launch(
         return y
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     precision = dot_precision(h.dtype, h.device)
-    stream = stream or choose(
-        "pre_expand", architecture(h.device), m, n, rank, element_size=h.element_size(), precision=precision
-    ).tile
+    stream = (
+        stream
+        or choose(
+            "pre_expand", architecture(h.device), m, n, rank, element_size=h.element_size(), precision=precision
+        ).tile
+    )
     factor = 1.0 if seed is None else keep_scale(dropout)
     with torch.cuda.device_of(h):  # Triton launches on the current device
         pre_expand_kernel[(triton.cdiv(m, stream.rows),)](

@@ -77,9 +77,7 @@ def shrink(
         return h
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(x.device), dot_precision(x.dtype, x.device)
-    stream = stream or choose(
-        "shrink", arch, m, 0, rank, element_size=x.element_size(), precision=precision
-    ).tile
+    stream = stream or choose("shrink", arch, m, 0, rank, element_size=x.element_size(), precision=precision).tile
     block_r = min(stream.max_ranks, max(16, triton.next_power_of_2(rank)))
     tiles = triton.cdiv(m, stream.rows) * triton.cdiv(rank, block_r)
     steps = triton.cdiv(k, stream.columns)

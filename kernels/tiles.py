@@ -68,7 +68,7 @@ class Row:
     element_size: int | None = None
     precision: str | None = None
     aligned: bool | None = None
-    selects: bool | None = None  # among entries of the low-rank term: row gates, or dropout of the gradient of x
+    selects: bool | None = None  # whether row gates or dropout leave out entries, which takes registers
 
     def takes(
         self, m: int, n: int, rank: int, *, element_size: int, precision: str, aligned: bool, selects: bool
@@ -94,7 +94,10 @@ UNALIGNED = Row(Tile(64, 64, 32, num_warps=8, num_stages=2), element_size=2, ali
 # size ptxas may spill a few bytes to fit one more block on the SM; these it leaves alone, for every BLOCK_R, gate and
 # layout, in Triton 3.6 and 3.9 alike [compiled]
 IEEE = (
-    Row(Tile(16, 64, 16, num_stages=2), max_rank=64, element_size=4, precision="ieee"),
+    Row(Tile(16, 32, 16, num_warps=8, num_stages=2), min_rank=129, element_size=4, precision="ieee"),
+    Row(Tile(16, 64, 16, num_stages=2), max_rank=32, element_size=4, precision="ieee"),
+    Row(Tile(16, 64, 16, num_stages=1), max_rank=64, element_size=4, precision="ieee", aligned=True),
+    Row(Tile(32, 32, 16, num_warps=8, num_stages=2), max_rank=64, element_size=4, precision="ieee"),
     Row(Tile(16, 32, 16, num_stages=2), element_size=4, precision="ieee"),
 )
 IEEE_SM_90 = (Row(Tile(32, 32, 16, num_warps=8), element_size=4, precision="ieee"),)
@@ -147,7 +150,7 @@ ONE_PASS: dict[str, tuple[Row, ...]] = {
         # a large N has programs enough, two to an SM; a large rank wants A read by fewer of them
         Row(Tile(64, 64, 64, group_m=1, num_stages=5), max_m=64),
         # 128 programs of [256, 4096], 128 of [512, 4096]
-        Row(Tile(64, 128, 64, num_stages=4), max_m=256),
+        Row(Tile(64, 128, 64, num_stages=4), max_m=256, max_rank=64),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=512),
         # the widest: 16 ranks cost 1/16 more products; row gates store y twice, and that spills
         Row(Tile(128, 256, 64, num_warps=8), max_rank=64, selects=False),
@@ -203,7 +206,7 @@ LOW_RANK_GEMM: dict[str, tuple[Row, ...]] = {
     ),
     # by TMA where aligned
     "sm_90": (
-        *IEEE_SM_90,
+        Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4, precision="ieee"),
         Row(Tile(64, 32, 32, num_warps=8, programs=2), element_size=4),
         Row(Tile(128, 64, 64, num_warps=8, programs=2), aligned=False),
         # too few tiles of 128 x 256 to go round
@@ -213,7 +216,7 @@ LOW_RANK_GEMM: dict[str, tuple[Row, ...]] = {
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
     ),
     "sm_100": (
-        *IEEE_SM_100,
+        Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4, precision="ieee"),
         Row(Tile(64, 32, 32, num_warps=8, programs=2), element_size=4),
         Row(Tile(128, 64, 64, num_warps=8, programs=2), aligned=False),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=1024),
@@ -237,7 +240,9 @@ ONE_PASS_SWAPPED: dict[str, tuple[Row, ...]] = {
     arch: (
         Row(Stream(32, 16, num_warps=8), element_size=4),
         Row(Stream(64, 64, num_warps=4 if arch == "sm_100" else 8), aligned=False),
-        Row(Stream(64, 64, num_stages=2 if arch in ("gfx942", "generic") else 5)),
+        Row(
+            Stream(64, 64, num_warps=8 if arch == "sm_100" else 4, num_stages=2 if arch in ("gfx942", "generic") else 5)
+        ),
     )
     for arch in ONE_PASS
 }

@@ -293,7 +293,9 @@ def test_the_mask_is_random(device):
         ):
             assert abs((one * other).mean()) < 5 * deviation**2 / one.numel() ** 0.5
     for other in (torch.tensor(-2, device=device), torch.tensor(2**32 - 3, device=device)):
-        assert abs((centred * (mask(other, rows, columns).double() - 0.7)).mean()) < 5 * deviation**2 / keep.numel() ** 0.5
+        assert (
+            abs((centred * (mask(other, rows, columns).double() - 0.7)).mean()) < 5 * deviation**2 / keep.numel() ** 0.5
+        )
 
 
 @pytest.mark.parametrize("name", DROPS)
@@ -389,7 +391,13 @@ def test_fits_tma():
     matrix = torch.empty(32, 64, dtype=torch.float16)
     for view in (matrix, matrix.T, matrix[:, 8:40], matrix[::2]):
         assert fits_tma(view)
-    for view in (matrix[:, 1:], matrix[:, ::2], matrix[:0], matrix.flatten()[:300].view(20, 15), matrix[:1].expand(4, 64)):
+    for view in (
+        matrix[:, 1:],
+        matrix[:, ::2],
+        matrix[:0],
+        matrix.flatten()[:300].view(20, 15),
+        matrix[:1].expand(4, 64),
+    ):
         assert not fits_tma(view)
 
 

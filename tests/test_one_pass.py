@@ -1,6 +1,5 @@
 """Numbers of the one-pass kernel: through Triton's interpreter where there is no GPU, on the GPU where there is one."""
 
-
 import pytest
 import torch
 
