@@ -132,9 +132,7 @@ class Result:
     def record(self) -> dict[str, Any]:
         """A line of the table."""
         case, operands, tile = self.case, self.case.operands, self.case.tile
-        sizes = [
-            size for size in (list(vars(tile).values())[:3] if isinstance(tile, Tile) else (tile.rows, tile.columns))
-        ]
+        sizes = (tile.block_m, tile.block_n, tile.block_k) if isinstance(tile, Tile) else (tile.rows, tile.columns)
         return {
             "kernel": self.kernel,
             "target": case.target,

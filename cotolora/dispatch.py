@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import math
 import operator
 import os
 from dataclasses import dataclass
@@ -189,6 +190,13 @@ def note_failure(backend: str, error: Exception) -> None:
     if form not in _failed:
         _failed[form] = f"{type(error).__name__}: {error}"
         logger.warning("the fused %s cannot run here, vendor GEMMs run instead: %s", form, _failed[form])
+
+
+def drawn_mask(seed: Tensor, shape: torch.Size, dropout: float) -> Tensor:
+    """The dropout mask that a fused kernel drew for an x of `shape`, for vendor GEMMs to go on with."""
+    from cotolora import ops
+
+    return ops.drawn_mask(seed, math.prod(shape[:-1]), shape[-1], dropout).view(shape)
 
 
 def why_not(backend: str, call: Call) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cotolora import dispatch, reference
+from cotolora import addmm, dispatch, reference
 from cotolora.addmm import Needs, Saved
 from cotolora.reference import Gate
 
@@ -96,7 +96,8 @@ def coto_lora_linear(
     name = dispatch.choose(backend, call)
     if name == "reference":
         return reference.lora_linear(x, weight, bias, lora_a, lora_b, scale=scale, gate=gate, dropout=dropout)
-    return _LowRankLinear.apply(x, weight, bias, lora_a, lora_b, scale, gate, dropout, name)
+    fall_back = name.startswith("triton") and dispatch.requested(backend)[0] == "auto"
+    return _LowRankLinear.apply(x, weight, bias, lora_a, lora_b, scale, gate, dropout, name, fall_back)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -117,12 +118,23 @@ class _LowRankLinear(torch.autograd.Function):
         gate: Gate,
         dropout: float,
         backend: str,
+        fall_back: bool,
     ) -> Tensor:
-        kernels = dispatch.kernels(backend)
-        y, saved = kernels.forward(x, weight, bias, lora_a, lora_b, scale=scale, gate=gate, dropout=dropout)
+        options: dict[str, Any] = {"scale": scale, "gate": gate, "dropout": dropout}
+        try:
+            y, saved = dispatch.kernels(backend).forward(x, weight, bias, lora_a, lora_b, **options)
+        except Exception as error:
+            if not fall_back:
+                raise
+            dispatch.note_failure(backend, error)
+            backend, fall_back = "addmm", False
+            y, saved = addmm.forward(x, weight, bias, lora_a, lora_b, **options)
+        if fall_back:
+            dispatch.note_run(backend, x.dtype, lora_a.shape[0])
         dtypes = (None if t is None else t.dtype for t in (x, weight, bias, lora_a, lora_b))
         needs = Needs(*(d if need else None for d, need in zip(dtypes, ctx.needs_input_grad[:5], strict=True)))
-        ctx.needs, ctx.scale, ctx.dropout, ctx.backend = needs, scale, dropout, backend
+        ctx.needs, ctx.scale, ctx.dropout, ctx.backend, ctx.fall_back = needs, scale, dropout, backend, fall_back
+        ctx.x_shape = x.shape
         ctx.gate = gate if isinstance(gate, bool) else None
         ctx.save_for_backward(
             x if needs.lora_a or needs.weight else None,
@@ -140,20 +152,26 @@ class _LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, lora_a, lora_b, h, keep, gate = ctx.saved_tensors
         gate = ctx.gate if gate is None else gate
-        kernels = dispatch.kernels(ctx.backend)
+        options: dict[str, Any] = {"scale": ctx.scale, "gate": gate, "dropout": ctx.dropout}
         # backward may be called inside an autocast region, which must not recast what forward settled
         with torch.no_grad(), without_autocast(dy.device):
-            gradients = kernels.backward(
-                dy, x, weight, lora_a, lora_b, Saved(h, keep), ctx.needs,
-                scale=ctx.scale, gate=gate, dropout=ctx.dropout,
-            )  # fmt: skip
+            operands = (dy, x, weight, lora_a, lora_b)
+            try:
+                gradients = dispatch.kernels(ctx.backend).backward(*operands, Saved(h, keep), ctx.needs, **options)
+            except Exception as error:
+                if not ctx.fall_back:
+                    raise
+                dispatch.note_failure(ctx.backend, error)
+                if keep is not None:
+                    keep = dispatch.drawn_mask(keep, ctx.x_shape, ctx.dropout)
+                gradients = addmm.backward(*operands, Saved(h, keep), ctx.needs, **options)
             gradients = tuple(None if g is None else g.to(d) for g, d in zip(gradients, ctx.needs, strict=True))
         if torch.is_grad_enabled():
             # requires_grad marks them as depending on the inputs, which no_grad hid from autograd; the inputs go
             # along because autograd.grad visits only what leads to the tensors it is asked about
             marked = (None if g is None else g.detach().requires_grad_() for g in gradients)
             gradients = _OnlyOnce.apply(ctx.backend, *marked, dy, x, weight, lora_a, lora_b)
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None
 
 
 class _OnlyOnce(torch.autograd.Function):
@@ -167,7 +185,7 @@ class _OnlyOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         raise RuntimeError(
-            f"backend={ctx.backend!r} has no double backward; call coto_lora_linear or the layer with "
+            f"backend={ctx.backend.partition(':')[0]!r} has no double backward; call coto_lora_linear or the layer with "
             "backend='reference' (or set_backend('reference')) to differentiate twice"
         )
 

@@ -17,7 +17,10 @@ from cotolora.kernels import low_rank_gemm as gemm
 from cotolora.kernels import one_pass, one_pass_swapped
 from cotolora.kernels import pre_expand as expands
 from cotolora.kernels import shrink as shrinks
+from cotolora.kernels.dropout import drawn_mask
 from cotolora.reference import Gate
+
+__all__ = ["Fused", "drawn_mask"]
 
 # define and impl rather than custom_op: half the eager cost of a call
 _library = torch.library.Library("cotolora", "DEF")

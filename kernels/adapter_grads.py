@@ -10,7 +10,17 @@ from torch import Tensor
 from cotolora.kernels.dropout import keep_mask, keep_scale
 from cotolora.kernels.partials import Sum, sum_partials
 from cotolora.kernels.shrink import shrink
-from cotolora.kernels.tiles import PROJECT_MAX_RANK, Stream, architecture, choose, dot_precision, is_aligned, splits
+from cotolora.kernels.tiles import (
+    GRAM,
+    PROJECT,
+    PROJECT_MAX_RANK,
+    Stream,
+    architecture,
+    choose,
+    dot_precision,
+    is_aligned,
+    splits,
+)
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_gate", "steps_per_split"])
@@ -28,7 +38,7 @@ def gram_kernel(
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
-    """One program writes what steps_per_split times BLOCK_M rows contribute to a [BLOCK_N, BLOCK_R] tile of out = scale · tᵀ h."""
+    """One program writes the part of its rows in a [BLOCK_N, BLOCK_R] tile of out = scale · tᵀ h."""
     split = tl.program_id(1)
     # int64: index * stride passes 2**31 for tensors beyond 2 Gi elements
     columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -77,7 +87,7 @@ def project_kernel(
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
-    """One program reads steps_per_split times [BLOCK_M, BLOCK_N] of dy and writes what it contributes to p = scale · dy B and dB = dyᵀ h."""
+    """One program writes the part of p = scale · dy B, and of dB = dyᵀ h, of steps_per_split tiles of dy."""
     tile_n, split = tl.program_id(0), tl.program_id(1)
     # int64: index * stride passes 2**31 for tensors beyond 2 Gi elements
     columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -113,11 +123,12 @@ def gram(
     *, seed: Tensor | None = None, dropout: float = 0.0, stream: Stream | None = None, split: int | None = None,
     transposed: bool = False,
 ) -> Sum:  # fmt: skip
-    """Launches `gram_kernel`: ``out = scale · Σ δ_m dropout(t)_m ⊗ h_m``, that is ``scale · tᵀ h`` over rows that are on.
+    """Launches `gram_kernel`: ``out = scale · dropout(t)ᵀ h`` over the rows that are on.
 
-    ``t [M, N]``, ``h [M, R]``, of one dtype and any strides → ``out [N, R]`` in `dtype`, contiguous, or a
-    contiguous ``[R, N]`` `transposed`. dB is ``gram(dy, h, gate, 1)``, dAᵀ is ``gram(x, p, gate, 1, transposed=True)``. `gate`, `seed`, `split` as in `shrink`, but the split is
-    over rows. The sum is left to the caller, who can do two in one launch; it is done where ``partials`` has one part.
+    ``t [M, N]``, ``h [M, R]``, of one dtype and any strides → ``out [N, R]`` in `dtype`, contiguous, or the transpose
+    of a contiguous ``[R, N]``. dB is ``gram(dy, h, gate, 1)``, dA is ``gram(x, p, gate, 1, transposed=True).T``. `gate`
+    and `seed` as in `shrink`; `split` is over rows. The sum is left to the caller, who can do two in one launch; where
+    ``partials`` has one part it is done.
     """
     (m, n), rank = t.shape, h.shape[1]
     out = t.new_empty(rank, n, dtype=dtype).T if transposed else t.new_empty(n, rank, dtype=dtype)
@@ -125,7 +136,7 @@ def gram(
         return Sum(out[None], out)
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(t.device), dot_precision(t.dtype, t.device)
-    stream = stream or choose("gram", arch, m, n, rank, element_size=t.element_size(), precision=precision).tile
+    stream = stream or choose(GRAM, arch, m, n, rank, element_size=t.element_size(), precision=precision).tile
     block_r = min(stream.max_ranks, max(16, triton.next_power_of_2(rank)))
     tiles = triton.cdiv(n, stream.columns) * triton.cdiv(rank, block_r)
     steps = triton.cdiv(m, stream.rows)
@@ -162,7 +173,7 @@ def project(
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(dy.device), dot_precision(dy.dtype, dy.device)
     stream = stream or choose(
-        "project", arch, m, n, rank, element_size=dy.element_size(), precision=precision,
+        PROJECT, arch, m, n, rank, element_size=dy.element_size(), precision=precision,
         aligned=dy.stride(1) == 1 and is_aligned(dy),
     ).tile  # fmt: skip
     p, db = dy.new_empty(m, rank), dy.new_empty(n, rank, dtype=dtype)

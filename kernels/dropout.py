@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -28,3 +30,30 @@ def keep_mask(
 def keep_scale(dropout: float) -> float:
     """What dropout multiplies the entries that stay by."""
     return 0.0 if dropout == 1 else 1 / (1 - dropout)
+
+
+def drawn_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
+    """What `keep_mask` draws for a whole matrix, bool ``[rows, columns]``, in torch's own operations.
+
+    Philox 4x32-10: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    fours = torch.arange((columns + 3) // 4, device=seed.device)
+    row = torch.arange(rows, device=seed.device)[:, None]
+    c0, c1, c2, c3 = torch.broadcast_tensors(fours, row & MASK, row >> 32, torch.zeros_like(row))
+    key0, key1 = seed & MASK, (seed >> 32) & MASK
+    for _ in range(10):
+        high0, low0 = _product(0xD2511F53, c0)
+        high2, low2 = _product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high2 ^ c1 ^ key0, low2, high0 ^ c3 ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) & MASK, (key1 + 0xBB67AE85) & MASK
+    numbers = torch.stack((c0, c1, c2, c3), -1).flatten(1)[:, :columns]
+    return (numbers >> 8).to(torch.float32) * 2**-24 >= dropout
+
+
+MASK = 0xFFFFFFFF
+
+
+def _product(constant: int, t: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a product of two 32-bit numbers, of which int64 holds 63."""
+    low, high = constant * (t & 0xFFFF), constant * (t >> 16)
+    return (high + (low >> 16)) >> 16, (constant * t) & MASK

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger("cotolora")
+
 FORMS = ("one_pass", "low_rank_gemm", "pre_expand")
 CLEAR_WIN = 1.10  # how many times as long the vendor's GEMMs must take before a form that was never timed is taken
 
@@ -116,7 +118,10 @@ def launches(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch,
         gemm = Launch("low_rank_gemm", bytes_of("x", "w", "y", "h", "b"), products, "gemm")
         return (shrink, gemm), (*gradients, dx_fused)
     return (
-        (Launch("pre_expand", bytes_of("x", "a", "h", "b", "y")), Launch("addmm_", bytes_of("x", "w", "y", "y"), products)),
+        (
+            Launch("pre_expand", bytes_of("x", "a", "h", "b", "y")),
+            Launch("addmm_", bytes_of("x", "w", "y", "y"), products),
+        ),
         (
             *gradients,
             Launch("pre_expand", bytes_of("p", "a", "dx")),
@@ -129,7 +134,7 @@ VENDOR = ("linear", "mm", "addmm", "addmm_", "mul_")
 
 
 def seconds(form: str, sizes: Sizes, arch: str, *, captured: bool, backward: bool = True) -> float:
-    """Modelled time of a form's forward, and with `backward` of both. Captured in a CUDA graph, the host costs nothing."""
+    """Modelled time of a form's forward, with `backward` of both; captured in a CUDA graph, the host costs nothing."""
     machine = MACHINES[arch]
     forward, gradients = launches(form, sizes)
     device = host = 0.0
@@ -205,8 +210,6 @@ def load_table(path: Path) -> tuple[dict[str, Any], ...]:
             if not isinstance(row["captured"], bool) or not row["seconds"] or set(row["seconds"]) - {"addmm", *FORMS}:
                 raise ValueError(f"a row measures something unknown: {row}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logging.getLogger("cotolora").warning(
-            "ignoring the measured table %s: %s: %s", path, type(error).__name__, error
-        )
+        logger.warning("ignoring the measured table %s: %s: %s", path, type(error).__name__, error)
         return ()
     return tuple(rows)

@@ -10,7 +10,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale
 from cotolora.kernels.one_pass import swizzled
-from cotolora.kernels.tiles import MULTIPROCESSORS, TMA_ARCHITECTURES, Tile, architecture, choose, dot_precision
+from cotolora.kernels.tiles import (
+    LOW_RANK_GEMM,
+    MULTIPROCESSORS,
+    TMA_ARCHITECTURES,
+    Tile,
+    architecture,
+    choose,
+    dot_precision,
+)
 
 
 @triton.jit
@@ -147,7 +155,7 @@ def low_rank_gemm(
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     precision = dot_precision(x.dtype, x.device)
     tile = tile or choose(
-        "low_rank_gemm", arch, m, n, rank, element_size=x.element_size(), precision=precision, aligned=tma,
+        LOW_RANK_GEMM, arch, m, n, rank, element_size=x.element_size(), precision=precision, aligned=tma,
         selects=row_gates is not None or seed is not None,
     ).tile  # fmt: skip
     weight_rows = weight.stride(1) == 1

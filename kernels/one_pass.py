@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale
-from cotolora.kernels.tiles import Tile, architecture, choose, dot_precision, is_aligned
+from cotolora.kernels.tiles import ONE_PASS, Tile, architecture, choose, dot_precision, is_aligned
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def one_pass(
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     precision = dot_precision(x.dtype, x.device)
     tile = tile or choose(
-        "one_pass", architecture(x.device), m, n, rank, element_size=x.element_size(), precision=precision,
+        ONE_PASS, architecture(x.device), m, n, rank, element_size=x.element_size(), precision=precision,
         # K of x must lie together: the kernel is not specialised on M
         aligned=x.stride(1) == 1 and is_aligned(x) and is_aligned(weight) and is_aligned(a),
         selects=row_gates is not None or seed is not None,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale
-from cotolora.kernels.tiles import Stream, architecture, choose, dot_precision, is_aligned, splits
+from cotolora.kernels.tiles import ONE_PASS_SWAPPED, Stream, architecture, choose, dot_precision, is_aligned, splits
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def narrow_product(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes the tile-th BLOCK_N rows of ``wide xᵀ``, over the steps of BLOCK_K columns from first_step to last_step."""
+    """Writes the tile-th BLOCK_N rows of ``wide xᵀ``, over the steps of K from first_step to last_step."""
     # int64: index * stride passes 2**31 for tensors beyond 2 Gi elements
     columns = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, BLOCK_M).to(tl.int64)
@@ -152,7 +152,7 @@ def one_pass_swapped(
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(x.device), dot_precision(x.dtype, x.device)
     stream = stream or choose(
-        "one_pass_swapped", arch, m, n, rank, element_size=x.element_size(), precision=precision,
+        ONE_PASS_SWAPPED, arch, m, n, rank, element_size=x.element_size(), precision=precision,
         aligned=x.stride(1) == 1 and is_aligned(x) and is_aligned(weight),
     ).tile  # fmt: skip
     tiles = triton.cdiv(n, stream.rows) + triton.cdiv(rank, stream.rows)

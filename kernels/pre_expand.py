@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale
-from cotolora.kernels.tiles import Stream, architecture, choose, dot_precision
+from cotolora.kernels.tiles import PRE_EXPAND, Stream, architecture, choose, dot_precision
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_gate"])
@@ -105,8 +105,8 @@ def expand(
 ) -> Tensor:  # fmt: skip
     """Launches `pre_expand_kernel` on a p that is there: ``dx0 = δ · dropout(p A)``.
 
-    ``p [M, R]``, ``a [R, K]`` → ``dx0 [M, K]``; ``dx0.addmm_(dy, W)`` is the gradient of x. Under a `seed` the result is
-    dropped out, by the mask that dropped x.
+    ``p [M, R]``, ``a [R, K]`` → ``dx0 [M, K]``; ``dx0.addmm_(dy, W)`` is the gradient of x. Under a `seed` the
+    result is dropped out, by the mask that dropped x.
     """
     return _launch(None, None, None, a.T, gate, 1.0, p, seed, dropout, stream)
 
@@ -124,7 +124,7 @@ def _launch(
     stream = (
         stream
         or choose(
-            "pre_expand", architecture(h.device), m, n, rank, element_size=h.element_size(), precision=precision
+            PRE_EXPAND, architecture(h.device), m, n, rank, element_size=h.element_size(), precision=precision
         ).tile
     )
     factor = 1.0 if seed is None else keep_scale(dropout)

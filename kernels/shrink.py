@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale
 from cotolora.kernels.partials import Sum, sum_partials
-from cotolora.kernels.tiles import Stream, architecture, choose, dot_precision, splits
+from cotolora.kernels.tiles import SHRINK, Stream, architecture, choose, dot_precision, splits
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_gate", "steps_per_split"])
@@ -27,7 +27,7 @@ def shrink_kernel(
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
-    """One program writes what steps_per_split times BLOCK_K columns of x contribute to a [BLOCK_M, BLOCK_R] tile of h."""
+    """One program writes its columns' part, steps_per_split times BLOCK_K, of a [BLOCK_M, BLOCK_R] tile of h."""
     split = tl.program_id(1)
     # int64: index * stride passes 2**31 for tensors beyond 2 Gi elements
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -77,7 +77,7 @@ def shrink(
         return h
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(x.device), dot_precision(x.dtype, x.device)
-    stream = stream or choose("shrink", arch, m, 0, rank, element_size=x.element_size(), precision=precision).tile
+    stream = stream or choose(SHRINK, arch, m, 0, rank, element_size=x.element_size(), precision=precision).tile
     block_r = min(stream.max_ranks, max(16, triton.next_power_of_2(rank)))
     tiles = triton.cdiv(m, stream.rows) * triton.cdiv(rank, block_r)
     steps = triton.cdiv(k, stream.columns)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,14 +54,17 @@ class Stream:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
+Launch = TypeVar("Launch", Tile, Stream)
+
+
 @dataclass(frozen=True)
-class Row:
+class Row(Generic[Launch]):
     """A tile and what it is for: sizes up to and including a bound, and one kind of operand. None is any.
 
     There is no bound on K, which sets the number of steps and nothing else.
     """
 
-    tile: Tile | Stream
+    tile: Launch
     max_m: int | None = None
     max_n: int | None = None
     min_rank: int = 1
@@ -116,7 +120,7 @@ WIDE_SMALL = Row(Tile(64, 32, 16, num_warps=8, num_stages=2), min_rank=129, elem
 TF32 = Row(Tile(64, 64, 32, num_warps=8), element_size=4, precision="tf32")
 
 # the first row that takes the operands counts, and the last of an architecture takes what is left
-ONE_PASS: dict[str, tuple[Row, ...]] = {
+ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
     # 108 SMs, 163 KiB
     "sm_80": (
         *WIDE,
@@ -196,7 +200,7 @@ ONE_PASS: dict[str, tuple[Row, ...]] = {
 }
 
 
-LOW_RANK_GEMM: dict[str, tuple[Row, ...]] = {
+LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
     "sm_80": (
         *IEEE,
         Row(Tile(64, 32, 32, num_warps=8, programs=2), element_size=4),
@@ -236,7 +240,7 @@ LOW_RANK_GEMM: dict[str, tuple[Row, ...]] = {
 }
 
 # rows of W, columns of K; 3 stages of 8 KiB of W on each of two programs keep 40 KiB in flight on an SM
-ONE_PASS_SWAPPED: dict[str, tuple[Row, ...]] = {
+ONE_PASS_SWAPPED: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(32, 16, num_warps=8), element_size=4),
         Row(Stream(64, 64, num_warps=4 if arch == "sm_100" else 8), aligned=False),
@@ -248,7 +252,7 @@ ONE_PASS_SWAPPED: dict[str, tuple[Row, ...]] = {
 }
 
 # what reads a matrix once waits for memory: small tiles, which leave room for several programs on a multiprocessor
-SHRINK: dict[str, tuple[Row, ...]] = {
+SHRINK: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(32, 32, max_ranks=32, num_stages=2), element_size=4),
         Row(Stream(64, 64), max_rank=64),
@@ -256,7 +260,7 @@ SHRINK: dict[str, tuple[Row, ...]] = {
     )
     for arch in ONE_PASS
 }
-GRAM: dict[str, tuple[Row, ...]] = {
+GRAM: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(16, 32, max_ranks=32, num_warps=8, num_stages=2), element_size=4),
         Row(Stream(64, 64, max_ranks=64, num_warps=8)),
@@ -264,7 +268,7 @@ GRAM: dict[str, tuple[Row, ...]] = {
     for arch in ONE_PASS
 }
 # wide, because each tile of columns writes a p of its own
-PROJECT: dict[str, tuple[Row, ...]] = {
+PROJECT: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(16, 32, num_warps=8, num_stages=2), element_size=4),
         Row(Stream(32, 64), aligned=False),
@@ -272,7 +276,7 @@ PROJECT: dict[str, tuple[Row, ...]] = {
     )
     for arch in ONE_PASS
 }
-PRE_EXPAND: dict[str, tuple[Row, ...]] = {
+PRE_EXPAND: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(16, 16, max_ranks=16, num_stages=2), element_size=4, precision="ieee"),
         Row(Stream(16, 16 if arch == "sm_80" else 32, max_ranks=16, num_stages=2), element_size=4),
@@ -281,7 +285,7 @@ PRE_EXPAND: dict[str, tuple[Row, ...]] = {
     for arch in ONE_PASS
 }
 
-TABLES = {
+TABLES: dict[str, dict[str, tuple[Row[Any], ...]]] = {
     "one_pass": ONE_PASS,
     "one_pass_swapped": ONE_PASS_SWAPPED,
     "low_rank_gemm": LOW_RANK_GEMM,
@@ -293,13 +297,13 @@ TABLES = {
 
 
 def choose(
-    kernel: str, arch: str, m: int, n: int, rank: int,
+    table: dict[str, tuple[Row[Launch], ...]], arch: str, m: int, n: int, rank: int,
     *, element_size: int, precision: str, aligned: bool = True, selects: bool = False,
-) -> Row:  # fmt: skip
-    """The row of a kernel's table for ``y [m, n]``, of which kernels that read a matrix once take no notice."""
+) -> Row[Launch]:  # fmt: skip
+    """The row of a table for ``y [m, n]``, of which kernels that read a matrix once take no notice."""
     return next(
         row
-        for row in TABLES[kernel][arch]
+        for row in table[arch]
         if row.takes(m, n, rank, element_size=element_size, precision=precision, aligned=aligned, selects=selects)
     )
 

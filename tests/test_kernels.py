@@ -1,12 +1,15 @@
 """Numbers of every kernel family, in every gate form: through Triton's interpreter, or on a GPU where there is one."""
 
+import itertools
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+import triton
 import triton.language as tl
 
 from cotolora.kernels.adapter_grads import gram, project
@@ -241,7 +244,7 @@ def test_what_is_off_does_not_matter(poison, gate, name, device):
     if name.startswith(("gram", "project")) and gate.dim():
         # A and B are shared by the rows: what is asked here is that rows that are off leave no trace
         spoiled = replace(spoiled, a=call.a, b=call.b)
-    launch, plain = KERNELS[name]
+    launch, _ = KERNELS[name]
     for ours, expected in zip(launch(spoiled, **small(name)), launch(call, **small(name)), strict=True):
         rows = off if ours.shape[0] == 48 else slice(None)
         assert torch.isfinite(ours[rows]).all()
@@ -404,14 +407,17 @@ def test_fits_tma():
 @pytest.mark.parametrize("kernel", TABLES)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942", "generic"])
 def test_every_row_is_for_something(arch, kernel):
-    rows = TABLES[kernel][arch]
-    sizes = {1, *(b + 1 for row in rows for b in (row.max_m, row.max_n, row.max_rank) if b)}
-    sizes |= {b for row in rows for b in (row.max_m, row.max_n, row.max_rank) if b}
-    chosen = {
-        choose(kernel, arch, m, n, rank, element_size=size, precision=precision, aligned=aligned, selects=selects)
-        for m in sizes for n in sizes for rank in sizes for size, precision in ((2, "ieee"), (4, "ieee"), (4, "tf32"))
-        for aligned in (True, False) for selects in (True, False)
-    }  # fmt: skip
+    table = TABLES[kernel]
+    bounds = {(row.max_m, row.max_n, row.max_rank, row.min_rank - 1) for row in table[arch]}
+    sizes = {1, *(size for row in bounds for bound in row if bound for size in (bound, bound + 1))}
+    kinds = [
+        {"element_size": size, "precision": precision, "aligned": aligned, "selects": selects}
+        for size, precision in ((2, "ieee"), (4, "ieee"), (4, "tf32"))
+        for aligned in (True, False)
+        for selects in (True, False)
+    ]
+    chosen = {choose(table, arch, *mnr, **kind) for mnr in itertools.product(sizes, repeat=3) for kind in kinds}
+    rows = table[arch]
     assert chosen == set(rows)
 
 
