@@ -220,10 +220,13 @@ def why_not(backend: str, call: Call) -> list[str]:
     return reasons
 
 
-@functools.cache
+# asked once, at import: a cached function is one that torch.compile would trace into
+_triton = importlib.util.find_spec("triton") is not None
+
+
 def has_triton() -> bool:
     """Whether triton can be imported, found out without importing it."""
-    return importlib.util.find_spec("triton") is not None
+    return _triton
 
 
 def kernels(backend: str) -> Any:

@@ -76,11 +76,10 @@ def _pre_expand_shapes(x, bias, a, b, gate, seed, scale, dropout):  # type: igno
 
 
 def _adapter_grads_shapes(dy, x, h, b, gate, seed, scale, dropout, dtype_a, dtype_b):  # type: ignore[no-untyped-def]
-    none = dy.new_empty(0)
     return (
-        none if b is None else dy.new_empty(dy.shape[0], b.shape[1]),
-        none if b is None or x is None else dy.new_empty(b.shape[1], x.shape[1], dtype=dtype_a),
-        none if h is None else dy.new_empty(dy.shape[1], h.shape[1], dtype=dtype_b),
+        dy.new_empty(0) if b is None else dy.new_empty(dy.shape[0], b.shape[1]),
+        dy.new_empty(0) if b is None or x is None else dy.new_empty(b.shape[1], x.shape[1], dtype=dtype_a),
+        dy.new_empty(0) if h is None else dy.new_empty(dy.shape[1], h.shape[1], dtype=dtype_b),
     )
 
 
