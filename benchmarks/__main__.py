@@ -9,6 +9,7 @@ import sys
 COMMANDS = {
     "aot": "compile every kernel for every GPU it has tiles for, without a GPU, and hold it to its budget",
     "three_linears": "forward and backward of three linears on the CPU: frozen, PEFT's LoRA, ours on, ours off",
+    "tune": 'time every form of a low-rank layer on this GPU and keep the table that backend="auto" chooses by',
 }
 
 

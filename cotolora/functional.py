@@ -129,7 +129,7 @@ class _LowRankLinear(torch.autograd.Function):
             dispatch.note_failure(backend, error)
             backend, fall_back = "addmm", False
             y, saved = addmm.forward(x, weight, bias, lora_a, lora_b, **options)
-        if fall_back:
+        if backend.startswith("triton") and not torch.compiler.is_compiling():
             dispatch.note_run(backend, x.dtype, lora_a.shape[0])
         dtypes = (None if t is None else t.dtype for t in (x, weight, bias, lora_a, lora_b))
         needs = Needs(*(d if need else None for d, need in zip(dtypes, ctx.needs_input_grad[:5], strict=True)))

@@ -1,5 +1,6 @@
-"""The fused kernels as torch sees them: operators, autograd, dropout, torch.compile, and what happens when one fails."""
+"""The fused kernels as torch sees them: operators, autograd, dropout, torch.compile, and when one fails."""
 
+import json
 import logging
 import os
 
@@ -13,11 +14,12 @@ from cotolora import CoTo, CoToLoRALinear, coto_lora_linear, dispatch, set_backe
 from tests.tolerance import assert_as_accurate_as_torch
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
 from cotolora import ops
 from cotolora.kernels import forms
 from cotolora.kernels.dropout import drawn_mask
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
 FUSED = [f"triton:{form}" for form in forms.FORMS]
 SCALE, DROPOUT = 0.75, 0.3
@@ -350,9 +352,10 @@ def test_a_measured_row_goes_before_the_model():
         '{"rows": 3}',
         '{"rows": [{}]}',
         '{"rows": [null]}',
-        '{"rows": [{"m": "1", "n": 1, "k": 1, "rank": 1, "element_size": 2, "captured": true, "seconds": {"addmm": 1}}]}',
-        '{"rows": [{"m": 1, "n": 1, "k": 1, "rank": 1, "element_size": 2, "captured": true, "seconds": {"other": 1}}]}',
-        '{"rows": [{"m": 1, "n": 1, "k": 1, "rank": 1, "element_size": 2, "captured": true, "seconds": {"addmm": NaN}}]}',
+        json.dumps({"rows": [{**ROW, "m": "1", "seconds": {"addmm": 1.0}}]}),
+        json.dumps({"rows": [{**ROW, "seconds": {"other": 1.0}}]}),
+        json.dumps({"rows": [{**ROW, "seconds": {"addmm": float("nan")}}]}),
+        json.dumps({"rows": [{**ROW, "seconds": {}}]}),
     ],
 )
 def test_a_damaged_table_is_ignored_with_one_line(text, tmp_path, caplog):
@@ -369,3 +372,21 @@ def test_a_table_that_is_not_there_is_no_news(tmp_path, caplog, monkeypatch):
     assert path.parent == tmp_path / "cotolora"
     assert forms.load_table(path) == ()
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("m", [16, 96])
+@pytest.mark.parametrize("backend", FUSED)
+def test_error_is_that_of_the_linear_alone(backend, m, dtype):
+    """Relative Frobenius error at most 1.05 of F.linear's own, the update being a tenth of the base's output."""
+    x, weight, bias = random((m, 64), (96, 64), (96,), dtype=dtype)
+    if backend == "triton:pre_expand":
+        bias = torch.zeros_like(bias)  # it rounds bias and update together before it adds the product
+    a, b = random((8, 64), (96, 8), dtype=dtype, seed=1)
+    base = nn.functional.linear(x.double(), weight.double(), bias.double())
+    update = x.double() @ a.double().T @ b.double().T
+    scale = 0.1 * (base.norm() / update.norm()).item()
+    y = coto_lora_linear(x, weight, bias, a, b, scale=scale, backend=backend)
+    alone = (nn.functional.linear(x, weight, bias).double() - base).norm() / base.norm()
+    ours = (y.double() - (base + scale * update)).norm() / (base + scale * update).norm()
+    assert ours <= 1.05 * alone
