@@ -184,8 +184,9 @@ class _OnlyOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        backend = ctx.backend.partition(":")[0]
         raise RuntimeError(
-            f"backend={ctx.backend.partition(':')[0]!r} has no double backward; call coto_lora_linear or the layer with "
+            f"backend={backend!r} has no double backward; call coto_lora_linear or the layer with "
             "backend='reference' (or set_backend('reference')) to differentiate twice"
         )
 

@@ -351,6 +351,45 @@ def test_any_strides(name, layout, device):
             assert torch.equal(ours, plain), which
 
 
+FAR = 2**30 + 16
+
+
+@pytest.mark.parametrize("dimension", [0, 1])
+@pytest.mark.parametrize("which", ["x", "weight", "a", "b", "dy", "h", "p"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_offsets_beyond_int32(name, which, dimension, device):
+    call = operands(3, 3, 3, 3, torch.float16, device)
+    # four gigabytes that nothing writes but three rows: on a CPU the rest never becomes memory
+    storage = torch.UntypedStorage(2 * (2 * FAR + 16), device=device)
+    view = torch.tensor([], dtype=torch.float16, device=device)
+    view.set_(storage, 0, (3, 3), (FAR, 1) if dimension == 0 else (1, FAR))
+    check(name, replace(call, **{which: view.copy_(getattr(call, which))}), **small(name))
+
+
+FAMILIES = {
+    "one_pass_swapped": ("one_pass_swapped",),
+    "low_rank_gemm": ("low_rank_gemm", "low_rank_gemm_dx"),
+    "shrink": ("shrink",),
+    "gram": ("gram_a", "gram_b"),
+    "project": ("project",),
+    "pre_expand": ("pre_expand", "expand"),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "tile"),
+    [(f, t) for f in FAMILIES for t in sorted({r.tile for rows in TABLES[f].values() for r in rows}, key=str)],
+    ids=str,
+)
+def test_every_tile_in_the_tables(family, tile, device):
+    if device.type == "cuda":
+        pytest.skip("a tile for another GPU need not fit this one")
+    call = operands(40, 70, 50, 20, torch.float16, device)
+    call = replace(call, gate=torch.tensor([1, 0, 1, 1], device=device))
+    for name in FAMILIES[family]:
+        check(name, call, **small(name, **{"tile" if isinstance(tile, Tile) else "stream": tile}))
+
+
 @pytest.mark.parametrize("name", ["one_pass_swapped", "shrink", "gram_a", "gram_b", "project"])
 @pytest.mark.parametrize("split", [1, 2, 3, 5])
 def test_split(split, name, device):

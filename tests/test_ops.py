@@ -243,6 +243,27 @@ def test_blocks_under_host_gates_are_at_most_4_graphs():
     torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_blocks_under_ddp_are_at_most_4_graphs(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = blocks(6)
+        coto = CoTo(model, total_steps=30, unit="layer", seed=1)
+        counter, x = Counter(), torch.randn(3, 6)
+        torch.compiler.reset()
+        for block in model:
+            block.compile(backend=counter, fullgraph=True)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        with set_backend("triton"):
+            for step in range(30):
+                coto.set_step(step)
+                train_step(parallel, x)
+        assert 1 < counter.graphs <= 4
+    finally:
+        torch.distributed.destroy_process_group()
+        torch.compiler.reset()
+
+
 def test_torch_func_takes_the_reference():
     x, weight, bias, a, b = operands()
 
