@@ -13,7 +13,7 @@ import operator
 import os
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,8 +88,7 @@ def requested(backend: str | None) -> tuple[str, str]:
     return "auto", "default"
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What the choice of a backend may depend on; None where the sizes are not known."""
 
     device: torch.device
@@ -235,7 +234,7 @@ def kernels(backend: str) -> Any:
         return addmm
     from cotolora import ops
 
-    return ops.Fused(backend.removeprefix("triton:"))
+    return ops.FUSED[backend.removeprefix("triton:")]
 
 
 def _transforming() -> bool:

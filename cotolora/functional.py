@@ -53,9 +53,9 @@ def coto_lora_linear(
 
             Off selects the base, also where A or B is not finite.
         dropout: probability in [0, 1] of zeroing an entry of the adapter's input; always acts. Masks are
-            drawn from torch's generator.
-        backend: "auto", "reference", "addmm" or "triton"; None follows `set_backend`, then the
-            environment variable ``COTOLORA_BACKEND``, then "auto".
+            drawn from torch's generator; the fused kernels draw a seed from it, so their masks are others.
+        backend: "auto", "reference", "addmm", "triton" or one of its forms as in `set_backend`; None
+            follows `set_backend`, then the environment variable ``COTOLORA_BACKEND``, then "auto".
 
     Returns:
         ``[..., out_features]``, in the dtype of `x`. Under autocast `x`, `weight` and `bias` are

@@ -18,9 +18,10 @@ from cotolora.kernels import one_pass, one_pass_swapped
 from cotolora.kernels import pre_expand as expands
 from cotolora.kernels import shrink as shrinks
 from cotolora.kernels.dropout import drawn_mask
+from cotolora.kernels.forms import FORMS
 from cotolora.reference import Gate
 
-__all__ = ["Fused", "drawn_mask"]
+__all__ = ["FUSED", "Fused", "drawn_mask"]
 
 # define and impl rather than custom_op: half the eager cost of a call
 _library = torch.library.Library("cotolora", "DEF")
@@ -181,3 +182,6 @@ class Fused:
                 dx = ops.low_rank_gemm(rows, weight.T, None, p, lora_a.T, device_gate, saved.keep, dropout)
             dx = dx.view(*dy.shape[:-1], weight.shape[1])
         return dx, dw, dbias, da if needs.lora_a else None, db if needs.lora_b else None
+
+
+FUSED = {form: Fused(form) for form in FORMS}
