@@ -26,7 +26,8 @@ class Machine:
 
     flops: float
     bandwidth: float
-    # of the vendor's GEMM's speed: by TMA 0.90 to 0.97 was published for Triton on an H100, by pointers far less
+    # of the speed of the vendor's GEMM, both assumed: on an H100 0.90 to 0.97 was published for Triton's with TMA, and
+    # far less for one that takes pointers
     gemm: float
     pointer_gemm: float = 0.75
     gap: float = 1e-6  # between two kernels of a graph
@@ -35,9 +36,13 @@ class Machine:
 
 
 MACHINES = {
+    # four fifths of the data sheet; our GEMM has no TMA there
     "sm_80": Machine(250e12, 1.6e12, gemm=0.75),
-    "sm_90": Machine(790e12, 4.3e12, gemm=0.93),  # both measured on an H200, by others of us
+    # both rates measured on an H200, with torch's own matmul and copy
+    "sm_90": Machine(790e12, 4.3e12, gemm=0.93),
+    # two thirds and nine tenths of the data sheet; our kernel does not use all that tcgen05 offers
     "sm_100": Machine(1500e12, 7.0e12, gemm=0.85),
+    # two fifths and three quarters of the data sheet; our GEMM takes plain pointers
     "gfx942": Machine(500e12, 4.0e12, gemm=0.75),
 }
 
