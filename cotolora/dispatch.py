@@ -210,6 +210,8 @@ def why_not(backend: str, call: Call) -> list[str]:
         reasons.append("triton is not installed")
     if call.device.type != "cuda" and not interpreted:
         reasons.append(f"x is on {call.device.type}, not cuda (on a CPU only under TRITON_INTERPRET=1)")
+    if call.device.type == "cuda" and not torch.cuda.is_available():
+        reasons.append("this machine has no CUDA device")
     if call.dtype not in TRITON_DTYPES:
         reasons.append(f"dtype {call.dtype} is not float32, float16 or bfloat16")
     if interpreted and call.dtype == torch.bfloat16:
@@ -328,7 +330,8 @@ def explain(
     if name == "auto":
         runs, reason = auto(call)
     else:
-        runs = f"triton:{_form(call, fastest_fused=True).form}" if name == "triton" else name
+        runnable = name == "triton" and not why_not(name, call)
+        runs = f"triton:{_form(call, fastest_fused=True).form}" if runnable else name
         reason = f"asked for by {source}"
     ran_by, _, form = runs.partition(":")
     why_nots = {other: why_not(other, call) for other in BACKENDS}

@@ -255,6 +255,28 @@ def test_explain_takes_a_layer():
     assert explain(CoToLoRALinear(6, 4, device="meta")).call.endswith("on meta")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks about a machine without CUDA")
+def test_explain_of_a_gpu_that_is_not_there():
+    plan = explain((8192, 768, 768, 16), dtype=torch.bfloat16, device="cuda")
+    assert plan.backend == "addmm"
+    assert "this machine has no CUDA device" in plan.reason
+    assert len(plan.forward) == 3
+    assert explain((8192, 768, 768, 16), device="cuda", backend="triton").backend is None
+
+
+@interpreter
+def test_explain_of_a_fused_form():
+    plan = explain((100, 64, 48, 16), backend="triton:low_rank_gemm")
+    assert (plan.backend, plan.form) == ("triton", "low_rank_gemm")
+    assert [launch.kernel for launch in plan.forward] == ["shrink", "low_rank_gemm"]
+    # x, A and h; then x, W, y, h and B
+    sizes = (100 * 64 + 16 * 64 + 100 * 16, 100 * 64 + 48 * 64 + 100 * 48 + 100 * 16 + 48 * 16)
+    assert tuple(launch.bytes for launch in plan.forward) == tuple(4 * size for size in sizes)
+    assert plan.saved_bytes == 4 * 100 * 16
+    assert "triton as low_rank_gemm" in str(plan)
+    assert "forward: 2 launches: shrink 0.04 MB" in str(plan)
+
+
 @pytest.mark.parametrize("bad", [(1, 2, 3), (1.5, 2, 3, 4), "1234", None, 5, torch.nn.Linear(2, 3)], ids=str)
 def test_explain_refuses_what_is_no_shape(bad):
     with pytest.raises(TypeError, match="layer_or_shapes must be a CoToLoRALinear or"):
