@@ -63,6 +63,7 @@ TARGETS = {
 GENERIC_TARGETS = ("sm_80", "gfx942")
 GENERIC_SHARED_LIMIT = 64 * 1024
 GATES = ("none", "device", "rows")  # by the registers they take
+BARRIER = r"(?m)^\s*(gpu|ttg)\.barrier"
 SPILLS = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
 
 
@@ -311,6 +312,9 @@ def measure_kernel(case: Case, kernel: JITFunction, args: tuple, kwargs: dict[st
         result.spill_bytes = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[1])
     result.instructions = {name: assembly.count(text) for name, text in target.instructions.items()}
     result.broken = broken(result)
+    # given x, it reads back the h that its other threads have written: no interpreter shows that it waits for them
+    if result.kernel == "pre_expand" and args[0] is not None and not re.search(BARRIER, compiled.asm["ttgir"]):
+        result.broken.append("no barrier")
     return result
 
 
