@@ -422,7 +422,8 @@ def test_tma(block_n, gate, name, device):
     if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("this GPU has no TMA")
     for r in (8, 13, 100):
-        call = operands(48, 72, 80, r, torch.float16, device)
+        # wider than a half, of whose columns the second would else lie outside
+        call = operands(48, 208, 208, r, torch.float16, device)
         call = replace(call, gate=None if gate is None else gate.to(device))
         check(name, call, **small(name, tma=True, tile=replace(TILE, block_n=block_n)))
     # a Conv1D's weight is the transpose of a matrix whose rows lie together
