@@ -8,6 +8,7 @@ import sys
 # each is a module of this package whose main(arguments) returns the exit status
 COMMANDS = {
     "aot": "compile every kernel for every GPU it has tiles for, without a GPU, and hold it to its budget",
+    "launches": "count what a layer launches, moves and saves: ours, PEFT's and Unsloth's order of operations",
     "three_linears": "forward and backward of three linears on the CPU: frozen, PEFT's LoRA, ours on, ours off",
     "tune": 'time every form of a low-rank layer on this GPU and keep the table that backend="auto" chooses by',
 }

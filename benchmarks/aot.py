@@ -205,7 +205,7 @@ def row_cases(kernel: str, arch: str, target: str, row: Row, dtype: str) -> Iter
 
     def comes_to_row(rank: int, gate: str, layout: str, dropout: bool) -> bool:
         return row is choose(
-            kernel, arch, m, n, rank, element_size=scalar.itemsize, precision=precision,
+            TABLES[kernel], arch, m, n, rank, element_size=scalar.itemsize, precision=precision,
             aligned=layout == "aligned", selects=gate == "rows" or dropout,
         ) and not (kernel == "project" and dropout)  # fmt: skip
 

@@ -101,6 +101,7 @@ def launches(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch,
                 Launch("mul_", bytes_of("a", "a")),
                 Launch("mm", bytes_of("dy", "w", "dx"), products),
                 Launch("addmm_", bytes_of("p", "a", "dx", "dx")),
+                Launch("copy_", bytes_of("b", "b")),  # dB comes transposed, and torch keeps gradients as parameters lie
             ),
         )
     gradients = (
@@ -135,7 +136,7 @@ def launches(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch,
     )  # fmt: skip
 
 
-VENDOR = ("linear", "mm", "addmm", "addmm_", "mul_")
+VENDOR = ("linear", "mm", "addmm", "addmm_", "mul_", "copy_")
 
 
 def seconds(form: str, sizes: Sizes, arch: str, *, captured: bool, backward: bool = True) -> float:

@@ -317,8 +317,11 @@ MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "ge
 def splits(arch: str, tiles: int, steps: int) -> int:
     """Into how many parts `tiles` programs of `steps` steps are split: two programs to a multiprocessor, 4 steps each.
 
-    A function of the architecture and the sizes alone, so that a sum has the same order on every such GPU.
+    One, if the tiles fill three quarters of the GPU: the second launch that sums the parts would cost more. A function
+    of the architecture and the sizes alone, so that a sum has the same order on every such GPU.
     """
+    if 4 * tiles >= 3 * MULTIPROCESSORS[arch]:
+        return 1
     return max(1, min(-(-2 * MULTIPROCESSORS[arch] // max(tiles, 1)), steps // 4))
 
 

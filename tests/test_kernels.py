@@ -463,7 +463,8 @@ def test_every_row_is_for_something(arch, kernel):
 
 def test_splits_fill_the_gpu_without_tiny_parts():
     assert splits("sm_90", tiles=1000, steps=100) == 1
-    assert splits("sm_90", tiles=132, steps=100) == 2
+    assert splits("sm_90", tiles=132, steps=100) == splits("sm_90", tiles=100, steps=100) == 1
+    assert splits("sm_90", tiles=64, steps=100) == 5
     assert splits("sm_90", tiles=1, steps=100) == 25
     assert splits("sm_90", tiles=1, steps=3) == 1
     assert splits("sm_90", tiles=0, steps=0) == 1

@@ -1,0 +1,277 @@
+"""Counts what one low-rank linear launches, moves and saves in forward and backward, without a GPU.
+
+    python -m benchmarks launches [--rows M] [--in-features K] [--out-features N] [--rank R] [--dropout P] [--verbose]
+
+Nothing is timed. Layers run on meta tensors: an operator of torch that computes is one kernel, however many a vendor's
+library makes of it, and our launchers' Triton launches are intercepted, as they would be on an H200. A kernel's bytes
+are its distinct operands once each: an operand that caches fail to keep is read more often. The gradients are left in
+``.grad``, as in training, which copies one of unusual strides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton import knobs
+
+import cotolora
+from benchmarks.aot import intercept
+from cotolora import dispatch
+from cotolora.kernels import adapter_grads, low_rank_gemm, one_pass, one_pass_swapped, pre_expand, shrink
+from cotolora.kernels.forms import FORMS
+
+ARCHITECTURE = "sm_90"  # an H200's: what the launchers split and load by TMA depends on it
+LAUNCHERS = (adapter_grads, low_rank_gemm, one_pass, one_pass_swapped, pre_expand, shrink)
+DTYPE, SCALE = torch.bfloat16, 2.0
+ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
+OVERWRITING = ("copy_", "fill_", "zero_")  # in place, and yet without reading what was there
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch, with the bytes that it reads and writes."""
+
+    name: str
+    bytes: int
+
+
+@dataclass
+class Count:
+    """What one contender does; `x_saved_as` is the dtype of a copy of x among what is saved."""
+
+    forward: list[Kernel] = field(default_factory=list)
+    backward: list[Kernel] = field(default_factory=list)
+    saved_bytes: int = 0
+    x_saved_as: str | None = None
+
+    def moved(self) -> int:
+        """Bytes, forward and backward."""
+        return bytes_of(self.forward + self.backward)
+
+
+def bytes_of(kernels: list[Kernel]) -> int:
+    return sum(kernel.bytes for kernel in kernels)
+
+
+def storage(t: Tensor) -> int:
+    """What tells memory apart on meta, where every address is 0."""
+    return t.untyped_storage()._cdata
+
+
+def size(tensors: Iterable[Any]) -> int:
+    """Bytes of the tensors among `tensors`, views of the same memory once, an expanded one as large as its memory."""
+    sizes: dict[int, int] = {}
+    for t in tensors:
+        if isinstance(t, Tensor):
+            seen = min(t.numel() * t.element_size(), t.untyped_storage().nbytes())
+            sizes[storage(t)] = max(seen, sizes.get(storage(t), 0))
+    return sum(sizes.values())
+
+
+class Counter(TorchDispatchMode):
+    """Appends each kernel to `kernels`, and keeps the copies of x in other dtypes."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.kernels: list[Kernel] = []
+        self.x, self.casts = x, []
+
+    def __torch_dispatch__(
+        self, op: Any, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:  # fmt: skip
+        kwargs, name = kwargs or {}, op._schema.name.partition("::")[2]
+        if op.namespace == "cotolora":
+            return self.launch(op, args)
+        out = op(*args, **kwargs)
+        if op.is_view or name in ALLOCATIONS:
+            return out
+        reads = tree_leaves((args, kwargs))
+        if name in OVERWRITING or (name in ("addmm", "addmm_") and kwargs.get("beta") == 0):
+            reads = reads[1:]
+        self.kernels.append(Kernel(name, size(reads) + size(tree_leaves(out))))
+        if name == "_to_copy" and storage(args[0]) == storage(self.x):
+            self.casts.append(out)
+        return out
+
+    def launch(self, op: Any, args: tuple) -> Any:
+        """Calls the launchers of an operator of ours as on a GPU, and counts what they launch."""
+        made = []
+        on_gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        with self:  # an operator of torch among them would count as well
+            calls = intercept(lambda: made.append(op.redispatch(on_gpu, *args)))
+        for kernel, positional, named in calls:
+            operands = [getattr(operand, "base", operand) for operand in (*positional, *named.values())]
+            self.kernels.append(Kernel(kernel.__name__.removesuffix("_kernel"), size(operands)))
+        return made[0]
+
+
+class UnslothOrder(torch.autograd.Function):
+    """Unsloth's order of operations, written anew: x alone is saved, and dy B is computed twice."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor
+    ) -> Tensor:
+        """``y = x Wᵀ + bias + s (x Aᵀ) Bᵀ``."""
+        ctx.save_for_backward(x, weight, a, b)
+        return F.linear(x, weight, bias).addmm_(x @ a.T, b.T, alpha=SCALE)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of x, A and B."""
+        x, weight, a, b = ctx.saved_tensors
+        da = torch.empty_like(a.T).addmm_(x.T, dy @ b, alpha=SCALE, beta=0).T
+        db = torch.empty_like(b.T).addmm_(a @ x.T, dy, alpha=SCALE, beta=0).T
+        return (dy @ weight).addmm_(dy @ b, a, alpha=SCALE), None, None, da, db
+
+
+def peft_layer(options: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
+    """PEFT's LoRA around a linear of `DTYPE`, its adapters in `dtype`."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    base = nn.Sequential(nn.Linear(options.in_features, options.out_features, device="meta", dtype=DTYPE))
+    config = LoraConfig(
+        r=options.rank, lora_alpha=SCALE * options.rank, target_modules=["0"], lora_dropout=options.dropout
+    )
+    layer = inject_adapter_in_model(config, base, low_cpu_mem_usage=True)[0]
+    layer.lora_A.to(dtype)
+    layer.lora_B.to(dtype)
+    return layer
+
+
+def native_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """As `F.dropout` is on a GPU: one kernel, where meta tensors take three."""
+    return torch.native_dropout(x, p, training)[0]
+
+
+def contenders(options: argparse.Namespace) -> dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]]:
+    """By name, a layer and its parameters."""
+    n, k, r = options.out_features, options.in_features, options.rank
+    empty = partial(torch.empty, device="meta", dtype=DTYPE)
+    base = [empty(n, k), empty(n)]
+    adapters = {t: [empty(*s, dtype=t, requires_grad=True) for s in ((r, k), (n, r))] for t in (DTYPE, torch.float32)}
+
+    def ours(backend: str, dtype: torch.dtype = DTYPE, *, gate: bool = True) -> Callable[[Tensor], Tensor]:
+        settings: dict[str, Any] = {"scale": SCALE, "gate": gate, "dropout": options.dropout, "backend": backend}
+        return lambda x: cotolora.coto_lora_linear(x, *base, *adapters[dtype], **settings)
+
+    rows = {"frozen": (lambda x: F.linear(x, *base), base)}
+    for name, dtype in (("PEFT as shipped", torch.float32), ("PEFT, bf16 A and B", DTYPE)):
+        layer = peft_layer(options, dtype)
+        rows[name] = layer, list(layer.parameters())
+    if not options.dropout:  # which Unsloth's kernels do not have
+        rows["Unsloth's order"] = lambda x: UnslothOrder.apply(x, *base, *adapters[DTYPE]), base + adapters[DTYPE]
+    for dtype, suffix in ((DTYPE, ""), (torch.float32, ", f32 A and B")):  # the layer ships with float32
+        for backend in ("addmm", *(f"triton:{form}" for form in FORMS)):
+            rows[f"ours {backend}{suffix}"] = ours(backend, dtype), base + adapters[dtype]
+    rows["ours off"] = ours("auto", gate=False), base + adapters[DTYPE]
+    return rows
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Backends run although there is no GPU, and launchers and PEFT's dropout behave as if there were one."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(dispatch, "choose", lambda backend, call: backend))
+        stack.enter_context(mock.patch.object(F, "dropout", native_dropout))
+        for module in LAUNCHERS:
+            stack.enter_context(mock.patch.object(module, "architecture", return_value=ARCHITECTURE))
+        yield
+
+
+def count(layer: Callable[[Tensor], Tensor], parameters: list[Tensor], options: argparse.Namespace) -> Count:
+    """Runs a layer forward and backward once."""
+    x = torch.empty(options.rows, options.in_features, device="meta", dtype=DTYPE, requires_grad=True)
+    dy = torch.empty(options.rows, options.out_features, device="meta", dtype=DTYPE)
+    free = {storage(t) for t in (x, *parameters)}
+    saved: dict[int, Any] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if storage(t) not in free:
+            saved[storage(t)] = t.untyped_storage()
+        return t
+
+    counter = Counter(x)
+    with as_on_gpu(), saved_tensors_hooks(pack, lambda t: t), counter:
+        y = layer(x)
+        forward = len(counter.kernels)
+        y.backward(dy)
+    for t in parameters:
+        t.grad = None
+    return Count(
+        counter.kernels[:forward],
+        counter.kernels[forward:],
+        sum(s.nbytes() for s in saved.values()),
+        next((str(t.dtype).removeprefix("torch.") for t in counter.casts if storage(t) in saved), None),
+    )
+
+
+COLUMNS = ("launches forward", "launches backward", "MB forward", "MB backward", "MB saved", "MB over frozen's")
+
+
+def table(counts: dict[str, Count], verbose: bool) -> str:
+    """The counts as text; `verbose` lists every kernel under its contender."""
+    width = max(map(len, counts))
+    lines = [" " * width + "".join(f"{column:>{len(column) + 2}}" for column in COLUMNS)]
+    for name, c in counts.items():
+        cells: list[str] = [str(len(c.forward)), str(len(c.backward))]
+        bytes_ = (bytes_of(c.forward), bytes_of(c.backward), c.saved_bytes, c.moved() - counts["frozen"].moved())
+        cells += [f"{size / 1e6:.2f}" for size in bytes_]
+        line = "".join(f"{cell:>{len(column) + 2}}" for cell, column in zip(cells, COLUMNS, strict=True))
+        lines.append(f"{name:{width}}{line}" + (f"  saves x again in {c.x_saved_as}" if c.x_saved_as else ""))
+        for way in ("forward", "backward") if verbose else ():
+            lines += [f"    {way:10}{kernel.name:24}{kernel.bytes / 1e6:12.3f} MB" for kernel in getattr(c, way)]
+    return "\n".join(lines)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks launches", description=__doc__.splitlines()[0])
+    for name, default in (("rows", 8192), ("in-features", 4096), ("out-features", 4096), ("rank", 16)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dropout", type=float, default=0.0, help="probability in [0, 1)")
+    parser.add_argument("--verbose", action="store_true", help="list every kernel with its bytes")
+    parser.add_argument("--json", type=Path, help="also write every kernel here")
+    options = parser.parse_args(arguments)
+    if knobs.runtime.interpret:
+        parser.error("unset TRITON_INTERPRET: with it kernels are interpreted and never launched")
+    if min(options.rows, options.in_features, options.out_features, options.rank) < 1:
+        parser.error("rows, features and rank must be at least 1")
+    if options.rank > dispatch.TRITON_MAX_RANK:
+        parser.error(f"--rank must be at most {dispatch.TRITON_MAX_RANK}; got {options.rank}")
+    if not 0 <= options.dropout < 1:
+        parser.error(f"--dropout must be in [0, 1); got {options.dropout}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table."""
+    options = parse(arguments)
+    import peft
+
+    counts = {name: count(*row, options) for name, row in contenders(options).items()}
+    modules = " · ".join(f"{module.__name__} {module.__version__}" for module in (torch, triton, peft, cotolora))
+    head = (
+        f"rows {options.rows}, {options.in_features} -> {options.out_features}, rank {options.rank}, dropout "
+        f"{options.dropout:g}, {str(DTYPE).removeprefix('torch.')} · counted for {ARCHITECTURE} · {modules}"
+    )
+    print(head)
+    print(table(counts, options.verbose))
+    if options.json:
+        written = {"head": head, "counts": {name: asdict(c) for name, c in counts.items()}}
+        options.json.write_text(json.dumps(written, indent=1) + "\n")
+    return 0
