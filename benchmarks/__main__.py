@@ -8,8 +8,9 @@ import sys
 # each is a module of this package whose main(arguments) returns the exit status
 COMMANDS = {
     "aot": "compile every kernel for every GPU it has tiles for, without a GPU, and hold it to its budget",
+    "block": "times all linears of a Llama's or a vision transformer's block: ours beside frozen and every peer",
     "launches": "count what a layer launches, moves and saves: ours, PEFT's and Unsloth's order of operations",
-    "three_linears": "forward and backward of three linears on the CPU: frozen, PEFT's LoRA, ours on, ours off",
+    "linear": "times one low-rank linear: ours in every form beside frozen and every peer",
     "tune": 'time every form of a low-rank layer on this GPU and keep the table that backend="auto" chooses by',
 }
 

@@ -1,0 +1,92 @@
+"""Contenders on one workload: refused if wrong, then timed side by side, every time over the frozen linear's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks import clock
+from benchmarks.clock import Clock, Median
+from benchmarks.contenders import Contender
+from benchmarks.workload import Judge, RefusedError, Runner, Workload, reason
+
+PARTS = ("forward", "backward", "both")
+
+
+@dataclass
+class Comparison:
+    """Of one workload in one mode.
+
+    Attributes:
+        seconds: by contender and part, of each round; "backward" is "both" less "forward", round by round.
+        errors: by contender, of y, over that of `F.linear`'s own y.
+        refused: by contender, why it was not timed.
+    """
+
+    mode: str
+    seconds: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def median(self, name: str, part: str) -> Median:
+        """Of a contender's seconds."""
+        return clock.median(self.seconds[name][part])
+
+    def ratio(self, name: str, other: str = "frozen", part: str = "both") -> float:
+        """Median of the seconds over those of another contender in the same round."""
+        pairs = zip(self.seconds[name][part], self.seconds[other][part], strict=True)
+        # backward is a difference: noise may turn that of a tiny call negative, and no ratio comes of it
+        return clock.median([a / b if b > 0 else math.nan for a, b in pairs]).median
+
+    def rows(self, **where: Any) -> list[dict[str, Any]]:
+        """One for each contender and part, with `where` it was measured."""
+        made = []
+        for name, parts in self.seconds.items():
+            for part in parts:
+                median = self.median(name, part)
+                over = self.ratio(name, part=part) if "frozen" in self.seconds else math.nan
+                made.append({
+                    **where, "mode": self.mode, "contender": name, "part": part, "median_s": median.median,
+                    "p20_s": median.p20, "p80_s": median.p80, "over_frozen": over, "error": self.errors[name],
+                })  # fmt: skip
+        return made
+
+
+def compare(workload: Workload, contenders: Sequence[Contender], modes: Sequence[str], rounds: int) -> list[Comparison]:
+    """Times whoever is right, in each mode ("eager" or "graph")."""
+    torch._dynamo.reset()  # each workload's static shapes count towards its limit of recompilations
+    runners: dict[str, Runner] = {}
+    errors: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    judge = Judge(workload)
+    for contender in contenders:
+        try:
+            runner = workload.runner(contender)
+            errors[contender.name] = judge.check(runner)
+            runners[contender.name] = runner
+        except RefusedError as why:
+            refused[contender.name] = str(why)
+    del judge  # as large as several layers
+    return [timed(mode, runners, Comparison(mode, errors=errors, refused=dict(refused)), rounds) for mode in modes]
+
+
+def timed(mode: str, runners: dict[str, Runner], into: Comparison, rounds: int) -> Comparison:
+    """Adds the seconds of those that can be clocked in this mode."""
+    make, clocks = {"eager": clock.eager, "graph": clock.captured}[mode], dict[tuple[str, str], Clock]()
+    for name, runner in runners.items():
+        try:
+            mine = {(name, part): make(runner.calls(part), runner.workload.device) for part in ("forward", "both")}
+            for run in mine.values():
+                run()
+            clocks |= mine
+        except Exception as error:
+            into.refused[name] = f"in mode {mode}: {reason(error)}"
+    for (name, part), seconds in clock.take_turns(clocks, rounds).items():
+        into.seconds.setdefault(name, {})[part] = seconds
+    for parts in into.seconds.values():
+        parts["backward"] = [both - forward for both, forward in zip(parts["both"], parts["forward"], strict=True)]
+    return into

@@ -1,0 +1,198 @@
+"""What a measurement leaves: a table whose first line is the machine, and JSON that can be read again.
+
+A file holds the results of several commands; one that is measured again with the same settings takes the old one's place.
+`python -m benchmarks show FILE` prints them as they were printed at first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cotolora
+
+SCHEMA = 1
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Result:
+    """Of one run of a command.
+
+    Attributes:
+        command: its name.
+        machine: from `machine`.
+        settings: what it was asked to measure.
+        rows: what it measured, flat: values are texts, numbers, booleans or None.
+        refused: what did not run; each with "contender", "reason" and where.
+        notes: lines below the table.
+    """
+
+    command: str
+    machine: dict[str, str]
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    refused: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def output_of(*command: str) -> str:
+    """The first line that a program prints; empty if it cannot be run."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return (done.stdout.splitlines() or [""])[0].strip()
+
+
+def version_of(module: str) -> str:
+    """A package's version, or "absent"."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(module)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What a number depends on beside the code, and which code it was."""
+    if device.type == "cuda":
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        named = {"device": torch.cuda.get_device_name(device), "driver": output_of(*query) or "unknown"}
+    else:
+        cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        models = [line.partition(":")[2].strip() for line in cpu.splitlines() if line.startswith("model name")]
+        named = {"device": f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"}
+    commit = output_of("git", "rev-parse", "--short", "HEAD") or "unknown"
+    changed = "+changes" if output_of("git", "status", "--porcelain", "--untracked-files=no") else ""
+    versions = {name: version_of(name) for name in ("triton", "peft")}
+    return {**named, "torch": torch.__version__, **versions, "cotolora": f"{cotolora.__version__} {commit}{changed}"}
+
+
+def head(result: Result) -> str:
+    """The machine, then what was measured, a line each."""
+    first = [result.machine["device"], *(f"{k} {v}" for k, v in result.machine.items() if k != "device")]
+    asked = [f"{name} {shown(value)}" for name, value in result.settings.items() if value is not None]
+    return " · ".join(first) + f"\n\n`python -m benchmarks {result.command}`: " + ", ".join(asked) + "\n"
+
+
+def shown(value: Any) -> str:
+    """A setting as text."""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def markdown(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown whose columns line up in a terminal as well; the first is of names, the others of numbers."""
+    widths = [max(len(cell) for cell in column) for column in zip(titles, *lines, strict=True)]
+
+    def row(cells: Sequence[str]) -> str:
+        padded = [
+            f"{cell:{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([row(titles), rule, *map(row, lines)])
+
+
+def duration(seconds: float) -> str:
+    """Three digits and a unit."""
+    if not math.isfinite(seconds):
+        return "-"
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if abs(seconds) >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def ratio(value: float) -> str:
+    """Two digits behind the point, or a dash where there is none."""
+    return f"{value:.2f}" if math.isfinite(value) else "-"
+
+
+def check(result: Mapping[str, Any]) -> Result:
+    """A result read from JSON; ValueError naming what is missing or of a wrong type."""
+    kinds = {"command": str, "machine": dict, "settings": dict, "rows": list, "refused": list, "notes": list}
+    for name, kind in kinds.items():
+        if not isinstance(result.get(name), kind):
+            raise ValueError(f"{name} must be a {kind.__name__}; got {result.get(name)!r}")
+    for name in ("device", "torch", "triton", "cotolora"):
+        if not isinstance(result["machine"].get(name), str):
+            raise ValueError(f"machine must name its {name}; got {result['machine']}")
+    for row in result["rows"]:
+        if not isinstance(row, dict) or not row:
+            raise ValueError(f"rows must hold objects; got {row!r}")
+        for name, value in row.items():
+            if not isinstance(value, (str, int, float, bool, type(None))):
+                raise ValueError(f"rows: {name} must be a text, a number, a boolean or null; got {value!r}")
+    for refusal in result["refused"]:
+        if not isinstance(refusal, dict) or not {"contender", "reason"} <= set(refusal):
+            raise ValueError(f"refused must name a contender and a reason; got {refusal!r}")
+    if not result["rows"] and not result["refused"]:
+        raise ValueError("rows and refused are both empty")
+    return Result(**{name: result[name] for name in kinds})
+
+
+def read(path: Path) -> list[Result]:
+    """The results in a file; ValueError if it holds anything else."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("results"), list):
+        raise ValueError(f"{path} holds no results of schema {SCHEMA}")
+    return [check(result) for result in content["results"]]
+
+
+def write(path: Path, result: Result) -> None:
+    """Adds a result to a file, in the place of one of the same settings; whole or not at all."""
+    # NaN is not JSON: what could not be measured is null
+    rows = [
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in result.rows
+    ]
+    made = check({**asdict(result), "rows": rows})
+    others = [
+        r for r in (read(path) if path.exists() else []) if (r.command, r.settings) != (made.command, made.settings)
+    ]
+    replace(path, {"schema": SCHEMA, "results": [asdict(r) for r in (*others, made)]})
+
+
+def replace(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file of JSON, whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(content, file, indent=1, allow_nan=False)
+            file.write("\n")
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink()
+        raise
+
+
+def figure(panels: int, *, width: float = 4.0, height: float = 3.6) -> tuple[Any, list[Any]]:
+    """A matplotlib figure of panels beside one another, at most four a row, without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(panels, 4)
+    rows = math.ceil(panels / columns)
+    made, axes = pyplot.subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[panels:]:
+        axis.set_visible(False)
+    return made, list(axes.flat[:panels])

@@ -1,0 +1,97 @@
+"""Which linears are measured: those of one block of well-known models, or of any M,K,N."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear, and which of its block's inputs it reads: q, k and v read the same."""
+
+    name: str
+    in_features: int
+    out_features: int
+    reads: str
+    bias: bool = False
+
+
+def llama(hidden: int, intermediate: int, kv: int, *, bias: bool = False) -> tuple[Linear, ...]:
+    """The seven linears of a block with gated MLP; `bias` is of q, k and v, as in Qwen2."""
+    return (
+        Linear("q", hidden, hidden, "normed", bias),
+        Linear("k", hidden, kv, "normed", bias),
+        Linear("v", hidden, kv, "normed", bias),
+        Linear("o", hidden, hidden, "attended"),
+        Linear("gate", hidden, intermediate, "normed again"),
+        Linear("up", hidden, intermediate, "normed again"),
+        Linear("down", intermediate, hidden, "activated"),
+    )
+
+
+def vit(hidden: int) -> tuple[Linear, ...]:
+    """The six linears of a vision transformer's block."""
+    return (
+        *(Linear(name, hidden, hidden, "normed", bias=True) for name in ("q", "k", "v")),
+        Linear("proj", hidden, hidden, "attended", bias=True),
+        Linear("fc1", hidden, 4 * hidden, "normed again", bias=True),
+        Linear("fc2", 4 * hidden, hidden, "activated", bias=True),
+    )
+
+
+def three_linears(hidden: int) -> tuple[Linear, ...]:
+    """D → d → 4d → d: small models on a CPU, where an adapter weighs most."""
+    return tuple(
+        Linear(f"{k} to {n}", k, n, f"x{i}", bias=True)
+        for i, (k, n) in enumerate(((hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)))
+    )
+
+
+# sizes as in the models' published configurations
+BLOCKS = {
+    "llama3-8b": llama(4096, 14336, 1024),
+    "llama2-7b": llama(4096, 11008, 4096),
+    "qwen2.5-7b": llama(3584, 18944, 512, bias=True),
+    "qwen3-8b": llama(4096, 12288, 1024),
+    "vit-b": vit(768),
+    "three-768": three_linears(768),
+    "three-256": three_linears(256),
+    "three-64": three_linears(64),
+}
+
+
+def distinct(model: str) -> tuple[tuple[int, int], ...]:
+    """(K, N) of a model's linears, each once."""
+    return tuple(dict.fromkeys((linear.in_features, linear.out_features) for linear in BLOCKS[model]))
+
+
+def number(kind: Callable[[str], float]) -> Callable[[str], Any]:
+    """An argparse type: a positive finite number."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < math.inf:
+            what = "integer" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"must be a positive {what}; got {text!r}")
+        return value
+
+    return parse
+
+
+def shape(text: str) -> list[tuple[int | None, int, int]]:
+    """An argparse type: a model's linears, with M to come from --rows, or one M,K,N."""
+    if text in BLOCKS:
+        return [(None, *linear) for linear in distinct(text)]
+    try:
+        m, k, n = map(number(int), text.split(","))
+    except (ValueError, argparse.ArgumentTypeError):
+        names = ", ".join(BLOCKS)
+        raise argparse.ArgumentTypeError(f"must be {names} or M,K,N, all positive; got {text!r}") from None
+    return [(m, k, n)]
