@@ -42,7 +42,10 @@ def plot(result: Result, path: Path) -> None:
             if name == "frozen":
                 style = {"color": "black"}
             axis.plot([r["rows"] for r in line], [r["over_frozen"] for r in line], label=name, markersize=3, **style)
-        axis.set(xscale="log", xlabel="rows M", title=f"{group[0]}, rank {group[1]}, {group[2]}")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted({row["rows"] for row in rows}))
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.set(xlabel="rows M", title=f"{group[0]}, rank {group[1]}, {group[2]}")
         axis.title.set_fontsize(9)
         axis.set_ylim(0.9, min(4, max(axis.get_ylim()[1], 1.2)))
     axes[0].set_ylabel("forward and backward, over frozen")

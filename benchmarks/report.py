@@ -1,6 +1,6 @@
 """What a measurement leaves: a table whose first line is the machine, and JSON that can be read again.
 
-A file holds the results of several commands; one that is measured again with the same settings takes the old one's place.
+A file holds the results of several commands; one measured again with the same settings takes the old one's place.
 `python -m benchmarks show FILE` prints them as they were printed at first.
 """
 

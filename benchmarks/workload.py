@@ -1,3 +1,9 @@
+"""The linears of a block on random data, run by one contender after the other, each held to the truth before a clock.
+
+Operands lie in as many copies as fill the cache three times, which calls take in turn: in a model, other layers'
+weights pass through the cache between two calls of one.
+"""
+
 from __future__ import annotations
 
 import functools
