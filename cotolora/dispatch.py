@@ -152,7 +152,8 @@ def _form(call: Call, *, fastest_fused: bool = False) -> Choice:
         arch = architecture(call.device)
         if arch not in forms.MACHINES:
             return Choice("one_pass" if sizes.m <= 64 else "pre_expand", "asked for by name")
-        times = {form: forms.seconds(form, sizes, arch, captured=captured, backward=call.backward) for form in FORMS}
+        machine, backward = forms.MACHINES[arch], call.backward
+        times = {form: forms.seconds(form, sizes, machine, captured=captured, backward=backward) for form in FORMS}
         return Choice(min(FORMS, key=lambda form: times[form]), "asked for by name")
     if captured and not fastest_fused and choice.form != "addmm" and (choice.form, call.dtype, call.rank) not in _ran:
         # loading a kernel may not be possible while a graph is being captured

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cotolora import addmm, dispatch, reference
-from cotolora.addmm import Needs, Saved
+from cotolora.addmm import Needs, Saved, cast
 from cotolora.reference import Gate
 
 
@@ -131,8 +131,14 @@ class _LowRankLinear(torch.autograd.Function):
             y, saved = addmm.forward(x, weight, bias, lora_a, lora_b, **options)
         if backend.startswith("triton") and not torch.compiler.is_compiling():
             dispatch.note_run(backend, x.dtype, lora_a.shape[0])
-        dtypes = (None if t is None else t.dtype for t in (x, weight, bias, lora_a, lora_b))
-        needs = Needs(*(d if need else None for d, need in zip(dtypes, ctx.needs_input_grad[:5], strict=True)))
+        for_x, for_weight, for_bias, for_a, for_b = ctx.needs_input_grad[:5]
+        needs = Needs(
+            x.dtype if for_x else None,
+            weight.dtype if for_weight else None,
+            bias.dtype if for_bias and bias is not None else None,
+            lora_a.dtype if for_a else None,
+            lora_b.dtype if for_b else None,
+        )
         ctx.needs, ctx.scale, ctx.dropout, ctx.backend, ctx.fall_back = needs, scale, dropout, backend, fall_back
         ctx.x_shape = x.shape
         ctx.gate = gate if isinstance(gate, bool) else None
@@ -150,28 +156,37 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if not (recorded := torch.is_grad_enabled()) and not _autocasts(dy.device):
+            return *_LowRankLinear.gradients(ctx, dy), None, None, None, None, None
+        # backward may be called inside an autocast region, which must not recast what forward settled
+        with torch.no_grad(), without_autocast(dy.device):
+            gradients = _LowRankLinear.gradients(ctx, dy)
+        if not recorded:
+            return *gradients, None, None, None, None, None
+        # requires_grad marks them as depending on the inputs, which no_grad hid from autograd; the inputs go
+        # along because autograd.grad visits only what leads to the tensors it is asked about
+        marked = (None if g is None else g.detach().requires_grad_() for g in gradients)
+        x, weight, lora_a, lora_b = ctx.saved_tensors[:4]
+        gradients = _OnlyOnce.apply(ctx.backend, *marked, dy, x, weight, lora_a, lora_b)
+        return *gradients, None, None, None, None, None
+
+    @staticmethod
+    def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Those asked for, of x, weight, bias, A and B; grad mode and autocast are off."""
         x, weight, lora_a, lora_b, h, keep, gate = ctx.saved_tensors
         gate = ctx.gate if gate is None else gate
         options: dict[str, Any] = {"scale": ctx.scale, "gate": gate, "dropout": ctx.dropout}
-        # backward may be called inside an autocast region, which must not recast what forward settled
-        with torch.no_grad(), without_autocast(dy.device):
-            operands = (dy, x, weight, lora_a, lora_b)
-            try:
-                gradients = dispatch.kernels(ctx.backend).backward(*operands, Saved(h, keep), ctx.needs, **options)
-            except Exception as error:
-                if not ctx.fall_back:
-                    raise
-                dispatch.note_failure(ctx.backend, error)
-                if keep is not None:
-                    keep = dispatch.drawn_mask(keep, ctx.x_shape, ctx.dropout)
-                gradients = addmm.backward(*operands, Saved(h, keep), ctx.needs, **options)
-            gradients = tuple(None if g is None else g.to(d) for g, d in zip(gradients, ctx.needs, strict=True))
-        if torch.is_grad_enabled():
-            # requires_grad marks them as depending on the inputs, which no_grad hid from autograd; the inputs go
-            # along because autograd.grad visits only what leads to the tensors it is asked about
-            marked = (None if g is None else g.detach().requires_grad_() for g in gradients)
-            gradients = _OnlyOnce.apply(ctx.backend, *marked, dy, x, weight, lora_a, lora_b)
-        return *gradients, None, None, None, None, None
+        operands = (dy, x, weight, lora_a, lora_b)
+        try:
+            found = dispatch.kernels(ctx.backend).backward(*operands, Saved(h, keep), ctx.needs, **options)
+        except Exception as error:
+            if not ctx.fall_back:
+                raise
+            dispatch.note_failure(ctx.backend, error)
+            if keep is not None:
+                keep = dispatch.drawn_mask(keep, ctx.x_shape, ctx.dropout)
+            found = addmm.backward(*operands, Saved(h, keep), ctx.needs, **options)
+        return tuple([None if g is None else cast(g, d) for g, d in zip(found, ctx.needs, strict=True)])
 
 
 class _OnlyOnce(torch.autograd.Function):
@@ -192,16 +207,17 @@ class _OnlyOnce(torch.autograd.Function):
 
 
 def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
-    named = {"x": x, "weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
-    for name, t in named.items():
+    device = None
+    for name, t in (("x", x), ("weight", weight), ("bias", bias), ("lora_a", lora_a), ("lora_b", lora_b)):
         if t is None and name == "bias":
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
         if not t.is_floating_point():
             raise TypeError(f"{name} must be of a floating dtype; got {t.dtype}")
-        if t.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}; got {t.device}")
+        device = device or t.device
+        if t.device != device:
+            raise ValueError(f"{name} must be on the device of x, {device}; got {t.device}")
     if weight.dim() != 2:
         raise ValueError(f"weight must be [out_features, in_features]; got shape {tuple(weight.shape)}")
     out_features, in_features = weight.shape
@@ -248,9 +264,11 @@ def _check_numbers(scale: float, dropout: float) -> None:
 
 
 def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.dtype != x.dtype:
-            raise TypeError(f"{name} must be of the dtype of x, {x.dtype}; got {t.dtype}")
+    dtype = x.dtype
+    if weight.dtype != dtype:
+        raise TypeError(f"weight must be of the dtype of x, {dtype}; got {weight.dtype}")
+    if bias is not None and bias.dtype != dtype:
+        raise TypeError(f"bias must be of the dtype of x, {dtype}; got {bias.dtype}")
 
 
 def _autocasts(device: torch.device) -> bool:

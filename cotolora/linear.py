@@ -217,7 +217,9 @@ class CoToLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` → ``[..., out_features]``. A merged layer is a plain linear."""
-        weight = self.weight.T if self.fan_in_fan_out else self.weight
+        weight = self.weight
+        if self.fan_in_fan_out:
+            weight = weight.T
         if self._original_weight is not None:
             return F.linear(x, weight, self.bias)
         return coto_lora_linear(
