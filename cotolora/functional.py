@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cotolora import addmm, dispatch, reference
-from cotolora.addmm import Needs, Saved, cast
+from cotolora.addmm import Needs, Saved
 from cotolora.reference import Gate
 
 
@@ -178,15 +178,14 @@ class _LowRankLinear(torch.autograd.Function):
         options: dict[str, Any] = {"scale": ctx.scale, "gate": gate, "dropout": ctx.dropout}
         operands = (dy, x, weight, lora_a, lora_b)
         try:
-            found = dispatch.kernels(ctx.backend).backward(*operands, Saved(h, keep), ctx.needs, **options)
+            return dispatch.kernels(ctx.backend).backward(*operands, Saved(h, keep), ctx.needs, **options)
         except Exception as error:
             if not ctx.fall_back:
                 raise
             dispatch.note_failure(ctx.backend, error)
             if keep is not None:
                 keep = dispatch.drawn_mask(keep, ctx.x_shape, ctx.dropout)
-            found = addmm.backward(*operands, Saved(h, keep), ctx.needs, **options)
-        return tuple([None if g is None else cast(g, d) for g, d in zip(found, ctx.needs, strict=True)])
+            return addmm.backward(*operands, Saved(h, keep), ctx.needs, **options)
 
 
 class _OnlyOnce(torch.autograd.Function):

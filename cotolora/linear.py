@@ -217,7 +217,7 @@ class CoToLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` → ``[..., out_features]``. A merged layer is a plain linear."""
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.fan_in_fan_out:
             weight = weight.T
         if self._original_weight is not None:
