@@ -9,8 +9,13 @@ import sys
 COMMANDS = {
     "aot": "compile every kernel for every GPU it has tiles for, without a GPU, and hold it to its budget",
     "block": "times all linears of a Llama's or a vision transformer's block: ours beside frozen and every peer",
+    "gates": "times a gate that is off, by host and by device, and counts the graphs of changing gates",
     "launches": "count what a layer launches, moves and saves: ours, PEFT's and Unsloth's order of operations",
     "linear": "times one low-rank linear: ours in every form beside frozen and every peer",
+    "memory": "what a block's linears keep for the backward and hold at most: ours beside frozen and every peer",
+    "roofline": "times one low-rank linear beside what this machine's memory and products allow, and what is modelled",
+    "show": "prints measurements from their JSON",
+    "train": "times whole training steps of a small Llama over a CoTo run: PEFT, ours always on, ours with CoTo",
     "tune": 'time every form of a low-rank layer on this GPU and keep the table that backend="auto" chooses by',
 }
 

@@ -56,8 +56,14 @@ class Comparison:
         return made
 
 
-def compare(workload: Workload, contenders: Sequence[Contender], modes: Sequence[str], rounds: int) -> list[Comparison]:
-    """Times whoever is right, in each mode ("eager" or "graph")."""
+def compare(
+    workload: Workload,
+    contenders: Sequence[Contender],
+    modes: Sequence[str],
+    rounds: int,
+    parts: Sequence[str] = ("forward", "both"),
+) -> list[Comparison]:
+    """Times whoever is right, in each mode ("eager" or "graph"); "backward" needs both parts."""
     torch._dynamo.reset()  # each workload's static shapes count towards its limit of recompilations
     runners: dict[str, Runner] = {}
     errors: dict[str, float] = {}
@@ -71,22 +77,25 @@ def compare(workload: Workload, contenders: Sequence[Contender], modes: Sequence
         except RefusedError as why:
             refused[contender.name] = str(why)
     del judge  # as large as several layers
-    return [timed(mode, runners, Comparison(mode, errors=errors, refused=dict(refused)), rounds) for mode in modes]
+    begun = [Comparison(mode, errors=errors, refused=dict(refused)) for mode in modes]
+    return [timed(comparison, runners, rounds, parts) for comparison in begun]
 
 
-def timed(mode: str, runners: dict[str, Runner], into: Comparison, rounds: int) -> Comparison:
+def timed(into: Comparison, runners: dict[str, Runner], rounds: int, parts: Sequence[str]) -> Comparison:
     """Adds the seconds of those that can be clocked in this mode."""
-    make, clocks = {"eager": clock.eager, "graph": clock.captured}[mode], dict[tuple[str, str], Clock]()
+    make, clocks = {"eager": clock.eager, "graph": clock.captured}[into.mode], dict[tuple[str, str], Clock]()
     for name, runner in runners.items():
         try:
-            mine = {(name, part): make(runner.calls(part), runner.workload.device) for part in ("forward", "both")}
+            mine = {(name, part): make(runner.calls(part), runner.workload.device) for part in parts}
             for run in mine.values():
                 run()
             clocks |= mine
         except Exception as error:
-            into.refused[name] = f"in mode {mode}: {reason(error)}"
-    for (name, part), seconds in clock.take_turns(clocks, rounds).items():
-        into.seconds.setdefault(name, {})[part] = seconds
-    for parts in into.seconds.values():
-        parts["backward"] = [both - forward for both, forward in zip(parts["both"], parts["forward"], strict=True)]
+            into.refused[name] = f"in mode {into.mode}: {reason(error)}"
+    for (name, part), times in clock.take_turns(clocks, rounds).items():
+        into.seconds.setdefault(name, {})[part] = times
+    for seconds in into.seconds.values() if {"forward", "both"} <= set(parts) else ():
+        seconds["backward"] = [
+            both - forward for both, forward in zip(seconds["both"], seconds["forward"], strict=True)
+        ]
     return into

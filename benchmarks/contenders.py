@@ -152,6 +152,13 @@ def ours(base: nn.Linear, adapter: Adapter, *, gate: Any = True, as_shipped: boo
     return layer
 
 
+def peft_disabled(base: nn.Linear, adapter: Adapter) -> nn.Module:
+    """PEFT's LoRA with its adapters switched off."""
+    layer = peft(base, adapter)
+    layer.enable_adapters(False)
+    return layer
+
+
 def device_gate(on: bool) -> Callable[[torch.device], Tensor]:
     """Makes a gate that kernels read from memory."""
     return lambda device: torch.tensor(int(on), dtype=torch.int32, device=device)
@@ -176,6 +183,8 @@ OFF_BY_DEVICE = tuple(
     )
     for suffix, context in (("", nullcontext), *((f" {name}", by_name(name)) for name in BACKENDS))
 )
+ON_BY_DEVICE = Contender("ours on by device gate", partial(ours, gate=device_gate(True)))
+PEFT_OFF = Contender("PEFT disabled", peft_disabled, peer="peft", adapter=False)
 PEERS = (
     Contender("PEFT as shipped", peft, peer="peft"),
     Contender("PEFT, A and B in x's dtype", partial(peft, as_shipped=False), peer="peft"),

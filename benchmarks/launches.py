@@ -15,7 +15,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,6 +30,7 @@ from triton import knobs
 
 import cotolora
 from benchmarks.aot import intercept
+from benchmarks.contenders import Adapter, ours, peft, unsloth_order
 from cotolora import dispatch
 from cotolora.kernels import adapter_grads, low_rank_gemm, one_pass, one_pass_swapped, pre_expand, shrink
 from cotolora.kernels.forms import FORMS
@@ -120,40 +120,6 @@ class Counter(TorchDispatchMode):
         return made[0]
 
 
-class UnslothOrder(torch.autograd.Function):
-    """Unsloth's order of operations, written anew: x alone is saved, and dy B is computed twice."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor
-    ) -> Tensor:
-        """``y = x Wᵀ + bias + s (x Aᵀ) Bᵀ``."""
-        ctx.save_for_backward(x, weight, a, b)
-        return F.linear(x, weight, bias).addmm_(x @ a.T, b.T, alpha=SCALE)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Gradients of x, A and B."""
-        x, weight, a, b = ctx.saved_tensors
-        da = torch.empty_like(a.T).addmm_(x.T, dy @ b, alpha=SCALE, beta=0).T
-        db = torch.empty_like(b.T).addmm_(a @ x.T, dy, alpha=SCALE, beta=0).T
-        return (dy @ weight).addmm_(dy @ b, a, alpha=SCALE), None, None, da, db
-
-
-def peft_layer(options: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
-    """PEFT's LoRA around a linear of `DTYPE`, its adapters in `dtype`."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    base = nn.Sequential(nn.Linear(options.in_features, options.out_features, device="meta", dtype=DTYPE))
-    config = LoraConfig(
-        r=options.rank, lora_alpha=SCALE * options.rank, target_modules=["0"], lora_dropout=options.dropout
-    )
-    layer = inject_adapter_in_model(config, base, low_cpu_mem_usage=True)[0]
-    layer.lora_A.to(dtype)
-    layer.lora_B.to(dtype)
-    return layer
-
-
 def native_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """As `F.dropout` is on a GPU: one kernel, where meta tensors take three."""
     return torch.native_dropout(x, p, training)[0]
@@ -162,32 +128,38 @@ def native_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bo
 def contenders(options: argparse.Namespace) -> dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]]:
     """By name, a layer and its parameters."""
     n, k, r = options.out_features, options.in_features, options.rank
-    empty = partial(torch.empty, device="meta", dtype=DTYPE)
-    base = [empty(n, k), empty(n)]
-    adapters = {t: [empty(*s, dtype=t, requires_grad=True) for s in ((r, k), (n, r))] for t in (DTYPE, torch.float32)}
+    base = nn.Linear(k, n, device="meta", dtype=DTYPE).requires_grad_(False)
+    factors = (torch.empty(size, device="meta", dtype=torch.float32) for size in ((r, k), (n, r)))
+    adapter = Adapter(*factors, SCALE, options.dropout)
 
-    def ours(backend: str, dtype: torch.dtype = DTYPE, *, gate: bool = True) -> Callable[[Tensor], Tensor]:
-        settings: dict[str, Any] = {"scale": SCALE, "gate": gate, "dropout": options.dropout, "backend": backend}
-        return lambda x: cotolora.coto_lora_linear(x, *base, *adapters[dtype], **settings)
+    def named(backend: str, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+        def run(x: Tensor) -> Tensor:
+            with cotolora.set_backend(backend):
+                return layer(x)
 
-    rows = {"frozen": (lambda x: F.linear(x, *base), base)}
-    for name, dtype in (("PEFT as shipped", torch.float32), ("PEFT, bf16 A and B", DTYPE)):
-        layer = peft_layer(options, dtype)
-        rows[name] = layer, list(layer.parameters())
+        return run
+
+    rows = {"frozen": (base, base)}
+    for name, as_shipped in (("PEFT as shipped", True), ("PEFT, bf16 A and B", False)):
+        layer = peft(base, adapter, as_shipped=as_shipped)
+        rows[name] = layer, layer
     if not options.dropout:  # which Unsloth's kernels do not have
-        rows["Unsloth's order"] = lambda x: UnslothOrder.apply(x, *base, *adapters[DTYPE]), base + adapters[DTYPE]
-    for dtype, suffix in ((DTYPE, ""), (torch.float32, ", f32 A and B")):  # the layer ships with float32
+        layer = unsloth_order(base, adapter)
+        rows["Unsloth's order"] = layer, layer
+    for as_shipped, suffix in ((False, ""), (True, ", f32 A and B")):
         for backend in ("addmm", *(f"triton:{form}" for form in FORMS)):
-            rows[f"ours {backend}{suffix}"] = ours(backend, dtype), base + adapters[dtype]
-    rows["ours off"] = ours("auto", gate=False), base + adapters[DTYPE]
-    return rows
+            layer = ours(base, adapter, as_shipped=as_shipped)
+            rows[f"ours {backend}{suffix}"] = named(backend, layer), layer
+    layer = ours(base, adapter, gate=False)
+    rows["ours off"] = layer, layer
+    return {name: (run, list(layer.parameters())) for name, (run, layer) in rows.items()}
 
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
     """Backends run although there is no GPU, and launchers and PEFT's dropout behave as if there were one."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(dispatch, "choose", lambda backend, call: backend))
+        stack.enter_context(mock.patch.object(dispatch, "choose", lambda backend, call: dispatch.requested(backend)[0]))
         stack.enter_context(mock.patch.object(F, "dropout", native_dropout))
         for module in LAUNCHERS:
             stack.enter_context(mock.patch.object(module, "architecture", return_value=ARCHITECTURE))

@@ -5,6 +5,7 @@ python -m benchmarks linear [--shapes llama3-8b] [--rows 16 2048] [--rank 16] [-
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def cases(shapes: list[str], rows: list[int]) -> list[sweep.Case]:
 
 def plot(result: Result, path: Path) -> None:
     """Time over frozen against rows, a panel for each linear, forward and backward."""
-    rows = [row for row in result.rows if row["part"] == "both" and row["over_frozen"] is not None]
+    rows = [row for row in result.rows if row.get("part") == "both" and row["over_frozen"] is not None]
     groups = list(dict.fromkeys((row["shape"], row["rank"], row["mode"]) for row in rows))
     figure, axes = report.figure(len(groups))
     names = list(dict.fromkeys(row["contender"] for row in rows))
@@ -56,12 +57,17 @@ def plot(result: Result, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Prints a table for every shape; 1 if ours chose a backend that is not the fastest."""
     parser = sweep.parser_of("linear", __doc__ or "")
-    names = f"{', '.join(BLOCKS)} or M,K,N"
-    parser.add_argument("--shapes", action="extend", nargs="+", type=checked, help=f"{names}; may be repeated")
+    add_shapes(parser)
     options = sweep.settle(parser, arguments, DEFAULTS)
     ours = [AUTO, *NAMED, *([NARROW] if options.dtype != "float32" else []), OFF_BY_HOST, OFF_BY_DEVICE[0]]
     peers = chosen(options.peers, options.dtype)
     return sweep.run("linear", options, cases(options.shapes, options.rows), [FROZEN, *ours, *peers], plot)
+
+
+def add_shapes(parser: argparse.ArgumentParser) -> None:
+    """Adds the option ``--shapes``, of single linears."""
+    names = f"{', '.join(BLOCKS)} or M,K,N"
+    parser.add_argument("--shapes", action="extend", nargs="+", type=checked, help=f"{names}; may be repeated")
 
 
 def checked(text: str) -> str:

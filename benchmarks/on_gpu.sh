@@ -3,58 +3,93 @@
 #
 #   benchmarks/on_gpu.sh [OUT] [--minutes 9] [--only PART] [--dry-run]
 #
-# Parts: tests (every kernel on the GPU, in every dtype), launches, tune (times every form, keeps the table).
-# A part that fails or runs out of its time stops no other. Logs and tables go to OUT, the summary comes last.
-# --dry-run tries the plumbing on a machine without a GPU.
+# Parts: tests (every kernel on the GPU, in every dtype), tune (times every form, keeps the table that the parts after
+# it choose by), linear, block, gates, memory, roofline, train. A part that fails or runs out of its time stops no other.
+# OUT gets log.txt, tune.json, results.json, four pictures and summary.txt, which is printed last.
+# --dry-run tries the plumbing on a machine without a GPU, at tiny sizes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
+parts=(tests tune linear block gates memory roofline train)
 out=on-gpu minutes=9 only="" dry=""
 while [ $# -gt 0 ]; do
     case "$1" in
-        --minutes) minutes=$2; shift ;;
-        --only) only=$2; shift ;;
+        --minutes) minutes=${2:-}; shift ;;
+        --only) only=${2:-}; shift ;;
         --dry-run) dry=1 ;;
         -*) echo "unknown option $1; see the head of $0" >&2; exit 2 ;;
         *) out=$1 ;;
     esac
     shift
 done
-[[ "$minutes" =~ ^[1-9][0-9]*$ ]] || { echo "--minutes must be a positive number; got $minutes" >&2; exit 2; }
-[[ "$only" =~ ^(|tests|launches|tune)$ ]] || { echo "--only must be tests, launches or tune; got $only" >&2; exit 2; }
+[[ "$minutes" =~ ^[1-9][0-9]*$ ]] || { echo "--minutes must be a positive number; got '$minutes'" >&2; exit 2; }
+[[ -z "$only" || " ${parts[*]} " == *" $only "* ]] || { echo "--only must be one of ${parts[*]}; got '$only'" >&2; exit 2; }
 mkdir -p "$out" || exit 2
-export PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton-cache}"
+out=$(cd "$out" && pwd)
+export PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 MPLBACKEND=Agg
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton-cache}"
 python=$(command -v python3)
-status=0 summary=()
+status=0 summary=() left=$((60 * minutes))
+: >"$out/log.txt"
 
-# part NAME SECONDS COMMAND...: runs a command for at most so long, into OUT/NAME.log
+# part NAME SHARE COMMAND...: runs a command for at most SHARE percent of what time is left, its output into log.txt;
+# "{}" in the command becomes the minutes that a benchmark may start new shapes in
 part() {
-    local name=$1 seconds=$2 began=$SECONDS code
+    local name=$1 share=$2 began=$SECONDS limit code
     shift 2
     [ -z "$only" ] || [ "$only" = "$name" ] || return 0
-    echo "=== $name (at most ${seconds}s): $*"
-    timeout --kill-after=10 "$seconds" "$@" >"$out/$name.log" 2>&1
+    [ -z "$only" ] || share=100
+    limit=$(((left - SECONDS) * share / 100))
+    [ -z "$dry" ] || limit=240
+    if [ "$limit" -lt 20 ]; then
+        summary+=("$name: left out, $((left - SECONDS))s were left")
+        status=1
+        return 0
+    fi
+    # a benchmark finishes the shape that it is at, and one that compiles takes a while
+    set -- "${@//\{\}/$(awk "BEGIN {print $limit * 0.7 / 60}")}"
+    printf '\n=== %s (at most %ss): %s\n' "$name" "$limit" "$*" | tee -a "$out/log.txt"
+    timeout --kill-after=10 "$limit" "$@" >"$out/part.txt" 2>&1
     code=$?
-    tail -c 2000 "$out/$name.log"
+    cat "$out/part.txt" >>"$out/log.txt"
+    tail -c 1500 "$out/part.txt"
     [ $code -eq 0 ] || status=1
-    summary+=("$name: exit $code after $((SECONDS - began))s: $(tail -n 1 "$out/$name.log" | cut -c1-120)")
+    summary+=("$name: exit $code after $((SECONDS - began))s: $(grep -v '^$' "$out/part.txt" | tail -n 1 | cut -c1-120)")
+    rm -f "$out/part.txt"
 }
 
-seconds=$((60 * minutes))
+bench() { part "$1" "$2" "${prefix[@]}" "$python" -m benchmarks "$1" --minutes {} "${@:3}" --json "$out/results.json"; }
+
 if [ -n "$dry" ]; then
-    part tests 120 "$python" -m pytest -q -rf -p no:cacheprovider tests/test_gpu.py
-    part launches 120 env -u TRITON_INTERPRET "$python" -m benchmarks launches --rows 64 --json "$out/launches.json"
-    part tune 120 env TRITON_INTERPRET=1 "$python" -m benchmarks tune --dry-run --out "$out/tune.json"
+    prefix=(env TRITON_INTERPRET=1)
+    part tests 30 "$python" -m pytest -q -rf -p no:cacheprovider tests/test_gpu.py
+    part tune 30 "${prefix[@]}" "$python" -m benchmarks tune --dry-run --out "$out/tune.json"
+    tiny=(--rounds 1 --peers peft unsloth torchtune lorafusion)
+    bench linear 30 --shapes 16,32,48 "${tiny[@]}" --plot "$out/linear.png"
+    prefix=(env -u TRITON_INTERPRET)
+    bench block 30 --shapes three-64 --rows 4 "${tiny[@]}" --plot "$out/block.png"
+    bench gates 30 --shapes 16,32,48 "${tiny[@]}"
+    part memory 30 "$python" -m benchmarks memory --shapes three-64 --rows 16 --json "$out/results.json"
+    bench roofline 30 --shapes 16,32,48 --rounds 1 --plot "$out/roofline.png"
+    part train 30 "$python" -m benchmarks train --steps 4 --layers 2 --hidden 32 --batch 2 --tokens 8 \
+        --json "$out/results.json" --plot "$out/train.png"
 else
+    prefix=(env -u TRITON_INTERPRET)
     # many small compilations: a worker for each core but a few
     workers=$(($(nproc) > 4 ? $(nproc) - 4 : 1))
-    [ "$only" = tests ] && share=100 || share=55
-    part tests $((seconds * share / 100)) "$python" -m pytest -q -rf -m gpu -p no:cacheprovider -n "$workers" \
+    part tests 40 "$python" -m pytest -q -rf -m gpu -p no:cacheprovider -n "$workers" \
         tests/test_kernels.py tests/test_one_pass.py tests/test_gpu.py tests/test_tune.py
-    part launches 60 "$python" -m benchmarks launches --json "$out/launches.json"
-    left=$((seconds - SECONDS))
-    part tune $((left > 60 ? left : 60)) "$python" -m benchmarks tune --minutes "$(((left > 90 ? left - 30 : 60) / 60))" \
-        --shapes llama3-8b vit-b --rows 16 64 512 2048 8192 --out "$out/tune.json"
+    part tune 35 "${prefix[@]}" "$python" -m benchmarks tune --minutes {} \
+        --shapes llama3-8b vit-b --rows 16 64 512 2048 8192
+    cp "$("$python" -c 'import torch; from cotolora.kernels import forms; print(forms.cache_path(torch.cuda.get_device_name()))')" \
+        "$out/tune.json" || true
+    plain=(--peers peft unsloth torchtune lorafusion)
+    bench block 25 --plot "$out/block.png"
+    bench linear 45 "${plain[@]}" --rounds 20 --plot "$out/linear.png"
+    bench gates 30 "${plain[@]}" --rounds 20
+    bench roofline 40 --rows 512 2048 8192 --rounds 10 --plot "$out/roofline.png"
+    part memory 40 "${prefix[@]}" "$python" -m benchmarks memory --json "$out/results.json"
+    part train 90 "${prefix[@]}" "$python" -m benchmarks train --json "$out/results.json" --plot "$out/train.png"
 fi
 
 {

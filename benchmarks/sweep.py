@@ -19,11 +19,14 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.compare import PARTS, Comparison, compare
-from benchmarks.contenders import AUTO, NAMED, PEER_NAMES, Contender
+from benchmarks.contenders import AUTO, FROZEN, NAMED, OFF_BY_HOST, PEER_NAMES, PEERS, PEFT_OFF, Contender
 from benchmarks.report import Result
 from benchmarks.shapes import Linear, number
 from benchmarks.workload import Workload, reason
 
+DTYPES, MODES = ("bfloat16", "float16", "float32"), ("eager", "graph")
+NOISY = 1.5  # p80 over p20 of the frozen linear, which a quiet machine keeps under 1.1
+CHOSE_WORSE = "ours chose worse than"
 BEHIND = 1.03  # how many times the best backend's time ours may take when it chooses for itself
 Case = tuple[str, tuple[Linear, ...], int]  # a name, the linears, and rows
 
@@ -42,27 +45,26 @@ def device_of(text: str) -> torch.device:
     return device
 
 
-def parser_of(command: str, doc: str) -> argparse.ArgumentParser:
-    """The options that all measurements have."""
+def parser_of(command: str, doc: str, *, without: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The options that all measurements have, but for those that mean nothing to one."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {command}", description=doc, formatter_class=formatter)
     several: dict[str, Any] = {"action": "extend", "nargs": "+"}
-    add = parser.add_argument
-    add("--device", type=device_of, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    add("--rows", type=number(int), **several, metavar="M", help="rows of x, for shapes that do not say")
-    add("--rank", type=number(int), **several, help="of the adapters; may be repeated")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="of x and W (default: bfloat16, on a CPU float32)")
-    add(
-        "--mode",
-        choices=("eager", "graph"),
-        **several,
-        help="eager, or captured in a CUDA graph (the default on a GPU)",
-    )
-    add("--peers", choices=("none", *PEER_NAMES), **several, help="whom to compare with (default: all)")
-    add("--rounds", type=number(int), help="times of each contender (default: 30)")
-    add("--minutes", type=number(float), default=math.inf, help="start no new shape after this long")
-    add("--json", type=Path, metavar="FILE", help="add the result to this file")
-    add("--plot", type=Path, metavar="FILE", help="draw it here")
+    options: dict[str, dict[str, Any]] = {
+        "device": {"type": device_of, "help": "cpu, cuda or cuda:N (default: a GPU if there is one)"},
+        "rows": {"type": number(int), **several, "metavar": "M", "help": "rows of x, for shapes that do not say"},
+        "rank": {"type": number(int), **several, "help": "of the adapters; may be repeated"},
+        "dtype": {"choices": DTYPES, "help": "of x and W (default: bfloat16, on a CPU float32)"},
+        "mode": {"choices": MODES, **several, "help": "eager, or captured in a CUDA graph (the default on a GPU)"},
+        "peers": {"choices": ("none", *PEER_NAMES), **several, "help": "whom to compare with (default: all)"},
+        "rounds": {"type": number(int), "help": "times of each contender (default: 30)"},
+        "minutes": {"type": number(float), "default": math.inf, "help": "start no new shape after this long"},
+        "json": {"type": Path, "metavar": "FILE", "help": "add the result to this file"},
+        "plot": {"type": Path, "metavar": "FILE", "help": "draw it here"},
+    }
+    for name in options:
+        if name not in without:
+            parser.add_argument(f"--{name}", **options[name])
     return parser
 
 
@@ -76,11 +78,11 @@ def settle(
     common = {"peers": list(PEER_NAMES), "rounds": 30, "rank": [16 if on_gpu else 8]}
     common |= {"dtype": "bfloat16" if on_gpu else "float32", "mode": ["graph" if on_gpu else "eager"]}
     for name, value in (common | defaults[options.device.type]).items():
-        if getattr(options, name) is None:
+        if getattr(options, name, ...) is None:
             setattr(options, name, value)
-    if "graph" in options.mode and not on_gpu:
+    if "graph" in getattr(options, "mode", ()) and not on_gpu:
         parser.error("argument --mode: graph needs --device cuda: a CPU has no CUDA graphs")
-    if "none" in options.peers and len(set(options.peers)) > 1:
+    if len(set(peers := getattr(options, "peers", ()))) > 1 and "none" in peers:
         parser.error(f"argument --peers: none goes with no other; got {' '.join(options.peers)}")
     for name in ("json", "plot"):
         path = getattr(options, name)
@@ -108,7 +110,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         contenders.setdefault(row["contender"], {})[row["part"]] = row
     titles = [
-        "/ frozen",
+        "over frozen",
         *(f"{part}" for part in PARTS),
         *(f"{part} p20–p80" for part in PARTS),
         "y error / F.linear's",
@@ -156,20 +158,70 @@ def endings(result: Result) -> str:
     return "\n".join([*lines, *(f"- {note}" for note in result.notes)])
 
 
+def noise(comparison: Comparison, where: str) -> list[str]:
+    """A line if the frozen linear's own times say that the machine had something else to do."""
+    if FROZEN.name not in comparison.seconds:
+        return []
+    times = comparison.median(FROZEN.name, "both")
+    if times.p80 <= NOISY * times.p20:
+        return []
+    spread = f"frozen's own p80 is {times.p80 / times.p20:.2f} of its p20"
+    return [f"{where}: not to be relied on, the machine was busy: {spread}"]
+
+
 def losses(comparison: Comparison, where: str) -> list[str]:
     """Lines for what ours lost: against each peer, and for what it chose against each of its own backends."""
-    if AUTO.name not in comparison.seconds:
-        return []
-    named = [c.name for c in NAMED if c.name in comparison.seconds]
-    peers = [n for n in comparison.seconds if not n.startswith(("ours", "frozen"))]
+    pairs = [(AUTO.name, c.name, BEHIND, CHOSE_WORSE) for c in NAMED]
+    pairs += [(AUTO.name, c.name, 1.0, "ours loses to") for c in PEERS]
+    pairs += [(OFF_BY_HOST.name, PEFT_OFF.name, 1.0, "ours off loses to")]
     lines = []
-    for name, limit, what in (
-        *((n, BEHIND, "chose worse than") for n in named),
-        *((n, 1.0, "loses to") for n in peers),
-    ):
-        if (times := comparison.ratio(AUTO.name, name)) > limit:
-            lines.append(f"{where}: ours {what} {name}: {times:.2f} of its time, forward and backward")
+    for ours, other, limit, what in pairs:
+        if {ours, other} <= set(comparison.seconds) and (times := comparison.ratio(ours, other)) > limit:
+            lines.append(f"{where}: {what} {other}: {times:.2f} of its time, forward and backward")
     return lines
+
+
+def each(
+    result: Result,
+    options: argparse.Namespace,
+    cases: Iterable[Case],
+    measure: Callable[[Workload, str, dict[str, Any]], None],
+) -> None:
+    """Calls `measure` for each case at each rank, with what to call it and what tells its rows apart, while time lasts.
+
+    One that memory does not suffice for is left out.
+    """
+    dtype, begun = getattr(torch, options.dtype), time.monotonic()
+    for name, linears, rows, rank in (bar := tqdm([(*case, r) for case in cases for r in options.rank], disable=None)):
+        where = f"{name}, {rows} rows, rank {rank}"
+        if time.monotonic() - begun > 60 * options.minutes:
+            result.notes.append(f"stopped before {where}: {options.minutes:g} minutes are over")
+            return
+        bar.set_description(where)
+        try:
+            workload = Workload(linears, rows, rank, dtype, options.device)
+            measure(workload, where, {"shape": name, "rows": rows, "rank": rank})
+        except torch.OutOfMemoryError as error:
+            result.refused.append({"contender": "all", "where": where, "reason": reason(error)})
+
+
+def measure(
+    result: Result, options: argparse.Namespace, cases: Iterable[Case], contenders: Sequence[Contender]
+) -> None:
+    """Fills a result with times, printing each table when it is there."""
+
+    def one(workload: Workload, at: str, keys: dict[str, Any]) -> None:
+        for comparison in compare(workload, contenders, options.mode, options.rounds):
+            where = f"{at}, {comparison.mode}"
+            measured = comparison.rows(**keys)
+            if measured:
+                tqdm.write(f"### {where}\n\n{table(measured)}\n")
+            result.rows += measured
+            result.refused += [{"contender": n, "where": where, "reason": w} for n, w in comparison.refused.items()]
+            result.notes += [*noise(comparison, where), *losses(comparison, where)]
+
+    print(report.head(result))
+    each(result, options, cases, one)
 
 
 def run(
@@ -180,39 +232,18 @@ def run(
     plot: Callable[[Result, Path], None],
 ) -> int:
     """Measures, prints, writes and draws; 1 if nothing was measured or ours chose a backend that is not the fastest."""
-    dtype, begun = getattr(torch, options.dtype), time.monotonic()
     result = Result(command, report.machine(options.device), settings_of(options))
-    print(report.head(result))
-    for name, linears, rows, rank in (bar := tqdm([(*case, r) for case in cases for r in options.rank], disable=None)):
-        if time.monotonic() - begun > 60 * options.minutes:
-            result.notes.append(f"stopped before {name}, {rows} rows: {options.minutes:g} minutes are over")
-            break
-        bar.set_description(f"{name}, {rows} rows")
-        try:
-            comparisons = compare(
-                Workload(linears, rows, rank, dtype, options.device), contenders, options.mode, options.rounds
-            )
-        except torch.OutOfMemoryError as error:
-            result.refused.append({"contender": "all", "where": f"{name}, {rows} rows", "reason": reason(error)})
-            continue
-        for comparison in comparisons:
-            where = f"{name}, {rows} rows, rank {rank}, {comparison.mode}"
-            measured = comparison.rows(shape=name, rows=rows, rank=rank)
-            if measured:
-                tqdm.write(f"### {where}\n\n{table(measured)}\n")
-            result.rows += measured
-            result.refused += [{"contender": n, "where": where, "reason": w} for n, w in comparison.refused.items()]
-            result.notes += losses(comparison, where)
+    measure(result, options, cases, contenders)
     print(endings(result), flush=True)
-    finish(result, options, plot)
-    return 1 if not result.rows or any("chose worse than" in note for note in result.notes) else 0
+    return finish(result, options, plot)
 
 
-def finish(result: Result, options: argparse.Namespace, plot: Callable[[Result, Path], None]) -> None:
-    """Writes and draws what was asked for."""
+def finish(result: Result, options: argparse.Namespace, plot: Callable[[Result, Path], None]) -> int:
+    """Writes and draws what was asked for, and gives the exit status."""
     if options.json and (result.rows or result.refused):
         report.write(options.json, result)
         print(f"written: {options.json}", file=sys.stderr)
     if options.plot and result.rows:
         plot(result, options.plot)
         print(f"drawn: {options.plot}", file=sys.stderr)
+    return 1 if not result.rows or any(CHOSE_WORSE in note for note in result.notes) else 0

@@ -9,39 +9,32 @@ take turns in every round, eager and captured in a CUDA graph. Ratios are to the
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import os
 import re
-import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
-import cotolora
+from benchmarks import report
+from benchmarks.compare import Comparison, compare
+from benchmarks.contenders import FROZEN, NAMED
+from benchmarks.shapes import BLOCKS, Linear, distinct, number, shape
+from benchmarks.workload import Workload, reason
 from cotolora.kernels import forms
 from cotolora.kernels.forms import Sizes
 from cotolora.kernels.tiles import architecture
 
-CONTENDERS = {"addmm": "addmm", **{form: f"triton:{form}" for form in forms.FORMS}}
-# (K, N) of the linears
-MODELS = {
-    "llama3-8b": ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)),
-    "llama2-7b": ((4096, 4096), (4096, 11008), (11008, 4096)),
-    "vit-b": ((768, 768), (768, 2304), (768, 3072), (3072, 768)),
-}
+# what may be chosen, by the name that the table has for it
+CONTENDERS = {c.name.removeprefix("ours ").removeprefix("triton:"): c for c in NAMED if c.name != "ours reference"}
 DEFAULTS: dict[str, Any] = {
-    "shapes": [[(None, *linear) for linear in MODELS["llama3-8b"]]],
+    "shapes": [[(None, *linear) for linear in distinct("llama3-8b")]],
     "rows": [16, 64, 512, 2048, 8192],
     "rank": [16],
     "dtype": "bfloat16",
@@ -49,154 +42,25 @@ DEFAULTS: dict[str, Any] = {
 }
 # on both sides of the 64 rows at which one_pass changes its kernel
 DRY_RUN = DEFAULTS | {"shapes": [[(16, 32, 48), (80, 48, 32)]], "dtype": "float32", "rounds": 2}
-CALLS = 16  # in one time, at least: beside a small call's, the cost of two synchronizes would count
-MAX_COPIES = 64
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Random operands of one shape: an adapter, and copies of x, W and dy that calls take in turn."""
-
-    copies: list[tuple[Tensor, Tensor, Tensor]]
-    lora_a: Tensor
-    lora_b: Tensor
-
-    @classmethod
-    def random(cls, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Problem:
-        """As many copies as fill the L2 cache three times, so that a call finds nothing of its own in it."""
-        draw = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
-        m, n, k, rank = sizes.m, sizes.n, sizes.k, sizes.rank
-        # W too: in a model, other layers' weights pass through the cache between two calls of this one
-        l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-        count = min(MAX_COPIES, max(2, math.ceil(3 * l2 / sizes.bytes("x", "w", "dy"))))
-        copies = [
-            (draw(m, k).to(dtype).requires_grad_(), (draw(n, k) / math.sqrt(k)).to(dtype), draw(m, n).to(dtype))
-            for _ in range(count)
-        ]
-        lora_a, lora_b = draw(rank, k) / math.sqrt(k), draw(n, rank) / math.sqrt(rank)
-        return cls(copies, lora_a.requires_grad_(), lora_b.requires_grad_())
-
-    def run(self, name: str, copy: int = 0, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-        """y, dx, dA and dB of a contender, of the "reference" (computed in `dtype`) or of "frozen" (y and dx)."""
-        operands = [*self.copies[copy], self.lora_a, self.lora_b]
-        if dtype is not None:
-            operands = [t.detach().to(dtype).requires_grad_(t.requires_grad) for t in operands]
-        x, weight, dy, lora_a, lora_b = operands
-        if name == "frozen":
-            y = F.linear(x, weight)
-            return y, *torch.autograd.grad(y, x, dy)
-        backend = CONTENDERS.get(name, name)
-        y = cotolora.coto_lora_linear(x, weight, None, lora_a, lora_b, scale=1.0, backend=backend)
-        return y, *torch.autograd.grad(y, (x, lora_a, lora_b), dy)
-
-
-def fit_contenders(problem: Problem, report: Callable[[str], None]) -> list[str]:
-    """The contenders that run and err at most twice as much as the reference, with one ulp of slack."""
-    exact, reference = problem.run("reference", dtype=torch.float64), problem.run("reference")
-    epsilon = torch.finfo(reference[0].dtype).eps
-    fit = []
-    for name in CONTENDERS:
-        try:
-            results = problem.run(name)
-        except Exception as error:
-            report(f"{name} left out: {reason(error)}")
-            continue
-        for label, ours, theirs, true in zip(("y", "dx", "dA", "dB"), results, reference, exact, strict=True):
-            off = (ours.double() - true).abs().max().item()
-            allowed = 2 * (theirs.double() - true).abs().max().item() + epsilon * true.abs().max().item()
-            if not off <= allowed:  # so put, NaN is wrong too
-                report(f"{name} left out: {label} is off by {off:.3g}, allowed is {allowed:.3g}")
-                break
-        else:
-            fit.append(name)
-    return fit
-
-
-def reason(error: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-@functools.cache
-def side_stream() -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace for each stream."""
-    return torch.cuda.Stream()
-
-
-def capture(problem: Problem, name: str) -> torch.cuda.CUDAGraph:
-    """A graph of one call on each copy."""
-    graph, stream = torch.cuda.CUDAGraph(), side_stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    # around the capture too: one that fails leaves its stream the current one
-    with torch.cuda.stream(stream):
-        for copy in range(len(problem.copies)):
-            problem.run(name, copy)
-        with torch.cuda.graph(graph, stream=stream):
-            for copy in range(len(problem.copies)):
-                problem.run(name, copy)
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph
-
-
-def time_eager(problem: Problem, name: str) -> float:
-    """Seconds of a call by wall clock: of small calls the host is the slower part, which no event sees."""
-    cuda = problem.lora_a.is_cuda
-    calls = math.ceil(CALLS / len(problem.copies)) * len(problem.copies) if cuda else 1
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for call in range(calls):
-        problem.run(name, call % len(problem.copies))
-    if cuda:
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / calls
-
-
-def time_graph(problem: Problem, graph: torch.cuda.CUDAGraph) -> float:
-    """Seconds of a call inside a replayed graph."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    replays = max(2, math.ceil(CALLS / len(problem.copies)))
-    graph.replay()  # keeps the queue busy, so that the first launch is not waited for
-    start.record()
-    for _ in range(replays):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / (replays * len(problem.copies))
-
-
-def measure(problem: Problem, rounds: int, report: Callable[[str], None]) -> dict[bool, dict[str, float]]:
-    """Median seconds of each contender and of "frozen", under False eager and, on a GPU, under True captured."""
-    names = ["frozen", *fit_contenders(problem, report)]
-    clocks: dict[tuple[bool, str], Callable[[], float]] = {
-        (False, name): functools.partial(time_eager, problem, name) for name in names
-    }
-    for name in names if problem.lora_a.is_cuda else ():
-        try:
-            clocks[True, name] = functools.partial(time_graph, problem, capture(problem, name))
-        except Exception as error:
-            report(f"{name} left out of the graphs: {reason(error)}")
-    order = list(clocks)
-    times: dict[tuple[bool, str], list[float]] = {clock: [] for clock in order}
-    for i in range(-1, rounds):  # one round to warm up
-        turn = i % len(order)
-        for clock in order[turn:] + order[:turn]:
-            took = clocks[clock]()
-            if i >= 0:
-                times[clock].append(took)
-    medians: dict[bool, dict[str, float]] = {}
-    for (captured, name), values in times.items():
-        medians.setdefault(captured, {})[name] = statistics.median(values)
-    return medians
+def measure(sizes: Sizes, options: argparse.Namespace, report_: Callable[[str], None]) -> list[Comparison]:
+    """Times the contenders on one linear, eager and, on a GPU, captured; says who is left out and why."""
+    linear = Linear("linear", sizes.k, sizes.n, "x")
+    workload = Workload((linear,), sizes.m, sizes.rank, getattr(torch, options.dtype), options.device)
+    modes = ["eager", "graph"] if options.device.type == "cuda" else ["eager"]
+    comparisons = compare(workload, [FROZEN, *CONTENDERS.values()], modes, options.rounds, ("both",))
+    for name, why in {n: w for c in comparisons for n, w in c.refused.items()}.items():
+        report_(f"{name} left out: {why}")
+    return comparisons
 
 
 COLUMNS = f"{'M x K x N':>18}{'rank':>6}{'mode':>7}{'frozen us':>11}" + "".join(f"{name:>15}" for name in CONTENDERS)
 COLUMNS += f"  {'fastest':15}model"
 
 
-def line(sizes: Sizes, captured: bool, seconds: dict[str, float], device: torch.device) -> str:
+def line(sizes: Sizes, captured: bool, seconds: dict[str, float], frozen: float, device: torch.device) -> str:
     """A row of the printed table: what was measured, over frozen, and what would have run without it."""
-    frozen = seconds.get("frozen", math.nan)
     mode, size = "graph" if captured else "eager", f"{sizes.m}x{sizes.k}x{sizes.n}"
     cells = "".join(f"{seconds[n] / frozen:15.3f}" if n in seconds else f"{'-':>15}" for n in CONTENDERS)
     fastest = min((name for name in CONTENDERS if name in seconds), key=seconds.__getitem__)
@@ -220,42 +84,7 @@ def save(path: Path, machine: dict[str, str], rows: list[dict[str, Any]]) -> Non
     """Adds rows to a table, in the place of those measured for the same sizes; whole or not at all."""
     key = lambda row: tuple(row[name] for name in (*forms.MEASURED_FOR, "element_size", "captured"))  # noqa: E731
     merged = {key(row): row for row in (*read(path, machine["device"]), *rows)}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump({**machine, "rows": list(merged.values())}, file, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink()
-        raise
-
-
-def number(kind: Callable[[str], float]) -> Callable[[str], Any]:
-    """An argparse type: a positive finite number."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = 0
-        if not 0 < value < math.inf:
-            what = "integer" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"must be a positive {what}; got {text!r}")
-        return value
-
-    return parse
-
-
-def shape(text: str) -> list[tuple[int | None, int, int]]:
-    """An argparse type: a model's linears, with M to come from --rows, or one M,K,N."""
-    if text in MODELS:
-        return [(None, *linear) for linear in MODELS[text]]
-    try:
-        m, k, n = map(number(int), text.split(","))
-    except (ValueError, argparse.ArgumentTypeError):
-        names = ", ".join(MODELS)
-        raise argparse.ArgumentTypeError(f"must be {names} or M,K,N, all positive; got {text!r}") from None
-    return [(m, k, n)]
+    report.replace(path, {**machine, "rows": list(merged.values())})
 
 
 def device_of(text: str | None, dry_run: bool) -> torch.device:
@@ -285,7 +114,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
         prog="python -m benchmarks tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    names = ", ".join(MODELS)
+    names = ", ".join(BLOCKS)
     add("--device", help="cuda or cuda:N (default: cuda)")
     add("--shapes", type=shape, **several, help=f"{names} or M,K,N; may be repeated (default: llama3-8b)")
     add("--rows", type=number(int), **several, metavar="M", help="with a model's shapes (default: 16 64 512 2048 8192)")
@@ -308,35 +137,28 @@ def parse(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argpars
     return parser, options
 
 
-def machine_of(device: torch.device) -> dict[str, str]:
-    """The head of a table: what its rows were measured on and with."""
-    import triton
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu, Triton's interpreter"
-    versions = {module.__name__: module.__version__ for module in (torch, triton, cotolora)}
-    return {"device": name, **versions}
-
-
 def tune(options: argparse.Namespace, machine: dict[str, str], progress: tqdm) -> int:
     """Measures and saves one shape and rank after the other; how many rows were written."""
-    dtype, begun, written = getattr(torch, options.dtype), time.monotonic(), 0
+    begun, written = time.monotonic(), 0
     for sizes in progress:
         if time.monotonic() - begun > 60 * options.minutes:
             tqdm.write(f"stopped: --minutes {options.minutes:g} are over", file=sys.stderr)
             break
         where = f"{sizes.m}x{sizes.k}x{sizes.n} rank {sizes.rank}"
-        report = lambda text, where=where: tqdm.write(f"{where}: {text}", file=sys.stderr)  # noqa: E731
+        report_ = lambda text, where=where: tqdm.write(f"{where}: {text}", file=sys.stderr)  # noqa: E731
         try:
-            medians = measure(Problem.random(sizes, dtype, options.device), options.rounds, report)
+            comparisons = measure(sizes, options, report_)
         except torch.OutOfMemoryError as error:
-            report(f"left out: {reason(error)}")
+            report_(f"left out: {reason(error)}")
             continue
         rows = []
-        for captured, seconds in medians.items():
-            timed = {name: seconds[name] for name in CONTENDERS if name in seconds}
-            if timed:
-                rows.append({**vars(sizes), "captured": captured, "seconds": timed})
-                tqdm.write(line(sizes, captured, seconds, options.device))
+        for comparison in comparisons:
+            captured, timed = comparison.mode == "graph", comparison.seconds
+            seconds = {n: comparison.median(c.name, "both").median for n, c in CONTENDERS.items() if c.name in timed}
+            if seconds:
+                rows.append({**vars(sizes), "captured": captured, "seconds": seconds})
+                frozen = comparison.median("frozen", "both").median if "frozen" in timed else math.nan
+                tqdm.write(line(sizes, captured, seconds, frozen, options.device))
         if rows:
             save(options.out, machine, rows)
         written += len(rows)
@@ -351,7 +173,9 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         torch.cuda.set_device(options.device)
     try:
-        machine = machine_of(options.device)
+        import triton  # noqa: F401 (whose absence is worth a message of its own)
+
+        machine = report.machine(options.device)
         options.out = options.out or forms.cache_path(machine["device"])
         read(options.out, machine["device"])
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -96,12 +96,10 @@ def launches(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch,
             ),
             (
                 Launch("mm", bytes_of("h", "dy", "b")),
-                Launch("mm", bytes_of("b", "dy", "p")),
+                Launch("addmm", bytes_of("b", "dy", "p")),
                 Launch("mm", bytes_of("p", "x", "a")),
-                Launch("mul_", bytes_of("a", "a")),
                 Launch("mm", bytes_of("dy", "w", "dx"), products),
                 Launch("addmm_", bytes_of("p", "a", "dx", "dx")),
-                Launch("copy_", bytes_of("b", "b")),  # dB comes transposed, and torch keeps gradients as parameters lie
             ),
         )
     gradients = (
@@ -136,12 +134,11 @@ def launches(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch,
     )  # fmt: skip
 
 
-VENDOR = ("linear", "mm", "addmm", "addmm_", "mul_", "copy_")
+VENDOR = ("linear", "mm", "addmm", "addmm_")
 
 
-def seconds(form: str, sizes: Sizes, arch: str, *, captured: bool, backward: bool = True) -> float:
+def seconds(form: str, sizes: Sizes, machine: Machine, *, captured: bool, backward: bool = True) -> float:
     """Modelled time of a form's forward, with `backward` of both; captured in a CUDA graph, the host costs nothing."""
-    machine = MACHINES[arch]
     forward, gradients = launches(form, sizes)
     device = host = 0.0
     for launch in (*forward, *(gradients if backward else ())):
@@ -170,7 +167,8 @@ def choose_form(
         return Choice(form, f"measured fastest on this device at {at}, rank {row['rank']}")
     if arch not in MACHINES:
         return Choice("addmm", f"no fused kernel has been measured on {arch}, and there is no model of it")
-    times = {form: seconds(form, sizes, arch, captured=captured, backward=backward) for form in ("addmm", *FORMS)}
+    machine = MACHINES[arch]
+    times = {form: seconds(form, sizes, machine, captured=captured, backward=backward) for form in ("addmm", *FORMS)}
     form = min(FORMS, key=lambda name: times[name])
     ratio = times["addmm"] / times[form]
     if ratio >= CLEAR_WIN:

@@ -1,0 +1,320 @@
+"""Measures what a block's linears keep for the backward and the most that they hold at once, for every contender.
+
+    python -m benchmarks memory [--shapes llama3-8b vit-b] [--rows 8192] [--rank 16] [--json F] [--plot F]
+
+"saved" is what autograd is given to keep beyond x, W, bias, A and B, memory that several tensors share once; "peak" is
+of forward and backward, over what was allocated before: outputs and gradients are in it. Both are of all linears of the
+block together, forward through all of them and then backward, which is how a model holds them. On a CPU every number is
+what torch's allocator was asked for, on a GPU the peak is in the allocator's blocks. What a library takes for itself
+is in neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import profiler
+from torch.autograd.graph import saved_tensors_hooks
+from tqdm import tqdm
+
+from benchmarks import report, sweep
+from benchmarks.contenders import AUTO, FROZEN, NAMED, NARROW, OFF_BY_DEVICE, OFF_BY_HOST, Contender, chosen
+from benchmarks.report import Result
+from benchmarks.shapes import BLOCKS
+from benchmarks.workload import Judge, RefusedError, Runner, Workload, reason
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {"shapes": ["llama3-8b", "vit-b"], "rows": [8192]},
+    "cpu": {"shapes": ["three-64", "three-256", "three-768", "vit-b"], "rows": [394]},
+}
+KINDS = 3  # that a table shows, the largest
+UNSEEN = 4096  # bytes kept behind the hooks' back that are not worth a word: autograd keeps its numbers as tensors
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one contender on one workload, in bytes.
+
+    Attributes:
+        saved: what it hands to autograd beyond the operands.
+        unseen: what it keeps after the forward beside its outputs and `saved`: hidden from the hooks, as an attribute.
+        peak: of forward and backward, over what was allocated before.
+        kinds: the largest of what is saved, as text.
+    """
+
+    saved: int
+    unseen: int
+    peak: int
+    kinds: str
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+    """The largest tensor of each piece of memory, by its address."""
+    found: dict[int, Tensor] = {}
+    for t in tensors:
+        address = t.untyped_storage().data_ptr()
+        if address not in found or t.numel() > found[address].numel():
+            found[address] = t
+    return found
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all memory that the tensors keep alive."""
+    return sum(t.untyped_storage().nbytes() for t in storages(tensors).values())
+
+
+def operands(runner: Runner) -> list[tuple[str, Tensor]]:
+    """What is there without any adapter's doing, and the layers' parameters: with the name that it has in a table."""
+    copy = runner.workload.copies[0]
+    named = [("x", x) for x in copy.inputs.values()]
+    for base, adapter in zip(copy.bases, copy.adapters, strict=True):
+        named += [("W", base.weight), ("A", adapter.lora_a), ("B", adapter.lora_b)]
+        named += [] if base.bias is None else [("bias", base.bias)]
+    return [*named, *(("a parameter", p) for layer in runner.layers[0] for p in layer.parameters())]
+
+
+def saved_by(runner: Runner) -> tuple[list[Tensor], list[Tensor]]:
+    """What a forward saves for the backward beyond the operands, memory that is shared once; and its outputs."""
+    free, found = storages(t for _, t in operands(runner)), []
+
+    def pack(t: Tensor) -> Tensor:
+        # without its history, which may lead back to this very list
+        found.append(t.detach())
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        ys = runner.forward()
+    return [t for address, t in storages(found).items() if address not in free], [y.detach() for y in ys]
+
+
+def repeats(t: Tensor, of: Tensor) -> bool:
+    """Whether a tensor holds another's numbers, perhaps transposed or rounded to its own dtype."""
+    if t.numel() != of.numel() or not t.is_floating_point():
+        return False
+    laid_out = [t.reshape(of.shape), *([t.mT] if t.dim() == 2 and t.mT.shape == of.shape else [])]
+    return any(torch.equal(s.to(of.dtype), of) or torch.equal(s, of.to(s.dtype)) for s in laid_out)
+
+
+def kinds(saved: Sequence[Tensor], known: Sequence[tuple[str, Tensor]]) -> str:
+    """The largest of what is saved: an operand again, in which dtype, or else only dtype and shape."""
+    groups: dict[str, list[Tensor]] = {}
+    for t in saved:
+        again = next((f"{name} again in " for name, operand in known if repeats(t, operand)), "")
+        groups.setdefault(f"{again}{str(t.dtype).removeprefix('torch.')} {list(t.shape)}", []).append(t)
+    largest = sorted(groups, key=lambda name: -size(groups[name]))
+    shown = [f"{len(groups[name])} of {name}" for name in largest[:KINDS]]
+    left = sum(len(groups[name]) for name in largest[KINDS:])
+    return ", ".join([*shown, *([f"{left} smaller"] if left else [])])
+
+
+def allocated(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    """Bytes over what was allocated before: while what a call returns is alive, and the most during the call."""
+    gc.collect()
+    if device.type == "cuda":
+        # what was asked for: blocks are larger, each by what it was rounded up
+        asked = lambda: torch.cuda.memory_stats(device)["requested_bytes.all.current"]  # noqa: E731
+        torch.cuda.synchronize(device)
+        before, asked_before = torch.cuda.memory_allocated(device), asked()
+        torch.cuda.reset_peak_memory_stats(device)
+        result = run()
+        torch.cuda.synchronize(device)
+        held, peak = asked() - asked_before, torch.cuda.max_memory_allocated(device) - before
+        del result
+        return held, peak
+    # the allocator itself keeps no count on a CPU; torch's MemTracker does, but refuses frozen parameters and sees
+    # nothing that compiled code allocates
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or some versions of torch print two lines for each profile
+    with profiler.profile(profile_memory=True) as profiled:
+        result = run()
+    held = peak = 0
+    events = [event for event in profiled.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    del result
+    return held, peak
+
+
+def measure(runner: Runner) -> Memory:
+    """One contender's memory; it has run before, so that whatever it sets up once is there."""
+    saved, ys = saved_by(runner)
+    saved_bytes, y_bytes = size(saved), size(ys)
+    named = kinds(saved, [*operands(runner), *(("y", y) for y in ys)])
+    del saved, ys
+    held, _ = allocated(runner.forward, runner.workload.device)
+    _, peak = allocated(runner.both, runner.workload.device)
+    return Memory(saved_bytes, max(0, held - y_bytes - saved_bytes), peak, named)
+
+
+def measured(workload: Workload, contenders: Sequence[Contender]) -> tuple[dict[str, Memory], dict[str, str]]:
+    """By name, what each contender takes, or why it is refused; whoever is wrong is."""
+    torch._dynamo.reset()  # each workload's static shapes count towards its limit of recompilations
+    del workload.copies[1:]  # which a clock needs
+    judge, runners, refused = Judge(workload), {}, {}
+    for contender in contenders:
+        try:
+            runner = workload.runner(contender)
+            judge.check(runner)
+            runners[contender.name] = runner
+        except RefusedError as why:
+            refused[contender.name] = str(why)
+    del judge  # as large as several layers
+    found = {}
+    for name, runner in runners.items():
+        try:
+            found[name] = measure(runner)
+        except Exception as error:
+            refused[name] = reason(error)
+    return found, refused
+
+
+def rows_of(found: dict[str, Memory], **where: Any) -> list[dict[str, Any]]:
+    """One for each contender, with `where` it was measured, and over the frozen linear's."""
+    frozen = found.get(FROZEN.name)
+    made = []
+    for name, memory in found.items():
+        beyond = [None, None] if frozen is None else [memory.saved - frozen.saved, memory.peak - frozen.peak]
+        made.append({
+            **where, "contender": name, "saved_bytes": memory.saved, "saved_beyond_frozen": beyond[0],
+            "unseen_bytes": memory.unseen, "peak_bytes": memory.peak, "peak_beyond_frozen": beyond[1],
+            "peak_over_frozen": memory.peak / frozen.peak if frozen else math.nan, "kinds": memory.kinds,
+        })  # fmt: skip
+    return made
+
+
+def amount(count: int | None) -> str:
+    """Bytes with three digits and a unit."""
+    if count is None:
+        return "-"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= factor:
+            return f"{count / factor:.{max(0, 2 - int(math.log10(abs(count) / factor)))}f} {unit}"
+    return f"{count} B"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Of one workload: a line for each contender."""
+    titles = ["", "saved", "beyond frozen", "peak", "beyond frozen", "/ frozen", "what is saved"]
+    lines = []
+    for row in rows:
+        saved = amount(row["saved_bytes"])
+        if unseen(row):
+            saved += f" + {amount(row['unseen_bytes'])} unseen"
+        lines.append([
+            row["contender"], saved, amount(row["saved_beyond_frozen"]), amount(row["peak_bytes"]),
+            amount(row["peak_beyond_frozen"]), report.ratio(sweep.value(row, "peak_over_frozen")),
+            row["kinds"] or "nothing",
+        ])  # fmt: skip
+    return report.markdown(titles, lines)
+
+
+def unseen(row: dict[str, Any]) -> bool:
+    """Whether more is kept than the hooks see."""
+    return row["unseen_bytes"] > max(UNSEEN, row["saved_bytes"] / 100)
+
+
+def doubts(rows: list[dict[str, Any]], where: str) -> list[str]:
+    """Lines for those that keep more than the hooks see."""
+    return [
+        f"{where}: {row['contender']} keeps {amount(row['unseen_bytes'])} that it does not hand to autograd's hooks"
+        for row in rows
+        if unseen(row)
+    ]
+
+
+def failures(rows: list[dict[str, Any]], where: str) -> list[str]:
+    """A line if ours, off by a host gate, saves anything: then it is not the frozen linear."""
+    return [
+        f"{where}: FAILED: {row['contender']} saves {row['saved_beyond_frozen']} bytes more than frozen, must be 0"
+        for row in rows
+        if row["contender"] == OFF_BY_HOST.name and (row["saved_beyond_frozen"] or 0) > 0
+    ]
+
+
+WHERE = ("shape", "rows", "rank")
+
+
+def groups(rows: list[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
+    """The rows of each workload."""
+    found: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in WHERE), []).append(row)
+    return found
+
+
+def section(rows: list[dict[str, Any]]) -> str:
+    """One workload's table under its title."""
+    shape, m, rank = (rows[0][name] for name in WHERE)
+    return f"### {shape}, {m} rows, rank {rank}\n\n{table(rows)}\n"
+
+
+def text(result: Result) -> str:
+    """Everything that was measured, as it is printed."""
+    sections = [section(rows) for rows in groups(result.rows).values()]
+    return "\n".join([report.head(result), *sections, sweep.endings(result)])
+
+
+def plot(result: Result, path: Path) -> None:
+    """Saved and peak, beyond the frozen linear's: a panel of bars for each workload."""
+    found = groups([row for row in result.rows if row["peak_beyond_frozen"] is not None])
+    figure, axes = report.figure(len(found), width=5.4, height=4.2)
+    for axis, ((shape, m, rank), rows) in zip(axes, found.items(), strict=True):
+        bars = [row for row in rows if row["contender"] != FROZEN.name][::-1]
+        for offset, name, label, color in (
+            (0.2, "saved_bytes", "saved for the backward", "C0"),
+            (-0.2, "peak_beyond_frozen", "peak, beyond the frozen linears'", "0.6"),
+        ):
+            places = [i + offset for i in range(len(bars))]
+            drawn = axis.barh(places, [row[name] / 1e6 for row in bars], height=0.4, label=label, color=color)
+            axis.bar_label(drawn, labels=[amount(row[name]) for row in bars], padding=2, fontsize=7)
+        axis.set_yticks(range(len(bars)), [row["contender"] for row in bars], fontsize=8)
+        peak = next((row["peak_bytes"] for row in rows if row["contender"] == FROZEN.name), None)
+        axis.set(title=f"{shape}, {m} rows, rank {rank}", xlabel=f"MB (the frozen linears' peak: {amount(peak)})")
+        axis.title.set_fontsize(9)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.margins(x=0.2)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with the defaults of the device."""
+    parser = sweep.parser_of("memory", __doc__ or "", without=("mode", "rounds"))
+    parser.add_argument("--shapes", choices=BLOCKS, action="extend", nargs="+", help="whose block; may be repeated")
+    return sweep.settle(parser, arguments, DEFAULTS)
+
+
+def contenders_of(options: argparse.Namespace) -> list[Contender]:
+    """The frozen linear, ours, and the peers asked for."""
+    ours = [AUTO, *NAMED, *([NARROW] if options.dtype != "float32" else []), OFF_BY_HOST, OFF_BY_DEVICE[0]]
+    return [FROZEN, *ours, *chosen(options.peers, options.dtype)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints a table for every block; 1 if nothing was measured, or an adapter off by a host gate saves anything."""
+    options = parse(arguments)
+    result = Result("memory", report.machine(options.device), sweep.settings_of(options))
+
+    def one(workload: Workload, where: str, keys: dict[str, Any]) -> None:
+        found, refused = measured(workload, contenders_of(options))
+        rows = rows_of(found, **keys)
+        if rows:
+            tqdm.write(section(rows))
+        result.rows += rows
+        result.refused += [{"contender": n, "where": where, "reason": why} for n, why in refused.items()]
+        result.notes += doubts(rows, where) + failures(rows, where)
+
+    print(report.head(result))
+    sweep.each(result, options, [(name, BLOCKS[name], m) for name in options.shapes for m in options.rows], one)
+    print(sweep.endings(result), flush=True)
+    sweep.finish(result, options, plot)
+    return 1 if not result.rows or any("FAILED" in note for note in result.notes) else 0

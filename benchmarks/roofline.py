@@ -1,0 +1,241 @@
+"""Times one low-rank linear beside what this machine allows, and beside what the model of each form predicts.
+
+    python -m benchmarks roofline [--shapes llama3-8b] [--rows 16 2048] [--rank 16] [--mode graph] [--json F] [--plot F]
+
+Two rates are measured first: memory by a copy far larger than any cache, products by a large square matmul. From them
+come the floor, which nothing that computes a low-rank layer can beat, and the model that `backend="auto"` chooses by.
+The floor: forward and backward each take as long as their bytes or their products, whichever is more, if every operand
+is read once, every result written once, and nothing else touches memory. h = x Aᵀ counts in the forward alone: to keep
+it costs bytes and to make it again costs products, so a floor has neither. The frozen linear does less and may lie
+below. On a CPU so may anything that its caches hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import clock, linear, report, sweep
+from benchmarks.compare import Comparison, compare
+from benchmarks.contenders import FROZEN, NAMED, Contender
+from benchmarks.report import Result
+from benchmarks.workload import Workload
+from cotolora.kernels import forms
+from cotolora.kernels.forms import Machine, Sizes
+from cotolora.kernels.tiles import architecture
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {"shapes": ["llama3-8b"], "rows": [1, 16, 64, 512, 2048, 8192, 16384]},
+    "cpu": {"shapes": ["three-256", "three-768"], "rows": [1, 16, 128, 512]},
+}
+# bytes that are copied, and rows of a square matrix: on a GPU twenty times its L2, on a CPU a tenth of a second each
+COPIED, SQUARE = {"cuda": 1 << 30, "cpu": 1 << 28}, {"cuda": 8192, "cpu": 1024}
+FORM_OF = {FROZEN.name: "frozen", **{f"ours triton:{form}": form for form in forms.FORMS}, "ours addmm": "addmm"}
+# of the axis of times, where it spans less than a factor of 8, and more
+TICKS = (0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 3, 4, 5, 7, 10)
+COARSE_TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+WRONG = 2.0  # times the model's time, from which on the model is called wrong
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine was measured to do: byte/s, read and written, and FLOP/s in one dtype."""
+
+    bandwidth: float
+    flops: float
+
+    def __str__(self) -> str:
+        flops = f"{self.flops / 1e12:.3g} TFLOP/s" if self.flops >= 1e12 else f"{self.flops / 1e9:.3g} GFLOP/s"
+        return f"{self.bandwidth / 1e9:.3g} GB/s copied, {flops} in a square matmul"
+
+
+def rates(
+    device: torch.device, dtype: torch.dtype, *, rounds: int = 7, copied: int | None = None, square: int | None = None
+) -> Rates:
+    """Medians of a copy of `copied` bytes and of a product of two matrices of `square` rows."""
+    copied, square = copied or COPIED[device.type], square or SQUARE[device.type]
+    source = torch.ones(copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(square, square, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    clocks = {
+        "copy": clock.eager([lambda: target.copy_(source)], device),
+        "matmul": clock.eager([lambda: torch.matmul(a, b, out=out)], device),
+    }
+    took = {name: clock.median(seconds).median for name, seconds in clock.take_turns(clocks, rounds).items()}
+    return Rates(2 * copied / took["copy"], 2 * square**3 / took["matmul"])
+
+
+def floor(sizes: Sizes, measured: Rates) -> float:
+    """Seconds that forward and backward take at least."""
+    base, down, up = (2 * m * n * k for m, n, k in products(sizes))
+    forward = sizes.bytes("x", "w", "a", "b", "y"), base + down + up
+    # of x: base and P A with P = dy B; of A: Pᵀx; of B: dyᵀh
+    backward = sizes.bytes("dy", "w", "a", "b", "x", "dx", "a", "b"), base + 2 * down + 2 * up
+    return sum(max(moved / measured.bandwidth, done / measured.flops) for moved, done in (forward, backward))
+
+
+def products(sizes: Sizes) -> tuple[tuple[int, int, int], ...]:
+    """Sizes of x Wᵀ, of h = x Aᵀ and of h Bᵀ."""
+    m, n, k, rank = sizes.m, sizes.n, sizes.k, sizes.rank
+    return (m, n, k), (m, rank, k), (m, n, rank)
+
+
+def machine_of(measured: Rates, device: torch.device, dtype: torch.dtype) -> Machine:
+    """As the model takes this machine: with the rates measured, and assumed what was not."""
+    known = forms.MACHINES.get(architecture(device), Machine(0, 0, gemm=1.0))
+    # the model has bfloat16's rate and halves it for larger elements
+    return replace(known, bandwidth=measured.bandwidth, flops=measured.flops * (1 if dtype.itemsize == 2 else 2))
+
+
+def rows_of(
+    comparison: Comparison, sizes: Sizes, measured: Rates, machine: Machine, shape: str
+) -> list[dict[str, Any]]:
+    """One for each contender that was timed: floor, model and measured."""
+    least, made = floor(sizes, measured), []
+    for name in comparison.seconds:
+        captured = comparison.mode == "graph"
+        model = forms.seconds(FORM_OF[name], sizes, machine, captured=captured)
+        took = comparison.median(name, "both").median
+        made.append({
+            "shape": shape, "rows": sizes.m, "rank": sizes.rank, "mode": comparison.mode, "contender": name,
+            "bandwidth": measured.bandwidth, "flops": measured.flops, "floor_s": least, "model_s": model,
+            "measured_s": took, "model_over_floor": model / least, "measured_over_floor": took / least,
+            "measured_over_model": took / model,
+        })  # fmt: skip
+    return made
+
+
+WHERE = ("shape", "rank", "mode")
+
+
+def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
+    """The rows of each linear."""
+    found: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in WHERE), []).append(row)
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Of one linear: a line for each M, for each contender what is modelled and what was measured, over the floor."""
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    titles = ["rows", "floor", *(f"{name} {what}" for name in names for what in ("model", "measured"))]
+    lines = []
+    for m in dict.fromkeys(row["rows"] for row in rows):
+        mine = {row["contender"]: row for row in rows if row["rows"] == m}
+        cells = [
+            report.ratio(mine[name][f"{what}_over_floor"]) if name in mine else "-"
+            for name in names
+            for what in ("model", "measured")
+        ]
+        lines.append([str(m), report.duration(next(iter(mine.values()))["floor_s"]), *cells])
+    return report.markdown(titles, lines)
+
+
+def section(rows: list[dict[str, Any]]) -> str:
+    """One linear's table under its title."""
+    shape, rank, mode = (rows[0][name] for name in WHERE)
+    return f"### {shape}, rank {rank}, {mode}: forward and backward, over the floor\n\n{table(rows)}\n"
+
+
+def rates_line(measured: Rates) -> str:
+    """What was measured first, as it is printed."""
+    return f"This machine: {measured}\n"
+
+
+def text(result: Result) -> str:
+    """Everything that was measured, as it is printed."""
+    first = [rates_line(Rates(row["bandwidth"], row["flops"])) for row in result.rows[:1]]
+    sections = [section(rows) for rows in groups(result.rows).values()]
+    return "\n".join([report.head(result), *first, *sections, sweep.endings(result)])
+
+
+def wrong(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each contender whose model is wrong somewhere, naming the shapes."""
+    found: dict[str, dict[tuple, list[str]]] = {}
+    for row in rows:
+        if row["measured_over_model"] > WRONG:
+            at = f"{row['rows']} rows ({report.ratio(row['measured_over_model'])} times)"
+            where = tuple(row[name] for name in WHERE)
+            found.setdefault(row["contender"], {}).setdefault(where, []).append(at)
+    return [
+        f"the model is wrong for {name}, which takes more than {WRONG:g} times as long: "
+        + "; ".join(f"{shape}, rank {rank}, {mode}, {', '.join(at)}" for (shape, rank, mode), at in places.items())
+        for name, places in found.items()
+    ]
+
+
+def plot(result: Result, path: Path) -> None:
+    """Time over the floor against rows, a panel for each linear: what is modelled dashed, what was measured solid."""
+    found = groups(result.rows)
+    figure, axes = report.figure(len(found))
+    names = list(dict.fromkeys(row["contender"] for row in result.rows))
+    for axis, ((shape, rank, mode), rows) in zip(axes, found.items(), strict=True):
+        for i, name in enumerate(names):
+            line = [row for row in rows if row["contender"] == name]
+            color = "black" if name == FROZEN.name else f"C{i}"
+            styles = {"model": {"linestyle": "--", "markerfacecolor": "white"}, "measured": {"linestyle": "-"}}
+            for what, style in styles.items():
+                over = [row[f"{what}_over_floor"] for row in line]
+                style |= {"label": f"{name}, {what}", "color": color, "marker": "o", "markersize": 3}
+                axis.plot([row["rows"] for row in line], over, **style)
+        axis.axhline(1, color="0.6", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        ticks = TICKS if high < 8 * low else COARSE_TICKS
+        axis.set_yticks([tick for tick in ticks if low <= tick <= high], minor=False)
+        axis.minorticks_off()
+        axis.set_xticks(sorted({row["rows"] for row in rows}))
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.tick_params(labelsize=8)
+        axis.set(xlabel="rows M", title=f"{shape}, rank {rank}, {mode}")
+        axis.title.set_fontsize(9)
+    axes[0].set_ylabel("forward and backward, over the floor")
+    # a column holds both lines of a contender, and a panel is as wide as two columns
+    columns = min(len(names), 2 * min(len(axes), 4))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with the defaults of the device."""
+    parser = sweep.parser_of("roofline", __doc__ or "", without=("peers",))  # of whom there is no model
+    linear.add_shapes(parser)
+    return sweep.settle(parser, arguments, DEFAULTS)
+
+
+def contenders() -> list[Contender]:
+    """Whoever there is a model of."""
+    return [contender for contender in (FROZEN, *NAMED) if contender.name in FORM_OF]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints a table for every linear; 1 if nothing was measured."""
+    options = parse(arguments)
+    device, dtype = options.device, getattr(torch, options.dtype)
+    result = Result("roofline", report.machine(device), sweep.settings_of(options))
+    measured = rates(device, dtype)
+    machine = machine_of(measured, device, dtype)
+
+    def one(workload: Workload, where: str, keys: dict[str, Any]) -> None:
+        (it,) = workload.linears
+        sizes = Sizes(workload.rows, it.out_features, it.in_features, workload.rank, dtype.itemsize)
+        for found in compare(workload, contenders(), options.mode, options.rounds, ("both",)):
+            result.rows += rows_of(found, sizes, measured, machine, keys["shape"])
+            at = f"{where}, {found.mode}"
+            result.refused += [{"contender": n, "where": at, "reason": why} for n, why in found.refused.items()]
+            result.notes += sweep.noise(found, at)
+
+    sweep.each(result, options, linear.cases(options.shapes, options.rows), one)
+    result.notes += wrong(result.rows)
+    print(text(result), flush=True)
+    sweep.finish(result, options, plot)
+    return 0 if result.rows else 1
