@@ -136,14 +136,18 @@ class Runner:
 
     def results(self) -> dict[str, list[Tensor]]:
         """y, dx and, of an adapter that is on, dA and dB, of the first copy's linears or inputs."""
-        ys = self.forward()
-        torch.autograd.backward(ys, self.workload.copies[0].dys)
-        found = {"y": [y.detach() for y in ys], "dx": [t.grad for t in self.workload.copies[0].inputs.values()]}
-        if self.contender.adapter:
-            grads = [[p.grad for p in layer.parameters() if p.requires_grad] for layer in self.layers[0]]
-            found |= {name: [grad[i] for grad in grads] for i, name in enumerate(("dA", "dB"))}
-        self.forget(0)
-        return found
+        try:
+            ys = self.forward()
+            torch.autograd.backward(ys, self.workload.copies[0].dys)
+            found = {"y": [y.detach() for y in ys], "dx": [t.grad for t in self.workload.copies[0].inputs.values()]}
+            if self.contender.adapter:
+                factors = [[p for p in layer.parameters() if p.requires_grad] for layer in self.layers[0]]
+                if any(len(both) != 2 for both in factors):
+                    raise RefusedError(f"trains {len(factors[0])} tensors, must be A and B")
+                found |= {name: [both[i].grad for both in factors] for i, name in enumerate(("dA", "dB"))}
+            return found
+        finally:
+            self.forget(0)  # or the next contender's gradients would be added to
 
 
 def truth(workload: Workload, dtype: torch.dtype, *, adapter: bool) -> dict[str, list[Tensor]]:
