@@ -25,10 +25,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 def plot(result: Result, path: Path) -> None:
     """Forward and backward over frozen, a panel of bars for each block."""
     rows = [row for row in result.rows if row["part"] == "both" and row["over_frozen"] is not None]
-    groups = list(dict.fromkeys(tuple(row[name] for name in sweep.WHERE) for row in rows))
+    groups = report.groups(rows, sweep.WHERE)
     figure, axes = report.figure(len(groups), width=5.0)
-    for axis, group in zip(axes, groups, strict=True):
-        bars = [row for row in rows if tuple(row[name] for name in sweep.WHERE) == group][::-1]
+    for axis, (group, members) in zip(axes, groups.items(), strict=True):
+        bars = members[::-1]
         colors = ["C0" if row["contender"].startswith("ours") else "0.6" for row in bars]
         drawn = axis.barh([row["contender"] for row in bars], [row["over_frozen"] for row in bars], color=colors)
         axis.bar_label(drawn, fmt="%.2f", padding=2, fontsize=8)

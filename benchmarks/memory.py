@@ -243,14 +243,6 @@ def failures(rows: list[dict[str, Any]], where: str) -> list[str]:
 WHERE = ("shape", "rows", "rank")
 
 
-def groups(rows: list[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
-    """The rows of each workload."""
-    found: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[name] for name in WHERE), []).append(row)
-    return found
-
-
 def section(rows: list[dict[str, Any]]) -> str:
     """One workload's table under its title."""
     shape, m, rank = (rows[0][name] for name in WHERE)
@@ -259,13 +251,13 @@ def section(rows: list[dict[str, Any]]) -> str:
 
 def text(result: Result) -> str:
     """Everything that was measured, as it is printed."""
-    sections = [section(rows) for rows in groups(result.rows).values()]
+    sections = [section(rows) for rows in report.groups(result.rows, WHERE).values()]
     return "\n".join([report.head(result), *sections, sweep.endings(result)])
 
 
 def plot(result: Result, path: Path) -> None:
     """Saved and peak, beyond the frozen linear's: a panel of bars for each workload."""
-    found = groups([row for row in result.rows if row["peak_beyond_frozen"] is not None])
+    found = report.groups([row for row in result.rows if row["peak_beyond_frozen"] is not None], WHERE)
     figure, axes = report.figure(len(found), width=5.4, height=4.2)
     for axis, ((shape, m, rank), rows) in zip(axes, found.items(), strict=True):
         bars = [row for row in rows if row["contender"] != FROZEN.name][::-1]

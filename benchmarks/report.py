@@ -106,6 +106,14 @@ def markdown(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([row(titles), rule, *map(row, lines)])
 
 
+def groups(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[tuple, list[dict[str, Any]]]:
+    """The rows that agree in some values, by these values."""
+    found: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[name] for name in names), []).append(row)
+    return found
+
+
 def duration(seconds: float) -> str:
     """Three digits and a unit."""
     if not math.isfinite(seconds):

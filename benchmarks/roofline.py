@@ -114,14 +114,6 @@ def rows_of(
 WHERE = ("shape", "rank", "mode")
 
 
-def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
-    """The rows of each linear."""
-    found: dict[tuple, list[dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(tuple(row[name] for name in WHERE), []).append(row)
-    return found
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """Of one linear: a line for each M, for each contender what is modelled and what was measured, over the floor."""
     names = list(dict.fromkeys(row["contender"] for row in rows))
@@ -152,7 +144,7 @@ def rates_line(measured: Rates) -> str:
 def text(result: Result) -> str:
     """Everything that was measured, as it is printed."""
     first = [rates_line(Rates(row["bandwidth"], row["flops"])) for row in result.rows[:1]]
-    sections = [section(rows) for rows in groups(result.rows).values()]
+    sections = [section(rows) for rows in report.groups(result.rows, WHERE).values()]
     return "\n".join([report.head(result), *first, *sections, sweep.endings(result)])
 
 
@@ -173,7 +165,7 @@ def wrong(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def plot(result: Result, path: Path) -> None:
     """Time over the floor against rows, a panel for each linear: what is modelled dashed, what was measured solid."""
-    found = groups(result.rows)
+    found = report.groups(result.rows, WHERE)
     figure, axes = report.figure(len(found))
     names = list(dict.fromkeys(row["contender"] for row in result.rows))
     for axis, ((shape, rank, mode), rows) in zip(axes, found.items(), strict=True):

@@ -137,11 +137,8 @@ WHERE = ("shape", "rows", "rank", "mode")
 
 def text(result: Result) -> str:
     """Everything that was measured, as it is printed."""
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in result.rows:
-        groups.setdefault(tuple(row[name] for name in WHERE), []).append(row)
     lines = [report.head(result)]
-    for (shape, rows, rank, mode), members in groups.items():
+    for (shape, rows, rank, mode), members in report.groups(result.rows, WHERE).items():
         lines += [f"### {shape}, {rows} rows, rank {rank}, {mode}\n", table(members), ""]
     return "\n".join([*lines, endings(result)])
 
