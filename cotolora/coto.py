@@ -184,7 +184,9 @@ class CoTo:
         self.mask = mask
         for names, on in zip(self.groups.values(), mask.tolist(), strict=True):
             for name in names:
-                self._layers[name].gate = on
+                layer = self._layers[name]
+                if layer.gate is not on:  # assigning an attribute of a module is slow, and most gates stay
+                    layer.gate = on
 
     def finish(self) -> None:
         """Switches every adapter on and takes the hook off the model: the end of the run, until another step is set."""

@@ -1,0 +1,614 @@
+"""Times whole steps of a small Llama over a CoTo run: PEFT, ours with every adapter on, and ours with CoTo.
+
+    python -m benchmarks train [--steps 100] [--rank 16] [--size medium] [--repeats 3] [--json F] [--plot F]
+
+A step is forward, backward, AdamW on A and B (fused, as transformers' Trainer has it) and `zero_grad`; what CoTo does
+between two steps counts as the optimizer's. The contenders share the frozen weights, see the same tokens, and take
+turns in every step. Whoever is wrong in the loss or in a gradient before the clock starts is refused. A run's time is
+the mean of its steps, because CoTo's get slower by design. Memory is of extra steps that are not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import cotolora
+from benchmarks import clock, memory, report, sweep
+from benchmarks.report import Result
+from benchmarks.shapes import number
+from benchmarks.workload import SCALE, SLACK, UPDATE, RefusedError, error, reason
+
+PEFT, NARROW, ON, COTO = "PEFT as shipped", "PEFT, A and B in x's dtype", "ours, always on", "ours with CoTo"
+PAPER = 0.072  # less time per run than LoRA's, of LoRA with CoTo
+PHASES = ("forward", "backward", "optimizer")
+SMOOTH = 5  # steps whose median the figure shows
+SAMPLES = 8  # steps of a CoTo run whose memory is measured
+LEARNING_RATE = 1e-4
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {"steps": 100, "rank": 16, "size": "medium"},
+    "cpu": {"steps": 60, "rank": 8, "size": "small"},
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a Llama with grouped queries, and of its batches."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    batch: int
+    tokens: int
+
+
+SIZES = {
+    "small": Size(8, 256, 688, heads=8, kv_heads=2, vocab=512, batch=4, tokens=64),
+    "medium": Size(16, 1024, 2816, heads=16, kv_heads=4, vocab=4096, batch=8, tokens=512),
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A and B of one linear, and whether they count now."""
+
+    a: nn.Parameter
+    b: nn.Parameter
+    on: Callable[[], bool]
+
+    @property
+    def work(self) -> int:
+        """Multiply-adds for a row of x."""
+        return self.a.numel() + self.b.numel()
+
+
+class Runner:
+    """A contender: its model, its adapters by the name of their linear, its optimizer and, perhaps, its CoTo."""
+
+    def __init__(
+        self, name: str, model: nn.Module, adapters: dict[str, Adapter], coto: cotolora.CoTo | None = None
+    ) -> None:
+        self.name, self.model, self.adapters, self.coto = name, model, adapters, coto
+        parameters = [t for adapter in adapters.values() for t in (adapter.a, adapter.b)]
+        self.device = parameters[0].device
+        self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
+        if coto is not None:
+            coto.attach(self.optimizer)
+        self.blocks = blocks_of(model)
+        self.backwards = 0
+        for block in self.blocks:
+            block.register_forward_hook(self._watch)
+
+    def _watch(self, block: nn.Module, inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if hidden.requires_grad:
+            hidden.register_hook(self._count)
+
+    def _count(self, grad: Tensor) -> None:
+        self.backwards += 1
+
+    def take(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Copies A and B in; RefusedError if adapters are at other places."""
+        if set(factors) != set(self.adapters):
+            raise RefusedError(f"adapters differ from PEFT's at {sorted(set(factors) ^ set(self.adapters))}")
+        with torch.no_grad():
+            for name, (a, b) in factors.items():
+                self.adapters[name].a.copy_(a)
+                self.adapters[name].b.copy_(b)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The loss of predicting every next token."""
+        return self.model(input_ids=tokens, labels=tokens).loss
+
+    def step(self, tokens: Tensor) -> tuple[float, ...]:
+        """One optimizer step; its seconds, and those of each of `PHASES`."""
+        watch = Watch(self.device)
+        loss = self.forward(tokens)
+        watch.mark()
+        loss.backward()
+        watch.mark()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.coto is not None:
+            self.coto.step()
+        watch.mark()
+        return watch.seconds()
+
+    def results(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """The loss and the gradients of A and B by name."""
+        loss = self.forward(tokens)
+        loss.backward()
+        grads = {
+            f"{part} of {name}": t.grad
+            for name, adapter in self.adapters.items()
+            for part, t in (("A", adapter.a), ("B", adapter.b))
+        }
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach(), grads
+
+
+class Watch:
+    """Splits a step at its marks: on a GPU phases by events, and the whole by the wall clock up to a synchronize."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.marks = device, list[Any]()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.start = time.perf_counter()
+        self.mark()
+
+    def mark(self) -> None:
+        """Ends a phase."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> tuple[float, ...]:
+        """Of everything, then of each phase."""
+        pairs = list(zip(self.marks, self.marks[1:], strict=False))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return time.perf_counter() - self.start, *(a.elapsed_time(b) / 1e3 for a, b in pairs)
+        return self.marks[-1] - self.marks[0], *(b - a for a, b in pairs)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """A Llama's decoder blocks, whatever wraps it."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    return [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
+
+
+def llama(options: argparse.Namespace) -> nn.Module:
+    """A frozen Llama of the size asked for, with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = SIZES[options.size]
+    config = LlamaConfig(
+        hidden_size=options.hidden,
+        intermediate_size=options.intermediate,
+        num_hidden_layers=options.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        vocab_size=size.vocab,
+        max_position_embeddings=options.tokens,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(options.seed)
+    model = LlamaForCausalLM(config).to(options.device).train().requires_grad_(False)
+    for parameter in model.parameters():
+        # not .to(dtype), which would round the buffers of the rotary embedding as well
+        parameter.data = parameter.data.to(getattr(torch, options.dtype))
+    return model
+
+
+def sharing(base: nn.Module) -> nn.Module:
+    """A copy that holds the very same parameters."""
+    return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+
+
+def peft(name: str, base: nn.Module, options: argparse.Namespace, *, as_shipped: bool = True) -> Runner:
+    """PEFT's LoRA on all linears but the head; as it ships A and B are float32, else of the base's dtype."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    config = LoraConfig(
+        r=options.rank, lora_alpha=SCALE * options.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers by a name that transformers 5 is about to drop
+        warnings.simplefilter("ignore", FutureWarning)
+        model = get_peft_model(sharing(base), config, autocast_adapter_dtype=as_shipped)
+    layers = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    adapters = {
+        name: Adapter(layer.lora_A["default"].weight, layer.lora_B["default"].weight, partial(enabled, layer))
+        for name, layer in layers.items()
+    }
+    return Runner(name, model, adapters)
+
+
+def enabled(layer: Any) -> bool:
+    """Whether PEFT's layer computes its adapter."""
+    return not layer.disable_adapters
+
+
+def ours(name: str, base: nn.Module, options: argparse.Namespace, *, coto: bool = False) -> Runner:
+    """Ours on the same linears, every adapter on or gated by CoTo."""
+    model = sharing(base)
+    layers = cotolora.inject(model, "all-linear", rank=options.rank, alpha=SCALE * options.rank)
+    adapters = {name: Adapter(x.lora_a, x.lora_b, partial(counts, x)) for name, x in layers.items()}
+    strategy = cotolora.CoTo(model, options.steps, seed=options.seed, gates="host") if coto else None
+    return Runner(name, model, adapters, strategy)
+
+
+def counts(layer: cotolora.CoToLoRALinear) -> bool:
+    """Whether our layer computes its adapter."""
+    return layer.active is not False
+
+
+Build = Callable[[str, nn.Module, argparse.Namespace], Runner]
+
+
+def contenders_of(options: argparse.Namespace) -> dict[str, Build]:
+    """Who takes part; where A and B are float32 anyway, PEFT once."""
+    narrow = {} if options.dtype == "float32" else {NARROW: partial(peft, as_shipped=False)}
+    return {PEFT: peft, **narrow, ON: ours, COTO: partial(ours, coto=True)}
+
+
+def factors_of(runner: Runner, dtype: torch.dtype, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B for every linear, neither zero, rounded to `dtype` so that all contenders hold the same."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+    factors = {}
+    for name, adapter in runner.adapters.items():
+        a = draw(adapter.a.shape) / math.sqrt(adapter.a.shape[1])
+        b = draw(adapter.b.shape) * (UPDATE / SCALE / math.sqrt(adapter.a.shape[0]))
+        factors[name] = (a.to(dtype).float(), b.to(dtype).float())
+    return factors
+
+
+def tokens_of(options: argparse.Namespace, step: int) -> Tensor:
+    """The batch of a step: random, and the same for everyone."""
+    draw = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
+    size = (options.batch, options.tokens)
+    return torch.randint(options.vocab, size, generator=draw).to(options.device)
+
+
+class Judge:
+    """Holds contenders to PEFT in float64, within `SLACK` times what PEFT as shipped errs in the dtype to be timed."""
+
+    def __init__(self, base: nn.Module, options: argparse.Namespace) -> None:
+        self.truth, self.own = peft("truth", copy.deepcopy(base).double(), options), peft(PEFT, base, options)
+        self.factors = factors_of(self.own, getattr(torch, options.dtype), options.seed)
+        self.truth.take(self.factors)
+        self.own.take(self.factors)
+        self.tokens, self.eps = tokens_of(options, 0), torch.finfo(getattr(torch, options.dtype)).eps
+
+    def check(self, runner: Runner) -> None:
+        """RefusedError if a loss or a gradient is wrong; for CoTo with the masks of half the ramp and of step 0."""
+        runner.take(self.factors)
+        if runner.coto is None:
+            self.compare(runner)
+            return
+        total = runner.coto.state_dict()["total_steps"]
+        for step in (total * 3 // 8, 0):
+            runner.coto.set_step(step)
+            self.compare(runner)
+
+    def compare(self, runner: Runner) -> None:
+        """RefusedError if anything is wrong with the adapters as they are switched now."""
+        for judge in (self.truth, self.own):
+            switch(judge, {name for name, adapter in runner.adapters.items() if adapter.on()})
+        true, own, found = (one.results(self.tokens) for one in (self.truth, self.own, runner))
+        for name, grad in found[1].items():
+            if (grad is None) != (true[1][name] is None):
+                raise RefusedError(f"gives {'no' if grad is None else 'a'} gradient of {name}, PEFT does the opposite")
+        self.hold("the loss", [found[0]], [own[0]], [true[0]])
+        names = [name for name, grad in true[1].items() if grad is not None]
+        self.hold("a gradient", *([grads[name] for name in names] for _, grads in (found, own, true)))
+
+    def hold(self, what: str, found: Sequence[Tensor], own: Sequence[Tensor], true: Sequence[Tensor]) -> None:
+        """The worst of the tensors decides, each by the error in its own norm."""
+        worst, peft_errs = (max(error([t], [e]) for t, e in zip(ts, true, strict=True)) for ts in (found, own))
+        # half the digits: beyond that PEFT's own error says nothing about anyone
+        allowed = min(SLACK * (peft_errs + self.eps), math.sqrt(self.eps))
+        if not worst <= allowed:  # so put, NaN is wrong too
+            raise RefusedError(f"{what} is off by {worst:.3g} of its norm, allowed is {allowed:.3g}")
+
+
+def switch(runner: Runner, on: set[str]) -> None:
+    """Leaves PEFT the adapters of these linears and no others."""
+    for name in runner.adapters:
+        layer = runner.model.get_submodule(f"base_model.model.{name}")
+        layer.enable_adapters(name in on)
+
+
+def runners_of(result: Result, options: argparse.Namespace) -> list[Runner]:
+    """Those that are right; the others go to `result.refused`."""
+    base = llama(options)
+    judge, runners = Judge(base, options), []
+    for name, build in contenders_of(options).items():
+        try:
+            runner = build(name, base, options)
+            judge.check(runner)
+            runners.append(runner)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as why:
+            result.refused.append({"contender": name, "where": "before the clock", "reason": reason(why)})
+    return runners
+
+
+@dataclass
+class Course:
+    """What one contender did in the timed runs.
+
+    Attributes:
+        seconds: by step, of each repeat, as `Runner.step` gives them.
+        p: CoTo's probability by step; None without CoTo.
+        skipped: share of the adapters' multiply-adds that was switched off.
+        stopped: share of the blocks that received no gradient.
+    """
+
+    seconds: list[list[tuple[float, ...]]]
+    p: list[float | None]
+    skipped: float = 0.0
+    stopped: float = 0.0
+
+    def steps(self, part: int = 0) -> list[float]:
+        """Seconds by step, the median of the repeats; of the whole step or, from 1, of one of `PHASES`."""
+        return [statistics.median(repeat[part] for repeat in step) for step in self.seconds]
+
+
+def race(runners: Sequence[Runner], options: argparse.Namespace) -> dict[str, Course]:
+    """Runs everyone over the same steps, taking turns in each; who is first rotates."""
+    courses = {r.name: Course([[] for _ in range(options.steps)], [None] * options.steps) for r in runners}
+    done, off = dict.fromkeys(courses, 0), dict.fromkeys(courses, 0)
+    for runner in runners:
+        if runner.coto is not None:
+            runner.coto.finish()  # so that the optimizer's state is there for every adapter, as for the others
+        runner.step(tokens_of(options, 0))
+        runner.backwards = 0
+    collecting = gc.isenabled()
+    bar = tqdm(total=options.repeats * options.steps, disable=None, unit="step")
+    gc.disable()
+    try:
+        for repeat in range(options.repeats):
+            for runner in runners:
+                if runner.coto is not None:
+                    runner.coto.set_step(0)
+            for step in range(options.steps):
+                tokens, first = tokens_of(options, step), (step + repeat) % len(runners)
+                for runner in (*runners[first:], *runners[:first]):
+                    course = courses[runner.name]
+                    done[runner.name] += sum(adapter.work for adapter in runner.adapters.values())
+                    off[runner.name] += sum(a.work for a in runner.adapters.values() if not a.on())
+                    course.p[step] = None if runner.coto is None else runner.coto.p
+                    course.seconds[step].append(runner.step(tokens))
+                bar.update()
+                if step % 8 == 7:
+                    gc.collect()
+    finally:
+        bar.close()
+        if collecting:
+            gc.enable()
+    for runner in runners:
+        course = courses[runner.name]
+        course.skipped = off[runner.name] / done[runner.name]
+        course.stopped = 1 - runner.backwards / (options.repeats * options.steps * len(runner.blocks))
+    return courses
+
+
+def peaks(runner: Runner, options: argparse.Namespace) -> list[int]:
+    """Bytes that a step holds at most over what was allocated before it; for CoTo, of steps spread over the run."""
+    count = 1 if runner.coto is None else min(SAMPLES, options.steps)
+    found = []
+    for step in (options.steps * (2 * i + 1) // (2 * count) for i in range(count)):
+        if runner.coto is not None:
+            runner.coto.set_step(step)
+        tokens = tokens_of(options, step)
+        # torch complains of memory that was there before and is freed while it counts, such as CoTo's last mask
+        kept = runner.coto and runner.coto.mask
+        found.append(memory.allocated(partial(runner.step, tokens), options.device)[1])
+        del kept
+    return found
+
+
+def rows_of(courses: dict[str, Course], held: dict[str, list[int]]) -> list[dict[str, Any]]:
+    """One for each contender's run, then one for each of its steps."""
+    means = {name: [statistics.mean(c.steps(i)) for i in range(1 + len(PHASES))] for name, c in courses.items()}
+    runs, steps = [], []
+    for name, course in courses.items():
+        mean, *phases = means[name]
+        spread = clock.median(course.steps())
+        runs.append({
+            "contender": name, "mean_s": mean, "p20_s": spread.p20, "p80_s": spread.p80,
+            "over_peft": mean / means[PEFT][0] if PEFT in means else math.nan,
+            **{f"{phase}_s": seconds for phase, seconds in zip(PHASES, phases, strict=True)},
+            "peak_mean_bytes": statistics.mean(held[name]), "peak_max_bytes": max(held[name]),
+            "peak_steps": len(held[name]), "work_skipped": course.skipped, "backwards_skipped": course.stopped,
+        })  # fmt: skip
+        steps += [
+            {"contender": name, "step": step, "seconds": seconds, "p": p}
+            for step, (seconds, p) in enumerate(zip(course.steps(), course.p, strict=True))
+        ]
+    return runs + steps
+
+
+def runs_of(result: Result) -> dict[str, dict[str, Any]]:
+    """The row of each contender's run."""
+    return {row["contender"]: row for row in result.rows if "step" not in row}
+
+
+def table(result: Result) -> str:
+    """A line for each contender."""
+    titles = [
+        "", "mean step", "p20–p80", "/ PEFT", *PHASES, "peak MB, mean", "max", "adapter work skipped %",
+        "block backwards skipped %",
+    ]  # fmt: skip
+    lines = []
+    for name, row in runs_of(result).items():
+        lines.append([
+            name, report.duration(row["mean_s"]), f"{report.duration(row['p20_s'])}–{report.duration(row['p80_s'])}",
+            report.ratio(sweep.value(row, "over_peft")), *(report.duration(row[f"{phase}_s"]) for phase in PHASES),
+            *(f"{row[f'peak_{which}_bytes'] / 1e6:.1f}" for which in ("mean", "max")),
+            *(f"{100 * row[f'{what}_skipped']:.1f}" for what in ("work", "backwards")),
+        ])  # fmt: skip
+    return report.markdown(titles, lines)
+
+
+def saving(runs: dict[str, dict[str, Any]]) -> str:
+    """What each change saves, in percent of the time of PEFT's step; empty if someone is missing."""
+    if not {PEFT, ON, COTO} <= set(runs):
+        return ""
+    whole, lines = runs[PEFT]["mean_s"], []
+    for before, after in ((PEFT, ON), (ON, COTO), (PEFT, COTO)):
+        changes = [
+            100 * (runs[after][name] - runs[before][name]) / whole
+            for name in (*(f"{phase}_s" for phase in PHASES), "mean_s")
+        ]
+        lines.append([f"{before} → {after}", *(f"{change:+.1f}" for change in changes)])
+    return report.markdown(["where the saving comes from: % of PEFT's step", *PHASES, "total"], lines)
+
+
+def remarks(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """How this compares with what the paper reports, also where it does not keep up."""
+    if not {PEFT, ON, COTO} <= set(runs):
+        return ["nothing is said about the paper's saving: PEFT, ours always on or ours with CoTo was not measured"]
+    over = {name: 100 * (runs[COTO]["mean_s"] / runs[name]["mean_s"] - 1) for name in (PEFT, ON)}
+    lines = [
+        f"the paper reports -{100 * PAPER:.1f} % time per run for LoRA with CoTo over LoRA without, both in its own "
+        f"code; here ours with CoTo takes {over[PEFT]:+.1f} % over PEFT as shipped and {over[ON]:+.1f} % over ours "
+        "always on"
+    ]
+    if not over[PEFT] < -100 * PAPER:
+        lines.append(f"ours with CoTo does NOT beat the paper's -{100 * PAPER:.1f} % over PEFT: {over[PEFT]:+.1f} %")
+    if not over[ON] < 0:
+        lines.append(f"ours with CoTo is NOT faster than ours always on: {over[ON]:+.1f} %")
+    return lines
+
+
+def text(result: Result) -> str:
+    """Everything that was measured, as it is printed."""
+    runs = runs_of(result)
+    lines = [report.head(result)]
+    if runs:
+        lines += [table(result), ""]
+    if found := saving(runs):
+        lines += [found, ""]
+    return "\n".join([*lines, sweep.endings(result)])
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The median of up to `SMOOTH` values around each."""
+    half = SMOOTH // 2
+    return [statistics.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+
+def plot(result: Result, path: Path) -> None:
+    """Seconds per step over the run, with CoTo's p, beside what the mean step is made of."""
+    figure, (course, parts) = report.figure(2, width=5.5, height=4.2)
+    runs = runs_of(result)
+    p_axis = course.twinx()
+    for i, name in enumerate(runs):
+        steps = [row for row in result.rows if "step" in row and row["contender"] == name]
+        at = [row["step"] for row in steps]
+        course.plot(at, [1e3 * y for y in smoothed([row["seconds"] for row in steps])], label=name, color=f"C{i}")
+        if steps[0]["p"] is not None:
+            p_axis.plot(at, [row["p"] for row in steps], color="0.6", linestyle=":", label="CoTo's p (right axis)")
+    course.set(xlabel="step", ylabel="ms per step", title=f"time per step, median of {SMOOTH} neighbours")
+    course.set_ylim(bottom=0)
+    p_axis.set(ylim=(0, 1.02), ylabel="CoTo's p")
+    left = [0.0] * len(runs)
+    for phase, color in zip(PHASES, ("0.75", "0.5", "0.25"), strict=True):
+        widths = [1e3 * row[f"{phase}_s"] for row in runs.values()]
+        parts.barh(list(runs), widths, left=left, label=phase, color=color)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for i, row in enumerate(runs.values()):
+        parts.text(left[i], i, f" {report.ratio(sweep.value(row, 'over_peft'))}", va="center", fontsize=8)
+    parts.set(xlabel="ms per step", title="mean step of the run; number: over PEFT as shipped")
+    parts.margins(x=0.12)
+    parts.invert_yaxis()
+    for axis in (course, parts):
+        axis.title.set_fontsize(10)
+    parts.tick_params(axis="y", labelsize=8)
+    labelled = [axis.get_legend_handles_labels() for axis in (course, p_axis, parts)]
+    handles, labels = (list(chain(*lists)) for lists in zip(*labelled, strict=True))
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def from_zero(text: str) -> int:
+    """An argparse type: an integer of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 0; got {text!r}")
+    return int(text)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with the defaults of the device and of the size."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m benchmarks train", description=__doc__, formatter_class=formatter)
+    add, positive = parser.add_argument, number(int)
+    add("--steps", type=positive, help="of the run (default: 100, on a CPU 60)")
+    add("--rank", type=positive, help="of the adapters (default: 16, on a CPU 8)")
+    add("--size", choices=SIZES, help="of the model and the batch (default: medium, on a CPU small)")
+    for name in ("layers", "hidden", "batch", "tokens"):
+        add(f"--{name}", type=positive, help="in place of the size's own")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the base (default: bfloat16, on a CPU float32)")
+    add("--device", type=sweep.device_of, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add("--repeats", type=positive, default=1, help="of the whole run; a step counts with its median (default: 1)")
+    add("--seed", type=from_zero, default=0, help="of the masks, the weights and the tokens (default: 0)")
+    add("--json", type=Path, metavar="FILE", help="add the result to this file")
+    add("--plot", type=Path, metavar="FILE", help="draw it here")
+    # what only a table of single layers has
+    parser.set_defaults(mode=["eager"], rounds=1, peers=["peft"])
+    options = sweep.settle(parser, arguments, DEFAULTS)
+    del options.mode, options.rounds, options.peers
+    size = SIZES[options.size]
+    for name in ("layers", "hidden", "batch", "tokens"):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(size, name))
+    if options.hidden % (2 * size.heads):
+        parser.error(f"argument --hidden: must be a multiple of {2 * size.heads}; got {options.hidden}")
+    if options.tokens < 2:
+        parser.error(f"argument --tokens: must be at least 2, one to predict from the other; got {options.tokens}")
+    options.intermediate = size.intermediate * options.hidden // size.hidden
+    options.vocab = size.vocab
+    for package in ("peft", "transformers"):
+        if report.version_of(package) == "absent":
+            parser.error(f'{package} is not installed, and train compares with PEFT: pip install "{package}"')
+    return options
+
+
+def measure(options: argparse.Namespace) -> Result:
+    """Judges, times and weighs every contender."""
+    result = Result("train", report.machine(options.device), sweep.settings_of(options))
+    try:
+        runners = runners_of(result, options)
+        if runners:
+            courses = race(runners, options)
+            held = {runner.name: peaks(runner, options) for runner in runners}
+            result.rows = rows_of(courses, held)
+            sampled = max(map(len, held.values()))
+            result.notes.append(
+                f"peak MB is over what was allocated before the step; with CoTo of {sampled} steps spread over the run"
+            )
+    except torch.OutOfMemoryError as error:
+        result.refused.append({"contender": "all", "where": options.size, "reason": reason(error)})
+    result.notes += remarks(runs_of(result))
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the tables; 1 if anyone was refused."""
+    options = parse(arguments)
+    result = measure(options)
+    print(text(result), flush=True)
+    return max(sweep.finish(result, options, plot), 1 if result.refused else 0)
