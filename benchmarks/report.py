@@ -11,7 +11,6 @@ import math
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -178,15 +177,12 @@ def write(path: Path, result: Result) -> None:
 
 def replace(path: Path, content: dict[str, Any]) -> None:
     """Writes a file of JSON, whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.write("\n")
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink()
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def figure(panels: int, *, width: float = 4.0, height: float = 3.6) -> tuple[Any, list[Any]]:

@@ -27,6 +27,7 @@ from benchmarks.workload import Workload, reason
 DTYPES, MODES = ("bfloat16", "float16", "float32"), ("eager", "graph")
 NOISY = 1.5  # p80 over p20 of the frozen linear, which a quiet machine keeps under 1.1
 CHOSE_WORSE = "ours chose worse than"
+ENOUGH = 10  # rounds, before a choice is judged
 BEHIND = 1.03  # how many times the best backend's time ours may take when it chooses for itself
 Case = tuple[str, tuple[Linear, ...], int]  # a name, the linears, and rows
 
@@ -168,7 +169,8 @@ def noise(comparison: Comparison, where: str) -> list[str]:
 
 def losses(comparison: Comparison, where: str) -> list[str]:
     """Lines for what ours lost: against each peer, and for what it chose against each of its own backends."""
-    pairs = [(AUTO.name, c.name, BEHIND, CHOSE_WORSE) for c in NAMED]
+    enough = len(comparison.seconds.get(AUTO.name, {}).get("both", ())) >= ENOUGH
+    pairs = [(AUTO.name, c.name, BEHIND, CHOSE_WORSE) for c in NAMED if enough]
     pairs += [(AUTO.name, c.name, 1.0, "ours loses to") for c in PEERS]
     pairs += [(OFF_BY_HOST.name, PEFT_OFF.name, 1.0, "ours off loses to")]
     lines = []

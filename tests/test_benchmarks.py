@@ -262,7 +262,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def times(**both):
-    return Comparison("eager", {name.replace("_", " "): {"both": [t] * 5} for name, t in both.items()})
+    return Comparison("eager", {name.replace("_", " "): {"both": [t] * 10} for name, t in both.items()})
 
 
 def test_a_loss_is_printed_and_a_bad_choice_fails():
@@ -302,7 +302,7 @@ def test_a_run_prints_writes_draws_and_shows_again(command, tmp_path):
     done = run(
         *command, "--peers", "torchtune", "lorafusion", "--rounds", "2", "--json", str(path), "--plot", str(picture)
     )
-    assert done.returncode in (0, 1), done.stderr  # two rounds of microseconds prove no choice right or wrong
+    assert done.returncode == 0, done.stderr
     (found,) = report.read(path)
     assert found.command == command[0]
     names = {row["contender"] for row in found.rows}
