@@ -29,7 +29,7 @@ from tqdm import tqdm
 from benchmarks import report, sweep
 from benchmarks.contenders import AUTO, FROZEN, NAMED, NARROW, OFF_BY_DEVICE, OFF_BY_HOST, Contender, chosen
 from benchmarks.report import Result
-from benchmarks.shapes import BLOCKS
+from benchmarks.shapes import BLOCKS, outputs
 from benchmarks.workload import Judge, RefusedError, Runner, Workload, reason
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -93,6 +93,9 @@ def saved_by(runner: Runner) -> tuple[list[Tensor], list[Tensor]]:
 
     with saved_tensors_hooks(pack, lambda t: t):
         ys = runner.forward()
+    # in a chain an output is another's x
+    last = outputs(runner.workload.linears)
+    free |= storages(y for i, y in enumerate(ys) if i not in last)
     return [t for address, t in storages(found).items() if address not in free], [y.detach() for y in ys]
 
 
@@ -147,8 +150,8 @@ def allocated(run: Callable[[], object], device: torch.device) -> tuple[int, int
 def measure(runner: Runner) -> Memory:
     """One contender's memory; it has run before, so that whatever it sets up once is there."""
     saved, ys = saved_by(runner)
-    saved_bytes, y_bytes = size(saved), size(ys)
-    named = kinds(saved, [*operands(runner), *(("y", y) for y in ys)])
+    saved_bytes, y_bytes, last = size(saved), size(ys), outputs(runner.workload.linears)
+    named = kinds(saved, [*operands(runner), *(("y" if i in last else "x", y) for i, y in enumerate(ys))])
     del saved, ys
     held, _ = allocated(runner.forward, runner.workload.device)
     _, peak = allocated(runner.both, runner.workload.device)

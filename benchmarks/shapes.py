@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear, and which of its block's inputs it reads: q, k and v read the same."""
+    """One linear, and what it reads: an input of its block, as q, k and v read the same, or another linear's output."""
 
     name: str
     in_features: int
@@ -44,11 +44,24 @@ def vit(hidden: int) -> tuple[Linear, ...]:
 
 
 def three_linears(hidden: int) -> tuple[Linear, ...]:
-    """D → d → 4d → d: small models on a CPU, where an adapter weighs most."""
-    return tuple(
-        Linear(f"{k} to {n}", k, n, f"x{i}", bias=True)
-        for i, (k, n) in enumerate(((hidden, hidden), (hidden, 4 * hidden), (4 * hidden, hidden)))
+    """The chain d → d → 4d → d: small models on a CPU, where an adapter weighs most."""
+    return (
+        Linear("first", hidden, hidden, "x", bias=True),
+        Linear("up", hidden, 4 * hidden, "first", bias=True),
+        Linear("down", 4 * hidden, hidden, "up", bias=True),
     )
+
+
+def inputs(linears: Sequence[Linear]) -> dict[str, int]:
+    """Widths of what comes from outside, by name."""
+    names = {linear.name for linear in linears}
+    return {linear.reads: linear.in_features for linear in linears if linear.reads not in names}
+
+
+def outputs(linears: Sequence[Linear]) -> list[int]:
+    """Indices of the linears that no other reads."""
+    read = {linear.reads for linear in linears}
+    return [i for i, linear in enumerate(linears) if linear.name not in read]
 
 
 # sizes as in the models' published configurations

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.contenders import Adapter, Contender
-from benchmarks.shapes import Linear
+from benchmarks.shapes import Linear, inputs, outputs
 from cotolora import reference
 
 MAX_COPIES = 64
@@ -37,7 +37,7 @@ def reason(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Copy:
-    """Operands of every linear of a block; those that read the same input share it."""
+    """Operands of every linear of a block; those that read the same input share it. `dys` are of its outputs."""
 
     inputs: dict[str, Tensor]
     bases: list[nn.Linear]
@@ -72,19 +72,17 @@ class Workload:
             return layer
 
         def copy() -> Copy:
-            widths = {linear.reads: linear.in_features for linear in self.linears}
-            inputs = {name: draw(rows, width).to(dtype).requires_grad_() for name, width in widths.items()}
-            dys = [draw(rows, linear.out_features).to(dtype) for linear in self.linears]
-            return Copy(inputs, [base(linear) for linear in self.linears], [adapter(x) for x in self.linears], dys)
+            xs = {name: draw(rows, n).to(dtype).requires_grad_() for name, n in inputs(self.linears).items()}
+            dys = [draw(rows, self.linears[i].out_features).to(dtype) for i in outputs(self.linears)]
+            return Copy(xs, [base(linear) for linear in self.linears], [adapter(x) for x in self.linears], dys)
 
         l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
         self.copies = [copy() for _ in range(min(MAX_COPIES, max(2, math.ceil(3 * l2 / self.bytes()))))]
 
     def bytes(self) -> int:
         """Of one copy, but for the adapters."""
-        widths = {linear.reads: linear.in_features for linear in self.linears}
         weights = sum(x.in_features * x.out_features for x in self.linears)
-        rows = self.rows * (sum(widths.values()) + sum(linear.out_features for linear in self.linears))
+        rows = self.rows * (sum(inputs(self.linears).values()) + sum(x.out_features for x in self.linears))
         return self.dtype.itemsize * (weights + rows)
 
     def runner(self, contender: Contender) -> Runner:
@@ -109,16 +107,13 @@ class Runner:
 
     def forward(self, copy: int = 0) -> list[Tensor]:
         """Every linear's y, with what autograd needs for the backward."""
-        operands = self.workload.copies[copy]
         with self.contender.context():
-            return [
-                layer(operands.inputs[linear.reads])
-                for layer, linear in zip(self.layers[copy], self.workload.linears, strict=True)
-            ]
+            return chained(self.workload.linears, self.workload.copies[copy].inputs, self.layers[copy])
 
     def both(self, copy: int = 0) -> None:
         """Forward, and backward into ``.grad``, as training has it; then the gradients go."""
-        torch.autograd.backward(self.forward(copy), self.workload.copies[copy].dys)
+        ys = self.forward(copy)
+        torch.autograd.backward([ys[i] for i in outputs(self.workload.linears)], self.workload.copies[copy].dys)
         self.forget(copy)
 
     def forget(self, copy: int) -> None:
@@ -138,7 +133,7 @@ class Runner:
         """y, dx and, of an adapter that is on, dA and dB, of the first copy's linears or inputs."""
         try:
             ys = self.forward()
-            torch.autograd.backward(ys, self.workload.copies[0].dys)
+            torch.autograd.backward([ys[i] for i in outputs(self.workload.linears)], self.workload.copies[0].dys)
             found = {"y": [y.detach() for y in ys], "dx": [t.grad for t in self.workload.copies[0].inputs.values()]}
             if self.contender.adapter:
                 factors = [[p for p in layer.parameters() if p.requires_grad] for layer in self.layers[0]]
@@ -150,19 +145,33 @@ class Runner:
             self.forget(0)  # or the next contender's gradients would be added to
 
 
+def chained(
+    linears: Sequence[Linear], inputs: dict[str, Tensor], layers: Sequence[Callable[[Tensor], Tensor]]
+) -> list[Tensor]:
+    """Every linear's y, from an input or an earlier y."""
+    known, ys = dict(inputs), []
+    for linear, layer in zip(linears, layers, strict=True):
+        known[linear.name] = layer(known[linear.reads])
+        ys.append(known[linear.name])
+    return ys
+
+
 def truth(workload: Workload, dtype: torch.dtype, *, adapter: bool) -> dict[str, list[Tensor]]:
     """What is right on the first copy, by the reference in `dtype`."""
     copy = workload.copies[0]
     leaf = lambda t: t.detach().to(dtype).requires_grad_()  # noqa: E731
-    inputs = {name: leaf(t) for name, t in copy.inputs.items()}
+    xs = {name: leaf(t) for name, t in copy.inputs.items()}
     factors = [(leaf(a.lora_a), leaf(a.lora_b)) for a in copy.adapters]
-    ys = []
-    for linear, base, (a, b) in zip(workload.linears, copy.bases, factors, strict=True):
-        bias = None if base.bias is None else base.bias.to(dtype)
-        x, weight = inputs[linear.reads], base.weight.to(dtype)
-        ys.append(reference.lora_linear(x, weight, bias, a, b, scale=SCALE) if adapter else F.linear(x, weight, bias))
-    torch.autograd.backward(ys, [dy.to(dtype) for dy in copy.dys])
-    found = {"y": [y.detach() for y in ys], "dx": [t.grad for t in inputs.values()]}
+
+    def layer(base: nn.Linear, a: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:
+        weight, bias = base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype)
+        if not adapter:
+            return lambda x: F.linear(x, weight, bias)
+        return lambda x: reference.lora_linear(x, weight, bias, a, b, scale=SCALE)
+
+    ys = chained(workload.linears, xs, [layer(base, a, b) for base, (a, b) in zip(copy.bases, factors, strict=True)])
+    torch.autograd.backward([ys[i] for i in outputs(workload.linears)], [dy.to(dtype) for dy in copy.dys])
+    found = {"y": [y.detach() for y in ys], "dx": [t.grad for t in xs.values()]}
     return found | ({"dA": [a.grad for a, _ in factors], "dB": [b.grad for _, b in factors]} if adapter else {})
 
 

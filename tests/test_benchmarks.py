@@ -160,6 +160,20 @@ def test_inputs_that_linears_share_are_shared():
     assert load.copies[0].bases[0].weight is not load.copies[1].bases[0].weight
 
 
+def test_a_chain_is_computed_as_one():
+    load = workload(linears=BLOCKS["three-64"])
+    copy = load.copies[0]
+    assert set(copy.inputs) == {"x"}
+    chain = nn.Sequential(*copy.bases)
+    x = copy.inputs["x"].detach().clone().requires_grad_()
+    y = chain(x)
+    y.backward(*copy.dys)
+    found = load.runner(contenders.FROZEN).results()
+    assert len(found["y"]) == 3
+    torch.testing.assert_close(found["y"][-1], y)
+    torch.testing.assert_close(found["dx"], [x.grad])
+
+
 # what is printed and written
 
 
