@@ -4,13 +4,14 @@
 #   benchmarks/on_gpu.sh [OUT] [--minutes 9] [--only PART] [--dry-run]
 #
 # Parts: tests (every kernel on the GPU, in every dtype), tune (times every form, keeps the table that the parts after
-# it choose by), linear, block, gates, memory, roofline, train. A part that fails or runs out of its time stops no other.
+# it choose by), linear, block, gates, memory, roofline, train, and compiled: block beside torch.compile, which takes long.
+# A part that fails or runs out of its time stops no other.
 # OUT gets log.txt, tune.json, results.json, four pictures and summary.txt, which is printed last.
 # --dry-run tries the plumbing on a machine without a GPU, at tiny sizes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-parts=(tests tune linear block gates memory roofline train)
+parts=(tests tune linear block gates memory roofline train compiled)
 out=on-gpu minutes=9 only="" dry=""
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -84,12 +85,14 @@ else
     cp "$("$python" -c 'import torch; from cotolora.kernels import forms; print(forms.cache_path(torch.cuda.get_device_name()))')" \
         "$out/tune.json" || true
     plain=(--peers peft unsloth torchtune lorafusion)
-    bench block 25 --plot "$out/block.png"
+    bench block 25 "${plain[@]}" --plot "$out/block.png"
     bench linear 45 "${plain[@]}" --rounds 20 --plot "$out/linear.png"
     bench gates 30 "${plain[@]}" --rounds 20
     bench roofline 40 --rows 512 2048 8192 --rounds 10 --plot "$out/roofline.png"
     part memory 40 "${prefix[@]}" "$python" -m benchmarks memory --json "$out/results.json"
-    part train 90 "${prefix[@]}" "$python" -m benchmarks train --json "$out/results.json" --plot "$out/train.png"
+    part train 60 "${prefix[@]}" "$python" -m benchmarks train --json "$out/results.json" --plot "$out/train.png"
+    part compiled 90 "${prefix[@]}" "$python" -m benchmarks block --shapes vit-b llama3-8b --peers compile \
+        --minutes {} --json "$out/results.json"
 fi
 
 {

@@ -202,6 +202,8 @@ def each(
             measure(workload, where, {"shape": name, "rows": rows, "rank": rank})
         except torch.OutOfMemoryError as error:
             result.refused.append({"contender": "all", "where": where, "reason": reason(error)})
+        if options.json and (result.rows or result.refused):
+            report.write(options.json, result)  # now, so that a run that is killed keeps what it had
 
 
 def measure(

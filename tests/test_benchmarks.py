@@ -357,6 +357,23 @@ def test_minutes_stop_new_shapes_and_say_so(monkeypatch, capsys):
     assert "stopped before 8 → 6, 3 rows, rank 8: 1 minutes are over" in out
 
 
+def test_a_killed_run_keeps_what_it_had(tmp_path, monkeypatch):
+    made = sweep.compare
+
+    def killed(load, *rest):
+        if load.rows == 3:
+            raise KeyboardInterrupt
+        return made(load, *rest)
+
+    monkeypatch.setattr(sweep, "compare", killed)
+    with pytest.raises(KeyboardInterrupt):
+        linear.main(
+            ["--shapes", "2,8,6", "3,8,6", "--rounds", "1", "--peers", "none", "--json", str(tmp_path / "r.json")]
+        )
+    (found,) = report.read(tmp_path / "r.json")
+    assert {row["rows"] for row in found.rows} == {2}
+
+
 def test_running_out_of_memory_leaves_a_shape_out(monkeypatch, capsys):
     def full(*_):
         raise torch.OutOfMemoryError("no more")
