@@ -102,7 +102,7 @@ class CoTo:
             "at_least_one": at_least_one,
             "seed": seed,
         }
-        _check(self._settings)
+        check_settings(self._settings)
         # not numpy's float64, which is a float but which torch.load(weights_only=True) refuses
         self._settings.update(initial_p=float(initial_p), ramp=float(ramp), tilt=float(tilt))
         self.current_step = 0
@@ -218,7 +218,7 @@ class CoTo:
             )
         before = self._settings
         settings = {key: state[key] for key in before}
-        _check(settings)
+        check_settings(settings)
         self._settings = settings
         try:
             self.set_step(state["step"])
@@ -304,7 +304,8 @@ class CoTo:
         return pytree.tree_unflatten([joined.get(id(leaf), leaf) for leaf in leaves], spec)
 
 
-def _check(settings: dict[str, Any]) -> None:
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raises ValueError naming the setting that is out of its range."""
     tilt, at_least_one = settings["tilt"], settings["at_least_one"]
     if isinstance(tilt, bool) or not isinstance(tilt, (int, float)) or not -1 <= tilt <= 1:
         raise ValueError(f"tilt must be in [-1, 1]; got {tilt!r}")

@@ -1,0 +1,94 @@
+"""CoTo in transformers' Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from cotolora.checkpoint import save_adapter
+from cotolora.coto import CoTo, check_settings
+from cotolora.groups import Unit
+
+
+class CoToCallback(TrainerCallback):
+    """Runs CoTo on a model with our adapters: ``Trainer(model, args, ..., callbacks=[CoToCallback()])``.
+
+    The mask of an optimizer step follows from ``state.global_step``, so a run that is resumed goes on with the masks it
+    would have had, and gradient accumulation has one mask a step. Adapters that are off keep their weights and their
+    optimizer state. Evaluation and saving find all of them on; after training they are on for good.
+
+    Args:
+        initial_p, ramp, shape, unit, tilt, at_least_one, seed, gates: see `CoTo`; its steps are ``state.max_steps``.
+        save: also write the adapters in PEFT's format into the folder ``adapter`` of every checkpoint.
+
+    Attributes:
+        coto: the strategy of the current or the last run, None before the first.
+
+    Raises:
+        ValueError: an argument is out of its range; when training begins, also as `CoTo`: the model has no adapters.
+    """
+
+    def __init__(
+        self,
+        *,
+        initial_p: float = 0.1,
+        ramp: float = 0.75,
+        shape: str = "linear",
+        unit: Unit = "layer",
+        tilt: float = 0.0,
+        at_least_one: bool = True,
+        seed: int = 0,
+        gates: str = "host",
+        save: bool = True,
+    ) -> None:
+        settings = {"initial_p": initial_p, "ramp": ramp, "shape": shape, "tilt": tilt, "at_least_one": at_least_one}
+        check_settings({"total_steps": 1, "seed": seed, **settings})
+        self._settings: dict[str, Any] = {**settings, "seed": seed, "unit": unit, "gates": gates}
+        self._save = save
+        self._attached: RemovableHandle | None = None
+        self.coto: CoTo | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        **_: Any,
+    ) -> None:
+        """Makes the strategy, now that the number of steps is known."""
+        self._detach()  # from a run that an exception ended
+        self.coto = CoTo(model, state.max_steps, **self._settings)
+        self._attached = self.coto.attach(optimizer)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Applies the mask of the optimizer step that begins, also the first after a resume."""
+        assert self.coto is not None
+        self.coto.set_step(state.global_step)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
+    ) -> None:
+        """Writes the adapters beside what Trainer has written."""
+        if self._save:
+            assert args.output_dir is not None
+            # a folder of its own: Trainer takes adapter files in a checkpoint itself for PEFT's
+            save_adapter(model, Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Switches every adapter on."""
+        assert self.coto is not None
+        self.coto.finish()
+        self._detach()
+
+    def _detach(self) -> None:
+        if self._attached is not None:
+            self._attached.remove()
+            self._attached = None
