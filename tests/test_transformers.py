@@ -181,6 +181,32 @@ def test_weights_equal_a_plain_loops(kind, tmp_path):
         assert torch.equal(weight, expected[name]), name
 
 
+@pytest.mark.parametrize("gates", ["host", "device"])
+def test_off_adapters_neither_move_nor_count_a_step(gates, tmp_path):
+    model = prepared(llama)
+    ours = CoToCallback(gates=gates, shape="constant", initial_p=0.3)
+    watch = Watch(ours)
+    trainer = trainer_of(model, tmp_path, callbacks=[ours, watch], weight_decay=0.1)
+    trainer.train()
+    assert {(on, moved) for on, moved in watch.moved if not on} == {(False, False)}
+    steps_on = {key: sum(mask[i].item() for _, mask in watch.masks) for i, key in enumerate(ours.coto.groups)}
+    assert len(set(steps_on.values())) > 1
+    for key, names in ours.coto.groups.items():
+        for name in names:
+            state = trainer.optimizer.state.get(cotolora.adapters(model)[name].lora_b, {"step": 0})
+            assert state["step"] == steps_on[key]
+
+
+def test_after_training_every_adapter_is_on_for_good(tmp_path):
+    model = prepared(llama)
+    ours = CoToCallback(shape="constant", initial_p=0.3)
+    watch = Watch(ours)
+    trainer_of(model, tmp_path, callbacks=[ours, watch]).train()
+    assert not watch.masks[-1][1].all()
+    assert all(layer.gate is True for layer in cotolora.adapters(model).values())
+    assert not model._forward_hooks
+
+
 def test_gradient_accumulation_has_one_mask_a_step(tmp_path):
     model = prepared(llama)
     ours = CoToCallback()
