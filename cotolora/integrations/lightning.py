@@ -1,0 +1,76 @@
+"""CoTo in Lightning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.hooks import RemovableHandle
+
+from cotolora.coto import CoTo, check_settings
+from cotolora.groups import Unit
+
+
+class CoToLightningCallback(Callback):
+    """Runs CoTo on a LightningModule that holds our adapters: ``Trainer(callbacks=[CoToLightningCallback()])``.
+
+    The mask of an optimizer step follows from ``trainer.global_step``, so a run that is resumed goes on with the masks
+    it would have had, and gradient accumulation has one mask a step. Adapters that are off keep their weights and their
+    optimizer state. Validation finds all of them on; after training they are on for good. With several optimizers,
+    global_step counts the steps of all of them, and so does the schedule.
+
+    Args:
+        initial_p, ramp, shape, unit, tilt, at_least_one, seed, gates: see `CoTo`; its steps are
+            ``trainer.estimated_stepping_batches``, which must be finite.
+
+    Attributes:
+        coto: the strategy of the current or the last run, None before the first.
+
+    Raises:
+        ValueError: an argument is out of its range; when training begins, also as `CoTo`, or the run has no end.
+    """
+
+    def __init__(
+        self,
+        *,
+        initial_p: float = 0.1,
+        ramp: float = 0.75,
+        shape: str = "linear",
+        unit: Unit = "layer",
+        tilt: float = 0.0,
+        at_least_one: bool = True,
+        seed: int = 0,
+        gates: str = "host",
+    ) -> None:
+        settings = {"initial_p": initial_p, "ramp": ramp, "shape": shape, "tilt": tilt, "at_least_one": at_least_one}
+        check_settings({"total_steps": 1, "seed": seed, **settings})
+        self._settings: dict[str, Any] = {**settings, "seed": seed, "unit": unit, "gates": gates}
+        self._attached: list[RemovableHandle] = []
+        self.coto: CoTo | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes the strategy, now that the number of steps is known."""
+        self._detach()  # from a run that an exception ended
+        steps = trainer.estimated_stepping_batches
+        if not isinstance(steps, int):
+            raise ValueError(
+                f"the trainer must have max_steps or max_epochs, for CoTo to know its end; got {steps} steps"
+            )
+        self.coto = CoTo(pl_module, steps, **self._settings)
+        self._attached = [self.coto.attach(optimizer) for optimizer in trainer.optimizers]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Applies the mask of the optimizer step that begins; between the batches of one step it stays."""
+        assert self.coto is not None
+        if self.coto.current_step != trainer.global_step:
+            self.coto.set_step(trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Switches every adapter on."""
+        assert self.coto is not None
+        self.coto.finish()
+        self._detach()
+
+    def _detach(self) -> None:
+        while self._attached:
+            self._attached.pop().remove()
