@@ -231,7 +231,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant, tmp_path):
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("gates, regional", [("device", False), ("host", True)], ids=["whole-model", "by-block"])
+@pytest.mark.parametrize(("gates", "regional"), [("device", False), ("host", True)], ids=["whole-model", "by-block"])
 def test_torch_compile_takes_few_graphs_and_changes_nothing(gates, regional, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str(regional))
     dynamo.reset()
@@ -242,7 +242,7 @@ def test_torch_compile_takes_few_graphs_and_changes_nothing(gates, regional, tmp
     trainer_of(compiled, tmp_path, callbacks=[CoToCallback(gates=gates)], **options).train()
     graphs = counted["unique_graphs"]
     trainer_of(eager, tmp_path, callbacks=[CoToCallback()], max_steps=12).train()
-    # a block is on or off, and hands a gradient down or not; around the blocks are an embedding, a norm, a head and rope
+    # a block is on or off, and hands a gradient down or not; around them are an embedding, a norm, a head and rope
     assert graphs <= 4 + 4 if regional else graphs == 1
     torch.testing.assert_close(weights(compiled), weights(eager))
 
