@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cotolora.groups import Unit, adapters, group_names, is_enabled, unmerged_adapters
-from cotolora.inject import Targets, compiled, matches
+from cotolora.inject import compiled, matches
 from cotolora.linear import CoToLoRALinear
 from cotolora.reference import Gate
 from cotolora.shapley import Shapley
@@ -28,7 +28,7 @@ class Pruning:
     """What one call took out of a model, and the way back; a context manager that undoes on leaving.
 
     Attributes:
-        removed: how many entries of A and B went, by adapter name, in module order.
+        removed: how many entries of A and B went by adapter name, in module order, those that were zero included.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, CoToLoRALinear], removed: dict[str, int]) -> None:
@@ -78,10 +78,15 @@ class _SwitchedOff(Pruning):
 
 class _Zeroed(Pruning):
     def __init__(
-        self, model: nn.Module, layers: dict[str, CoToLoRALinear], chosen: dict[str, tuple[Tensor, Tensor]]
+        self, model: nn.Module, layers: dict[str, CoToLoRALinear], chosen: dict[str, tuple[Tensor, ...]]
     ) -> None:
         super().__init__(model, layers, {name: sum(int(mask.sum()) for mask in pair) for name, pair in chosen.items()})
-        # one byte for each entry and the values of those that go: less than a copy below three quarters
+        # one byte for each entry and the values that go: less than a copy, up to a sparsity of three quarters.
+        # Not what was zero: it belongs to an earlier call perhaps, so that undoing in any order ends where it began
+        chosen = {
+            name: tuple(mask & (p != 0) for p, mask in zip(_factors(layers[name]), pair, strict=True))
+            for name, pair in chosen.items()
+        }
         self._chosen = chosen
         self._before = {
             name: tuple(p.detach()[mask] for p, mask in zip(_factors(layers[name]), pair, strict=True))
@@ -210,7 +215,7 @@ def magnitude(model: nn.Module, sparsity: float, scope: str = "global") -> Pruni
             if parameter.isnan().any():
                 raise ValueError(f"model must have no NaN in A or B; {name} has")
     pools = [list(layers)] if scope == "global" else [[name] for name in layers]
-    chosen: dict[str, tuple[Tensor, Tensor]] = {}
+    chosen: dict[str, tuple[Tensor, ...]] = {}
     for pool in pools:
         parameters = [parameter for name in pool for parameter in _factors(layers[name])]
         masks = _smallest(parameters, round(sparsity * sum(p.numel() for p in parameters)))
@@ -271,13 +276,17 @@ def _kept(names: list[str], keep: Keep, unit: Unit) -> set[str]:
         }
     if callable(keep):
         return {name for name in names if keep(name)}
-    rules: list[Targets] = [keep] if isinstance(keep, str) else [[rule] for rule in _names_in(keep)]
     if isinstance(keep, str):
         compiled("keep", keep)
-    if missing := [rule for rule in rules if not any(matches(name, rule) for name in names)]:
+    # what each name, or the one expression, takes
+    taken = {
+        rule: {name for name in names if matches(name, keep if isinstance(keep, str) else [rule])}
+        for rule in ([keep] if isinstance(keep, str) else _names_in(keep))
+    }
+    if missing := [rule for rule, found in taken.items() if not found]:
         ends = sorted({name.rpartition(".")[2] for name in names})
         raise ValueError(f"keep {missing} matches no adapter; adapters end in {ends}, labels are {LABELS}")
-    return {name for name in names if any(matches(name, rule) for rule in rules)}
+    return set().union(*taken.values())
 
 
 def _names_in(keep: object) -> list[str]:

@@ -267,9 +267,11 @@ class _Game:
     def _number(self, coalition: int, value: Any) -> float:
         on = [key for player, key in enumerate(self.groups) if coalition >> player & 1]
         try:
-            number = math.nan if isinstance(value, str) else float(value)
+            number: float | None = float(value)
         except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"score must give a number; got {type(value).__name__} {value!r}") from None
+            number = None
+        if number is None or isinstance(value, str):
+            raise TypeError(f"score must give a number; got {type(value).__name__} {value!r}")
         if not math.isfinite(number):
             raise ValueError(f"score must be a finite number; got {value!r} with only {on} on, of {list(self.groups)}")
         return number
