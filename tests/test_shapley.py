@@ -94,6 +94,12 @@ def test_values_add_up_to_all_minus_none(method):
     assert values.sum().item() == pytest.approx((WEIGHTS[-1] - WEIGHTS[0]).item(), abs=1e-12)
 
 
+def test_every_order_comes_with_its_reverse():
+    """Which are all orders of two players, and their mean is exact."""
+    gloves = shapley_values(players(2), game(lambda on: float(len(on) == 2)), samples=4)
+    assert (gloves.values.tolist(), gloves.errors.tolist()) == ([0.5, 0.5], [0, 0])
+
+
 def test_a_useful_adapter_is_positive():
     values = shapley_values(players(2), game(lambda on: -1.0 if 0 in on else -2.0)).values
     assert values.tolist() == [1, 0]
