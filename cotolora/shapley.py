@@ -1,7 +1,7 @@
 r"""What each adapter contributes: Shapley values of the game whose players are groups of adapters.
 
-The worth v(R) of a coalition R is the score of the model with only the adapters in R on (Zhuang et al. 2025, section
-4, arXiv:2506.05713). A player's value is what it adds on average over all orders in which the players may join, so
+The worth v(R) of a coalition R is the score of the model with only the adapters in R on (Zhuang et al. 2025,
+arXiv:2506.05713). A player's value is what it adds on average over all orders in which the players may join, so
 with a score that is larger when the model is better, a useful adapter's value is positive.
 """
 
