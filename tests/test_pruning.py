@@ -227,7 +227,7 @@ def test_undo_restores_the_switches_that_were_there():
     for _ in range(2):
         pruning.undo()
         assert all(layer.enabled is value for layer, value in zip(layers, before, strict=True))
-        layers[0].enabled = before[0] = True  # what the user does afterwards is the user's
+        layers[1].enabled = before[1] = False  # what the user does afterwards is the user's
 
 
 @pytest.mark.parametrize("order", [(1, 0), (0, 1)], ids=["reverse", "as-made"])
@@ -366,6 +366,17 @@ def test_other_dtypes_and_strides(dtype):
     with magnitude(model, 0.5):
         assert torch.equal(entries(model), before.masked_fill(smallest(before, 72), 0))
     assert torch.equal(entries(model), before)
+
+
+def test_float64_magnitudes_that_float32_cannot_tell_apart():
+    model = adapted().double()
+    with torch.no_grad():
+        for layer in adapters(model).values():
+            for p in (layer.lora_a, layer.lora_b):
+                p.copy_(1 + 1e-12 * torch.randn(p.shape, dtype=p.dtype))
+    before = entries(model)
+    with magnitude(model, 0.5):
+        assert torch.equal(entries(model), before.masked_fill(smallest(before, 72), 0))
 
 
 @pytest.mark.parametrize("order", [(1, 0), (0, 1)], ids=["reverse", "as-made"])
