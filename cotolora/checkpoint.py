@@ -7,10 +7,9 @@ import json
 import logging
 import math
 import os
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.inject import inject, match_linears, matches
 from cotolora.linear import CoToLoRALinear, is_conv1d, why_not_adaptable
-from cotolora.peft_config import PeftConfig, describe, exactly, is_alone, parse
+from cotolora.peft_config import PeftConfig, describe, exactly, is_alone, just, parse
 
 logger = logging.getLogger("cotolora")
 
@@ -29,6 +28,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _HASH = "cotolora_config_sha256"
+_DENSE = torch.contiguous_format
 
 
 class LoadResult(NamedTuple):
@@ -61,6 +61,17 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             trains: the format has no place for these.
         OSError: the files cannot be written; the old ones are as they were.
     """
+    write(directory, *collect(model))
+
+
+def collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_adapter` writes: tensors by their names in the base model, still the model's own, and a config.
+
+    Sharded parameters are gathered, so every rank must call this.
+
+    Raises:
+        ValueError: as `save_adapter`.
+    """
     layers = {name: layer for name, layer in adapters(model).items() if is_enabled(layer)}
     if not layers:
         raise ValueError(f"model must have enabled adapters to save; {type(model).__name__} has none")
@@ -71,10 +82,45 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     for name, layer in layers.items():
         tensors[f"{name}.lora_A.weight"] = layer.lora_a
         tensors[f"{name}.lora_B.weight"] = layer.lora_b
-    gathered = {_PREFIX + key: _whole(tensor) for key, tensor in tensors.items()}
-    config = json.dumps(describe(model, layers, modules), indent=2, sort_keys=True).encode()
+    return {key: _gathered(tensor) for key, tensor in tensors.items()}, describe(model, layers, modules)
+
+
+def write(directory: str | os.PathLike[str], tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
+    """Writes what `collect` gives as PEFT's pair of files, whole or not at all; in a distributed run rank 0 does."""
+    config = json.dumps(fields, indent=2, sort_keys=True).encode()
     metadata = {"format": "pt", _HASH: hashlib.sha256(config).hexdigest()}
-    _on_rank_zero(lambda: _write(Path(directory), config, serialize(gathered, metadata)))
+
+    def write_pair() -> None:
+        # clones, because safetensors refuses tensors that share memory
+        whole = {_PREFIX + key: tensor.cpu().clone(memory_format=_DENSE) for key, tensor in tensors.items()}
+        _write(Path(directory), config, serialize(whole, metadata))
+
+    _on_rank_zero(write_pair)
+
+
+class Saved(NamedTuple):
+    """A pair of files as it was read."""
+
+    tensors: dict[str, Tensor]  # by their names in the base model
+    fields: dict[str, Any]  # of the config
+    config: PeftConfig  # what of them bears on loading
+    ours: bool  # whether `write` wrote it
+
+
+def read(directory: str | os.PathLike[str]) -> Saved:
+    """Reads what `write` or PEFT wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_adapter`, of what does not depend on a model.
+    """
+    path = Path(directory)
+    tensors, config_hash = _read_weights(path)
+    fields = _read_config(path, config_hash)
+    try:
+        config = parse(fields)
+    except ValueError as error:
+        raise ValueError(f"{path / CONFIG}: {error}") from None
+    return Saved(tensors, fields, config, config_hash is not None)
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bool = True) -> LoadResult:
@@ -97,28 +143,32 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bo
         ValueError: a file is damaged, the two do not belong together, the config asks for something that
             is not supported and would change the result, or the adapter does not fit the model.
     """
-    path = Path(directory)
-    tensors, config_hash = _read_weights(path)
-    config = _read_config(path, config_hash)
+    saved = read(directory)
+    return place(model, saved, source=str(Path(directory) / WEIGHTS), strict=strict)
+
+
+def place(model: nn.Module, saved: Saved, *, source: str, strict: bool = True) -> LoadResult:
+    """`load_adapter` of what was read, or never lay on a disk; `source` names it in errors."""
+    tensors, config = saved.tensors, saved.config
     existing = adapters(model)
     fit = _fit(unwrap(model), config, existing, tensors)
     if strict and (fit.missing or fit.unexpected):
         raise ValueError(
-            f"{path / WEIGHTS} must hold exactly what {CONFIG} and the model call for; "
+            f"{source} must hold exactly what {CONFIG} and the model call for; "
             f"missing keys {fit.missing}, unexpected keys {fit.unexpected}"
         )
     if existing:
         _check_agreement(existing, config, fit.ranks)
         layers = existing
     elif not fit.ranks:
-        raise ValueError(f"{path / WEIGHTS} must hold an adapter that fits the model; it holds none")
+        raise ValueError(f"{source} must hold an adapter that fits the model; it holds none")
     else:
         # what we saved besides the adapters did train; of what PEFT saved, modules_to_save did
-        trained = [key for key in fit.plain if config_hash is not None or _is_saved(key, config)]
+        trained = [key for key in fit.plain if saved.ours or _is_saved(key, config)]
         parameters = {plain_name(name) for name, _ in unwrap(model).named_parameters()}
         layers = inject(
             model,
-            _any_of(fit.ranks),
+            just(fit.ranks),
             rank=config.rank,
             alpha=config.lora_alpha,
             rank_pattern={exactly(name): rank for name, rank in fit.ranks.items() if rank != config.rank},
@@ -127,7 +177,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bo
             },
             dropout=config.dropout,
             use_rslora=config.use_rslora,
-            trainable=_any_of(parameters & set(trained)) or (),
+            trainable=just(parameters & set(trained)) or (),
         )
     merged = [layer for layer in layers.values() if layer.merged]
     for layer in merged:
@@ -140,7 +190,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bo
     for layer in merged:
         layer.merge()
     if fit.missing or fit.unexpected:
-        logger.warning("%s: missing keys %s, unexpected keys %s", path / WEIGHTS, fit.missing, fit.unexpected)
+        logger.warning("%s: missing keys %s, unexpected keys %s", source, fit.missing, fit.unexpected)
     return LoadResult(fit.missing, fit.unexpected)
 
 
@@ -173,11 +223,9 @@ def _join(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _gathered(tensor: Tensor) -> Tensor:
     gather = getattr(tensor, "full_tensor", None)  # a DTensor
-    whole = gather() if gather is not None else tensor
-    # a clone, because safetensors refuses tensors that share memory
-    return whole.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return (tensor if gather is None else gather()).detach()
 
 
 def _on_rank_zero(write: Callable[[], None]) -> None:
@@ -257,7 +305,7 @@ def _read_weights(directory: Path) -> tuple[dict[str, Tensor], str | None]:
     return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}, metadata.get(_HASH)
 
 
-def _read_config(directory: Path, config_hash: str | None) -> PeftConfig:
+def _read_config(directory: Path, config_hash: str | None) -> dict[str, Any]:
     path = directory / CONFIG
     found = [p.read_bytes() for p in (path, directory / _temporary(CONFIG)) if p.is_file()]
     if config_hash is not None:
@@ -272,10 +320,7 @@ def _read_config(directory: Path, config_hash: str | None) -> PeftConfig:
         raise ValueError(f"{path} must be JSON; reading it failed: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(fields).__name__}")
-    try:
-        return parse(fields)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return fields
 
 
 def _sha256(path: Path) -> str:
@@ -370,11 +415,6 @@ def _check_agreement(existing: dict[str, CoToLoRALinear], config: PeftConfig, ra
     for name, layer in existing.items():
         if layer.merged and isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0:
             raise ValueError(f"{name} must not be merged while enabled is a row mask; unmerge it to load")
-
-
-def _any_of(names: Iterable[str]) -> str:
-    """A regular expression that takes just these names."""
-    return "|".join(re.escape(name) for name in names)
 
 
 @torch.no_grad()

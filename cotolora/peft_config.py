@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -154,16 +154,21 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value in (None, "") else [value]
 
 
+class Scaled(Protocol):
+    """What a config says of one adapter: a layer, or factors without one."""
+
+    @property
+    def rank(self) -> int: ...  # noqa: D102
+    @property
+    def alpha(self) -> float: ...  # noqa: D102
+    @property
+    def use_rslora(self) -> bool: ...  # noqa: D102
+    @property
+    def scale(self) -> float: ...  # noqa: D102
+
+
 def describe(model: nn.Module, layers: dict[str, CoToLoRALinear], modules: list[str]) -> dict[str, Any]:
     """The config of `layers`; `modules` are the names for modules_to_save."""
-    use_rslora = all(layer.use_rslora for layer in layers.values())
-    # where only some layers are rsLoRA, every layer states its scale as alpha / rank
-    alphas = {
-        name: _plain_number(layer.alpha if use_rslora or not layer.use_rslora else layer.scale * layer.rank)
-        for name, layer in layers.items()
-    }
-    rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
     others = [plain_name(name) for name, _ in model.named_modules() if plain_name(name) not in layers]
     ambiguous = any(other.endswith("." + name) for other in others for name in layers)
     path = getattr(model, "name_or_path", None)
@@ -172,20 +177,40 @@ def describe(model: nn.Module, layers: dict[str, CoToLoRALinear], modules: list[
         "task_type": None,
         "inference_mode": True,
         "base_model_name_or_path": path if isinstance(path, str) and path else None,
-        "r": rank,
-        "lora_alpha": alpha,
         "lora_dropout": max(layer.dropout for layer in layers.values()),
-        "use_rslora": use_rslora,
         "use_dora": False,
         "bias": "none",
         "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
         "init_lora_weights": True,
         # a list takes dotted ends too; where that would take more than the adapters, an exact expression
-        "target_modules": "|".join(re.escape(name) for name in layers) if ambiguous else list(layers),
+        "target_modules": just(layers) if ambiguous else list(layers),
         "modules_to_save": modules or None,
+        **scales(layers),
+    }
+
+
+def scales(layers: Mapping[str, Scaled]) -> dict[str, Any]:
+    """The fields of a config that give each adapter its rank and scale."""
+    use_rslora = all(layer.use_rslora for layer in layers.values())
+    # where only some layers are rsLoRA, every layer states its scale as alpha / rank
+    alphas = {
+        name: _plain_number(layer.alpha if use_rslora or not layer.use_rslora else layer.scale * layer.rank)
+        for name, layer in layers.items()
+    }
+    rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": use_rslora,
         "rank_pattern": {exactly(name): layer.rank for name, layer in layers.items() if layer.rank != rank},
         "alpha_pattern": {exactly(name): value for name, value in alphas.items() if value != alpha},
     }
+
+
+def just(names: Iterable[str]) -> str:
+    """A regular expression that takes just these names."""
+    return "|".join(re.escape(name) for name in names)
 
 
 def is_alone(name: str, others: Iterable[str]) -> bool:
