@@ -172,24 +172,32 @@ def describe(model: nn.Module, layers: dict[str, CoToLoRALinear], modules: list[
     others = [plain_name(name) for name, _ in model.named_modules() if plain_name(name) not in layers]
     ambiguous = any(other.endswith("." + name) for other in others for name in layers)
     path = getattr(model, "name_or_path", None)
+    kept = {
+        "base_model_name_or_path": path if isinstance(path, str) and path else None,
+        "lora_dropout": max(layer.dropout for layer in layers.values()),
+        "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
+        "modules_to_save": modules or None,
+    }
+    # a list takes dotted ends too; where that would take more than the adapters, an exact expression
+    return fields_of(layers, just(layers) if ambiguous else list(layers), kept)
+
+
+def fields_of(layers: Mapping[str, Scaled], targets: str | list[str], kept: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of adapters whose names `targets` takes; `kept` holds fields that no adapter decides."""
     return {
         "peft_type": "LORA",
         "task_type": None,
         "inference_mode": True,
-        "base_model_name_or_path": path if isinstance(path, str) and path else None,
-        "lora_dropout": max(layer.dropout for layer in layers.values()),
         "use_dora": False,
         "bias": "none",
-        "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
         "init_lora_weights": True,
-        # a list takes dotted ends too; where that would take more than the adapters, an exact expression
-        "target_modules": just(layers) if ambiguous else list(layers),
-        "modules_to_save": modules or None,
-        **scales(layers),
+        **kept,
+        "target_modules": targets,
+        **_scales(layers),
     }
 
 
-def scales(layers: Mapping[str, Scaled]) -> dict[str, Any]:
+def _scales(layers: Mapping[str, Scaled]) -> dict[str, Any]:
     """The fields of a config that give each adapter its rank and scale."""
     use_rslora = all(layer.use_rslora for layer in layers.values())
     # where only some layers are rsLoRA, every layer states its scale as alpha / rank

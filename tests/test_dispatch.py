@@ -322,7 +322,8 @@ LEVELS = [
     {"linear"},
     {"groups"},
     {"masks"},
-    {"inject", "checkpoint", "peft_config", "coto", "lora_pro", "merging", "pruning", "shapley", "connectivity"},
+    {"inject", "checkpoint", "peft_config", "coto", "lora_pro", "merging", "pruning", "shapley", "connectivity"}
+    | {"states", "combining", "ensembles", "alignment", "kmeans"},
     {"demo", "integrations", "__main__", "__init__"},
 ]
 MODULES = sorted(p for p in (ROOT / "cotolora").rglob("*.py") if "kernels" not in p.relative_to(ROOT).parts)

@@ -1,0 +1,92 @@
+"""LoRA*: another basis for an adapter's factors, in which fusing them with another's loses less."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# keeps P from drifting where the misfit is flat; its minimum, over all P, is at the orthogonal ones
+_RIDGE = 1e-6
+
+
+class Misfit:
+    r"""How far fusing factors is from mixing products, as a function of the basis P of the second adapter.
+
+        F(P) = ‖(B₁ - B₂ P) (A₁ - P⁻¹ A₂)‖²
+
+    since, for any weight λ, ``λ B₁A₁ + (1-λ) B₂A₂`` minus the product of the fused factors is
+    ``λ (1-λ) (B₁ - B₂ P) (A₁ - P⁻¹ A₂)``. Only the triangular factors of ``[B₁ B₂]`` and ``[A₁; A₂]ᵀ`` are
+    kept, at most ``[2r, 2r]``, in float64 on the CPU.
+    """
+
+    def __init__(self, a1: Tensor, b1: Tensor, a2: Tensor, b2: Tensor) -> None:
+        rank = a1.shape[0]
+        left = torch.linalg.qr(torch.cat([b1, b2], dim=1).cpu().double(), mode="r").R
+        right = torch.linalg.qr(torch.cat([a1, a2]).T.cpu().double(), mode="r").R.T
+        self.b1, self.b2 = left[:, :rank], left[:, rank:]
+        self.a1, self.a2 = right[:rank], right[rank:]
+
+    def __call__(self, p: Tensor) -> Tensor:
+        """F at ``p [r, r]``."""
+        return ((self.b1 - self.b2 @ p) @ (self.a1 - torch.linalg.solve(p, self.a2))).square().sum()
+
+    def starts(self) -> Iterator[Tensor]:
+        """Where to begin: no change; each factor met by least squares; both met by one rotation."""
+        yield torch.eye(len(self.a1), dtype=torch.float64)
+        yield torch.linalg.pinv(self.b2) @ self.b1
+        yield torch.linalg.pinv(self.a1 @ torch.linalg.pinv(self.a2))
+        both = _unit(self.b2.T @ self.b1) + _unit(self.a2 @ self.a1.T)
+        u, _, vh = torch.linalg.svd(both)
+        yield u @ vh
+
+
+def best_basis(misfit: Misfit, iterations: int, max_condition: float) -> Tensor:
+    """The P of least misfit that L-BFGS finds from the two best starts, none worse than no change.
+
+    Args:
+        misfit: of the two adapters.
+        iterations: of L-BFGS, for each start.
+        max_condition: ``‖P‖ ‖P⁻¹‖`` stays at or below it, in the spectral norm.
+    """
+    candidates = [_conditioned(p, max_condition) for p in misfit.starts()]
+    untouched = misfit(candidates[0]).item()
+    if untouched == 0:
+        return candidates[0]
+    candidates.sort(key=lambda p: misfit(p).item())
+    found = [_conditioned(_refined(misfit, p, untouched, iterations), max_condition) for p in candidates[:2]]
+    # min takes the first of equals: what is already exact stays as it is
+    return min([*candidates, *found], key=lambda p: misfit(p).item())
+
+
+def _refined(misfit: Misfit, start: Tensor, unit: float, iterations: int) -> Tensor:
+    with torch.inference_mode(False), torch.enable_grad():
+        p = start.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [p], max_iter=iterations, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=1e-15
+        )
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            ridge = p.square().sum() + torch.linalg.inv(p).square().sum() - 2 * len(p)
+            loss = misfit(p) / unit + _RIDGE * ridge / len(p)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)  # type: ignore[arg-type]
+    return p.detach()
+
+
+def _conditioned(p: Tensor, max_condition: float) -> Tensor:
+    """The nearest matrix to `p` whose singular values lie within a factor of `max_condition`; the identity for 0."""
+    u, s, vh = torch.linalg.svd(p)
+    if not s[0] > 0 or not math.isfinite(s[0].item()):
+        return torch.eye(len(p), dtype=p.dtype)
+    return p if s[-1] * max_condition >= s[0] else (u * s.clamp(min=s[0] / max_condition)) @ vh
+
+
+def _unit(matrix: Tensor) -> Tensor:
+    norm = matrix.norm()
+    return matrix / norm if norm > 0 else matrix

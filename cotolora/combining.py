@@ -1,0 +1,154 @@
+"""What every way of merging shares: states that belong together, weights, and one result of many."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cotolora.states import AdapterState, Factors
+
+StateLike = AdapterState | str | os.PathLike[str] | nn.Module
+Weights = Sequence[float] | None
+
+
+def as_state(state: StateLike) -> AdapterState:
+    """An `AdapterState` as it is, or that of a model or a saved directory.
+
+    Raises:
+        ValueError: `state` is a plain mapping of tensors, which does not say by how much ``B A`` is scaled.
+        TypeError: `state` is anything else.
+    """
+    if isinstance(state, AdapterState):
+        return state
+    if isinstance(state, nn.Module):
+        return AdapterState.from_model(state)
+    if isinstance(state, (str, os.PathLike)):
+        return AdapterState.from_directory(state)
+    if isinstance(state, Mapping):
+        raise ValueError(
+            "state must say by how much B A is scaled, which a mapping of tensors does not; "
+            "use AdapterState.from_tensors(tensors, alpha=...)"
+        )
+    raise TypeError(f"state must be an AdapterState, a directory or a model; got {type(state).__name__}")
+
+
+def prepared(
+    states: Sequence[StateLike], weights: Weights, equal: float | None = None
+) -> tuple[list[AdapterState], list[float]]:
+    """Checks that `states` are of one base model, and `weights`; `equal` is the default weight, else 1 / n.
+
+    Raises:
+        ValueError: names what differs.
+        TypeError: `states` is one state.
+    """
+    if isinstance(states, (AdapterState, str, os.PathLike, nn.Module, Mapping)):
+        raise TypeError(f"states must be a sequence of states; got one {type(states).__name__}")
+    ready = [as_state(state) for state in states]
+    checked = checked_weights(weights, len(ready), "states", equal)
+    for i, other in enumerate(ready[1:], 1):
+        _check_same("adapters", i, *map(_sizes, (ready[0], other)))
+        _check_same("tensors besides the adapters", i, *map(_shapes, (ready[0].besides, other.besides)))
+    if ready[0].besides and sum(checked) == 0:
+        raise ValueError(f"weights must not sum to 0 to average {sorted(ready[0].besides)}; got {checked}")
+    return ready, checked
+
+
+def _sizes(state: AdapterState) -> dict[str, tuple[int, ...]]:
+    return {name: (len(part.lora_b), part.lora_a.shape[1]) for name, part in state.factors.items()}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def _check_same(what: str, i: int, first: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> None:
+    if first.keys() != other.keys():
+        raise ValueError(
+            f"states must hold the same {what}; only states[0] has {sorted(first.keys() - other.keys())}, "
+            f"only states[{i}] has {sorted(other.keys() - first.keys())}"
+        )
+    for name, shape in first.items():
+        if shape != other[name]:
+            raise ValueError(
+                f"states must be of one base model; {name} is {shape} in states[0] and {other[name]} in states[{i}]"
+            )
+
+
+def checked_weights(weights: Weights, count: int, what: str, equal: float | None = None) -> list[float]:
+    """`weights` as floats, or `count` equal ones.
+
+    Raises:
+        ValueError: another number of them, or one that is not finite.
+    """
+    if count == 0:
+        raise ValueError(f"{what} must hold at least one; got none")
+    if weights is None:
+        return [1 / count if equal is None else equal] * count
+    try:
+        checked = [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise ValueError(f"weights must be {count} finite numbers, one for each of {what}; got {weights!r}") from None
+    if len(checked) != count or not all(map(math.isfinite, checked)):
+        raise ValueError(f"weights must be {count} finite numbers, one for each of {what}; got {weights!r}")
+    return checked
+
+
+def check_rank(rank: int) -> None:
+    """Raises ValueError unless `rank` is a positive integer."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank must be a positive integer; got {rank!r}")
+
+
+def check_same_rank(states: list[AdapterState]) -> None:
+    """Raises ValueError naming the first adapter whose ranks differ."""
+    for name, part in states[0].factors.items():
+        if len(ranks := [state.factors[name].rank for state in states]) != ranks.count(part.rank):
+            raise ValueError(f"ranks of the states must agree to add factors; {name} has {ranks} (mix takes any)")
+
+
+def check_same_scale(states: list[AdapterState]) -> None:
+    """Raises ValueError naming the first adapter whose ranks or scales differ."""
+    check_same_rank(states)
+    for name, part in states[0].factors.items():
+        scales = [state.factors[name].scale for state in states]
+        if not all(math.isclose(scale, part.scale) for scale in scales):
+            raise ValueError(f"scales of the states must agree to add factors; {name} has {scales} (mix takes any)")
+
+
+def by_name(states: list[AdapterState]) -> Iterator[tuple[str, list[Factors]]]:
+    """Each adapter in all states, on the device of the first and in the widest dtype."""
+    for name in tqdm(states[0].factors, disable=None, delay=3, desc="merging"):
+        parts = [state.factors[name] for state in states]
+        to = {"device": parts[0].lora_a.device, "dtype": reduce(torch.promote_types, (p.lora_a.dtype for p in parts))}
+        yield name, [dataclasses.replace(p, lora_a=p.lora_a.to(**to), lora_b=p.lora_b.to(**to)) for p in parts]
+
+
+def merged(
+    states: list[AdapterState], weights: list[float], combine: Callable[[list[Factors]], Factors]
+) -> AdapterState:
+    """A state of what `combine` makes of each adapter; what was trained besides is averaged."""
+    factors = {name: combine(parts) for name, parts in by_name(states)}
+    besides = dict(states[0].besides)
+    for key, tensor in besides.items():
+        if tensor.is_floating_point():  # counters and flags have no mean
+            others = [state.besides[key].to(tensor.device) for state in states]
+            besides[key] = weighted_sum([weight / sum(weights) for weight in weights], others)
+    kept = dict(states[0].kept)
+    if any(state.kept.get("base_model_name_or_path") != kept.get("base_model_name_or_path") for state in states):
+        kept["base_model_name_or_path"] = None
+    return AdapterState(factors, besides, kept)
+
+
+def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    """``Σ λᵢ tᵢ``."""
+    total = weights[0] * tensors[0]
+    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
+        total = total + weight * tensor
+    return total

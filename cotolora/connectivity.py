@@ -1,0 +1,250 @@
+"""How trained adapters lie in the landscape: along a line between two of them, and with some of them dropped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean, stdev
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cotolora.combining import StateLike, as_state
+from cotolora.groups import Unit, adapters, group_names
+from cotolora.masks import adapter_mask
+from cotolora.merging import fuse, mix
+from cotolora.states import AdapterState
+
+Score = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class InterpolationCurve:
+    """Scores along the line from one adapter state to another.
+
+    Attributes:
+        lambdas: weights of `state_a`, from 0 (all `state_b`) to 1.
+        scores: one for each; larger is better.
+    """
+
+    lambdas: tuple[float, ...]
+    scores: tuple[float, ...]
+
+    @property
+    def barrier(self) -> float:
+        r"""How far the curve drops below the straight line between its ends, at worst.
+
+            max_λ  λ score(1) + (1-λ) score(0) - score(λ)
+
+        Never negative, for at the ends it is 0; 0 says that no sampled point is worse than the line.
+        In the units of the score.
+
+        Source: the error barrier of Frankle et al. 2020, section 2 (arXiv:1912.05671), of a score instead of an
+        error, against the line between the ends instead of their mean.
+
+        >>> InterpolationCurve((0.0, 0.5, 1.0), (0.75, 0.5, 0.25)).barrier
+        0.0
+        >>> InterpolationCurve((0.0, 0.5, 1.0), (0.75, 0.125, 0.75)).barrier
+        0.625
+        """
+        first, last = self.scores[0], self.scores[-1]
+        drops = (
+            weight * last + (1 - weight) * first - score
+            for weight, score in zip(self.lambdas[1:-1], self.scores[1:-1], strict=True)
+        )
+        return max([0.0, *drops])
+
+
+def interpolation_curve(
+    model: nn.Module,
+    state_a: StateLike | Mapping[str, Tensor],
+    state_b: StateLike | Mapping[str, Tensor],
+    score: Score,
+    points: int = 11,
+    *,
+    of: str = "factors",
+) -> InterpolationCurve:
+    """Scores `model` with adapters at evenly spaced points between `state_a` and `state_b`, ends included.
+
+    The model scores in `eval()` and without gradients. Afterwards, also if `score` raises, it is as it was:
+    parameters (the same objects), buffers, train or eval, merged layers and switches.
+
+    Args:
+        model: a model with adapters of the same modules; their own rank and values do not matter.
+        state_a, state_b: what `fuse` takes; also a mapping of tensors as `AdapterState.from_tensors` takes it, whose
+            scale is the model's.
+        score: the model → a finite number, larger is better.
+        points: at least 2.
+        of: "factors" scores ``fuse([a, b], [λ, 1-λ])``, linear mode connectivity as the paper measures it;
+            "products" scores ``mix([a, b], [λ, 1-λ])``.
+
+    Raises:
+        ValueError: as `fuse` and `AdapterState.applied_to`; `points` or `of` is out of its range; a score is
+            not finite.
+
+    Source: Zhuang et al. 2025, section 4, figure on linear mode connectivity (arXiv:2506.05713).
+
+    >>> from cotolora import inject
+    >>> model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    >>> _ = inject(model, rank=1, alpha=1.0)
+    >>> state = {"0.lora_A.weight": torch.ones(1, 2), "0.lora_B.weight": torch.ones(1, 1)}
+    >>> other = {key: -value for key, value in state.items()}  # the same product, of other factors
+    >>> curve = interpolation_curve(model, state, other, lambda m: m[0].delta_weight().sum().item(), points=3)
+    >>> curve
+    InterpolationCurve(lambdas=(0.0, 0.5, 1.0), scores=(2.0, 0.0, 2.0))
+    >>> curve.barrier
+    2.0
+    """
+    if isinstance(points, bool) or not isinstance(points, int) or points < 2:
+        raise ValueError(f"points must be an integer of at least 2; got {points!r}")
+    if of not in ("factors", "products"):
+        raise ValueError(f"of must be 'factors' or 'products'; got {of!r}")
+    states = [_state(model, state_a), _state(model, state_b)]
+    lambdas = [i / (points - 1) for i in range(points)]
+    scores = []
+    with _as_it_was(model):
+        for weight in tqdm(lambdas, disable=None, delay=3, desc="interpolation"):
+            between = (fuse if of == "factors" else mix)(states, [weight, 1 - weight])
+            with between.applied_to(model):
+                scores.append(_scored(model, score, f"λ = {weight:g}"))
+    return InterpolationCurve(tuple(lambdas), tuple(scores))
+
+
+@dataclass(frozen=True)
+class DropoutStability:
+    """Scores against the number of groups of adapters that are dropped, from none to all.
+
+    Attributes:
+        dropped: 0, 1, …, n.
+        scores: for each number, one score for each subset.
+    """
+
+    dropped: tuple[int, ...]
+    scores: tuple[tuple[float, ...], ...]
+
+    @property
+    def exact(self) -> tuple[bool, ...]:
+        """For each number, whether these are all the subsets there are."""
+        return tuple(
+            len(scores) == self._subsets(count) for count, scores in zip(self.dropped, self.scores, strict=True)
+        )
+
+    @property
+    def means(self) -> tuple[float, ...]:
+        """The mean score for each number."""
+        return tuple(fmean(scores) for scores in self.scores)
+
+    @property
+    def errors(self) -> tuple[float, ...]:
+        """Standard errors of the means.
+
+        ``sd / √m · √(1 - m / all)`` for m subsets drawn without repetition; 0 where they are all.
+        """
+        return tuple(
+            0.0 if exact else stdev(scores) / math.sqrt(len(scores)) * math.sqrt(1 - len(scores) / self._subsets(count))
+            for count, scores, exact in zip(self.dropped, self.scores, self.exact, strict=True)
+        )
+
+    def _subsets(self, count: int) -> int:
+        return math.comb(self.dropped[-1], count)
+
+
+def dropout_stability(
+    model: nn.Module, score: Score, *, unit: Unit = "layer", samples: int = 8, seed: int = 0
+) -> DropoutStability:
+    """Scores `model` with random subsets of its adapters dropped, for each size of the subset.
+
+    Layer-wise dropout stability is what CoTo's objective bounds, and what linear mode connectivity follows
+    from. Dropped adapters cost nothing in forward. The model scores in `eval()` and without gradients, and is
+    as it was afterwards. Adapters that are disabled stay so and do not count.
+
+    Args:
+        model: a model with adapters.
+        score: the model → a finite number, larger is better.
+        unit: what is dropped together: "layer", "module" or a callable, as in `CoTo`.
+        samples: subsets of each size, drawn without repetition; all of them where there are no more. At least 2.
+        seed: of the draws (numpy's Philox, keyed by it and the size); no global random state is touched.
+
+    Raises:
+        ValueError: no enabled adapters; `samples` or `seed` is out of its range; `enabled` of an adapter is
+            a row mask, or adapters are merged, which no mask can drop; a score is not finite.
+
+    Source: Zhuang et al. 2025, theorem 3.1 (arXiv:2506.05713), with exactly j adapters on.
+
+    >>> from cotolora import inject
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> layers = inject(model, rank=1)
+    >>> dropout_stability(model, lambda m: sum(la.enabled for la in layers.values()), samples=3).means
+    (3.0, 2.0, 1.0, 0.0)
+    """
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
+        raise ValueError(f"samples must be an integer of at least 2; got {samples!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an integer in [0, {2**64}); got {seed!r}")
+    layers = adapters(model)
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{name} must not be merged to be dropped; unmerge it")
+        if isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0:
+            raise ValueError(f"{name} must be enabled or not; its enabled is a row mask")
+    groups = list(group_names((name for name, layer in layers.items() if layer.enabled), unit).values())
+    if not groups:
+        raise ValueError(f"model must have enabled adapters; {type(model).__name__} has none")
+    subsets = [subset for count in range(len(groups) + 1) for subset in _subsets(len(groups), count, samples, seed)]
+    scores: list[list[float]] = [[] for _ in range(len(groups) + 1)]
+    with _as_it_was(model):
+        for subset in tqdm(subsets, disable=None, delay=3, desc="dropout stability"):
+            on = {name for i, names in enumerate(groups) if i not in subset for name in names}
+            with adapter_mask(model, [name in on for name in layers]):
+                scores[len(subset)].append(_scored(model, score, f"groups {subset} dropped"))
+    return DropoutStability(tuple(range(len(groups) + 1)), tuple(map(tuple, scores)))
+
+
+def _subsets(n: int, count: int, samples: int, seed: int) -> list[tuple[int, ...]]:
+    """`samples` different subsets of ``range(n)`` of `count` members, or all of them, in order."""
+    if math.comb(n, count) <= samples:
+        return list(combinations(range(n), count))
+    # raw 64-bit words and not Generator methods, whose streams may change between numpy versions
+    words = np.random.Philox(key=np.array([seed, count], dtype=np.uint64))
+    drawn: set[tuple[int, ...]] = set()
+    while len(drawn) < samples:
+        order = np.argsort(words.random_raw(n), kind="stable")
+        drawn.add(tuple(sorted(order[:count].tolist())))
+    return sorted(drawn)
+
+
+def _state(model: nn.Module, state: StateLike | Mapping[str, Tensor]) -> AdapterState:
+    return AdapterState.from_tensors(state, like=model) if isinstance(state, Mapping) else as_state(state)
+
+
+def _scored(model: nn.Module, score: Score, where: str) -> float:
+    with torch.no_grad():
+        value = float(score(model.eval()))
+    if not math.isfinite(value):
+        raise ValueError(f"score must be finite; got {value} at {where}")
+    return value
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Puts train or eval and every buffer of `model` back when the block ends."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = {
+        (module, name): (buffer, buffer.clone())
+        for module in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    }
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for (module, name), (buffer, value) in buffers.items():
+            buffer.copy_(value)
+            module._buffers[name] = buffer

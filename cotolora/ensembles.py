@@ -1,0 +1,69 @@
+"""One output from several models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cotolora.combining import Weights, checked_weights, weighted_sum
+
+
+def ensemble(models: Sequence[nn.Module], weights: Weights = None) -> Ensemble:
+    """A module that averages the outputs of `models`: ``Σ λᵢ modelᵢ(x)``, at the cost of running all of them.
+
+    Outputs are tensors, or have `logits` (a mapping, a dataclass, a transformers output): then these are
+    averaged, and any other field is None or left out, for its mean would mean nothing.
+
+    Args:
+        models: at least one; called with the same arguments, left in train or eval as they are.
+        weights: λ, one finite number for each; equal ones that sum to 1 by default.
+
+    Raises:
+        ValueError: no models, weights of another number or not finite; when called, outputs differ in shape.
+        TypeError: a model is no nn.Module; when called, an output is neither a tensor nor has `logits`.
+
+    >>> ensemble([torch.nn.Identity(), torch.nn.ReLU()], [0.5, 0.5])(torch.tensor([-2.0, 2.0]))
+    tensor([-1.,  2.])
+    """
+    for model in models:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"models must be nn.Modules; got {type(model).__name__}")
+    return Ensemble(models, checked_weights(weights, len(models), "models"))
+
+
+class Ensemble(nn.Module):
+    """What `ensemble` makes."""
+
+    def __init__(self, models: Sequence[nn.Module], weights: list[float]) -> None:
+        super().__init__()
+        self.models, self.weights = nn.ModuleList(models), weights
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What one model returns, averaged in at least float32."""
+        outputs = [model(*args, **kwargs) for model in self.models]
+        logits = [_logits(output) for output in outputs]
+        if len(shapes := {tuple(tensor.shape) for tensor in logits}) > 1:
+            raise ValueError(f"outputs of the models must be of one shape; got {sorted(shapes)}")
+        wide = torch.promote_types(logits[0].dtype, torch.float32)
+        mean = weighted_sum(self.weights, [tensor.to(logits[0].device, wide) for tensor in logits])
+        return _with_logits(outputs[0], mean.to(logits[0].dtype))
+
+
+def _logits(output: Any) -> Tensor:
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", output)
+    if not isinstance(found, Tensor):
+        raise TypeError(f"outputs must be tensors or have logits; got {type(output).__name__}")
+    return found
+
+
+def _with_logits(output: Any, logits: Tensor) -> Any:
+    if isinstance(output, Tensor):
+        return logits
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        others = {entry.name: None for entry in dataclasses.fields(output) if entry.init and entry.name != "logits"}
+        return dataclasses.replace(output, logits=logits, **others)
+    return type(output)(logits=logits)

@@ -1,0 +1,324 @@
+"""Merges trained adapters into one: by factors, by products, by rank-one units, by outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from cotolora.alignment import Misfit, best_basis
+from cotolora.combining import (
+    StateLike,
+    Weights,
+    as_state,
+    by_name,
+    check_rank,
+    check_same_rank,
+    check_same_scale,
+    merged,
+    prepared,
+    weighted_sum,
+)
+from cotolora.ensembles import ensemble
+from cotolora.kmeans import kmeans, means
+from cotolora.states import AdapterState, Factors
+
+__all__ = ["AdapterState", "Factors", "align", "as_state", "dare", "ensemble", "fuse", "lego", "mix", "ties"]
+
+
+def fuse(states: Sequence[StateLike], weights: Weights = None) -> AdapterState:
+    r"""Fuses factors: ``A = Σ λᵢ Aᵢ``, ``B = Σ λᵢ Bᵢ``, at the rank and scale of the inputs.
+
+    The product of sums is not the sum of products: what two adapters learned must also share a basis
+    (see `align`), and equal weights of n adapters that do not share one shrink each to 1/n².
+
+    Args:
+        states: each an `AdapterState`, a directory or a model with adapters; same modules, ranks and scales.
+        weights: λ, one finite number for each; equal ones that sum to 1 by default. What was trained besides
+            the adapters is averaged with them, divided by their sum.
+
+    Raises:
+        ValueError: no states; weights of another number or not finite; modules, shapes, ranks or scales that
+            differ, naming them; an adapter that is not plain LoRA.
+
+    Source: linear fusion of Zhuang et al. 2025, section 4 (arXiv:2506.05713).
+
+    >>> state = AdapterState.from_tensors({"q.lora_A.weight": torch.eye(2), "q.lora_B.weight": torch.eye(2)}, alpha=2)
+    >>> fuse([state, state], [0.5, 1.5]).factors["q"].delta()
+    tensor([[4., 0.],
+            [0., 4.]])
+    """
+    states, weights = prepared(states, weights)
+    check_same_scale(states)
+
+    def combine(parts: list[Factors]) -> Factors:
+        lora_a = weighted_sum(weights, [part.lora_a for part in parts])
+        return dataclasses.replace(
+            parts[0], lora_a=lora_a, lora_b=weighted_sum(weights, [part.lora_b for part in parts])
+        )
+
+    return merged(states, weights, combine)
+
+
+def mix(states: Sequence[StateLike], weights: Weights = None, rank: int | None = None) -> AdapterState:
+    r"""Mixes products, exactly: the update is ``Σ λᵢ sᵢ Bᵢ Aᵢ``, of factors side by side whose ranks add up.
+
+        A = [λ₁ s₁ A₁; λ₂ s₂ A₂; …],   B = [B₁ B₂ …],   alpha = rank
+
+    Args:
+        states, weights: as in `fuse`, but ranks and scales may differ.
+        rank: at most so large by a truncated SVD, the nearest update of that rank in the Frobenius
+            norm. It works on the factors and forms no ``[out, in]`` matrix. None truncates nothing.
+
+    Raises:
+        ValueError: as `fuse`, ranks and scales aside; `rank` is not a positive integer.
+
+    >>> state = AdapterState.from_tensors({"q.lora_A.weight": torch.eye(2), "q.lora_B.weight": torch.eye(2)}, alpha=2)
+    >>> mix([state, state], [0.5, 1.5])
+    AdapterState(1 adapters, ranks {4})
+    >>> mix([state, state], [0.5, 1.5], rank=2).factors["q"].delta().round(decimals=5)
+    tensor([[2., 0.],
+            [0., 2.]])
+    """
+    if rank is not None:
+        check_rank(rank)
+    states, weights = prepared(states, weights)
+
+    def combine(parts: list[Factors]) -> Factors:
+        lora_a = torch.cat([weight * part.scale * part.lora_a for weight, part in zip(weights, parts, strict=True)])
+        lora_b = torch.cat([part.lora_b for part in parts], dim=1)
+        return _truncated(lora_a, lora_b, rank or len(lora_a))
+
+    return merged(states, weights, combine)
+
+
+def align(state: StateLike, onto: StateLike, *, iterations: int = 100, max_condition: float = 1e3) -> AdapterState:
+    r"""LoRA*: gives `state` the basis in which fusing it with `onto` is nearest to mixing the two.
+
+    For each adapter an invertible ``P [rank, rank]`` turns ``(B, A)`` into ``(B P, P⁻¹ A)``, the same product.
+    It minimises the squared Frobenius distance between the fused and the mixed update, which for every λ is
+
+        ‖λ B₁A₁ + (1-λ) B₂A₂ - (λB₁ + (1-λ)B₂P) (λA₁ + (1-λ)P⁻¹A₂)‖ = λ (1-λ) ‖(B₁ - B₂P) (A₁ - P⁻¹A₂)‖
+
+    with 1 for `onto` and 2 for `state`. L-BFGS runs from the best of no change, least squares on either
+    factor and a rotation, in float64 on the CPU, on triangular factors of size 2·rank. The misfit is not
+    convex: the result is never worse than no change, and exact where the factors agree up to a basis.
+
+    Args:
+        state: what is given another basis.
+        onto: what it is to be fused with; same modules, ranks and scales.
+        iterations: of L-BFGS, from each of two starts.
+        max_condition: largest condition number of P, which bounds the rounding of the product.
+
+    Raises:
+        ValueError: as `fuse`; `iterations` is not a positive integer, or `max_condition` is below 1.
+
+    Source: LoRA* of Zhuang et al. 2025 (arXiv:2506.05713): the fit of P; the identity above and how the
+    minimum is sought are ours.
+    """
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations must be a positive integer; got {iterations!r}")
+    if not isinstance(max_condition, (int, float)) or not 1 <= max_condition < math.inf:
+        raise ValueError(f"max_condition must be a finite number of at least 1; got {max_condition!r}")
+    states, _ = prepared([onto, state], None)
+    check_same_scale(states)
+
+    def combine(parts: list[Factors]) -> Factors:
+        first, second = parts
+        misfit = Misfit(first.lora_a, first.lora_b, second.lora_a, second.lora_b)
+        p = best_basis(misfit, iterations, max_condition)
+        lora_a = torch.linalg.solve(p, second.lora_a.cpu().double())
+        lora_b = second.lora_b.cpu().double() @ p
+        return dataclasses.replace(second, lora_a=lora_a.to(second.lora_a), lora_b=lora_b.to(second.lora_b))
+
+    factors = {name: combine(parts) for name, parts in by_name(states)}
+    return AdapterState(factors, states[1].besides, states[1].kept)
+
+
+def lego(states: Sequence[StateLike], rank: int, *, reweight: bool = True, seed: int = 0) -> AdapterState:
+    r"""LoRA-LEGO: sorts the rank-one units of all adapters into `rank` clusters, whose centres are the result.
+
+    A unit is a column of B with its row of A, as one vector; what the adapters are scaled by goes into both
+    by its square root. The sum over all units is the adapters' sum, in any order, so nothing depends on theirs.
+
+    Args:
+        states: as in `fuse`, but ranks and scales may differ. Every adapter counts alike.
+        rank: number of clusters, and rank of the result. An adapter with no more units keeps each of them.
+        reweight: the paper's two corrections: each centre is stretched to the mean norm of its units, since
+            a mean is shorter; and the update is scaled by ``√(r / rank)``, r the mean rank of the inputs, since
+            the variance of the output grows with the number of units. False leaves plain centres: with
+            `rank` the sum of the ranks, that is ``mix(states, [1, 1, …])``, its units in another order.
+        seed: of the clustering's draws; torch's global generator is left alone.
+
+    Raises:
+        ValueError: as `fuse`, ranks and scales aside; `rank` is not a positive integer.
+
+    Source: Zhao et al. 2024, sections 3 and 4 (arXiv:2409.16167).
+    """
+    check_rank(rank)
+    states, weights = prepared(states, None)
+    generator = torch.Generator().manual_seed(seed)
+
+    def combine(parts: list[Factors]) -> Factors:
+        # [units, out + in]
+        units = torch.cat([torch.cat([b.T, a], dim=1) for a, b in map(_without_scale, parts)])
+        clusters = min(rank, len(units))
+        labels = kmeans(units.cpu().double(), clusters, generator).to(units.device)
+        centres = means(units, labels, clusters)
+        scale = 1.0
+        if reweight:
+            norms = means(units.norm(dim=1, keepdim=True), labels, clusters)
+            # where units cancel, their mean has no direction to stretch along
+            centres = centres * norms / centres.norm(dim=1, keepdim=True).clamp(min=torch.finfo(units.dtype).tiny)
+            scale = math.sqrt(len(units) / len(parts) / clusters)
+        out_features = len(parts[0].lora_b)
+        return Factors(centres[:, out_features:], centres[:, :out_features].T.contiguous(), scale * clusters)
+
+    return merged(states, weights, combine)
+
+
+def ties(
+    states: Sequence[StateLike],
+    weights: Weights = None,
+    density: float = 0.2,
+    *,
+    of: str = "factors",
+    rank: int | None = None,
+) -> AdapterState:
+    r"""TIES: keeps each adapter's largest entries, elects a sign for each entry, and averages those that agree.
+
+    With t the trimmed tensor of each adapter and γ the sign of their sum, an entry of the result is the sum of
+    ``λᵢ tᵢ`` over the adapters whose sign is γ, divided by their number.
+
+    Args:
+        states: as in `fuse`; ranks must agree for ``of="factors"``, scales need not.
+        weights: λ; 1 for each by default, because the operator averages by itself.
+        density: share of the entries that stay, in (0, 1].
+        of: "factors" trims A and B, each scaled by ``√|λ s|`` (the sign of λ s goes to A), as PEFT's "ties";
+            "products" trims the updates ``s B A``, the paper's task vectors, as PEFT's "ties_svd": it forms
+            one ``[out, in]`` matrix for each adapter and an SVD of one, seconds at 4096.
+        rank: of the result for ``of="products"``; the largest of the inputs by default.
+
+    Raises:
+        ValueError: as `fuse`; `density`, `of` or `rank` is out of its range.
+
+    Source: Yadav et al. 2023, algorithm 1 (arXiv:2306.01708).
+    """
+    if not isinstance(density, (int, float)) or isinstance(density, bool) or not 0 < density <= 1:
+        raise ValueError(f"density must be a number in (0, 1]; got {density!r}")
+
+    def elected(tensors: list[Tensor], weights: list[float]) -> Tensor:
+        trimmed = torch.stack([_largest(tensor, density) for tensor in tensors])
+        # zero counts as positive, as PEFT has it
+        sign = torch.where(trimmed.sum(0) >= 0, 1, -1)
+        agree = trimmed.sign() == sign
+        return weighted_sum(weights, list(trimmed * agree)) / agree.sum(0).clamp(min=1)
+
+    # one for each, because the operator averages by itself
+    states, weights = prepared(states, weights, equal=1.0)
+    return _of_tensors(states, weights, elected, of, rank)
+
+
+def dare(
+    states: Sequence[StateLike],
+    weights: Weights = None,
+    drop: float = 0.5,
+    *,
+    seed: int = 0,
+    of: str = "factors",
+    rank: int | None = None,
+) -> AdapterState:
+    r"""DARE: drops entries at random, scales the rest by ``1 / (1 - drop)``, and adds up: ``Σ λᵢ tᵢ``.
+
+    Args:
+        states: as in `fuse`; ranks must agree for ``of="factors"``, scales need not.
+        weights: λ; equal ones that sum to 1 by default.
+        drop: probability that an entry becomes zero, in [0, 1).
+        seed: of the draws, on the CPU whatever the device; torch's global generator is left alone.
+        of, rank: as in `ties`; PEFT's "dare_linear" and "dare_linear_svd", with density ``1 - drop``. An entry of
+            the product has its expectation for ``of="products"``; for factors, A and B each have theirs.
+
+    Raises:
+        ValueError: as `fuse`; `drop`, `of` or `rank` is out of its range.
+
+    Source: Yu et al. 2023, section 3 (arXiv:2311.03099).
+    """
+    if not isinstance(drop, (int, float)) or isinstance(drop, bool) or not 0 <= drop < 1:
+        raise ValueError(f"drop must be a probability in [0, 1); got {drop!r}")
+    generator = torch.Generator().manual_seed(seed)
+
+    def rescaled(tensor: Tensor) -> Tensor:
+        kept = torch.bernoulli(torch.full(tensor.shape, 1 - drop), generator=generator)
+        return tensor * kept.to(tensor) / (1 - drop)
+
+    def added(tensors: list[Tensor], weights: list[float]) -> Tensor:
+        return weighted_sum(weights, [rescaled(tensor) for tensor in tensors])
+
+    states, weights = prepared(states, weights)
+    return _of_tensors(states, weights, added, of, rank)
+
+
+def _of_tensors(
+    states: list[AdapterState],
+    weights: list[float],
+    merge: Callable[[list[Tensor], list[float]], Tensor],
+    of: str,
+    rank: int | None,
+) -> AdapterState:
+    """`merge` on A and on B, or on the products."""
+    if of not in ("factors", "products"):
+        raise ValueError(f"of must be 'factors' or 'products'; got {of!r}")
+    if rank is not None:
+        check_rank(rank)
+        if of == "factors":
+            raise ValueError(f"rank must be None for of='factors', where it is the inputs'; got {rank}")
+    if of == "factors":
+        check_same_rank(states)
+
+    def of_products(parts: list[Factors]) -> Factors:
+        u, s, vh = torch.linalg.svd(merge([part.delta() for part in parts], weights), full_matrices=False)
+        return _balanced(u, s, vh, rank or max(part.rank for part in parts))
+
+    def of_factors(parts: list[Factors]) -> Factors:
+        scaled = [weight * part.scale for weight, part in zip(weights, parts, strict=True)]
+        # the sign on one side only, or it cancels
+        lora_a = merge([p.lora_a for p in parts], [math.copysign(math.sqrt(abs(x)), x) for x in scaled])
+        lora_b = merge([p.lora_b for p in parts], [math.sqrt(abs(x)) for x in scaled])
+        return Factors(lora_a, lora_b, float(len(lora_a)))
+
+    return merged(states, weights, of_products if of == "products" else of_factors)
+
+
+def _largest(tensor: Tensor, density: float) -> Tensor:
+    """`tensor` with all but its `density` largest entries zero."""
+    if density == 1:
+        return tensor
+    flat = tensor.flatten()
+    kept = flat.abs().topk(max(1, int(density * flat.numel()))).indices
+    return torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view_as(tensor)
+
+
+def _truncated(lora_a: Tensor, lora_b: Tensor, rank: int) -> Factors:
+    """The product at scale 1, cut to its `rank` largest singular values, without forming it."""
+    if rank >= len(lora_a):
+        return Factors(lora_a, lora_b, float(len(lora_a)))
+    left = torch.linalg.qr(lora_b.cpu().double())
+    right = torch.linalg.qr(lora_a.T.cpu().double())
+    u, s, vh = torch.linalg.svd(left.R @ right.R.T)
+    cut = _balanced(left.Q @ u, s, vh @ right.Q.T, rank)
+    return dataclasses.replace(cut, lora_a=cut.lora_a.to(lora_a), lora_b=cut.lora_b.to(lora_b))
+
+
+def _balanced(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> Factors:
+    """``U S Vᴴ`` as factors of at most `rank`, each with the root of the singular values."""
+    root = s[:rank].sqrt()
+    return Factors(root.unsqueeze(1) * vh[:rank], u[:, :rank] * root, float(len(root)))
+
+
+def _without_scale(part: Factors) -> tuple[Tensor, Tensor]:
+    """A and B that hold the scale, half of it each; its sign is B's."""
+    root = math.sqrt(abs(part.scale))
+    return root * part.lora_a, math.copysign(root, part.scale) * part.lora_b

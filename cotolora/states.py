@@ -1,0 +1,314 @@
+"""Adapters apart from a model: what merging and interpolation compute with."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cotolora.checkpoint import LoadResult, Saved, collect, place, read, write
+from cotolora.groups import adapters, plain_name, unwrap
+from cotolora.linear import CoToLoRALinear
+from cotolora.peft_config import fields_of, just, parse
+
+# fields of a config that no adapter decides and that a merged one keeps
+KEPT = ("base_model_name_or_path", "fan_in_fan_out", "lora_dropout", "modules_to_save", "task_type")
+Scaling = Callable[[str], tuple[float, bool, int]]  # name → alpha, use_rslora, rank
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(?P<name>.+)\.lora_(?P<factor>[AB])\.weight")
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The update ``s · B A`` of one linear, ``s = alpha / rank``, or ``alpha / √rank`` with rsLoRA.
+
+    Attributes:
+        lora_a: A, ``[rank, in_features]``, at least float32.
+        lora_b: B, ``[out_features, rank]``, at least float32.
+        alpha, use_rslora: as in `CoToLoRALinear`.
+    """
+
+    lora_a: Tensor
+    lora_b: Tensor
+    alpha: float
+    use_rslora: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Rows of A, columns of B."""
+        return self.lora_a.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """The number s."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def delta(self) -> Tensor:
+        """``s · B A [out_features, in_features]``."""
+        return self.scale * (self.lora_b @ self.lora_a)
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterState:
+    """The adapters of a model, by the names of its modules, and whatever else was trained with them.
+
+    Only plain LoRA: its update is a product of two factors, which merging takes apart.
+
+    Attributes:
+        factors: A, B and scale of each adapter.
+        besides: parameters (a head) and buffers that were saved with them, by name.
+        kept: fields of the PEFT config that go on to whatever is made of this state.
+
+    Raises:
+        ValueError: no factors; a factor is not a finite floating matrix, or A and B differ in rank.
+
+    >>> layer = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    >>> from cotolora import inject
+    >>> _ = inject(layer, rank=1, alpha=2.0)
+    >>> AdapterState.from_model(layer)
+    AdapterState(1 adapters, ranks {1})
+    """
+
+    factors: Mapping[str, Factors]
+    besides: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.factors:
+            raise ValueError("factors must hold at least one adapter; got none")
+        object.__setattr__(self, "factors", {name: _checked(name, part) for name, part in self.factors.items()})
+        for key, tensor in self.besides.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"{key} must be finite; it holds NaN or infinity")
+
+    def __repr__(self) -> str:
+        ranks = sorted({part.rank for part in self.factors.values()})
+        besides = f", {len(self.besides)} tensors besides" if self.besides else ""
+        return f"AdapterState({len(self.factors)} adapters, ranks {{{', '.join(map(str, ranks))}}}{besides})"
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> AdapterState:
+        """A copy of what `save_adapter` would write: the enabled adapters, and what else trains.
+
+        Raises:
+            ValueError: as `save_adapter`, or an adapter is not of variant "lora".
+        """
+        tensors, fields = collect(model)
+        return cls._of(tensors, fields, type(model).__name__)
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike[str]) -> AdapterState:
+        """What `save_adapter`, `save` or PEFT wrote.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_adapter`, or the files do not hold plain LoRA.
+        """
+        saved = read(directory)
+        return cls._of(saved.tensors, saved.fields, str(directory))
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        *,
+        alpha: float | None = None,
+        use_rslora: bool = False,
+        like: nn.Module | None = None,
+    ) -> AdapterState:
+        """Adapters from a flat mapping, which does not say by how much ``B A`` is scaled.
+
+        Args:
+            tensors: keys as `save_adapter` writes them (``blocks.0.q.lora_A.weight``), with or without
+                PEFT's ``base_model.model.``; other keys are what was trained besides. Copied.
+            alpha, use_rslora: give every adapter its scale; or
+            like: a model whose adapters of the same names give it.
+
+        Raises:
+            ValueError: not one of `alpha` and `like`; half an adapter, or one that is not plain LoRA, or
+                that `like` has not at this rank.
+
+        >>> tensors = {"q.lora_A.weight": torch.ones(2, 3), "q.lora_B.weight": torch.ones(4, 2)}
+        >>> AdapterState.from_tensors(tensors, alpha=4)
+        AdapterState(1 adapters, ranks {2})
+        """
+        if (alpha is None) == (like is None):
+            raise ValueError(
+                f"one of alpha and like must be given, for the scale; got {'neither' if like is None else 'both'}"
+            )
+        plain = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
+        layers = adapters(like) if like is not None else {}
+
+        def scaling(name: str) -> tuple[float, bool, int]:
+            if alpha is not None:
+                return alpha, use_rslora, len(plain[f"{name}.lora_A.weight"])
+            if name not in layers:
+                raise ValueError(f"tensors must be of adapters that the model has; got {name}")
+            return layers[name].alpha, layers[name].use_rslora, layers[name].rank
+
+        return cls._split(plain, scaling, {}, "tensors")
+
+    @classmethod
+    def _of(cls, tensors: Mapping[str, Tensor], fields: dict[str, Any], source: str) -> AdapterState:
+        config = parse(fields)
+        if fields["peft_type"] != "LORA" or fields.get("use_dora"):
+            kind = "dora" if fields.get("use_dora") else fields["peft_type"].lower()
+            raise ValueError(f"{source} must hold adapters of variant 'lora', which are products; got {kind!r}")
+        kept = {key: fields[key] for key in KEPT if key in fields}
+        return cls._split(
+            tensors, lambda name: (config.alpha_of(name), config.use_rslora, config.rank_of(name)), kept, source
+        )
+
+    @classmethod
+    def _split(cls, tensors: Mapping[str, Tensor], scaling: Scaling, kept: dict[str, Any], source: str) -> AdapterState:
+        pairs: dict[str, dict[str, Tensor]] = {}
+        besides = {}
+        for key, tensor in tensors.items():
+            if match := _FACTOR.fullmatch(key):
+                pairs.setdefault(match["name"], {})[match["factor"]] = tensor
+            elif re.search(r"\.(lora|hira)_(A|B|embedding|magnitude)", key):
+                raise ValueError(f"{source} must hold plain LoRA of linears, lora_A and lora_B; got {key!r}")
+            else:
+                besides[key] = tensor.detach().clone()
+        factors = {}
+        for name, pair in pairs.items():
+            if len(pair) < 2:
+                raise ValueError(f"{source} must hold lora_A and lora_B of {name}; got only lora_{next(iter(pair))}")
+            alpha, use_rslora, rank = scaling(name)
+            if pair["A"].shape[0] != rank:
+                raise ValueError(f"{source} must give {name} the rank of its tensors; got {rank}, {pair['A'].shape[0]}")
+            factors[name] = Factors(pair["A"].detach().clone(), pair["B"].detach().clone(), alpha, use_rslora)
+        return cls(factors, besides, kept)
+
+    def _saved(self) -> Saved:
+        tensors = dict(self.besides)
+        for name, part in self.factors.items():
+            tensors |= {f"{name}.lora_A.weight": part.lora_a, f"{name}.lora_B.weight": part.lora_b}
+        fields = fields_of(self.factors, just(self.factors), self.kept)
+        return Saved(tensors, fields, parse(fields), ours=True)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the pair of files that `load_adapter` and PEFT read, whole or not at all, as `save_adapter`.
+
+        Raises:
+            OSError: the files cannot be written; the old ones are as they were.
+        """
+        saved = self._saved()
+        write(directory, saved.tensors, saved.fields)
+
+    def load_into(self, model: nn.Module, strict: bool = True) -> LoadResult:
+        """`load_adapter`, without a disk: injects into a plain model; adapters that are there must agree in rank.
+
+        Raises:
+            ValueError: the state does not fit the model. Nothing is changed.
+        """
+        return place(model, self._saved(), source="the state", strict=strict)
+
+    @contextmanager
+    def applied_to(self, model: nn.Module) -> Iterator[None]:
+        """Inside the block, `model` computes with this state, whatever the ranks of its own adapters.
+
+        Afterwards its own are back: the same parameter objects, never written; what was saved besides,
+        bit for bit. Switches and merged layers are as before too, and also if the block raises.
+
+        Raises:
+            ValueError: the state and the model differ in modules or shapes; a layer is not plain LoRA.
+        """
+        layers = self._layers_of(model)
+        plain = self._plain_of(model)
+        # copies of both first: nothing has changed yet if memory runs out
+        kept = {key: target.detach().clone() for key, target in plain.items()}
+        before = {name: (_scaling(layer), layer.lora_a, layer.lora_b, layer.merged) for name, layer in layers.items()}
+        try:
+            for name, layer in layers.items():
+                part = self.factors[name]
+                layer.unmerge()
+                scaling = part.rank, part.alpha, part.use_rslora
+                _put(layer, scaling, _like(part.lora_a, layer), _like(part.lora_b, layer))
+            _copy(self.besides, plain)
+            yield
+        finally:
+            _copy(kept, plain)
+            for name, layer in layers.items():
+                scaling, lora_a, lora_b, merged = before[name]
+                _put(layer, scaling, lora_a, lora_b)
+                if merged:
+                    layer.merge()
+
+    def _layers_of(self, model: nn.Module) -> dict[str, CoToLoRALinear]:
+        layers = adapters(model)
+        needed = {name for name, layer in layers.items() if layer.enabled is not False}
+        if missing := sorted(needed - set(self.factors)) or sorted(set(self.factors) - set(layers)):
+            whose = "the model has and the state lacks" if missing[0] in layers else "the state has and the model lacks"
+            raise ValueError(f"state must hold the adapters of the model; {whose} {missing}")
+        layers = {name: layer for name, layer in layers.items() if name in self.factors}
+        for name, layer in layers.items():
+            part = self.factors[name]
+            if layer.variant != "lora" or layer.init in ("pissa", "olora"):
+                raise ValueError(f"{name} must be plain LoRA; it is {layer.variant!r} with init {layer.init!r}")
+            if layer.merged and isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0:
+                raise ValueError(f"{name} must not be merged while enabled is a row mask; unmerge it")
+            if hasattr(layer.lora_a, "device_mesh"):
+                raise ValueError(f"{name} must be whole on this device; its parameters are sharded")
+            shape = (part.lora_b.shape[0], part.lora_a.shape[1])
+            if shape != (layer.out_features, layer.in_features):
+                raise ValueError(
+                    f"{name} must be {layer.out_features} x {layer.in_features} as in the model; the state's is {shape}"
+                )
+        return layers
+
+    def _plain_of(self, model: nn.Module) -> dict[str, Tensor]:
+        if not self.besides:
+            return {}
+        own = {plain_name(key): tensor for key, tensor in unwrap(model).state_dict(keep_vars=True).items()}
+        for key, tensor in self.besides.items():
+            if key not in own or own[key].shape != tensor.shape:
+                found = f"of shape {tuple(own[key].shape)}" if key in own else "not there"
+                raise ValueError(f"{key} must be in the model, of shape {tuple(tensor.shape)}; it is {found}")
+        return {key: own[key] for key in self.besides}
+
+
+def _checked(name: str, part: Factors) -> Factors:
+    for key, tensor in (("lora_a", part.lora_a), ("lora_b", part.lora_b)):
+        if not isinstance(tensor, Tensor) or tensor.dim() != 2 or not tensor.is_floating_point():
+            got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{key} of {name} must be a floating matrix; got {got}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{key} of {name} must be finite; it holds NaN or infinity")
+    if part.lora_a.shape[0] != part.lora_b.shape[1] or part.rank < 1:
+        raise ValueError(
+            f"lora_a and lora_b of {name} must be [rank, in] and [out, rank]; "
+            f"got {tuple(part.lora_a.shape)} and {tuple(part.lora_b.shape)}"
+        )
+    if isinstance(part.alpha, bool) or not isinstance(part.alpha, (int, float)) or not math.isfinite(part.alpha):
+        raise ValueError(f"alpha of {name} must be a finite number; got {part.alpha!r}")
+    dtype = torch.promote_types(torch.promote_types(part.lora_a.dtype, part.lora_b.dtype), torch.float32)
+    return Factors(
+        part.lora_a.detach().to(dtype), part.lora_b.detach().to(dtype), float(part.alpha), bool(part.use_rslora)
+    )
+
+
+def _scaling(layer: CoToLoRALinear) -> tuple[int, float, bool]:
+    return layer.rank, layer.alpha, layer.use_rslora
+
+
+def _put(layer: CoToLoRALinear, scaling: tuple[int, float, bool], lora_a: Tensor, lora_b: Tensor) -> None:
+    layer.rank, layer.alpha, layer.use_rslora = scaling
+    layer.lora_a, layer.lora_b = lora_a, lora_b  # type: ignore[assignment]
+
+
+def _like(value: Tensor, layer: CoToLoRALinear) -> nn.Parameter:
+    own = layer.lora_a
+    return nn.Parameter(value.to(own.device, own.dtype, copy=True), requires_grad=own.requires_grad)
+
+
+@torch.no_grad()
+def _copy(values: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> None:
+    for key, target in targets.items():
+        target.copy_(values[key])
