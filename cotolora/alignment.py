@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor
 
 # keeps P from drifting where the misfit is flat; its minimum, over all P, is at the orthogonal ones
 _RIDGE = 1e-6
+# of the misfit of no change, squared: what float64 leaves of an exact fit
+_EXACT = 1e-24
 
 
 class Misfit:
@@ -29,9 +30,17 @@ class Misfit:
         self.b1, self.b2 = left[:, :rank], left[:, rank:]
         self.a1, self.a2 = right[:rank], right[rank:]
 
-    def __call__(self, p: Tensor) -> Tensor:
+    def __call__(self, p: Tensor) -> float:
         """F at ``p [r, r]``."""
-        return ((self.b1 - self.b2 @ p) @ (self.a1 - torch.linalg.solve(p, self.a2))).square().sum()
+        return ((self.b1 - self.b2 @ p) @ (self.a1 - torch.linalg.solve(p, self.a2))).square().sum().item()
+
+    def gradient(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """F and ``dF/dP = 2 (U P⁻¹)ᵀ E (P⁻¹A₂)ᵀ - 2 B₂ᵀ E Vᵀ``, where ``E = U V = (B₁ - B₂P) (A₁ - P⁻¹A₂)``."""
+        inverse = torch.linalg.inv(p)
+        turned = inverse @ self.a2
+        u, v = self.b1 - self.b2 @ p, self.a1 - turned
+        e = u @ v
+        return e.square().sum(), 2 * ((u @ inverse).T @ e @ turned.T - self.b2.T @ e @ v.T)
 
     def starts(self) -> Iterator[Tensor]:
         """Where to begin: no change; each factor met by least squares; both met by one rotation."""
@@ -52,37 +61,38 @@ def best_basis(misfit: Misfit, iterations: int, max_condition: float) -> Tensor:
         max_condition: ``‖P‖ ‖P⁻¹‖`` stays at or below it, in the spectral norm.
     """
     candidates = [_conditioned(p, max_condition) for p in misfit.starts()]
-    untouched = misfit(candidates[0]).item()
-    if untouched == 0:
+    untouched = misfit(candidates[0])
+    candidates.sort(key=misfit)  # stable: of equals, no change comes first
+    if misfit(candidates[0]) <= _EXACT * untouched:
         return candidates[0]
-    candidates.sort(key=lambda p: misfit(p).item())
     found = [_conditioned(_refined(misfit, p, untouched, iterations), max_condition) for p in candidates[:2]]
-    # min takes the first of equals: what is already exact stays as it is
-    return min([*candidates, *found], key=lambda p: misfit(p).item())
+    return min([*candidates, *found], key=misfit)
 
 
 def _refined(misfit: Misfit, start: Tensor, unit: float, iterations: int) -> Tensor:
-    with torch.inference_mode(False), torch.enable_grad():
-        p = start.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [p], max_iter=iterations, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=1e-15
-        )
+    p = start.clone()
+    optimizer = torch.optim.LBFGS(
+        [p], max_iter=iterations, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=1e-15
+    )
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            ridge = p.square().sum() + torch.linalg.inv(p).square().sum() - 2 * len(p)
-            loss = misfit(p) / unit + _RIDGE * ridge / len(p)
-            loss.backward()
-            return loss
+    def closure() -> Tensor:
+        inverse = torch.linalg.inv(p)
+        value, gradient = misfit.gradient(p)
+        ridge = p.square().sum() + inverse.square().sum() - 2 * len(p)
+        p.grad = gradient / unit + 2 * _RIDGE / len(p) * (p - inverse.T @ inverse @ inverse.T)
+        return value / unit + _RIDGE / len(p) * ridge
 
+    try:
         optimizer.step(closure)  # type: ignore[arg-type]
-    return p.detach()
+    except torch.linalg.LinAlgError:  # a trial step met a singular P
+        return start
+    return p if p.isfinite().all() else start
 
 
 def _conditioned(p: Tensor, max_condition: float) -> Tensor:
     """The nearest matrix to `p` whose singular values lie within a factor of `max_condition`; the identity for 0."""
     u, s, vh = torch.linalg.svd(p)
-    if not s[0] > 0 or not math.isfinite(s[0].item()):
+    if s[0] == 0:
         return torch.eye(len(p), dtype=p.dtype)
     return p if s[-1] * max_condition >= s[0] else (u * s.clamp(min=s[0] / max_condition)) @ vh
 

@@ -126,8 +126,9 @@ def by_name(states: list[AdapterState]) -> Iterator[tuple[str, list[Factors]]]:
     """Each adapter in all states, on the device of the first and in the widest dtype."""
     for name in tqdm(states[0].factors, disable=None, delay=3, desc="merging"):
         parts = [state.factors[name] for state in states]
-        to = {"device": parts[0].lora_a.device, "dtype": reduce(torch.promote_types, (p.lora_a.dtype for p in parts))}
-        yield name, [dataclasses.replace(p, lora_a=p.lora_a.to(**to), lora_b=p.lora_b.to(**to)) for p in parts]
+        device, dtype = parts[0].lora_a.device, reduce(torch.promote_types, (part.lora_a.dtype for part in parts))
+        factors = [(part.lora_a.to(device, dtype), part.lora_b.to(device, dtype)) for part in parts]
+        yield name, [dataclasses.replace(p, lora_a=a, lora_b=b) for p, (a, b) in zip(parts, factors, strict=True)]
 
 
 def merged(

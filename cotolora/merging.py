@@ -251,7 +251,7 @@ def dare(
     generator = torch.Generator().manual_seed(seed)
 
     def rescaled(tensor: Tensor) -> Tensor:
-        kept = torch.bernoulli(torch.full(tensor.shape, 1 - drop), generator=generator)
+        kept = torch.bernoulli(torch.full(tensor.shape, 1.0 - drop), generator=generator)
         return tensor * kept.to(tensor) / (1 - drop)
 
     def added(tensors: list[Tensor], weights: list[float]) -> Tensor:
@@ -307,7 +307,7 @@ def _truncated(lora_a: Tensor, lora_b: Tensor, rank: int) -> Factors:
         return Factors(lora_a, lora_b, float(len(lora_a)))
     left = torch.linalg.qr(lora_b.cpu().double())
     right = torch.linalg.qr(lora_a.T.cpu().double())
-    u, s, vh = torch.linalg.svd(left.R @ right.R.T)
+    u, s, vh = torch.linalg.svd(left.R @ right.R.T, full_matrices=False)
     cut = _balanced(left.Q @ u, s, vh @ right.Q.T, rank)
     return dataclasses.replace(cut, lora_a=cut.lora_a.to(lora_a), lora_b=cut.lora_b.to(lora_b))
 
