@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cotolora.checkpoint import LoadResult, Saved, collect, place, read, write
-from cotolora.groups import adapters, plain_name, unwrap
+from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.linear import CoToLoRALinear
 from cotolora.peft_config import fields_of, just, parse
 
@@ -243,7 +243,7 @@ class AdapterState:
 
     def _layers_of(self, model: nn.Module) -> dict[str, CoToLoRALinear]:
         layers = adapters(model)
-        needed = {name for name, layer in layers.items() if layer.enabled is not False}
+        needed = {name for name, layer in layers.items() if is_enabled(layer)}
         if missing := sorted(needed - set(self.factors)) or sorted(set(self.factors) - set(layers)):
             whose = "the model has and the state lacks" if missing[0] in layers else "the state has and the model lacks"
             raise ValueError(f"state must hold the adapters of the model; {whose} {missing}")
@@ -279,6 +279,8 @@ def _checked(name: str, part: Factors) -> Factors:
         if not isinstance(tensor, Tensor) or tensor.dim() != 2 or not tensor.is_floating_point():
             got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{key} of {name} must be a floating matrix; got {got}")
+        if tensor.is_meta:
+            raise ValueError(f"{key} of {name} must have memory; it is on the meta device")
         if not tensor.isfinite().all():
             raise ValueError(f"{key} of {name} must be finite; it holds NaN or infinity")
     if part.lora_a.shape[0] != part.lora_b.shape[1] or part.rank < 1:
