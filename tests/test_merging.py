@@ -171,7 +171,8 @@ def test_half_precision_becomes_float32():
     part = AdapterState.from_tensors(tensors, alpha=1).factors["q"]
     assert part.lora_a.dtype == part.lora_b.dtype == torch.float32
     double = AdapterState.from_tensors({k: t.double() for k, t in tensors.items()}, alpha=1)
-    assert mix([double, random_state(0, sizes={"q": (2, 3)})]).factors["q"].lora_a.dtype == torch.float64
+    for pair in itertools.permutations([double, random_state(0, sizes={"q": (2, 3)})]):
+        assert mix(pair).factors["q"].lora_a.dtype == torch.float64
 
 
 def test_tensors_get_their_scale_from_alpha_or_a_model():
@@ -382,6 +383,14 @@ def test_align_finds_the_basis(case, rng_untouched):
     for name in SIZES:
         assert misfit(state, aligned, name) < 1e-9 * misfit(state, other, name)
     assert_same_update(fuse([state, aligned]), [state], [1])
+
+
+@pytest.mark.parametrize(("case", "exact"), [("permuted", [1, 2, 3]), ("any", [1, 2])])
+def test_where_align_begins(case, exact):
+    one, two = random_state(0).factors["q"], turned(random_state(0), BASES[case]).factors["q"]
+    found = Misfit(one.lora_a, one.lora_b, two.lora_a, two.lora_b)
+    untouched, *others = (found(p) for p in found.starts())
+    assert [i for i, value in enumerate(others, 1) if value < 1e-9 * untouched] == exact
 
 
 def test_align_keeps_the_product_and_comes_nearer(rng_untouched):
@@ -662,12 +671,13 @@ def test_ensemble_averages_outputs(kind, request):
 
     if kind == "transformers":
         request.getfixturevalue("tf")
-    make = {
+    makes = {
         "tensor": lambda x: x,
         "dict": lambda x: {"logits": x, "loss": x.sum()},
         "dataclass": lambda x: Output(x, x.sum()),
         "transformers": transformers_output,
-    }[kind]
+    }
+    make = makes[kind]
     both = ensemble([Returns(1.0, make), Returns(3.0, make)], [0.5, 1.0])
     x = torch.tensor([[1.0, -2.0]], dtype=torch.bfloat16)
     output = both(x)
@@ -679,6 +689,9 @@ def test_ensemble_averages_outputs(kind, request):
     elif kind != "tensor":
         assert output.loss is None
     assert torch.equal(ensemble([nn.Identity(), nn.Identity()])(X), X)
+    # in bfloat16, 256 + 1 is 256
+    many = ensemble([Returns(factor, makes["tensor"]) for factor in (256.0, 1.0, 1.0)], [1, 1, 1])
+    assert many(torch.ones(1, dtype=torch.bfloat16)) == 258
 
 
 def test_ensemble_refuses():
