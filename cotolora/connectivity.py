@@ -87,7 +87,7 @@ def interpolation_curve(
         ValueError: as `fuse` and `AdapterState.applied_to`; `points` or `of` is out of its range; a score is
             not finite.
 
-    Source: Zhuang et al. 2025, section 4, figure on linear mode connectivity (arXiv:2506.05713).
+    Source: Zhuang et al. 2025, linear mode connectivity (arXiv:2506.05713).
 
     >>> from cotolora import inject
     >>> model = nn.Sequential(nn.Linear(2, 1, bias=False))

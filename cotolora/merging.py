@@ -44,7 +44,7 @@ def fuse(states: Sequence[StateLike], weights: Weights = None) -> AdapterState:
         ValueError: no states; weights of another number or not finite; modules, shapes, ranks or scales that
             differ, naming them; an adapter that is not plain LoRA.
 
-    Source: linear fusion of Zhuang et al. 2025, section 4 (arXiv:2506.05713).
+    Source: linear fusion of Zhuang et al. 2025 (arXiv:2506.05713).
 
     >>> state = AdapterState.from_tensors({"q.lora_A.weight": torch.eye(2), "q.lora_B.weight": torch.eye(2)}, alpha=2)
     >>> fuse([state, state], [0.5, 1.5]).factors["q"].delta()
@@ -156,7 +156,7 @@ def lego(states: Sequence[StateLike], rank: int, *, reweight: bool = True, seed:
     Raises:
         ValueError: as `fuse`, ranks and scales aside; `rank` is not a positive integer.
 
-    Source: Zhao et al. 2024, sections 3 and 4 (arXiv:2409.16167).
+    Source: Zhao et al. 2024, "Merging LoRAs like Playing LEGO" (arXiv:2409.16167).
     """
     check_rank(rank)
     states, weights = prepared(states, None)
@@ -244,7 +244,7 @@ def dare(
     Raises:
         ValueError: as `fuse`; `drop`, `of` or `rank` is out of its range.
 
-    Source: Yu et al. 2023, section 3 (arXiv:2311.03099).
+    Source: Yu et al. 2023 (arXiv:2311.03099).
     """
     if not isinstance(drop, (int, float)) or isinstance(drop, bool) or not 0 <= drop < 1:
         raise ValueError(f"drop must be a probability in [0, 1); got {drop!r}")
