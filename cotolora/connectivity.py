@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cotolora.combining import StateLike, as_state
-from cotolora.groups import Unit, adapters, group_names
+from cotolora.groups import Unit, group_names, unmerged_adapters
 from cotolora.masks import adapter_mask
 from cotolora.merging import fuse, mix
 from cotolora.states import AdapterState
@@ -186,10 +186,8 @@ def dropout_stability(
         raise ValueError(f"samples must be an integer of at least 2; got {samples!r}")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"seed must be an integer in [0, {2**64}); got {seed!r}")
-    layers = adapters(model)
+    layers = unmerged_adapters(model)
     for name, layer in layers.items():
-        if layer.merged:
-            raise ValueError(f"{name} must not be merged to be dropped; unmerge it")
         if isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0:
             raise ValueError(f"{name} must be enabled or not; its enabled is a row mask")
     groups = list(group_names((name for name, layer in layers.items() if layer.enabled), unit).values())
