@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import report, sweep
 from benchmarks.contenders import AUTO, FROZEN, NAMED, NARROW, OFF_BY_DEVICE, OFF_BY_HOST, chosen
 from benchmarks.report import Result
-from benchmarks.shapes import BLOCKS
+from benchmarks.shapes import BLOCKS, title
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"shapes": ["llama3-8b", "vit-b"], "rows": [8192]},
@@ -23,20 +23,28 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def plot(result: Result, path: Path) -> None:
-    """Forward and backward over frozen, a panel of bars for each block."""
-    rows = [row for row in result.rows if row["part"] == "both" and row["over_frozen"] is not None]
-    groups = report.groups(rows, sweep.WHERE)
-    figure, axes = report.figure(len(groups), width=5.0)
-    for axis, (group, members) in zip(axes, groups.items(), strict=True):
+    """What forward and backward take beyond the frozen linears, a panel of bars for each block."""
+    rows = [row for row in result.rows if row.get("part") == "both" and row["over_frozen"] is not None]
+    groups = report.groups([row for row in rows if row["contender"] != FROZEN.name], sweep.WHERE)
+    figure, axes = report.figure(len(groups), width=5.5)
+    for axis, ((shape, m, rank, mode), members) in zip(axes, groups.items(), strict=True):
         bars = members[::-1]
-        colors = ["C0" if row["contender"].startswith("ours") else "0.6" for row in bars]
-        drawn = axis.barh([row["contender"] for row in bars], [row["over_frozen"] for row in bars], color=colors)
-        axis.bar_label(drawn, fmt="%.2f", padding=2, fontsize=8)
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.set(title=f"{group[0]}, {group[1]} rows, rank {group[2]}", xlabel="forward and backward, over frozen")
-        axis.tick_params(axis="y", labelsize=8)
-        axis.margins(x=0.15)
+        extra = [100 * (row["over_frozen"] - 1) for row in bars]
+        drawn = axis.barh([row["contender"] for row in bars], extra, color=[color_of(row["contender"]) for row in bars])
+        axis.bar_label(drawn, fmt="{:+.0f} %", padding=2, fontsize=8)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_title(f"{title(shape)}, {m} rows, rank {rank}, {mode}", size=8)
+        axis.set_xlabel("time beyond the frozen linears', % of theirs (lower is better)", size=8)
+        axis.tick_params(labelsize=8)
+        axis.margins(x=0.25)
     figure.savefig(path, dpi=150)
+
+
+def color_of(name: str) -> str:
+    """Ours blue, by name pale, off green, peers grey."""
+    if not name.startswith("ours"):
+        return "0.6"
+    return "C0" if name == AUTO.name else "C2" if " off " in name else "lightsteelblue"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import cotolora
-from benchmarks import linear, report, sweep
+from benchmarks import block, linear, report, sweep
 from benchmarks.contenders import AUTO, FROZEN, OFF_BY_DEVICE, OFF_BY_HOST, ON_BY_DEVICE, PEFT_OFF
 from benchmarks.report import Result
 
 DEFAULTS = {
-    "cuda": {"shapes": ["llama3-8b"], "rows": [16, 8192]},
-    "cpu": {"shapes": ["64,256,256", "394,768,768", "394,768,3072"], "rows": []},
+    "cuda": {"shapes": ["llama3-8b"], "rows": [16, 8192], "peers": ["peft"]},
+    "cpu": {"shapes": ["64,256,256", "394,768,768", "394,768,3072"], "rows": [], "peers": ["peft"]},
 }
+plot = block.plot
 STEPS, WIDTH = 50, 32
 COMPILED = {"the model, host gates": "host", "the model, device gates": "device", "every block, host gates": "host"}
 
@@ -85,7 +86,7 @@ def text(result: Result) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints a table for every shape, then the graphs; 1 if any is not as it must be."""
-    parser = sweep.parser_of("gates", __doc__ or "")
+    parser = sweep.parser_of("gates", __doc__ or "", peers=("peft",))  # the only one that has a switch
     linear.add_shapes(parser)
     options = sweep.settle(parser, arguments, DEFAULTS)
     peers = [PEFT_OFF] if "peft" in options.peers else []
@@ -94,4 +95,4 @@ def main(arguments: list[str] | None = None) -> int:
     sweep.measure(result, options, linear.cases(options.shapes, options.rows), contenders)
     result.rows += [{"contender": what, "graphs": graphs(what)} for what in COMPILED]
     print("\n".join([sweep.endings(result), "", graph_table(result)]), flush=True)
-    return sweep.finish(result, options, linear.plot)
+    return sweep.finish(result, options, plot)

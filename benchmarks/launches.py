@@ -31,6 +31,7 @@ from triton import knobs
 import cotolora
 from benchmarks.aot import intercept
 from benchmarks.contenders import Adapter, ours, peft, unsloth_order
+from benchmarks.shapes import number
 from cotolora import dispatch
 from cotolora.kernels import adapter_grads, low_rank_gemm, one_pass, one_pass_swapped, pre_expand, shrink
 from cotolora.kernels.forms import FORMS
@@ -214,19 +215,19 @@ def table(counts: dict[str, Count], verbose: bool) -> str:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks launches", description=__doc__.splitlines()[0])
     for name, default in (("rows", 8192), ("in-features", 4096), ("out-features", 4096), ("rank", 16)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=number(int), default=default)
     parser.add_argument("--dropout", type=float, default=0.0, help="probability in [0, 1)")
     parser.add_argument("--verbose", action="store_true", help="list every kernel with its bytes")
     parser.add_argument("--json", type=Path, help="also write every kernel here")
     options = parser.parse_args(arguments)
     if knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: with it kernels are interpreted and never launched")
-    if min(options.rows, options.in_features, options.out_features, options.rank) < 1:
-        parser.error("rows, features and rank must be at least 1")
     if options.rank > dispatch.TRITON_MAX_RANK:
         parser.error(f"--rank must be at most {dispatch.TRITON_MAX_RANK}; got {options.rank}")
     if not 0 <= options.dropout < 1:
         parser.error(f"--dropout must be in [0, 1); got {options.dropout}")
+    if options.json and not options.json.resolve().parent.is_dir():
+        parser.error(f"argument --json: {options.json.parent} is no folder")
     return options
 
 

@@ -20,6 +20,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+OTHERS = ("C1", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "navy", "0.5", "black")  # C0 and C2 are taken
+
+
 def cases(shapes: list[str], rows: list[int]) -> list[sweep.Case]:
     """Each linear of the models by itself."""
     found: dict[tuple[int, int, int], sweep.Case] = {}
@@ -30,26 +33,39 @@ def cases(shapes: list[str], rows: list[int]) -> list[sweep.Case]:
     return list(found.values())
 
 
+def style_of(name: str, i: int) -> dict[str, Any]:
+    """How a contender's line is drawn: ours thick, ours by name thin, off green, peers dashed."""
+    special = {
+        FROZEN.name: {"color": "black"},
+        AUTO.name: {"color": "C0", "linewidth": 3.5, "alpha": 0.6},
+        OFF_BY_HOST.name: {"color": "C2"},
+        OFF_BY_DEVICE[0].name: {"color": "C2", "linestyle": ":"},
+    }
+    other = {"color": OTHERS[i % len(OTHERS)], "linestyle": ":" if name.startswith("ours") else "--"}
+    return {"marker": "o", "markersize": 3} | special.get(name, other)
+
+
 def plot(result: Result, path: Path) -> None:
-    """Time over frozen against rows, a panel for each linear, forward and backward."""
+    """Forward and backward over frozen, a panel for each linear: against rows, or against ranks if these vary more."""
     rows = [row for row in result.rows if row.get("part") == "both" and row["over_frozen"] is not None]
-    groups = list(dict.fromkeys((row["shape"], row["rank"], row["mode"]) for row in rows))
+    counts = [len({row[name] for row in rows}) for name in ("rank", "rows")]
+    along, fixed = ("rank", "rows") if counts[0] > counts[1] else ("rows", "rank")
+    groups = report.groups(rows, ("shape", fixed, "mode"))
     figure, axes = report.figure(len(groups))
     names = list(dict.fromkeys(row["contender"] for row in rows))
-    for axis, group in zip(axes, groups, strict=True):
+    for axis, ((weight, value, mode), members) in zip(axes, groups.items(), strict=True):
         for i, name in enumerate(names):
-            line = [r for r in rows if r["contender"] == name and (r["shape"], r["rank"], r["mode"]) == group]
-            style = {"marker": "o", "color": f"C{i % 10}", "linestyle": "-" if name.startswith("ours") else "--"}
-            if name == "frozen":
-                style = {"color": "black"}
-            axis.plot([r["rows"] for r in line], [r["over_frozen"] for r in line], label=name, markersize=3, **style)
+            line = [row for row in members if row["contender"] == name]
+            axis.plot([r[along] for r in line], [r["over_frozen"] for r in line], label=name, **style_of(name, i))
         axis.set_xscale("log", base=2)
-        axis.set_xticks(sorted({row["rows"] for row in rows}))
+        axis.set_xticks(sorted({row[along] for row in members}))
         axis.xaxis.set_major_formatter("{x:.0f}")
-        axis.set(xlabel="rows M", title=f"{group[0]}, rank {group[1]}, {group[2]}")
-        axis.title.set_fontsize(9)
-        axis.set_ylim(0.9, min(4, max(axis.get_ylim()[1], 1.2)))
-    axes[0].set_ylabel("forward and backward, over frozen")
+        report.log_axis(axis)
+        axis.tick_params(labelsize=8)
+        axis.set_title(f"{weight}, " + (f"{value} rows" if fixed == "rows" else f"rank {value}") + f", {mode}", size=9)
+        axis.set_xlabel("rank" if along == "rank" else "rows M")
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel("time over the frozen linear's\nforward and backward, lower is better", size=8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=150)
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from benchmarks import report, sweep
 from benchmarks.contenders import AUTO, FROZEN, NAMED, NARROW, OFF_BY_DEVICE, OFF_BY_HOST, Contender, chosen
 from benchmarks.report import Result
-from benchmarks.shapes import BLOCKS, outputs
+from benchmarks.shapes import BLOCKS, outputs, title
 from benchmarks.workload import Judge, RefusedError, Runner, Workload, reason
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -249,7 +249,7 @@ WHERE = ("shape", "rows", "rank")
 def section(rows: list[dict[str, Any]]) -> str:
     """One workload's table under its title."""
     shape, m, rank = (rows[0][name] for name in WHERE)
-    return f"### {shape}, {m} rows, rank {rank}\n\n{table(rows)}\n"
+    return f"### {title(shape)}, {m} rows, rank {rank}\n\n{table(rows)}\n"
 
 
 def text(result: Result) -> str:
@@ -273,8 +273,8 @@ def plot(result: Result, path: Path) -> None:
             axis.bar_label(drawn, labels=[amount(row[name]) for row in bars], padding=2, fontsize=7)
         axis.set_yticks(range(len(bars)), [row["contender"] for row in bars], fontsize=8)
         peak = next((row["peak_bytes"] for row in rows if row["contender"] == FROZEN.name), None)
-        axis.set(title=f"{shape}, {m} rows, rank {rank}", xlabel=f"MB (the frozen linears' peak: {amount(peak)})")
-        axis.title.set_fontsize(9)
+        axis.set_title(f"{title(shape)}, {m} rows, rank {rank}", size=9)
+        axis.set_xlabel(f"MB (the frozen linears' peak: {amount(peak)}), lower is better", size=8)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.margins(x=0.2)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)

@@ -22,6 +22,10 @@ import cotolora
 
 SCHEMA = 1
 ROOT = Path(__file__).parent.parent
+WIDEST = 13.0  # inches: beyond that a page shrinks a picture until its text cannot be read
+# of a logarithmic axis that spans less than a factor of 8, and more
+TICKS = (0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 2.5, 3, 4, 5, 7, 10)
+COARSE_TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 @dataclass
@@ -82,7 +86,7 @@ def machine(device: torch.device) -> dict[str, str]:
 def head(result: Result) -> str:
     """The machine, then what was measured, a line each."""
     first = [result.machine["device"], *(f"{k} {v}" for k, v in result.machine.items() if k != "device")]
-    asked = [f"{name} {shown(value)}" for name, value in result.settings.items() if value is not None]
+    asked = [f"{name} {shown(value)}" for name, value in result.settings.items() if value not in (None, [])]
     return " · ".join(first) + f"\n\n`python -m benchmarks {result.command}`: " + ", ".join(asked) + "\n"
 
 
@@ -186,17 +190,28 @@ def replace(path: Path, content: dict[str, Any]) -> None:
 
 
 def figure(panels: int, *, width: float = 4.0, height: float = 3.6) -> tuple[Any, list[Any]]:
-    """A matplotlib figure of panels beside one another, at most four a row, without a display."""
+    """A matplotlib figure of panels beside one another, in rows of at most `WIDEST` inches, without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = min(panels, 4)
-    rows = math.ceil(panels / columns)
+    rows = math.ceil(panels / max(1, int(WIDEST / width)))
+    columns = math.ceil(panels / rows)
     made, axes = pyplot.subplots(
         rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
     )
     for axis in axes.flat[panels:]:
         axis.set_visible(False)
     return made, list(axes.flat[:panels])
+
+
+def log_axis(axis: Any) -> None:
+    """Makes the vertical axis logarithmic, with ticks that are round and labelled as they are."""
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    ticks = TICKS if high < 8 * low else COARSE_TICKS
+    axis.set_yticks([tick for tick in ticks if low <= tick <= high], minor=False)
+    axis.minorticks_off()
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.grid(axis="y", color="0.9")

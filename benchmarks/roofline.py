@@ -36,9 +36,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 # bytes that are copied, and rows of a square matrix: on a GPU twenty times its L2, on a CPU a tenth of a second each
 COPIED, SQUARE = {"cuda": 1 << 30, "cpu": 1 << 28}, {"cuda": 8192, "cpu": 1024}
 FORM_OF = {FROZEN.name: "frozen", **{f"ours triton:{form}": form for form in forms.FORMS}, "ours addmm": "addmm"}
-# of the axis of times, where it spans less than a factor of 8, and more
-TICKS = (0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 3, 4, 5, 7, 10)
-COARSE_TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 WRONG = 2.0  # times the model's time, from which on the model is called wrong
 
 
@@ -177,22 +174,18 @@ def plot(result: Result, path: Path) -> None:
                 over = [row[f"{what}_over_floor"] for row in line]
                 style |= {"label": f"{name}, {what}", "color": color, "marker": "o", "markersize": 3}
                 axis.plot([row["rows"] for row in line], over, **style)
-        axis.axhline(1, color="0.6", linewidth=0.8)
+        axis.axhline(1, color="C2", linewidth=2, label="floor: what this machine's memory and products allow")
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        low, high = axis.get_ylim()
-        ticks = TICKS if high < 8 * low else COARSE_TICKS
-        axis.set_yticks([tick for tick in ticks if low <= tick <= high], minor=False)
-        axis.minorticks_off()
+        report.log_axis(axis)
         axis.set_xticks(sorted({row["rows"] for row in rows}))
         axis.xaxis.set_major_formatter("{x:.0f}")
-        axis.yaxis.set_major_formatter("{x:g}")
         axis.tick_params(labelsize=8)
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel("time over the floor, forward and backward")
         axis.set(xlabel="rows M", title=f"{shape}, rank {rank}, {mode}")
         axis.title.set_fontsize(9)
-    axes[0].set_ylabel("forward and backward, over the floor")
     # a column holds both lines of a contender, and a panel is as wide as two columns
-    columns = min(len(names), 2 * min(len(axes), 4))
+    columns = min(len(names) + 1, 2 * min(len(axes), 3))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8)
     figure.savefig(path, dpi=150)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,6 +76,16 @@ BLOCKS = {
     "three-256": three_linears(256),
     "three-64": three_linears(64),
 }
+
+
+def title(shape: str) -> str:
+    """What a reader is told of a block beside its name: the widths of a chain, or how many linears; else the name."""
+    if shape not in BLOCKS:
+        return shape
+    block = BLOCKS[shape]
+    widths = [block[0].in_features, *(linear.out_features for linear in block)]
+    chain = all(linear.reads == before.name for before, linear in itertools.pairwise(block))
+    return f"{shape} ({' → '.join(map(str, widths)) if chain else f'{len(block)} linears'})"
 
 
 def distinct(model: str) -> tuple[tuple[int, int], ...]:

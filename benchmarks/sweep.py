@@ -21,10 +21,10 @@ from benchmarks import report
 from benchmarks.compare import PARTS, Comparison, compare
 from benchmarks.contenders import AUTO, FROZEN, NAMED, OFF_BY_HOST, PEER_NAMES, PEERS, PEFT_OFF, Contender
 from benchmarks.report import Result
-from benchmarks.shapes import Linear, number
+from benchmarks.shapes import Linear, number, title
 from benchmarks.workload import Workload, reason
 
-DTYPES, MODES = ("bfloat16", "float16", "float32"), ("eager", "graph")
+DTYPES, MODES, PICTURES = ("bfloat16", "float16", "float32"), ("eager", "graph"), (".png", ".pdf", ".svg")
 NOISY = 1.5  # p80 over p20 of the frozen linear, which a quiet machine keeps under 1.1
 CHOSE_WORSE = "ours chose worse than"
 ENOUGH = 10  # rounds, before a choice is judged
@@ -46,8 +46,10 @@ def device_of(text: str) -> torch.device:
     return device
 
 
-def parser_of(command: str, doc: str, *, without: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The options that all measurements have, but for those that mean nothing to one."""
+def parser_of(
+    command: str, doc: str, *, without: Sequence[str] = (), peers: Sequence[str] = PEER_NAMES
+) -> argparse.ArgumentParser:
+    """The options that all measurements have, but for those that mean nothing to one; `peers` it can compare with."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {command}", description=doc, formatter_class=formatter)
     several: dict[str, Any] = {"action": "extend", "nargs": "+"}
@@ -57,7 +59,7 @@ def parser_of(command: str, doc: str, *, without: Sequence[str] = ()) -> argpars
         "rank": {"type": number(int), **several, "help": "of the adapters; may be repeated"},
         "dtype": {"choices": DTYPES, "help": "of x and W (default: bfloat16, on a CPU float32)"},
         "mode": {"choices": MODES, **several, "help": "eager, or captured in a CUDA graph (the default on a GPU)"},
-        "peers": {"choices": ("none", *PEER_NAMES), **several, "help": "whom to compare with (default: all)"},
+        "peers": {"choices": ("none", *peers), **several, "help": "whom to compare with (default: all)"},
         "rounds": {"type": number(int), "help": "times of each contender (default: 30)"},
         "minutes": {"type": number(float), "default": math.inf, "help": "start no new shape after this long"},
         "json": {"type": Path, "metavar": "FILE", "help": "add the result to this file"},
@@ -85,18 +87,26 @@ def settle(
         parser.error("argument --mode: graph needs --device cuda: a CPU has no CUDA graphs")
     if len(set(peers := getattr(options, "peers", ()))) > 1 and "none" in peers:
         parser.error(f"argument --peers: none goes with no other; got {' '.join(options.peers)}")
-    for name in ("json", "plot"):
-        path = getattr(options, name)
-        if path is not None and not path.resolve().parent.is_dir():
-            parser.error(f"argument --{name}: {path.parent} is no folder")
-    if options.json is not None and options.json.exists():
-        try:
-            report.read(options.json)
-        except (ValueError, OSError) as error:
-            parser.error(f"argument --json: {error}; move it away")
+    check_files(parser, options.json, options.plot)
     if on_gpu:
         torch.cuda.set_device(options.device)
     return options
+
+
+def check_files(parser: argparse.ArgumentParser, json: Path | None, plot: Path | None) -> None:
+    """Ends the program now if it could not write in the end, when everything has been measured."""
+    for name, path in (("json", json), ("plot", plot)):
+        if path is not None and not path.resolve().parent.is_dir():
+            parser.error(f"argument --{name}: {path.parent} is no folder")
+    if json is not None and json.exists():
+        try:
+            report.read(json)
+        except (ValueError, OSError) as error:
+            parser.error(f"argument --json: {error}; move it away")
+    if plot is not None and (plot.suffix not in PICTURES or plot.is_dir()):
+        parser.error(f"argument --plot: must be a file that ends in {', '.join(PICTURES)}; got {str(plot)!r}")
+    if plot is not None and report.version_of("matplotlib") == "absent":
+        parser.error("argument --plot: matplotlib is not installed: pip install matplotlib")
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
@@ -140,7 +150,7 @@ def text(result: Result) -> str:
     """Everything that was measured, as it is printed."""
     lines = [report.head(result)]
     for (shape, rows, rank, mode), members in report.groups(result.rows, WHERE).items():
-        lines += [f"### {shape}, {rows} rows, rank {rank}, {mode}\n", table(members), ""]
+        lines += [f"### {title(shape)}, {rows} rows, rank {rank}, {mode}\n", table(members), ""]
     return "\n".join([*lines, endings(result)])
 
 
@@ -192,7 +202,7 @@ def each(
     """
     dtype, begun = getattr(torch, options.dtype), time.monotonic()
     for name, linears, rows, rank in (bar := tqdm([(*case, r) for case in cases for r in options.rank], disable=None)):
-        where = f"{name}, {rows} rows, rank {rank}"
+        where = f"{title(name)}, {rows} rows, rank {rank}"
         if time.monotonic() - begun > 60 * options.minutes:
             result.notes.append(f"stopped before {where}: {options.minutes:g} minutes are over")
             return
