@@ -8,33 +8,38 @@
 # A part that fails or runs out of its time stops no other.
 # OUT gets log.txt, tune.json, results.json, four pictures and summary.txt, which is printed last.
 # --dry-run tries the plumbing on a machine without a GPU, at tiny sizes.
+# Needs torch, triton, tqdm, numpy, safetensors, einops and pytest; PEFT and transformers to compare with. Without
+# matplotlib there are no pictures, without pytest-xdist the tests run one after the other.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 parts=(tests tune linear block gates memory roofline train compiled)
-out=on-gpu minutes=9 only="" dry=""
+out="" minutes=9 only="" dry=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --minutes) minutes=${2:-}; shift ;;
         --only) only=${2:-}; shift ;;
         --dry-run) dry=1 ;;
         -*) echo "unknown option $1; see the head of $0" >&2; exit 2 ;;
-        *) out=$1 ;;
+        *) [ -z "$out" ] || { echo "one OUT at most; got '$out' and '$1'" >&2; exit 2; }; out=$1 ;;
     esac
     shift
 done
 [[ "$minutes" =~ ^[1-9][0-9]*$ ]] || { echo "--minutes must be a positive number; got '$minutes'" >&2; exit 2; }
 [[ -z "$only" || " ${parts[*]} " == *" $only "* ]] || { echo "--only must be one of ${parts[*]}; got '$only'" >&2; exit 2; }
-mkdir -p "$out" || exit 2
-out=$(cd "$out" && pwd)
+python=$(command -v python3) || { echo "no python3 on the PATH" >&2; exit 2; }
 export PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton-cache}"
-python=$(command -v python3)
+[ -n "$dry" ] || "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    { echo "torch finds no GPU here; --dry-run tries the plumbing without one" >&2; exit 2; }
+out=${out:-on-gpu}
+mkdir -p "$out" || exit 2
+out=$(cd "$out" && pwd)
 status=0 summary=() left=$((60 * minutes))
 : >"$out/log.txt"
 
 # part NAME SHARE COMMAND...: runs a command for at most SHARE percent of what time is left, its output into log.txt;
-# "{}" in the command becomes the minutes that a benchmark may start new shapes in
+# "{}" in the command becomes the minutes that a benchmark may start new shapes in, "PART.png" is named after the part
 part() {
     local name=$1 share=$2 began=$SECONDS limit code
     shift 2
@@ -49,6 +54,7 @@ part() {
     fi
     # a benchmark finishes the shape that it is at, and one that compiles takes a while
     set -- "${@//\{\}/$(awk "BEGIN {print $limit * 0.7 / 60}")}"
+    set -- "${@//PART.png/$name.png}"
     printf '\n=== %s (at most %ss): %s\n' "$name" "$limit" "$*" | tee -a "$out/log.txt"
     timeout --kill-after=10 "$limit" "$@" >"$out/part.txt" 2>&1
     code=$?
@@ -59,6 +65,12 @@ part() {
     rm -f "$out/part.txt"
 }
 
+has() { "$python" -c "import sys, importlib.util as u; sys.exit(u.find_spec('$1') is None)"; }
+
+# the option by which PART.png, named after its part, is drawn; none where nothing can draw
+plot=()
+! has matplotlib || plot=(--plot "$out/PART.png")
+
 bench() { part "$1" "$2" "${prefix[@]}" "$python" -m benchmarks "$1" --minutes {} "${@:3}" --json "$out/results.json"; }
 
 if [ -n "$dry" ]; then
@@ -66,31 +78,34 @@ if [ -n "$dry" ]; then
     part tests 30 "$python" -m pytest -q -rf -p no:cacheprovider tests/test_gpu.py
     part tune 30 "${prefix[@]}" "$python" -m benchmarks tune --dry-run --out "$out/tune.json"
     tiny=(--rounds 1 --peers peft unsloth torchtune lorafusion)
-    bench linear 30 --shapes 16,32,48 "${tiny[@]}" --plot "$out/linear.png"
+    bench linear 30 --shapes 16,32,48 "${tiny[@]}" "${plot[@]}"
     prefix=(env -u TRITON_INTERPRET)
-    bench block 30 --shapes three-64 --rows 4 "${tiny[@]}" --plot "$out/block.png"
-    bench gates 30 --shapes 16,32,48 "${tiny[@]}"
+    bench block 30 --shapes three-64 --rows 4 "${tiny[@]}" "${plot[@]}"
+    bench gates 30 --shapes 16,32,48 --rounds 1
     part memory 30 "$python" -m benchmarks memory --shapes three-64 --rows 16 --json "$out/results.json"
-    bench roofline 30 --shapes 16,32,48 --rounds 1 --plot "$out/roofline.png"
+    bench roofline 30 --shapes 16,32,48 --rounds 1 "${plot[@]}"
     part train 30 "$python" -m benchmarks train --steps 4 --layers 2 --hidden 32 --batch 2 --tokens 8 \
-        --json "$out/results.json" --plot "$out/train.png"
+        --json "$out/results.json" "${plot[@]}"
 else
     prefix=(env -u TRITON_INTERPRET)
     # many small compilations: a worker for each core but a few
     workers=$(($(nproc) > 4 ? $(nproc) - 4 : 1))
-    part tests 40 "$python" -m pytest -q -rf -m gpu -p no:cacheprovider -n "$workers" \
+    parallel=()
+    ! has xdist || parallel=(-n "$workers")
+    # pytest-benchmark, where it is installed, warns of xdist, and here a warning is an error
+    part tests 40 "$python" -m pytest -q -rf -m gpu -p no:cacheprovider -p no:benchmark "${parallel[@]}" \
         tests/test_kernels.py tests/test_one_pass.py tests/test_gpu.py tests/test_tune.py
     part tune 35 "${prefix[@]}" "$python" -m benchmarks tune --minutes {} \
         --shapes llama3-8b vit-b --rows 16 64 512 2048 8192
-    cp "$("$python" -c 'import torch; from cotolora.kernels import forms; print(forms.cache_path(torch.cuda.get_device_name()))')" \
-        "$out/tune.json" || true
+    table='import torch; from cotolora.kernels import forms; print(forms.cache_path(torch.cuda.get_device_name()))'
+    [[ -n "$only" && "$only" != tune ]] || cp "$("$python" -c "$table")" "$out/tune.json"
     plain=(--peers peft unsloth torchtune lorafusion)
-    bench block 25 "${plain[@]}" --plot "$out/block.png"
-    bench linear 45 "${plain[@]}" --rounds 20 --plot "$out/linear.png"
-    bench gates 30 "${plain[@]}" --rounds 20
-    bench roofline 40 --rows 512 2048 8192 --rounds 10 --plot "$out/roofline.png"
+    bench block 25 "${plain[@]}" "${plot[@]}"
+    bench linear 45 "${plain[@]}" --rounds 20 "${plot[@]}"
+    bench gates 30 --rounds 20
+    bench roofline 40 --rows 512 2048 8192 --rounds 10 "${plot[@]}"
     part memory 40 "${prefix[@]}" "$python" -m benchmarks memory --json "$out/results.json"
-    part train 60 "${prefix[@]}" "$python" -m benchmarks train --json "$out/results.json" --plot "$out/train.png"
+    part train 60 "${prefix[@]}" "$python" -m benchmarks train --json "$out/results.json" "${plot[@]}"
     part compiled 90 "${prefix[@]}" "$python" -m benchmarks block --shapes vit-b llama3-8b --peers compile \
         --minutes {} --json "$out/results.json"
 fi
@@ -98,6 +113,8 @@ fi
 {
     "$python" -c "import torch, triton; g = torch.cuda.is_available(); print(torch.cuda.get_device_name() if g else 'no GPU', '· torch', torch.__version__, '· triton', triton.__version__)"
     git rev-parse --short HEAD 2>/dev/null
+    has matplotlib || echo "no pictures: matplotlib is not installed"
+    [ ! -f "$out/results.json" ] || "$python" -m benchmarks show --brief "$out/results.json"
     printf '%s\n' "${summary[@]}"
-} | tee "$out/summary.txt"
+} 2>&1 | tee "$out/summary.txt"
 exit $status

@@ -1,7 +1,8 @@
 """The linears of a block on random data, run by one contender after the other, each held to the truth before a clock.
 
-Operands lie in as many copies as fill the cache three times, which calls take in turn: in a model, other layers'
-weights pass through the cache between two calls of one.
+Operands lie in as many copies as fill a GPU's cache three times, which calls take in turn: in a model, other layers'
+weights pass through the cache between two calls of one. On a CPU, where a virtual machine does not tell what its cache
+holds, there are two copies, and what stays in the cache stays there for everyone.
 """
 
 from __future__ import annotations

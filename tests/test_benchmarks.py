@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from benchmarks import clock, compare, contenders, gates, linear, report, show, 
 from benchmarks.__main__ import COMMANDS
 from benchmarks.compare import Comparison
 from benchmarks.report import Result
-from benchmarks.shapes import BLOCKS, Linear, distinct
+from benchmarks.shapes import BLOCKS, Linear, distinct, title
 from benchmarks.workload import Judge, RefusedError, Workload
 
 CPU = torch.device("cpu")
@@ -394,6 +395,8 @@ def test_running_out_of_memory_leaves_a_shape_out(monkeypatch, capsys):
         (["--shapes", "1,2"], "--shapes", "got '1,2'"),
         (["--json", "no/such/folder.json"], "--json", "no/such is no folder"),
         (["--plot", "no/such/folder.png"], "--plot", "no/such is no folder"),
+        (["--plot", "p.nope"], "--plot", "must be a file that ends in .png, .pdf, .svg; got 'p.nope'"),
+        (["--plot", "tests"], "--plot", "must be a file that ends in .png, .pdf, .svg; got 'tests'"),
     ],
 )
 def test_bad_arguments_are_named(arguments, named, says, capsys):
@@ -412,6 +415,65 @@ def test_without_a_gpu_cuda_is_refused(capsys):
     assert "finds 0 GPUs" in capsys.readouterr().err
 
 
+def test_a_plot_without_matplotlib_is_refused_before_the_clock(monkeypatch, capsys):
+    monkeypatch.setattr(report, "version_of", lambda module: "absent")
+    for main, arguments in ((linear.main, ["--plot", "p.png"]), (show.main, ["f.json", "--plot", str(ROOT)])):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "argument --plot: matplotlib is not installed" in capsys.readouterr().err
+
+
+def test_gates_compare_with_whoever_has_a_switch(capsys):
+    with pytest.raises(SystemExit):
+        gates.main(["--peers", "unsloth"])
+    assert "argument --peers: invalid choice: 'unsloth'" in capsys.readouterr().err
+
+
+def test_every_committed_result_is_shown_in_brief_and_drawn(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = ROOT / "benchmarks" / "results" / "cpu.json"
+    assert show.main([str(path), "--brief", "--plot", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    found = report.read(path)
+    for result in found:
+        assert f"{result.command}, " in out
+        assert all(f"  - {note}" in out for note in result.notes)
+    (block,) = (r for r in found if r.command == "block")
+    main = {r["contender"]: r["over_frozen"] for r in block.rows if (r["shape"], r["part"]) == ("three-768", "both")}
+    where = "  three-768 (768 → 768 → 3072 → 768), 394 rows, rank 8, eager: "
+    assert where + " · ".join(f"{name} {ratio:.2f}" for name, ratio in main.items()) in out
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in path.parent.glob("*_cpu*.png")} - {"demo_cpu.png"}
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in tmp_path.iterdir())
+
+
+def test_a_picture_of_ranks_has_ranks_along_it(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    made, figure = [], report.figure
+    monkeypatch.setattr(report, "figure", lambda *given, **named: made.append(figure(*given, **named)) or made[-1])
+    rows = [row | {"rank": rank} for rank in (2, 8) for row in result().rows]
+    linear.plot(result(rows=rows), tmp_path / "p.png")
+    ((_, (axis,)),) = made
+    assert (axis.get_xlabel(), axis.get_title()) == ("rank", "24 → 16, 8 rows, eager")
+    assert list(axis.lines[0].get_xdata()) == [2, 8]
+
+
+@pytest.mark.parametrize(("panels", "columns"), [(1, 1), (3, 3), (4, 2), (6, 3), (7, 3)])
+def test_no_picture_is_wider_than_a_page(panels, columns):
+    pytest.importorskip("matplotlib")
+    made, axes = report.figure(panels)
+    assert len(axes) == panels
+    assert made.get_size_inches()[0] == 4 * columns <= report.WIDEST
+    import matplotlib.pyplot as plt
+
+    plt.close(made)
+
+
+def test_blocks_are_titled_by_what_they_are():
+    assert title("three-64") == "three-64 (64 → 64 → 256 → 64)"
+    assert title("llama3-8b") == "llama3-8b (7 linears)"
+    assert title("256 → 64") == "256 → 64"
+
+
 def test_show_names_a_file_that_is_none(tmp_path, capsys):
     (tmp_path / "r.json").write_text("{}")
     with pytest.raises(SystemExit):
@@ -423,12 +485,26 @@ def test_show_names_a_file_that_is_none(tmp_path, capsys):
     assert "no command makes results of 'dance'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [("--minutes", "soon"), ("--only", "lunch"), ("--fast",)], ids=" ".join)
-def test_the_gpu_script_names_bad_arguments(arguments, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--minutes", "soon"), "--minutes must be a positive number; got 'soon'"),
+        (("--minutes",), "--minutes must be a positive number; got ''"),
+        (("--only", "lunch"), "--only must be one of tests tune"),
+        (("--fast",), "unknown option --fast"),
+        (("again",), "one OUT at most; got"),
+        pytest.param(
+            (),
+            "torch finds no GPU here; --dry-run tries",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason=""),
+        ),
+    ],
+)
+def test_the_gpu_script_names_bad_arguments(arguments, says, tmp_path):
     script = ["bash", str(ROOT / "benchmarks" / "on_gpu.sh"), str(tmp_path / "out"), *arguments]
     done = subprocess.run(script, capture_output=True, text=True)
     assert done.returncode == 2
-    assert arguments[0] in done.stderr
+    assert says in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -440,3 +516,73 @@ def test_blocks_have_the_published_parameters():
     assert counts["qwen2.5-7b"] == 233_046_016
     assert counts["vit-b"] == 12 * 768 * 768
     assert distinct("llama3-8b") == ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
+
+
+# a python3 that lacks the packages in ABSENT, fails at the part in FAILS and writes down what else it was asked for
+PRETENDER = """#!/bin/bash
+case "$*" in
+    -c*find_spec*) for name in $ABSENT; do [[ "$*" != *"'$name'"* ]] || exit 1; done; exit 0 ;;
+    -c*) echo table.json; exit 0 ;;
+    *show*) echo 'in brief'; exit 0 ;;
+esac
+echo "$*" >> "$ASKED"
+all="$*" json="${all##*--json }"
+[[ "$all" != *--json* ]] || echo '{}' > "${json%% *}"
+[[ "$*" != *" $FAILS "* ]] || { echo "it broke"; exit 3; }
+echo "last line of $*"
+"""
+
+
+@pytest.fixture
+def on_gpu(tmp_path):
+    """Runs the script with a python3 that only says what it was asked for: its output, exit status and those lines."""
+    (python := tmp_path / "bin" / "python3").parent.mkdir()
+    python.write_text(PRETENDER)
+    python.chmod(0o755)
+
+    def run_it(*arguments, absent="", fails="-"):
+        (asked := tmp_path / "asked").write_text("")
+        given = {"PATH": f"{python.parent}:{os.environ['PATH']}", "ABSENT": absent, "FAILS": fails, "ASKED": str(asked)}
+        command = ["bash", str(ROOT / "benchmarks" / "on_gpu.sh"), str(tmp_path / "out"), *arguments]
+        done = subprocess.run(command, env=os.environ | given, cwd=tmp_path, capture_output=True, text=True)
+        return done.stdout.splitlines(), done.returncode, asked.read_text().splitlines()
+
+    return run_it
+
+
+PARTS = ("tests", "tune", "linear", "block", "gates", "memory", "roofline", "train")
+
+
+@pytest.mark.parametrize("dry", [True, False], ids=["dry", "on a GPU"])
+def test_the_gpu_script_goes_on_where_a_part_fails(dry, on_gpu, tmp_path):
+    lines, status, asked = on_gpu(*(["--dry-run"] if dry else []), fails="block")
+    assert status == 1
+    expected = list(PARTS) if dry else [*PARTS, "compiled"]
+    assert len(asked) == len(expected)
+    tail = lines[-len(expected) :]
+    assert {line.partition(":")[0] for line in tail} == set(expected)
+    failed = {line.partition(":")[0] for line in tail if not re.match(r"\w+: exit 0 after \d+s: last line of", line)}
+    assert failed == ({"block"} if dry else {"block", "compiled"})
+    summary = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    assert summary == lines[-len(summary) :]
+    assert "in brief" in summary
+    assert (
+        len(list((tmp_path / "out").iterdir())) <= 4
+    )  # beside the four pictures: eight files come back from a machine
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_gpu_script_runs_one_part(part, on_gpu):
+    lines, status, asked = on_gpu("--only", part, "--minutes", "4")
+    assert (status, len(asked)) == (0, 1)
+    assert lines[-1].startswith(f"{part}: exit 0")
+    if part in ("linear", "block", "roofline", "train"):
+        assert f"/out/{part}.png" in asked[0]
+
+
+def test_the_gpu_script_needs_neither_matplotlib_nor_xdist(on_gpu):
+    lines, status, asked = on_gpu(absent="matplotlib xdist")
+    assert status == 0
+    assert "no pictures: matplotlib is not installed" in lines
+    assert not any("--plot" in line or " -n " in line for line in asked)
+    assert any(" -n " in line for line in on_gpu()[2])

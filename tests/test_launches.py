@@ -80,7 +80,10 @@ def test_the_model_launches_what_is_launched(form, counts):
 
 
 def test_sizes_that_cannot_be_are_refused():
-    for arguments, message in ((["--rank", "300"], "--rank must be at most 256"), (["--rows", "0"], "at least 1")):
+    for arguments, message in (
+        (["--rank", "300"], "--rank must be at most 256"),
+        (["--rows", "0"], "--rows: must be a positive"),
+    ):
         process = run(*arguments)
         assert process.returncode == 2
         assert message in process.stderr
