@@ -11,8 +11,8 @@ pytest.importorskip("triton")
 from peft.tuners.lora import LoraLayer
 
 import cotolora
-from benchmarks import report, train
-from benchmarks.train import COTO, NARROW, ON, PEFT, PHASES
+from benchmarks import llama, report, train
+from benchmarks.llama import COTO, NARROW, ON, PEFT, PHASES
 from benchmarks.workload import RefusedError
 
 STEPS, LAYERS = 8, 3
@@ -102,8 +102,8 @@ def test_whoever_is_wrong_is_refused_and_not_timed(monkeypatch, capsys):
 
 
 def test_a_single_wrong_adapter_is_refused(options):
-    base = train.llama(options)
-    judge, runner = train.Judge(base, options), train.ours(ON, base, options)
+    base = llama.llama(options)
+    judge, runner = llama.Judge(base, options), llama.ours(ON, base, options)
     judge.check(runner)
     list(cotolora.adapters(runner.model).values())[-1].alpha *= 1.001
     with pytest.raises(RefusedError, match="a gradient is off by"):
@@ -111,15 +111,15 @@ def test_a_single_wrong_adapter_is_refused(options):
 
 
 def test_a_small_gradient_counts_beside_a_large_one(options):
-    judge, large, small = train.Judge(train.llama(options), options), torch.full((4,), 1e9), torch.ones(4)
+    judge, large, small = llama.Judge(llama.llama(options), options), torch.full((4,), 1e9), torch.ones(4)
     judge.hold("a gradient", [large, small], [large, small], [large, small])
     with pytest.raises(RefusedError, match="a gradient is off by 1 of its norm"):
         judge.hold("a gradient", [large, 2 * small], [large, small], [large, small])
 
 
 def test_gates_that_do_not_switch_are_refused(options, monkeypatch):
-    base = train.llama(options)
-    judge, runner = train.Judge(base, options), train.ours(COTO, base, options, coto=True)
+    base = llama.llama(options)
+    judge, runner = llama.Judge(base, options), llama.ours(COTO, base, options, coto=True)
     judge.check(runner)
     monkeypatch.setattr(cotolora.CoToLoRALinear, "forward", lambda layer, x: plain(layer, x))
 
@@ -131,8 +131,8 @@ def test_gates_that_do_not_switch_are_refused(options, monkeypatch):
 
 
 def test_peft_itself_must_be_right(options):
-    base = train.llama(options)
-    judge = train.Judge(base, options)
+    base = llama.llama(options)
+    judge = llama.Judge(base, options)
     judge.check(judge.own)
     for layer in judge.own.model.modules():
         if isinstance(layer, LoraLayer):
@@ -142,8 +142,8 @@ def test_peft_itself_must_be_right(options):
 
 
 def test_adapters_at_other_places_are_refused(options):
-    base = train.llama(options)
-    judge, runner = train.Judge(base, options), train.ours(ON, base, options)
+    base = llama.llama(options)
+    judge, runner = llama.Judge(base, options), llama.ours(ON, base, options)
     del runner.adapters["model.layers.0.mlp.up_proj"]
     with pytest.raises(RefusedError, match=r"differ from PEFT's at \['model.layers.0.mlp.up_proj'\]"):
         judge.check(runner)
@@ -170,7 +170,7 @@ def test_everyone_holds_the_same_weights_and_equal_factors():
 
 def test_they_take_turns_on_the_same_tokens_and_masks_and_the_median_counts(monkeypatch):
     options = train.parse([*TINY, "--repeats", "3"])
-    base, seen = train.llama(options), []
+    base, seen = llama.llama(options), []
 
     def step(runner, tokens):
         at = runner.coto.current_step if runner.coto else None
@@ -181,8 +181,8 @@ def test_they_take_turns_on_the_same_tokens_and_masks_and_the_median_counts(monk
         repeat = (len(seen) - 1 - 3) // (3 * STEPS)
         return tuple(part * (1, 100, 2)[repeat] for part in (6.0, 1.0, 2.0, 3.0))
 
-    monkeypatch.setattr(train.Runner, "step", step)
-    runners = [build(name, base, options) for name, build in train.contenders_of(options).items()]
+    monkeypatch.setattr(llama.Runner, "step", step)
+    runners = [build(name, base, options) for name, build in llama.contenders_of(options).items()]
     courses = train.race(runners, options)
     warm, timed = seen[:3], seen[3:]
     assert all(all(on) for *_, on in warm)
