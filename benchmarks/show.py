@@ -30,10 +30,12 @@ def text(result: Result) -> str:
 
 
 def brief(result: Result) -> str:
-    """A line for each workload, of everyone's main figure, and the notes; what the other lines hold is left out."""
+    """A line for each workload, of everyone's main figure, and the notes; all of a result that has no such figure."""
     main = {"memory": "peak_over_frozen", "roofline": "measured_over_floor", "train": "over_peft"}
     figure = main.get(result.command, "over_frozen")
     rows = [row for row in result.rows if figure in row and row.get("part", "both") == "both"]
+    if result.rows and not rows:
+        return text(result)
     lines = [f"{result.command}, {figure.replace('_', ' ')}:"]
     for members in report.groups([{n: r.get(n) for n in sweep.WHERE} | r for r in rows], sweep.WHERE).values():
         shape, m, rank, mode = (members[0][name] for name in sweep.WHERE)
