@@ -166,6 +166,7 @@ def launch(kernel: str, tile: Tile | Stream, tma: bool, operands: Operands) -> N
         case "pre_expand":
             pre_expand(t.x, *forward, **t.dropped, stream=tile)
             expand(t.p, t.a, t.gate, **t.dropped, stream=tile)
+            expand(t.h, t.b.T, t.gate, add=t.dy, stream=tile)
         case "shrink":
             shrink(t.x, t.a, t.gate, 2.0, **t.dropped, stream=tile, split=1)
         case "gram":

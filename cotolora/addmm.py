@@ -86,7 +86,7 @@ def _all_finite(b: Tensor) -> bool:
 
 def forward(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
@@ -94,26 +94,33 @@ def forward(
     scale: float,
     gate: Gate,
     dropout: float,
+    base: Tensor | None = None,
 ) -> tuple[Tensor, Saved]:
     """``y = x Wᵀ + bias + h Bᵀ`` with ``h = δ · scale · dropout(x) Aᵀ``, added in place to the base's result.
 
     Shapes as in `cotolora.reference.lora_linear`. `gate` is True or a tensor: a host gate that is off never comes here.
+    Given `base`, some module's output, in place of a weight: ``y = base + h Bᵀ``, as in `reference.add_low_rank`.
     """
-    # contiguous() costs nothing on what F.linear makes today; without it a layout that cannot be
-    # viewed as a matrix would lose the in-place update
-    y = F.linear(x, weight, bias).contiguous()
-    rows = flat(y)
-    lora_a, lora_b = cast(lora_a, x.dtype), cast(lora_b, x.dtype)
+    if weight is not None:
+        # contiguous() costs nothing on what F.linear makes today; without it a layout that cannot be
+        # viewed as a matrix would lose the in-place update
+        y = F.linear(x, weight, bias).contiguous()
+        rows = flat(y)
+        add = rows.addmm_
+    else:
+        assert base is not None
+        # never in place: the base's own backward, or the base itself, may need what it has returned
+        y, rows = base, flat(base)
+        add = rows.addmm
+    lora_a, lora_b = cast(lora_a, x.dtype), cast(lora_b, y.dtype)
     dropped, keep = torch.native_dropout(x, dropout, True) if dropout else (x, None)
     h = scaled_mm(flat(dropped), lora_a.T, scale)
     on = rows_on(gate, y) if isinstance(gate, Tensor) else None
-    h = select(on, h)
-    if on is None:
-        rows.addmm_(h, lora_b.T)
-    elif on.dim() == 0:
-        rows.addmm_(h, select(on, lora_b).T)
-    elif _all_finite(lora_b):
-        rows.addmm_(h, lora_b.T)
+    h = cast(select(on, h), y.dtype)
+    if on is None or on.dim() == 0 or _all_finite(lora_b):
+        factor = lora_b if on is None or on.dim() > 0 else select(on, lora_b)
+        total = add(h, factor.T)
+        y = y if base is None else total.view(y.shape)
     else:
         # a row that is off must not meet a non-finite B, so here the selection comes after the product
         y = torch.where(on, torch.addmm(rows, h, lora_b.T).view(y.shape), y)
@@ -140,7 +147,8 @@ def backward(
         dx = dy W + D ∘ (p A)      dA = pᵀ (D ∘ x)      dB = dyᵀ h
         dW = dyᵀ x                 dbias = Σ_rows dy
 
-    Only what `needs` asks for is computed; operands that the rest would need may be None.
+    Without a weight, dx is of the low-rank part alone, and p is cast to the dtype of x. Only what `needs` asks for is
+    computed; operands that the rest would need may be None.
     """
     dx = dw = dbias = da = db = p = None
     rows = flat(dy)
@@ -159,21 +167,23 @@ def backward(
     if (needs.x or needs.lora_a) and lora_b is not None:
         b = cast(lora_b, dy.dtype)
         p = scaled_mm(b.T, rows.T, scale).T if short_first(rows, b.shape[1]) else scaled_mm(rows, b, scale)
-        p = select(on, p)
+        # the dtype of x, which that of a base's output, and so of dy, need not be
+        p = cast(select(on, p), x.dtype if x is not None else needs.x or dy.dtype)
     if needs.lora_a and p is not None and x is not None:
         dropped = x if saved.keep is None else _masked(x, saved.keep, dropout)
         da = cast(select(whole, p.T @ select(by_row, flat(dropped))), needs.lora_a)
-    if needs.x and p is not None and weight is not None and lora_a is not None:
-        dx = rows @ weight
-        lora_a = cast(lora_a, dy.dtype)
+    if needs.x and p is not None and lora_a is not None:
+        dx = None if weight is None else rows @ weight
+        lora_a = cast(lora_a, p.dtype)
         if saved.keep is None and (on is None or on.dim() == 0):
-            dx.addmm_(p, select(whole, lora_a))
+            lora_a = select(whole, lora_a)
+            dx = p @ lora_a if dx is None else dx.addmm_(p, lora_a)
         else:
             update = select(on, p @ lora_a)
             if saved.keep is not None:
                 update = _masked(update, flat(saved.keep), dropout)
-            dx.add_(update)
-        dx = dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], weight.shape[1])
+            dx = update if dx is None else dx.add_(update)
+        dx = dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], lora_a.shape[1])
     return dx, dw, dbias, da, db
 
 

@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from cotolora.bases import features, place_of, why_not_adaptable
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.inject import inject, match_linears, matches
-from cotolora.linear import CoToLoRALinear, is_conv1d, why_not_adaptable
+from cotolora.linear import CoToLoRALinear
 from cotolora.peft_config import PeftConfig, describe, exactly, is_alone, just, parse
 
 logger = logging.getLogger("cotolora")
@@ -198,9 +199,10 @@ def _trained_besides(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """What trains besides the adapters, with buffers beside it, and the modules that PEFT can find by name."""
     tensors: dict[str, Tensor] = {}
     modules = []
-    named = {plain_name(name): module for name, module in model.named_modules()}
+    inside = _inside_adapters(model)
+    named = {plain_name(name): module for name, module in model.named_modules() if module not in inside}
     for name, module in named.items():
-        own = dict(module.named_parameters(recurse=False))
+        own = dict(module.named_parameters(recurse=isinstance(module, CoToLoRALinear)))
         trained = [key for key, parameter in own.items() if parameter.requires_grad]
         if isinstance(module, CoToLoRALinear):
             if trained := [key for key in trained if not key.startswith("lora_")]:
@@ -211,6 +213,12 @@ def _trained_besides(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
             if name and not frozen and not list(module.children()) and is_alone(name, named):
                 modules.append(name)
     return tensors, modules
+
+
+def _inside_adapters(model: nn.Module) -> set[nn.Module]:
+    """The modules that adapters call as their base, with all that these hold."""
+    bases = (layer.base for layer in adapters(model).values() if layer.base is not None)
+    return {module for base in bases for module in base.modules()}
 
 
 def _own_state(module: nn.Module) -> dict[str, Tensor]:
@@ -344,16 +352,22 @@ def _fit(model: nn.Module, config: PeftConfig, existing: dict[str, CoToLoRALinea
     """
     linears: dict[str, nn.Module] = {}
     state: dict[str, Tensor] = {}
+    inside = _inside_adapters(model)
     for raw_name, module in model.named_modules():
+        if module in inside:
+            continue
         name = plain_name(raw_name)
-        if isinstance(module, (CoToLoRALinear, nn.Linear)) or is_conv1d(module):
+        if isinstance(module, (CoToLoRALinear, nn.Linear)) or not why_not_adaptable(module):
             linears[name] = module
         if not isinstance(module, CoToLoRALinear):
             state |= {_join(name, key): tensor for key, tensor in _own_state(module).items()}
     if isinstance(config.targets, str) and config.targets.lower() == "all-linear":
         wanted = list(existing or match_linears(model, config.targets, config.exclude, config.modules_to_save))
     else:
-        wanted = [name for name in linears if config.takes(name)]
+        wanted = []
+        for name in linears:
+            if config.takes(name) and not name.startswith(tuple(f"{other}." for other in wanted)):
+                wanted.append(name)
     if not wanted:
         raise ValueError(f"target_modules {config.targets!r} must take linear modules of the model; they take none")
 
@@ -385,13 +399,11 @@ def _is_saved(key: str, config: PeftConfig) -> bool:
 
 def _sizes(name: str, linear: nn.Module) -> tuple[int, int, torch.device]:
     if isinstance(linear, CoToLoRALinear):
-        return linear.out_features, linear.in_features, linear.weight.device
+        return linear.out_features, linear.in_features, linear.lora_a.device
     if reason := why_not_adaptable(linear):
-        raise ValueError(f"{name} must be an nn.Linear or a transformers Conv1D; {reason}")
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    out_features, in_features = weight.shape[::-1] if is_conv1d(linear) else weight.shape
-    return out_features, in_features, weight.device
+        raise ValueError(f"{name} must be a module that maps in_features to out_features; {reason}")
+    in_features, out_features = features(linear)
+    return out_features, in_features, place_of(linear)[0]
 
 
 def _check_tensor(key: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:

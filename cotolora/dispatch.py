@@ -99,13 +99,15 @@ class Call(NamedTuple):
     in_features: int = 0
     out_features: int = 0
     backward: bool = True
+    adds_to: torch.dtype | None = None  # that of a base's own output, where there is no weight to multiply by
 
     @property
     def sizes(self) -> Sizes | None:
         """As the kernels' models take them."""
         if self.rows is None:
             return None
-        return Sizes(self.rows, self.out_features, self.in_features, self.rank, self.dtype.itemsize)
+        adds = self.adds_to is not None
+        return Sizes(self.rows, self.out_features, self.in_features, self.rank, self.dtype.itemsize, adds)
 
 
 def choose(backend: str | None, call: Call) -> str:
@@ -121,7 +123,9 @@ def choose(backend: str | None, call: Call) -> str:
     if reasons := why_not(name, call):
         lines = "".join(f"\n  - {reason}" for reason in reasons)
         raise RuntimeError(f"backend={name!r} cannot run this call:{lines}")
-    return f"triton:{_form(call, fastest_fused=True).form}" if name == "triton" else name
+    if name == "triton" or (name.startswith("triton") and call.adds_to is not None):
+        return f"triton:{_form(call, fastest_fused=True).form}"
+    return name
 
 
 def auto(call: Call) -> tuple[str, str]:
@@ -143,6 +147,8 @@ def auto(call: Call) -> tuple[str, str]:
 def _form(call: Call, *, fastest_fused: bool = False) -> Choice:
     """The form for a call; with `fastest_fused` one of the fused forms, even where vendor GEMMs would win."""
     sizes = call.sizes
+    if fastest_fused and call.adds_to is not None:
+        return Choice("expand", "asked for by name")  # the only one
     if sizes is None:
         # the form that depends least on the sizes, and on our own GEMM
         return Choice("pre_expand" if fastest_fused else "addmm", "the number of rows is not known beforehand")
@@ -215,6 +221,8 @@ def why_not(backend: str, call: Call) -> list[str]:
         reasons.append("this machine has no CUDA device")
     if call.dtype not in TRITON_DTYPES:
         reasons.append(f"dtype {call.dtype} is not float32, float16 or bfloat16")
+    if call.adds_to not in (None, call.dtype):
+        reasons.append(f"x is {call.dtype} and the output of the base {call.adds_to}")
     if interpreted and call.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
     if call.rank > TRITON_MAX_RANK:
@@ -292,10 +300,10 @@ def explain(
     """Which backend would run a layer or a shape, with which kernels, and why not the others. Runs nothing.
 
     Args:
-        layer_or_shapes: a `CoToLoRALinear`, whose own dtype, device and dropout are used, or the
-            shapes ``(rows, in_features, out_features, rank)``.
+        layer_or_shapes: a `CoToLoRALinear`, whose own dtype, device and dropout are used (of one with a `base` the
+            dtype is not known), or the shapes ``(rows, in_features, out_features, rank)``.
         rows: of the layer's input; without it nothing that depends on it is said.
-        dtype, device, dropout: of a call described by its shapes.
+        dtype, device, dropout: of a call described by its shapes; `dtype` also of a layer with a `base`.
         backend: as in `coto_lora_linear`.
 
     Raises:
@@ -311,7 +319,8 @@ def explain(
         if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 0):
             raise ValueError(f"rows must be a non-negative integer; got {rows!r}")
         rank, (out_features, in_features) = layer.rank, (layer.out_features, layer.in_features)
-        place, dtype, dropout = layer.weight.device, layer.weight.dtype, layer.dropout if layer.training else 0.0
+        place, dropout = layer.lora_a.device, layer.dropout if layer.training else 0.0
+        dtype, adds_to = (layer.weight.dtype, None) if layer.base is None else (dtype, dtype)
     else:
         try:
             rows, in_features, out_features, rank = (operator.index(size) for size in layer_or_shapes)
@@ -325,8 +334,8 @@ def explain(
                 "layer_or_shapes must be (rows, in_features, out_features, rank), none negative and rank at least 1; "
                 f"got {layer_or_shapes!r}"
             )
-        place = torch.device(device)
-    call = Call(place, dtype, rank, dropout, rows, in_features, out_features)
+        place, adds_to = torch.device(device), None
+    call = Call(place, dtype, rank, dropout, rows, in_features, out_features, adds_to=adds_to)
     name, source = requested(backend)
     if name == "auto":
         runs, reason = auto(call)
@@ -339,6 +348,7 @@ def explain(
     others = {other: tuple(why) or ("can run",) for other, why in why_nots.items() if other != ran_by}
     shown = f"rows {'any' if rows is None else rows}, {in_features} -> {out_features}, rank {rank}, "
     shown += f"{str(dtype).removeprefix('torch.')} on {place}"
+    shown += "" if adds_to is None else ", added to what the base makes"
     if blocked := why_nots[ran_by]:
         return Plan(shown, None, f"{reason}, but " + "; ".join(blocked), others)
     sizes = call.sizes

@@ -75,7 +75,9 @@ def coto_lora_linear(
     tensor([[2.5000, 2.5000, 2.5000],
             [1.0000, 1.0000, 1.0000]])
     """
-    _check_tensors(x, weight, bias, lora_a, lora_b)
+    _check_tensors(("x", x), ("weight", weight), ("bias", bias), ("lora_a", lora_a), ("lora_b", lora_b))
+    _check_linear_shapes(x, weight, bias)
+    _check_factors(lora_a, lora_b, weight.shape[0], weight.shape[1], "weight")
     _check_gate(gate, x)
     _check_numbers(scale, dropout)
 
@@ -97,11 +99,72 @@ def coto_lora_linear(
     if name == "reference":
         return reference.lora_linear(x, weight, bias, lora_a, lora_b, scale=scale, gate=gate, dropout=dropout)
     fall_back = name.startswith("triton") and dispatch.requested(backend)[0] == "auto"
-    return _LowRankLinear.apply(x, weight, bias, lora_a, lora_b, scale, gate, dropout, name, fall_back)
+    return _LowRankLinear.apply(x, weight, bias, lora_a, lora_b, None, scale, gate, dropout, name, fall_back)
+
+
+def add_low_rank(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scale: float,
+    gate: Gate = True,
+    dropout: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    r"""The low-rank update alone, for a base whose weight is not there to read: ``y + δ · scale · (dropout(x) Aᵀ) Bᵀ``.
+
+    `y` is what the base has made of `x`. It is never written, and gets the gradient of the result as it is; dx, dA and
+    dB are those of `coto_lora_linear` less ``dy W``.
+
+    ``h = scale · dropout(x) Aᵀ`` is computed in the dtype of `x` (under autocast in that to which `F.linear` would cast
+    it) and rounded to the dtype of `y`; ``h Bᵀ`` and the sum are computed in that. So a base that answers in a dtype
+    of its own keeps it.
+
+    Args:
+        y: ``[..., out_features]``, with the leading dimensions and the device of `x`.
+        x, lora_a, lora_b, scale, gate, dropout, backend: as in `coto_lora_linear`; ``gate=False`` gives `y` itself.
+            Every form of the fused kernels stands for the one that there is here, which wants one dtype for x and y.
+
+    Returns:
+        ``[..., out_features]``, in the dtype of `y`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `coto_lora_linear`.
+
+    >>> y, x = torch.zeros(2, 3), torch.ones(2, 3)
+    >>> add_low_rank(y, x, torch.ones(1, 3), torch.ones(3, 1), scale=0.5, gate=torch.tensor([1, 0]))
+    tensor([[1.5000, 1.5000, 1.5000],
+            [0.0000, 0.0000, 0.0000]])
+    """
+    _check_tensors(("x", x), ("y", y), ("lora_a", lora_a), ("lora_b", lora_b))
+    if x.dim() == 0 or y.dim() == 0 or y.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"y must have the leading dimensions of x {tuple(x.shape)}; got shape {tuple(y.shape)}")
+    _check_factors(lora_a, lora_b, y.shape[-1], x.shape[-1], "x and y")
+    _check_gate(gate, x)
+    _check_numbers(scale, dropout)
+    if gate is False:
+        if backend is not None:
+            dispatch.check_name(backend, "backend")
+        return y
+    if _autocasts(x.device):
+        x = _autocast(x)
+    rows = None if torch.compiler.is_compiling() else math.prod(x.shape[:-1])
+    call = dispatch.Call(
+        x.device, x.dtype, lora_a.shape[0], dropout, rows, x.shape[-1], y.shape[-1], torch.is_grad_enabled(), y.dtype
+    )
+    name = dispatch.choose(backend, call)
+    # autocast would take a sum in float32 away from y
+    with without_autocast(x.device):
+        if name == "reference":
+            return reference.add_low_rank(y, x, lora_a, lora_b, scale=scale, gate=gate, dropout=dropout)
+        fall_back = name.startswith("triton") and dispatch.requested(backend)[0] == "auto"
+        return _LowRankLinear.apply(x, None, None, lora_a, lora_b, y, scale, gate, dropout, name, fall_back)
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """Joins a backend's forward and backward.
+    """Joins a backend's forward and backward, of a base given by its weight or by its output.
 
     Old style (the context comes with the forward): half the eager cost of a setup_context Function.
     """
@@ -110,17 +173,18 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         lora_a: Tensor,
         lora_b: Tensor,
+        base: Tensor | None,
         scale: float,
         gate: Gate,
         dropout: float,
         backend: str,
         fall_back: bool,
     ) -> Tensor:
-        options: dict[str, Any] = {"scale": scale, "gate": gate, "dropout": dropout}
+        options: dict[str, Any] = {"scale": scale, "gate": gate, "dropout": dropout, "base": base}
         try:
             y, saved = dispatch.kernels(backend).forward(x, weight, bias, lora_a, lora_b, **options)
         except Exception as error:
@@ -131,10 +195,10 @@ class _LowRankLinear(torch.autograd.Function):
             y, saved = addmm.forward(x, weight, bias, lora_a, lora_b, **options)
         if backend.startswith("triton") and not torch.compiler.is_compiling():
             dispatch.note_run(backend, x.dtype, lora_a.shape[0])
-        for_x, for_weight, for_bias, for_a, for_b = ctx.needs_input_grad[:5]
+        for_x, for_weight, for_bias, for_a, for_b, ctx.for_base = ctx.needs_input_grad[:6]
         needs = Needs(
             x.dtype if for_x else None,
-            weight.dtype if for_weight else None,
+            weight.dtype if for_weight and weight is not None else None,
             bias.dtype if for_bias and bias is not None else None,
             lora_a.dtype if for_a else None,
             lora_b.dtype if for_b else None,
@@ -156,19 +220,20 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        rest = (dy if ctx.for_base else None, None, None, None, None, None)
         if not (recorded := torch.is_grad_enabled()) and not _autocasts(dy.device):
-            return *_LowRankLinear.gradients(ctx, dy), None, None, None, None, None
+            return *_LowRankLinear.gradients(ctx, dy), *rest
         # backward may be called inside an autocast region, which must not recast what forward settled
         with torch.no_grad(), without_autocast(dy.device):
             gradients = _LowRankLinear.gradients(ctx, dy)
         if not recorded:
-            return *gradients, None, None, None, None, None
+            return *gradients, *rest
         # requires_grad marks them as depending on the inputs, which no_grad hid from autograd; the inputs go
         # along because autograd.grad visits only what leads to the tensors it is asked about
         marked = (None if g is None else g.detach().requires_grad_() for g in gradients)
         x, weight, lora_a, lora_b = ctx.saved_tensors[:4]
         gradients = _OnlyOnce.apply(ctx.backend, *marked, dy, x, weight, lora_a, lora_b)
-        return *gradients, None, None, None, None, None
+        return *gradients, *rest
 
     @staticmethod
     def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -205,9 +270,9 @@ class _OnlyOnce(torch.autograd.Function):
         )
 
 
-def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
+def _check_tensors(*tensors: tuple[str, Tensor | None]) -> None:
     device = None
-    for name, t in (("x", x), ("weight", weight), ("bias", bias), ("lora_a", lora_a), ("lora_b", lora_b)):
+    for name, t in tensors:
         if t is None and name == "bias":
             continue
         if not isinstance(t, Tensor):
@@ -217,6 +282,9 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tenso
         device = device or t.device
         if t.device != device:
             raise ValueError(f"{name} must be on the device of x, {device}; got {t.device}")
+
+
+def _check_linear_shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.dim() != 2:
         raise ValueError(f"weight must be [out_features, in_features]; got shape {tuple(weight.shape)}")
     out_features, in_features = weight.shape
@@ -224,11 +292,14 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tenso
         raise ValueError(f"x must be [..., {in_features}] to fit weight; got shape {tuple(x.shape)}")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias must be [{out_features}] to fit weight; got shape {tuple(bias.shape)}")
+
+
+def _check_factors(lora_a: Tensor, lora_b: Tensor, out_features: int, in_features: int, base: str) -> None:
     if lora_a.dim() != 2 or lora_a.shape[1] != in_features or lora_a.shape[0] == 0:
         raise ValueError(f"lora_a must be [rank, {in_features}] with rank at least 1; got shape {tuple(lora_a.shape)}")
     if lora_b.shape != (out_features, lora_a.shape[0]):
         raise ValueError(
-            f"lora_b must be [{out_features}, {lora_a.shape[0]}] to fit weight and lora_a; "
+            f"lora_b must be [{out_features}, {lora_a.shape[0]}] to fit {base} and lora_a; "
             f"got shape {tuple(lora_b.shape)}"
         )
 

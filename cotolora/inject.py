@@ -6,14 +6,16 @@ import logging
 import math
 import re
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
 from torch import nn
 
+from cotolora.bases import is_conv1d, is_dense, why_not_adaptable
 from cotolora.groups import adapters, plain_name, unwrap, wrappers
-from cotolora.linear import CoToLoRALinear, is_conv1d, why_not_adaptable
+from cotolora.linear import CoToLoRALinear
 
 logger = logging.getLogger("cotolora")
 
@@ -21,8 +23,8 @@ Targets = str | Sequence[str]
 
 Patterns = list[tuple[re.Pattern[str], Any]]
 
-# everything that nn.Module.register_*_hook writes to
-_HOOKS = (
+# everything that nn.Module.register_*_hook writes to: what calls run, and what state dicts do
+_CALL_HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -30,6 +32,8 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
+)
+_STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
@@ -61,11 +65,14 @@ def inject(
 
     Names are matched as PEFT matches them: a list holds whole names or their dotted ends (``"q_proj"`` takes
     ``layers.0.q_proj``, not ``not_q_proj``); a string is a regular expression for the whole name, or
-    "all-linear": every ``nn.Linear`` and transformers ``Conv1D`` except what `trainable` takes and, in a
-    transformers model, the output embedding.
+    "all-linear": every ``nn.Linear``, subclasses included, and transformers ``Conv1D`` except what `trainable` takes
+    and, in a transformers model, the output embedding. By name, any other module is taken too that has
+    integer `in_features` and `out_features`: see `CoToLoRALinear.from_linear`, which says what becomes of a base
+    without a dense weight. What lies inside of such a module is its own and no target.
 
     A module under several names becomes one adapter, named after the first. Hooks move to the new
-    layer. Weights are shared, not copied; tied weights stay tied. Names are those of the unwrapped model, as
+    layer, except that a module which stays as a base keeps those of its state dict. Weights are shared, not
+    copied; tied weights stay tied. Names are those of the unwrapped model, as
     `adapters` gives them.
 
     Args:
@@ -151,7 +158,8 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
         TypeError: `model` is not a module.
         ValueError: it has no adapters, or is one itself (which `to_linear` turns into a plain module), or
             something replaced an adapter's forward.
-        RuntimeError: `merge` is asked for and an adapter's `enabled` is a row mask.
+        RuntimeError: `merge` is asked for, and an enabled adapter's base has no dense weight or its `enabled` is a
+            row mask.
     """
     layers = adapters(model)
     if not layers:
@@ -277,6 +285,7 @@ def match_linears(
     trainable = _checked_names("trainable", trainable)
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
     modules = dict(model.named_modules(remove_duplicate=False))
+    inside: set[nn.Module] = set()  # of a base that stays whole
     head = _output_embedding(model) if everything else None
     raw_names_of: dict[nn.Module, list[str]] = {}
     for raw_name, module in modules.items():
@@ -289,7 +298,9 @@ def match_linears(
             continue
         if names == [""] or (exclude and any(matches(name, exclude) for name in names)):
             continue
-        if not isinstance(module, nn.Linear) and not is_conv1d(module):
+        if module in inside:
+            continue
+        if not isinstance(module, nn.Linear) and not is_conv1d(module) and (everything or why_not_adaptable(module)):
             if not isinstance(targets, str) and not list(module.children()) and list(module.parameters()):
                 raise ValueError(
                     f"targets must name linear modules; {names[0]} is a {type(module).__name__}; "
@@ -304,6 +315,7 @@ def match_linears(
             continue
         for raw_name in raw_names:
             _refuse_unadaptable(raw_name, module, modules)
+        inside.update(set(module.modules()) - {module})
         found[names[0]] = raw_names
     _refuse_missing(model, targets, found)
     return found
@@ -353,8 +365,9 @@ def _refuse_unadaptable(raw_name: str, module: nn.Module, modules: dict[str, nn.
             f"calls it, so an adapter there would be ignored; {advice}"
         )
     if reason := why_not_adaptable(module):
-        raise ValueError(f"{name} must be an nn.Linear or a transformers Conv1D; {reason}; {advice}")
-    if reason := _why_forward_is_not_its_own(module):
+        raise ValueError(f"{name} must be a module that maps in_features to out_features; {reason}; {advice}")
+    # a base that is called keeps whatever forward it has
+    if is_dense(module) and (reason := _why_forward_is_not_its_own(module)):
         raise ValueError(f"{name} must keep its own forward; {reason}, or {advice}")
 
 
@@ -377,7 +390,7 @@ def _refuse_missing(model: nn.Module, targets: Targets, found: dict[str, list[st
         if not targets:
             raise ValueError("targets must name at least one module; got none")
     if missing:
-        linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module))
+        linears = (name for name, module in model.named_modules() if not why_not_adaptable(module))
         ends = sorted({plain_name(name).rpartition(".")[2] for name in linears if name})
         raise ValueError(
             f"targets {missing} match no linear module in {type(model).__name__}; its linear modules end in {ends}"
@@ -411,10 +424,17 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _move_hooks(source: nn.Module, target: nn.Module) -> None:
-    for name in _HOOKS:
+    stays = source in target.children() or target in source.children()
+    for name in _CALL_HOOKS if stays else (*_CALL_HOOKS, *_STATE_HOOKS):
+        getattr(source, name).update(getattr(target, name))
         # the very same dictionary: a handle that the user kept removes its hook from it
         setattr(target, name, getattr(source, name))
+        if stays:
+            setattr(source, name, OrderedDict())  # it goes on being called: once is enough
     target._is_full_backward_hook = source._is_full_backward_hook
+    if stays:
+        source._is_full_backward_hook = None
+        return
     for hook in target._load_state_dict_pre_hooks.values():
         if hook.with_module:  # type: ignore[attr-defined]
             hook.module = weakref.ref(target)  # type: ignore[attr-defined]  # torch keeps the module it was set on
@@ -428,7 +448,9 @@ def _shared_weights(model: nn.Module, layers: dict[str, CoToLoRALinear]) -> dict
             owners.setdefault(id(parameter), []).append((module, plain_name(f"{name}.{key}" if name else key)))
     shared = {}
     for name, layer in layers.items():
-        base = layer.weight if layer._original_weight is None else layer._original_weight
+        if layer.base is not None:
+            continue
+        base = layer._base_weight()
         if others := [owner for module, owner in owners.get(id(base), []) if module is not layer]:
             shared[name] = base, others
     return shared

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cotolora.functional import coto_lora_linear, without_autocast
+from cotolora.bases import check_foreign, features, is_conv1d, is_dense, keep_keys, place_of, why_not_adaptable
+from cotolora.functional import add_low_rank, coto_lora_linear, without_autocast
 from cotolora.reference import Gate
 
 VARIANTS = ("lora",)
@@ -48,6 +48,8 @@ class CoToLoRALinear(nn.Module):
         weight: ``[out_features, in_features]``, frozen; ``[in_features, out_features]`` if
             `fan_in_fan_out`, which marks a layer made from a transformers Conv1D.
         bias: ``[out_features]`` or None, frozen.
+        base: a module that makes ``x Wᵀ + bias``, frozen, in place of `weight` and `bias`, which then are
+            None; else None.
         lora_a: A, ``[rank, in_features]``.
         lora_b: B, ``[out_features, rank]``.
 
@@ -61,8 +63,9 @@ class CoToLoRALinear(nn.Module):
     CoToLoRALinear(in_features=8, out_features=4, bias=True, rank=2, alpha=4.0, gate=True, variant=lora)
     """
 
-    weight: nn.Parameter
+    weight: nn.Parameter | None
     bias: nn.Parameter | None
+    base: nn.Module | None
 
     def __init__(
         self,
@@ -100,6 +103,7 @@ class CoToLoRALinear(nn.Module):
         self._gate: Gate = True
         self._enabled: Gate = True
         self._original_weight: nn.Parameter | None = None
+        self.base = None
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self._share(base.weight, base.bias)  # type: ignore[arg-type]
 
@@ -115,29 +119,36 @@ class CoToLoRALinear(nn.Module):
         variant: str = "lora",
         init: str = "kaiming",
     ) -> CoToLoRALinear:
-        """A layer around the weight and bias of an ``nn.Linear`` or a transformers ``Conv1D``.
+        """A layer around an ``nn.Linear``, a transformers ``Conv1D``, or another module that maps features.
 
-        The parameters are shared, not copied, and are frozen by this.
+        Of the first two, unless the weight is quantised, sparse or of a tensor subclass, the parameters are shared,
+        not copied. Any other module with integer `in_features` and `out_features` becomes `base`: its own forward is
+        called and the low-rank part added, so what it computes and how it is stored stay its own; it cannot be
+        merged into. The keys of its state dict do not change. Either way the parameters are frozen by this.
 
         Raises:
-            TypeError: `linear` is of another class, subclasses of nn.Linear included, or its weight
-                is not a dense floating parameter.
-            ValueError: as the constructor.
+            TypeError: `linear` is no such module, or one that cannot be adapted; the message says why.
+            ValueError: as the constructor; or `variant` or `init` needs a weight to read and there is only a `base`.
         """
         if reason := why_not_adaptable(linear):
-            raise TypeError(f"linear must be an nn.Linear or a transformers Conv1D; {reason}")
-        weight, bias = linear.weight, linear.bias
-        assert isinstance(weight, nn.Parameter)
-        assert bias is None or isinstance(bias, nn.Parameter)
-        transposed = is_conv1d(linear)
-        in_features, out_features = weight.shape if transposed else weight.shape[::-1]
+            raise TypeError(f"linear must be a module that maps in_features to out_features; {reason}")
+        dense = is_dense(linear)
+        if not dense:
+            check_foreign(linear, variant, init)
+        weight: Any = linear.weight if dense else None
+        bias: Any = linear.bias if dense else None
+        in_features, out_features = features(linear)
         layer = cls(
             in_features, out_features, rank, alpha, bias=bias is not None, dropout=dropout,
-            use_rslora=use_rslora, variant=variant, init=init, device="meta", dtype=weight.dtype,
+            use_rslora=use_rslora, variant=variant, init=init, device="meta", dtype=weight.dtype if dense else None,
         )  # fmt: skip
-        layer.fan_in_fan_out = transposed
-        layer._share(weight, bias)
-        return layer.train(linear.training)
+        if dense:
+            layer.fan_in_fan_out = is_conv1d(linear)
+            layer._share(weight, bias)
+        else:
+            layer._call(linear)
+        layer.training = linear.training
+        return layer
 
     def _share(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         weight.requires_grad_(False)
@@ -145,9 +156,17 @@ class CoToLoRALinear(nn.Module):
         if bias is not None:
             bias.requires_grad_(False)
         self.bias = bias
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.lora_a = nn.Parameter(torch.empty(self.rank, self.in_features, device=weight.device, dtype=dtype))
-        self.lora_b = nn.Parameter(torch.empty(self.out_features, self.rank, device=weight.device, dtype=dtype))
+        self._make_factors(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
+
+    def _call(self, base: nn.Module) -> None:
+        self.weight = self.bias = None
+        self.base = base.requires_grad_(False)
+        keep_keys(self)
+        self._make_factors(*place_of(base))
+
+    def _make_factors(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.lora_a = nn.Parameter(torch.empty(self.rank, self.in_features, device=device, dtype=dtype))
+        self.lora_b = nn.Parameter(torch.empty(self.out_features, self.rank, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -195,8 +214,8 @@ class CoToLoRALinear(nn.Module):
                 raise TypeError(f"{argument} must be a bool or a bool or integer tensor; got a tensor of {value.dtype}")
             if value.dim() > 1:
                 raise ValueError(f"{argument} must be 0-dim or [batch]; got a tensor of shape {tuple(value.shape)}")
-            if not self.weight.is_meta:
-                value = value.to(self.weight.device)
+            if not self.lora_a.is_meta:
+                value = value.to(self.lora_a.device)
         self.__dict__.pop(name, None)
         self._buffers.pop(name, None)
         if isinstance(value, Tensor):
@@ -217,15 +236,17 @@ class CoToLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` → ``[..., out_features]``. A merged layer is a plain linear."""
-        weight: Tensor = self.weight
-        if self.fan_in_fan_out:
-            weight = weight.T
+        dropout = self.dropout if self.training else 0.0
+        if self.base is not None:
+            y = self.base(x)
+            return add_low_rank(y, x, self.lora_a, self.lora_b, scale=self.scale, gate=self.active, dropout=dropout)
+        assert self.weight is not None
+        weight: Tensor = self.weight.T if self.fan_in_fan_out else self.weight
         if self._original_weight is not None:
             return F.linear(x, weight, self.bias)
         return coto_lora_linear(
-            x, weight, self.bias, self.lora_a, self.lora_b,
-            scale=self.scale, gate=self.active, dropout=self.dropout if self.training else 0.0,
-        )  # fmt: skip
+            x, weight, self.bias, self.lora_a, self.lora_b, scale=self.scale, gate=self.active, dropout=dropout
+        )
 
     def delta_weight(self) -> Tensor:
         """The update ``s · B A [out_features, in_features]`` in the dtype of A and B, whatever the switches say."""
@@ -240,10 +261,24 @@ class CoToLoRALinear(nn.Module):
         """Whether `weight` holds the update."""
         return self._original_weight is not None
 
+    def _base_weight(self) -> nn.Parameter:
+        """The base's own weight, also while `weight` holds the update.
+
+        Raises:
+            RuntimeError: there is none, only a `base`.
+        """
+        weight = self.weight if self._original_weight is None else self._original_weight
+        if weight is None:
+            raise RuntimeError(
+                f"the base is a {type(self.base).__name__}, which has no dense floating weight that could hold the "
+                "update; leave it unmerged, or take it back with to_linear(merge=False) or eject(model, merge=False)"
+            )
+        return weight
+
     @torch.no_grad()
     def _merged_weight(self) -> nn.Parameter:
         """The base weight plus the update of an enabled adapter: a new parameter, or the base's own if disabled."""
-        base = self.weight if self._original_weight is None else self._original_weight
+        base = self._base_weight()
         if isinstance(self._enabled, Tensor) and self._enabled.dim() > 0:
             raise RuntimeError("enabled is a row mask, which no single weight can hold; set it to a bool to merge")
         if not self._enabled:
@@ -261,7 +296,7 @@ class CoToLoRALinear(nn.Module):
         `unmerge`, the switches have no effect and nothing trains here. Twice is once.
 
         Raises:
-            RuntimeError: `enabled` is a row mask.
+            RuntimeError: `enabled` is a row mask, or there is a `base`.
         """
         if self._original_weight is None:
             merged, original = self._merged_weight(), self.weight
@@ -275,13 +310,14 @@ class CoToLoRALinear(nn.Module):
             self.weight, self._original_weight = self._original_weight, None
 
     def to_linear(self, merge: bool = True) -> nn.Module:
-        """A plain ``nn.Linear`` (or Conv1D) with the base's bias, and its weight or, merged, a new one.
+        """A plain ``nn.Linear`` (or Conv1D) with the base's bias, and its weight or, merged, a new one; or the `base`.
 
         Raises:
-            RuntimeError: `merge` is asked for and `enabled` is a row mask.
+            RuntimeError: `merge` is asked for of an enabled adapter and `enabled` is a row mask, or there is a `base`.
         """
-        base = self.weight if self._original_weight is None else self._original_weight
-        weight = self._merged_weight() if merge else base
+        if self.base is not None and not (merge and torch.as_tensor(self._enabled).any()):
+            return self.base
+        weight = self._merged_weight() if merge else self._base_weight()
         if self.fan_in_fan_out:
             from transformers.pytorch_utils import Conv1D
 
@@ -329,35 +365,22 @@ class CoToLoRALinear(nn.Module):
         if own.isdisjoint(state_dict):  # a checkpoint of the base model, which knows no adapters
             missing_keys[:] = [key for key in missing_keys if key not in own]
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        # how torch.distributed.checkpoint gets from a key of the state dict to what it is the key of
+        base = self.base
+        return {} if base is None else dict.fromkeys((*base._parameters, *base._buffers, *base._modules), "base")
+
     def extra_repr(self) -> str:
         """Sizes and switches, for repr."""
         switches = f"gate={_shown(self._gate)}"
         if self._enabled is not True:
             switches += f", enabled={_shown(self._enabled)}"
+        bias = f"bias={self.bias is not None}, " if self.base is None else ""
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, {bias}"
             f"rank={self.rank}, alpha={self.alpha}, {switches}, variant={self.variant}"
         )
 
 
 def _shown(switch: Gate) -> str:
     return f"tensor{list(switch.shape)}" if isinstance(switch, Tensor) else str(switch)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is a transformers Conv1D; never imports transformers to find out."""
-    loaded = sys.modules.get("transformers.pytorch_utils")
-    return loaded is not None and type(module) is loaded.Conv1D
-
-
-def why_not_adaptable(module: nn.Module) -> str:
-    """Why `CoToLoRALinear.from_linear` cannot take `module`; empty if it can."""
-    kind = type(module).__name__
-    if type(module) is not nn.Linear and not is_conv1d(module):
-        return f"got {kind}, a subclass of nn.Linear" if isinstance(module, nn.Linear) else f"got {kind}"
-    weight = module.weight
-    if not isinstance(weight, nn.Parameter) or type(weight) not in (nn.Parameter, Tensor):
-        return f"got a {kind} whose weight is a {type(weight).__name__}, not an nn.Parameter"
-    if not weight.is_floating_point() or weight.layout != torch.strided:
-        return f"got a {kind} whose weight is {weight.dtype}, {weight.layout}"
-    return ""

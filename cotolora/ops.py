@@ -18,7 +18,7 @@ from cotolora.kernels import one_pass, one_pass_swapped
 from cotolora.kernels import pre_expand as expands
 from cotolora.kernels import shrink as shrinks
 from cotolora.kernels.dropout import drawn_mask
-from cotolora.kernels.forms import FORMS
+from cotolora.kernels.forms import ADDING, FORMS
 from cotolora.reference import Gate
 
 __all__ = ["FUSED", "Fused", "drawn_mask"]
@@ -34,7 +34,7 @@ SCHEMAS = {
     "shrink": "(Tensor x, Tensor a, Tensor? gate, Tensor? seed, float scale, float dropout) -> Tensor",
     "low_rank_gemm": "(Tensor x, Tensor weight, Tensor? bias, Tensor h, Tensor b, Tensor? gate, Tensor? seed, "
     "float dropout) -> Tensor",
-    "expand": "(Tensor p, Tensor a, Tensor? gate, Tensor? seed, float dropout) -> Tensor",
+    "expand": "(Tensor p, Tensor a, Tensor? add, Tensor? gate, Tensor? seed, float dropout) -> Tensor",
     "adapter_grads": "(Tensor dy, Tensor? x, Tensor? h, Tensor? b, Tensor? gate, Tensor? seed, float scale, "
     "float dropout, ScalarType dtype_a, ScalarType dtype_b) -> (Tensor, Tensor, Tensor)",
 }
@@ -58,8 +58,8 @@ def _low_rank_gemm(x, weight, bias, h, b, gate, seed, dropout):  # type: ignore[
     return gemm.low_rank_gemm(x, weight, bias, h, b, gate, seed=seed, dropout=dropout)
 
 
-def _expand(p, a, gate, seed, dropout):  # type: ignore[no-untyped-def]
-    return expands.expand(p, a, gate, seed=seed, dropout=dropout)
+def _expand(p, a, add, gate, seed, dropout):  # type: ignore[no-untyped-def]
+    return expands.expand(p, a, gate, add=add, seed=seed, dropout=dropout)
 
 
 def _adapter_grads(dy, x, h, b, gate, seed, scale, dropout, dtype_a, dtype_b):  # type: ignore[no-untyped-def]
@@ -92,7 +92,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
         _low_rank_gemm,
         lambda x, weight, bias, h, b, gate, seed, dropout: x.new_empty(x.shape[0], weight.shape[0]),
     ),
-    "expand": (_expand, lambda p, a, gate, seed, dropout: p.new_empty(p.shape[0], a.shape[1])),
+    "expand": (_expand, lambda p, a, add, gate, seed, dropout: p.new_empty(p.shape[0], a.shape[1])),
     "adapter_grads": (_adapter_grads, _adapter_grads_shapes),
 }
 for _name, (_launch, _shapes) in _IMPLEMENTATIONS.items():
@@ -112,7 +112,7 @@ class Fused:
     def forward(
         self,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         lora_a: Tensor,
         lora_b: Tensor,
@@ -120,8 +120,9 @@ class Fused:
         scale: float,
         gate: Gate,
         dropout: float,
+        base: Tensor | None = None,
     ) -> tuple[Tensor, Saved]:
-        """``y = x Wᵀ + bias + h Bᵀ`` with ``h = δ · scale · dropout(x) Aᵀ``."""
+        """``y = x Wᵀ + bias + h Bᵀ``, or ``base + h Bᵀ``, with ``h = δ · scale · dropout(x) Aᵀ``."""
         lora_a, lora_b, rows = lora_a.to(x.dtype), lora_b.to(x.dtype), flat(x)
         device_gate = gate if isinstance(gate, Tensor) else None
         seed = None
@@ -129,7 +130,11 @@ class Fused:
             # drawn on the device, from torch's generator: no sync, and a CUDA graph draws anew in every replay
             seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
         ops = torch.ops.cotolora
-        if self.form == "one_pass":
+        if weight is None:
+            assert base is not None
+            h = ops.shrink(rows, lora_a, device_gate, seed, scale, dropout)
+            y = ops.expand(h, lora_b.T, flat(base), device_gate, None, 0.0)
+        elif self.form == "one_pass":
             y, h = ops.one_pass(rows, weight, bias, lora_a, lora_b, device_gate, seed, scale, dropout)
         elif self.form == "low_rank_gemm":
             h = ops.shrink(rows, lora_a, device_gate, seed, scale, dropout)
@@ -137,7 +142,7 @@ class Fused:
         else:
             y, h = ops.pre_expand(rows, bias, lora_a, lora_b, device_gate, seed, scale, dropout)
             y.addmm_(rows, weight.T)
-        return y.view(*x.shape[:-1], weight.shape[0]), Saved(h, seed)
+        return y.view(*x.shape[:-1], lora_b.shape[0]), Saved(h, seed)
 
     def backward(
         self,
@@ -174,14 +179,16 @@ class Fused:
                 lora_b.to(dy.dtype) if lora_b is not None and (needs.lora_a or needs.x) else None,
                 device_gate, saved.keep, scale, dropout, needs.lora_a or dy.dtype, needs.lora_b or dy.dtype,
             )  # fmt: skip
-        if needs.x and p is not None and weight is not None and lora_a is not None:
+        if needs.x and p is not None and lora_a is not None:
             lora_a = lora_a.to(dy.dtype)
-            if self.form == "pre_expand":
-                dx = ops.expand(p, lora_a, device_gate, saved.keep, dropout).addmm_(rows, weight)
+            if weight is None:
+                dx = ops.expand(p, lora_a, None, device_gate, saved.keep, dropout)
+            elif self.form == "pre_expand":
+                dx = ops.expand(p, lora_a, None, device_gate, saved.keep, dropout).addmm_(rows, weight)
             else:
                 dx = ops.low_rank_gemm(rows, weight.T, None, p, lora_a.T, device_gate, saved.keep, dropout)
-            dx = dx.view(*dy.shape[:-1], weight.shape[1])
+            dx = dx.view(*dy.shape[:-1], lora_a.shape[1])
         return dx, dw, dbias, da if needs.lora_a else None, db if needs.lora_b else None
 
 
-FUSED = {form: Fused(form) for form in FORMS}
+FUSED = {form: Fused(form) for form in (*FORMS, *ADDING)}

@@ -53,13 +53,23 @@ def lora_linear(
     Source: LoRA, Hu et al. 2021, eq. 3 (arXiv:2106.09685); δ is the activation indicator of CoTo,
     Zhuang et al. 2025, section 3 (arXiv:2506.05713).
     """
-    base = F.linear(x, weight, bias)
+    return add_low_rank(F.linear(x, weight, bias), x, lora_a, lora_b, scale=scale, gate=gate, dropout=dropout)
+
+
+def add_low_rank(
+    y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, *, scale: float, gate: Gate = True, dropout: float = 0.0
+) -> Tensor:
+    r"""The low-rank update alone, added to what some base has made of x: ``y + δ · scale · (dropout(x) Aᵀ) Bᵀ``.
+
+    ``h = dropout(x) Aᵀ`` is computed in the dtype of `x`; it and B are then cast to that of `y`, which is the result's.
+    `y` is ``[..., out_features]``; the other arguments are as in `lora_linear`. Where δ is 0 the result is `y`.
+    """
     if gate is False:
-        return base
-    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        return y
+    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(y.dtype)
     if gate is True:
         h = F.dropout(x, dropout) @ lora_a.T
-        return base + scale * (h @ lora_b.T)
+        return y + scale * (h.to(y.dtype) @ lora_b.T)
 
     on = rows_on(gate, x)
     # selecting before and after each product keeps 0 · inf out of the gradients as well
@@ -67,4 +77,4 @@ def lora_linear(
     h = torch.where(on, selected @ lora_a.T, 0)
     if on.dim() == 0:
         lora_b = torch.where(on, lora_b, 0)
-    return torch.where(on, base + scale * (h @ lora_b.T), base)
+    return torch.where(on, y + scale * (h.to(y.dtype) @ lora_b.T), y)

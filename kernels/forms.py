@@ -17,6 +17,7 @@ from typing import Any
 logger = logging.getLogger("cotolora")
 
 FORMS = ("one_pass", "low_rank_gemm", "pre_expand")
+ADDING = ("expand",)  # in their place where a module that is called makes ``x Wᵀ``
 CLEAR_WIN = 1.10  # how many times as long the vendor's GEMMs must take before a form that was never timed is taken
 
 
@@ -66,6 +67,7 @@ class Sizes:
     k: int
     rank: int
     element_size: int = 2
+    adds: bool = False  # to a y that some base has made: of its weight nothing is known
 
     def bytes(self, *tensors: str) -> int:
         """Of the tensors named, each as often as it is named: x y w h a b, and p, dx, dy, which are as h, x, y."""
@@ -80,8 +82,11 @@ class Sizes:
 def launches(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
     """The kernels of a form's forward and of its backward, which makes the gradients of x, A and B.
 
-    `form` is one of `FORMS`, "addmm", or "frozen": the base linear alone.
+    `form` is one of `FORMS` (of `ADDING`, where the low-rank part is added to an output), "addmm", or "frozen": the
+    base linear alone.
     """
+    if sizes.adds:
+        return _adding(form, sizes)
     bytes_of, products = sizes.bytes, 2 * sizes.m * sizes.n * sizes.k
     if form == "frozen":
         return (Launch("linear", bytes_of("x", "w", "y"), products),), (
@@ -102,12 +107,7 @@ def launches(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch,
                 Launch("addmm_", bytes_of("p", "a", "dx", "dx")),
             ),
         )
-    gradients = (
-        Launch("project", bytes_of("dy", "h", "b", "p", "b")),
-        Launch("sum_partials", bytes_of("p", "p")),
-        Launch("gram", bytes_of("x", "p", "a")),
-        Launch("sum_partials", bytes_of("a", "b")),
-    )
+    gradients = _gradients(sizes)
     dx_fused = Launch("low_rank_gemm", bytes_of("dy", "w", "dx", "p", "a"), products, "gemm")
     if form == "one_pass":
         # each of the tiles of 128 columns of y makes h anew
@@ -132,6 +132,35 @@ def launches(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch,
             Launch("addmm_", bytes_of("dy", "w", "dx", "dx"), products),
         ),
     )  # fmt: skip
+
+
+def _gradients(sizes: Sizes) -> tuple[Launch, ...]:
+    """Those of A and B by the fused kernels, with p."""
+    return (
+        Launch("project", sizes.bytes("dy", "h", "b", "p", "b")),
+        Launch("sum_partials", sizes.bytes("p", "p")),
+        Launch("gram", sizes.bytes("x", "p", "a")),
+        Launch("sum_partials", sizes.bytes("a", "b")),
+    )
+
+
+def _adding(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
+    bytes_of = sizes.bytes
+    if form == "expand":
+        return (
+            (Launch("shrink", bytes_of("x", "a", "h")), Launch("pre_expand", bytes_of("h", "b", "y", "y"))),
+            (*_gradients(sizes), Launch("pre_expand", bytes_of("p", "a", "dx"))),
+        )
+    # out of place: torch first copies the y that is added to
+    return (
+        (Launch("addmm", bytes_of("x", "a", "h")), Launch("addmm", bytes_of("h", "b", "y", "y", "y", "y"))),
+        (
+            Launch("mm", bytes_of("h", "dy", "b")),
+            Launch("addmm", bytes_of("b", "dy", "p")),
+            Launch("mm", bytes_of("p", "x", "a")),
+            Launch("mm", bytes_of("p", "a", "dx")),
+        ),
+    )
 
 
 VENDOR = ("linear", "mm", "addmm", "addmm_")
@@ -160,7 +189,13 @@ class Choice:
 def choose_form(
     sizes: Sizes, arch: str, *, captured: bool, backward: bool = True, table: tuple[dict[str, Any], ...] = ()
 ) -> Choice:
-    """The fastest of `FORMS` and "addmm": by the measured row nearest to the sizes, else by the model."""
+    """The fastest of `FORMS` and "addmm": by the measured row nearest to the sizes, else by the model.
+
+    Where the low-rank part is added to an output, which no row measures, of `ADDING` and "addmm" by the model.
+    """
+    fused = ADDING if sizes.adds else FORMS
+    if sizes.adds:
+        table = ()
     if row := nearest(table, sizes, captured):
         form = min(row["seconds"], key=row["seconds"].get)
         at = "x".join(str(row[name]) for name in ("m", "n", "k"))
@@ -168,8 +203,8 @@ def choose_form(
     if arch not in MACHINES:
         return Choice("addmm", f"no fused kernel has been measured on {arch}, and there is no model of it")
     machine = MACHINES[arch]
-    times = {form: seconds(form, sizes, machine, captured=captured, backward=backward) for form in ("addmm", *FORMS)}
-    form = min(FORMS, key=lambda name: times[name])
+    times = {form: seconds(form, sizes, machine, captured=captured, backward=backward) for form in ("addmm", *fused)}
+    form = min(fused, key=lambda name: times[name])
     ratio = times["addmm"] / times[form]
     if ratio >= CLEAR_WIN:
         return Choice(form, f"modelled, not measured: vendor GEMMs take {ratio:.2f} of its time on {arch}")

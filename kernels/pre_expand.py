@@ -13,13 +13,14 @@ from cotolora.kernels.tiles import PRE_EXPAND, Stream, architecture, choose, dot
 
 @triton.jit(do_not_specialize=["M", "rows_per_gate"])
 def pre_expand_kernel(
-    # [M, K] or None, [R, K] or None, [N] or None, [N, R], [] or [G] or None, [] or None, [M, R], [M, N]
-    x_ptr, a_ptr, bias_ptr, b_ptr, gate_ptr, seed_ptr, h_ptr, y_ptr,
+    # [M, K] or None, [R, K] or None, [N] or None, [N, R], [M, N] or None, [] or [G] or None, [] or None, [M, R], [M, N]
+    x_ptr, a_ptr, bias_ptr, b_ptr, add_ptr, gate_ptr, seed_ptr, h_ptr, y_ptr,
     M, N, K, R, rows_per_gate,
     stride_x_m, stride_x_k,
     stride_a_r, stride_a_k,
     stride_bias_n,
     stride_b_n, stride_b_r,
+    stride_add_m, stride_add_n,
     stride_gate_g,
     stride_h_m, stride_h_r,
     stride_y_m, stride_y_n,
@@ -82,6 +83,9 @@ def pre_expand_kernel(
             y = tl.where(row_on[:, None], y, 0.0)
         if bias_ptr is not None:
             y += tl.load(bias_ptr + columns * stride_bias_n, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+        if add_ptr is not None:
+            add_ptrs = add_ptr + rows[:, None] * stride_add_m + columns[None, :] * stride_add_n
+            y += tl.load(add_ptrs, mask=row_ok[:, None] & column_ok[None, :], other=0.0).to(tl.float32)
         y_ptrs = y_ptr + rows[:, None] * stride_y_m + columns[None, :] * stride_y_n
         tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
 
@@ -96,24 +100,25 @@ def pre_expand(
     strides. `gate` and `seed` as in `shrink`. With it, ``y0.addmm_(x, W.T)`` is the layer, at the vendor's speed.
     """
     h = x.new_empty(x.shape[0], a.shape[0])
-    return _launch(x, bias, a, b, gate, scale, h, seed, dropout, stream), h
+    return _launch(x, bias, a, b, None, gate, scale, h, seed, dropout, stream), h
 
 
 def expand(
     p: Tensor, a: Tensor, gate: Tensor | None,
-    *, seed: Tensor | None = None, dropout: float = 0.0, stream: Stream | None = None,
+    *, add: Tensor | None = None, seed: Tensor | None = None, dropout: float = 0.0, stream: Stream | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launches `pre_expand_kernel` on a p that is there: ``dx0 = δ · dropout(p A)``.
+    """Launches `pre_expand_kernel` on a p that is there: ``dx0 = δ · dropout(p A)``, plus `add` if given.
 
-    ``p [M, R]``, ``a [R, K]`` → ``dx0 [M, K]``; ``dx0.addmm_(dy, W)`` is the gradient of x. Under a `seed` the
-    result is dropped out, by the mask that dropped x.
+    ``p [M, R]``, ``a [R, K]``, ``add [M, K]`` → ``dx0 [M, K]``, rounded once; ``dx0.addmm_(dy, W)`` is the gradient of
+    x. Under a `seed` the product is dropped out, by the mask that dropped x. ``expand(h, B.T, gate, add=y)`` puts the
+    low-rank part onto a base's own output.
     """
-    return _launch(None, None, None, a.T, gate, 1.0, p, seed, dropout, stream)
+    return _launch(None, None, None, a.T, add, gate, 1.0, p, seed, dropout, stream)
 
 
 def _launch(
-    x: Tensor | None, bias: Tensor | None, a: Tensor | None, b: Tensor, gate: Tensor | None, scale: float, h: Tensor,
-    seed: Tensor | None, dropout: float, stream: Stream | None,
+    x: Tensor | None, bias: Tensor | None, a: Tensor | None, b: Tensor, add: Tensor | None, gate: Tensor | None,
+    scale: float, h: Tensor, seed: Tensor | None, dropout: float, stream: Stream | None,
 ) -> Tensor:  # fmt: skip
     (m, rank), n = h.shape, b.shape[0]
     y = h.new_empty(m, n)
@@ -130,11 +135,12 @@ def _launch(
     factor = 1.0 if seed is None else keep_scale(dropout)
     with torch.cuda.device_of(h):  # Triton launches on the current device
         pre_expand_kernel[(triton.cdiv(m, stream.rows),)](
-            x, a, bias, b, gate, seed, h, y,
+            x, a, bias, b, add, gate, seed, h, y,
             m, n, 0 if x is None else x.shape[1], rank, m if row_gates is None else m // row_gates.shape[0],
             *((0, 0) if x is None else x.stride()), *((0, 0) if a is None else a.stride()),
-            0 if bias is None else bias.stride(0), *b.stride(), 0 if row_gates is None else row_gates.stride(0),
-            *h.stride(), *y.stride(), float(scale) * (1.0 if x is None else factor), float(dropout), factor,
+            0 if bias is None else bias.stride(0), *b.stride(), *((0, 0) if add is None else add.stride()),
+            0 if row_gates is None else row_gates.stride(0), *h.stride(), *y.stride(),
+            float(scale) * (1.0 if x is None else factor), float(dropout), factor,
             BLOCK_M=stream.rows,
             BLOCK_N=stream.columns,
             BLOCK_R=min(stream.max_ranks, max(16, triton.next_power_of_2(rank))),

@@ -1010,16 +1010,9 @@ def test_no_pickle_is_ever_read(name, saved, tmp_path):
 
 
 def test_an_adapter_for_a_module_that_cannot_be_adapted(saved):
-    class MyLinear(nn.Linear):
-        pass
-
-    model = base()
-    model.blocks[1].fc.__class__ = MyLinear
-    with refused(model, r"blocks.1.fc must be an nn.Linear .* MyLinear"):
-        load_adapter(model, saved)
     model = base()
     model.fc = nn.LazyLinear(4)  # has no shape yet
-    with pytest.raises(ValueError, match=r"fc must be an nn.Linear .* LazyLinear"):
+    with pytest.raises(ValueError, match=r"fc must be a module that maps .* LazyLinear"):
         load_adapter(model, saved)
     model = base().to("meta")
     with pytest.raises(ValueError, match=r"must have memory in the model.* meta device"):

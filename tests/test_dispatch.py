@@ -319,6 +319,7 @@ LEVELS = [
     {"ops"},
     {"dispatch"},
     {"functional"},
+    {"bases"},
     {"linear"},
     {"groups"},
     {"masks"},

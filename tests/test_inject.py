@@ -435,10 +435,6 @@ def test_the_report_of_a_model_without_parameters():
 # refusals
 
 
-class MyLinear(nn.Linear):
-    pass
-
-
 def with_child(child):
     model = Net()
     model.odd = child
@@ -517,25 +513,13 @@ def test_the_output_of_multihead_attention_is_refused(targets):
     assert list(inject(model, exclude=["out_proj"])) == linears(Net())
 
 
-def test_a_subclass_of_linear_is_refused():
-    model = with_child(MyLinear(4, 4))
-    with refused(model, r"odd must be an nn.Linear.*MyLinear, a subclass.*exclude=\['odd'\]"):
-        inject(model)
-    with refused(model, "MyLinear"):
-        inject(model, ["odd"])
-    inject(model, exclude=["odd"])
-
-
 def test_an_old_style_reparametrisation_is_refused():
     model = with_child(nn.Linear(4, 4))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         nn.utils.weight_norm(model.odd)
-    with refused(model, "odd must be an nn.Linear.*not an nn.Parameter"):
+    with refused(model, "odd must be a module that maps.*not an nn.Parameter"):
         inject(model)
-    parametrised = with_child(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
-    with refused(parametrised, "odd must be an nn.Linear"):
-        inject(parametrised)
 
 
 def test_a_replaced_forward_is_refused():

@@ -116,6 +116,10 @@ KERNELS = {  # name → (launch, plain): each a function of the call giving a tu
         lambda c, **tile: (expand(c.p, c.a, c.gate, **c.dropout, **tile),),
         lambda c: (off_is_zero(c, c.dropped(c.p @ c.a)),),
     ),
+    "expand_add": (
+        lambda c, **tile: (expand(c.p, c.a, c.gate, add=c.x, **c.dropout, **tile),),
+        lambda c: (c.x + off_is_zero(c, c.dropped(c.p @ c.a)),),
+    ),
     "low_rank_gemm": (
         lambda c, **tile: (low_rank_gemm(c.x, c.weight, c.bias, c.h, c.b, c.gate, **tile),),
         lambda c: (plain_y(c, base(c), c.h, c.b),),
@@ -142,7 +146,7 @@ KERNELS = {  # name → (launch, plain): each a function of the call giving a tu
     ),
 }
 GEMMS = ("one_pass", "low_rank_gemm", "low_rank_gemm_dx")
-DROPS = ("one_pass", "one_pass_swapped", "pre_expand", "expand", "low_rank_gemm_dx", "shrink", "gram_a")
+DROPS = ("one_pass", "one_pass_swapped", "pre_expand", "expand", "expand_add", "low_rank_gemm_dx", "shrink", "gram_a")
 
 
 def small(name, **more):
@@ -372,7 +376,7 @@ FAMILIES = {
     "shrink": ("shrink",),
     "gram": ("gram_a", "gram_b"),
     "project": ("project",),
-    "pre_expand": ("pre_expand", "expand"),
+    "pre_expand": ("pre_expand", "expand", "expand_add"),
 }
 
 

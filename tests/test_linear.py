@@ -322,55 +322,37 @@ def test_from_linear_draws_only_for_a():
     assert torch.equal(torch.get_rng_state(), after)
 
 
-class Subclass(nn.Linear):
-    pass
-
-
-def int8_linear() -> nn.Linear:
-    linear = nn.Linear(12, 10)
-    linear.weight = nn.Parameter(torch.ones(10, 12, dtype=torch.int8), requires_grad=False)
-    return linear
-
-
-def sparse_linear() -> nn.Linear:
-    linear = nn.Linear(12, 10)
-    linear.weight = nn.Parameter(linear.weight.detach().to_sparse())
-    return linear
-
-
 def pruned_linear() -> nn.Linear:
     return prune.l1_unstructured(nn.Linear(12, 10), "weight", 0.5)
 
 
-class Wrapped(Tensor):
-    pass
+class NoForward(nn.Module):
+    in_features, out_features = 12, 10
 
 
-def wrapped_linear() -> nn.Linear:
-    linear = nn.Linear(12, 10)
-    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Wrapped))
-    return linear
+class Sizes(nn.Identity):
+    def __init__(self, in_features: object, out_features: object):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
 
 
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        pytest.param(lambda: Subclass(12, 10), "got Subclass, a subclass of nn.Linear", id="subclass"),
-        pytest.param(lambda: nn.LazyLinear(10), "got LazyLinear, a subclass", id="lazy"),
-        pytest.param(
-            lambda: nn.utils.parametrizations.weight_norm(nn.Linear(12, 10)), "ParametrizedLinear", id="parametrized"
-        ),
-        pytest.param(int8_linear, "got a Linear whose weight is torch.int8", id="quantised"),
-        pytest.param(sparse_linear, "got a Linear whose weight is torch.float32, torch.sparse_coo", id="sparse"),
+        pytest.param(lambda: nn.LazyLinear(10), "got LazyLinear, of which in_features", id="lazy"),
         pytest.param(pruned_linear, "weight is a Tensor, not an nn.Parameter", id="pruned"),
-        pytest.param(wrapped_linear, "weight is a (Wrapped|Parameter)", id="tensor-subclass"),
+        pytest.param(lambda: nn.MultiheadAttention(4, 2).out_proj, "MultiheadAttention hands", id="out-proj"),
         pytest.param(lambda: nn.Conv1d(12, 10, 1), "got Conv1d", id="convolution"),
-        pytest.param(lambda: CoToLoRALinear(12, 10), "got CoToLoRALinear", id="itself"),
+        pytest.param(NoForward, "got NoForward, which has no forward", id="no-forward"),
+        pytest.param(lambda: Sizes(12, None), "out_features are not positive integers", id="no-size"),
+        pytest.param(lambda: Sizes(12, 10.0), "out_features are not positive integers", id="size-a-float"),
+        pytest.param(lambda: Sizes(True, 10), "out_features are not positive integers", id="size-a-bool"),
+        pytest.param(lambda: CoToLoRALinear(12, 10), "got a CoToLoRALinear that is an adapter", id="itself"),
         pytest.param(lambda: "linear", "got str", id="no-module"),
     ],
 )
 def test_from_linear_refuses_what_it_cannot_adapt(make, reason):
-    with pytest.raises(TypeError, match=f"linear must be an nn.Linear or a transformers Conv1D; .*{reason}"):
+    with pytest.raises(TypeError, match=f"linear must be a module that maps in_features to out_features; .*{reason}"):
         CoToLoRALinear.from_linear(make())
 
 

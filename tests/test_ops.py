@@ -140,7 +140,7 @@ def test_opcheck(gate, dropout):
         "pre_expand": (x, None, a, b, gate, seed, SCALE, dropout),
         "shrink": (x, a, gate, seed, SCALE, dropout),
         "low_rank_gemm": (x, weight, bias, h, b, gate, seed, dropout),
-        "expand": (h, a, gate, seed, dropout),
+        "expand": (h, a, dy @ dy.new_ones(5, 6), gate, seed, dropout),
         "adapter_grads": (dy, x, h, b, gate, seed, SCALE, dropout, torch.float32, torch.float16),
     }
     assert set(calls) == set(ops.SCHEMAS)

@@ -1,0 +1,110 @@
+"""What an adapter can be put around: a dense linear, whose weight it shares, or any other module, which it calls."""
+
+from __future__ import annotations
+
+import sys
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+# what needs no more of a base than its output; everything else reads its weight
+FOREIGN_VARIANTS = ("lora",)
+FOREIGN_INITS = ("kaiming", "gaussian")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is a transformers Conv1D; never imports transformers to find out."""
+    loaded = sys.modules.get("transformers.pytorch_utils")
+    return loaded is not None and type(module) is loaded.Conv1D
+
+
+def is_dense(module: nn.Module) -> bool:
+    """Whether `module` is an ``nn.Linear`` or a Conv1D, no subclass, and its weight a dense floating parameter."""
+    if type(module) is not nn.Linear and not is_conv1d(module):
+        return False
+    weight = module.weight
+    return (
+        isinstance(weight, nn.Parameter)
+        and type(weight) in (nn.Parameter, Tensor)
+        and weight.is_floating_point()
+        and weight.layout == torch.strided
+    )
+
+
+def features(module: nn.Module) -> tuple[Any, Any]:
+    """``in_features`` and ``out_features`` as `module` has them; None where it has none."""
+    if is_dense(module):
+        weight: Any = module.weight
+        return tuple(weight.shape if is_conv1d(module) else weight.shape[::-1])
+    ins, outs = ("nx", "nf") if is_conv1d(module) else ("in_features", "out_features")
+    return _own(module, ins), _own(module, outs)
+
+
+def _own(module: nn.Module, name: str) -> Any:
+    # past __getattr__, by which compile and checkpoint wrappers answer for the module inside
+    return getattr(module, name) if name in vars(module) or hasattr(type(module), name) else None
+
+
+def why_not_adaptable(module: nn.Module) -> str:
+    """Why `CoToLoRALinear.from_linear` cannot take `module`; empty if it can."""
+    kind = type(module).__name__
+    if not isinstance(module, nn.Module):
+        return f"got {kind}"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return f"got {kind}, whose weight nn.MultiheadAttention hands to a functional without calling it"
+    if hasattr(module, "lora_a") or hasattr(module, "base_layer"):  # ours, and PEFT's
+        return f"got a {kind} that is an adapter already"
+    if isinstance(vars(module).get("weight"), Tensor):
+        # torch's old weight_norm and prune: their hook would move to the layer, and make it a weight there
+        return f"got a {kind} whose weight is a Tensor, not an nn.Parameter: a hook makes it anew before each forward"
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in features(module)):
+        return f"got {kind}, of which in_features and out_features are not positive integers"
+    if type(module).forward is nn.Module.forward:
+        return f"got {kind}, which has no forward"
+    if any(hasattr(t, "device_mesh") for t in chain(module.parameters(), module.buffers())):
+        return f"got a {kind} that is sharded already: an adapter made now would be on no other rank's account"
+    return ""
+
+
+def check_foreign(module: nn.Module, variant: str, init: str) -> None:
+    """Raises ValueError where `variant` or `init` would read the weight of a base that is not dense."""
+    for name, value, allowed in (("variant", variant, FOREIGN_VARIANTS), ("init", init, FOREIGN_INITS)):
+        if value not in allowed:
+            raise ValueError(
+                f"{name} must be one of {allowed} on a {type(module).__name__}, which has no dense floating weight "
+                f"to read; got {value!r}"
+            )
+
+
+def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where A and B go beside a base that is not dense, and float64 if any parameter of it is."""
+    first = next(chain(module.parameters(), module.buffers()), None)
+    double = any(parameter.dtype == torch.float64 for parameter in module.parameters())
+    return torch.device("cpu") if first is None else first.device, torch.float64 if double else torch.float32
+
+
+def keep_keys(layer: nn.Module) -> None:
+    """Gives the tensors of ``layer.base`` the keys that they have in a state dict without the layer around it."""
+    layer.register_state_dict_post_hook(_without_base)
+    layer.register_load_state_dict_pre_hook(_with_base)
+
+
+def _without_base(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    inside = prefix + "base."
+    # all out before any goes in: a base may itself hold something named base
+    moved = {key.removeprefix(inside): state_dict.pop(key) for key in list(state_dict) if key.startswith(inside)}
+    state_dict.update({prefix + name: value for name, value in moved.items()})
+    metadata = getattr(state_dict, "_metadata", {})
+    for key in [key for key in metadata if f"{key}.".startswith(inside)]:
+        # beside the old entry, by which a layer like this finds it again
+        metadata[(prefix + f"{key}.".removeprefix(inside))[:-1]] = metadata[key]
+
+
+def _with_base(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    own = {prefix + name for name, _ in layer.named_parameters(recurse=False)}
+    names = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix) and key not in own]
+    moved = {name: state_dict.pop(prefix + name) for name in names}
+    state_dict.update({f"{prefix}base.{name}": value for name, value in moved.items()})

@@ -1,0 +1,933 @@
+"""Adapters around modules whose weight is not there to read: they keep their own forward, and their own weight."""
+
+import copy
+import math
+import os
+import pickle
+import warnings
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+from torch.nn.utils import parametrizations
+
+import cotolora
+from cotolora import (
+    CoTo,
+    CoToLoRALinear,
+    adapter_mask,
+    adapters,
+    coto_lora_linear,
+    dispatch,
+    eject,
+    explain,
+    inject,
+    set_backend,
+)
+from cotolora.functional import add_low_rank
+from cotolora.kernels import forms
+from tests.tolerance import assert_as_accurate_as_torch
+
+SCALE = 0.75  # neither 1 nor a power of two: lost, squared or inverted it shows
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and dispatch.has_triton()
+fused = pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1"))
+BACKENDS = ["reference", "addmm", fused]
+GATES = [
+    pytest.param(True, id="true"),
+    pytest.param(torch.tensor(1, dtype=torch.int32), id="0-dim-on"),
+    pytest.param(torch.tensor(0, dtype=torch.int32), id="0-dim-off"),
+    pytest.param(torch.tensor([True, False, True]), id="rows-mixed"),
+]
+
+
+# the operation
+
+
+class Operands(NamedTuple):
+    y: Tensor
+    x: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+
+
+def operands(shape=(3, 4, 33), out=20, rank=5, *, x_dtype=torch.float32, y_dtype=torch.float32, factors=None, seed=0):
+    """Leaves of an output and an update of about the same size."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *size: torch.randn(*size, generator=g)  # noqa: E731
+    made = Operands(
+        draw(*shape[:-1], out).to(y_dtype),
+        draw(*shape).to(x_dtype),
+        (draw(rank, shape[-1]) / math.sqrt(shape[-1])).to(factors or x_dtype),
+        (draw(out, rank) / math.sqrt(rank)).to(factors or x_dtype),
+    )
+    return Operands(*(t.requires_grad_() for t in made))
+
+
+def results(ops, dy, **options):
+    """The output and the gradients of y, x, A and B."""
+    out = add_low_rank(*ops, scale=SCALE, **options)
+    return [out.detach(), *torch.autograd.grad(out, ops, dy)]
+
+
+def dy_for(ops, seed=1):
+    return torch.randn(ops.y.shape, generator=torch.Generator().manual_seed(seed)).to(ops.y.dtype)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_gradients_are_those_of_the_function(backend, gate, dropout):
+    ops = [t.detach().double().requires_grad_() for t in operands((3, 2, 4), out=3, rank=2)]
+
+    def function(*tensors):
+        torch.manual_seed(0)  # the same mask each time
+        return add_low_rank(*tensors, scale=SCALE, gate=gate, dropout=dropout, backend=backend)
+
+    assert gradcheck(function, ops)
+
+
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(
+    ("x_dtype", "y_dtype", "backend"),
+    [
+        *((dtype, dtype, "addmm") for dtype in (torch.float32, torch.float16, torch.bfloat16)),
+        *(pytest.param(dtype, dtype, *fused.values, marks=fused.marks) for dtype in (torch.float32, torch.float16)),
+        (torch.float32, torch.bfloat16, "addmm"),
+        (torch.bfloat16, torch.float32, "addmm"),
+    ],
+    ids=str,
+)
+def test_is_as_accurate_as_the_reference(x_dtype, y_dtype, backend, gate):
+    ops = operands(x_dtype=x_dtype, y_dtype=y_dtype, factors=torch.float32)
+    dy = dy_for(ops)
+    ours = results(ops, dy, gate=gate, backend=backend)
+    torchs = results(ops, dy, gate=gate, backend="reference")
+    # A and B by way of the dtypes in which they are taken
+    exact = Operands(ops.y, ops.x, ops.lora_a.to(x_dtype), ops.lora_b.to(y_dtype))
+    exact = Operands(*(t.detach().double().requires_grad_() for t in exact))
+    truths = results(exact, dy.double(), gate=gate, backend="reference")
+    for one, plain, truth in zip(ours, torchs, truths, strict=True):
+        assert_as_accurate_as_torch(one, plain, truth)
+    assert ours[0].dtype == y_dtype
+    assert torch.equal(ours[1], dy)
+
+
+def transposed(t):
+    return t.mT.contiguous().mT
+
+
+def sliced(t):
+    wide = torch.full([2 * size + 3 for size in t.shape], float("nan"), dtype=t.dtype)
+    return wide[tuple(slice(1, 1 + 2 * size, 2) for size in t.shape)].copy_(t)
+
+
+def one_row(t):
+    return t[..., :1].expand(t.shape)
+
+
+@pytest.mark.parametrize("layout", [transposed, sliced, one_row])
+@pytest.mark.parametrize("which", Operands._fields)
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_any_strides(backend, which, layout):
+    ops = operands()
+    view = layout(getattr(ops, which).detach())
+    strided = ops._replace(**{which: view.requires_grad_()})
+    plain = ops._replace(**{which: view.detach().contiguous().requires_grad_()})
+    dy = layout(dy_for(ops))
+    gate = torch.tensor([1, 0, 1])
+    for ours, expected in zip(
+        results(strided, dy, gate=gate, backend=backend),
+        results(plain, dy.contiguous(), gate=gate, backend=backend),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "shape", [(33,), (1, 33), (0, 33), (3, 0, 33), (3, 2, 1, 2, 33), (3, 4, 0)], ids=lambda shape: str(list(shape))
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_leading_dimensions(backend, shape):
+    ops = operands(shape)
+    ours = results(ops, dy_for(ops), backend=backend)
+    for one, leaf in zip(ours, (ops.y, *ops), strict=True):
+        assert one.shape == leaf.shape
+    zeros, weight = torch.zeros_like(ops.y), torch.zeros(20, shape[-1])
+    linear = coto_lora_linear(*(ops.x, weight, None, *ops[2:]), scale=SCALE, backend="reference")
+    torch.testing.assert_close(ours[0] - ops.y, linear.detach() - zeros)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_dropout_is_one_mask_forward_and_backward(backend):
+    """The function is linear in each of x, A and B: given the mask, each gradient times its operand is dy times it."""
+    ops, dy = operands(), torch.ones(3, 4, 20)
+    masks = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        out, _, dx, da, db = results(ops, dy, gate=torch.tensor([1, 0, 1]), dropout=0.5, backend=backend)
+        update = ((out - ops.y) * dy).sum()
+        for t, gradient in ((ops.x, dx), (ops.lora_a, da), (ops.lora_b, db)):
+            torch.testing.assert_close((t * gradient).sum(), update, rtol=1e-4, atol=1e-4)
+        masks.append(dx != 0)
+        assert torch.equal(masks[-1][1], torch.zeros(4, 33, dtype=torch.bool))
+        assert 0.35 < masks[-1][0].float().mean() < 0.65
+    assert not torch.equal(*masks)
+
+
+# what the interpreter's numpy says of infinities
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gate", [torch.tensor(0), torch.tensor([0, 1, 0])], ids=["0-dim", "rows"])
+def test_off_is_y_whatever_a_and_b_hold(gate, backend):
+    ops = operands()
+    with torch.no_grad():
+        ops.y[0, 1, 2] = float("inf")
+        ops.lora_a[0], ops.lora_b[:, 1] = float("inf"), float("nan")
+    out = add_low_rank(*ops, scale=SCALE, gate=gate, backend=backend)
+    off = (gate == 0).expand(3)
+    assert torch.equal(out[off], ops.y[off])
+    gradients = torch.autograd.grad(out[off].nan_to_num().sum(), [ops.lora_a, ops.lora_b], allow_unused=True)
+    if gate.dim() == 0:
+        assert all(not g.any() for g in gradients)
+
+
+def test_a_host_gate_that_is_off_gives_y_itself():
+    ops = operands()
+    assert add_low_rank(*ops, scale=SCALE, gate=False, dropout=0.5) is ops.y
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_never_writes_its_arguments(backend):
+    ops = operands()
+    before = [t.detach().clone() for t in ops]
+    for gate in (True, torch.tensor(1), torch.tensor([1, 0, 1])):
+        results(ops, dy_for(ops), gate=gate, backend=backend)
+    assert all(map(torch.equal, ops, before))
+
+
+@pytest.mark.parametrize("needs", ["y", "x", "lora_a", "lora_b"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_gradient_alone(backend, needs):
+    ops, dy = operands(), dy_for(operands())
+    together = dict(zip(("out", *Operands._fields), results(ops, dy, backend=backend), strict=True))
+    leaves = Operands(*(t.detach().requires_grad_(name == needs) for name, t in ops._asdict().items()))
+    add_low_rank(*leaves, scale=SCALE, backend=backend).backward(dy)
+    for name, leaf in leaves._asdict().items():
+        assert (leaf.grad is not None) == (name == needs)
+        if name == needs:
+            torch.testing.assert_close(leaf.grad, together[name])
+
+
+@pytest.mark.parametrize("backend", ["reference", "addmm"])
+@pytest.mark.parametrize("y_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_casts_x_and_leaves_y(y_dtype, backend):
+    ops = operands(y_dtype=y_dtype, factors=torch.float32)
+    dy = dy_for(ops)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = add_low_rank(*ops, scale=SCALE, backend=backend)
+        inside = torch.autograd.grad(out, ops, dy, retain_graph=True)
+    plain = results(ops._replace(x=ops.x.detach().bfloat16().requires_grad_()), dy, backend=backend)
+    assert out.dtype == y_dtype
+    assert torch.equal(out, plain[0])
+    # autograd alone goes by the autocast around the backward, as everywhere in torch
+    for gradients in (torch.autograd.grad(out, ops, dy), *([inside] if backend == "addmm" else [])):
+        assert gradients[1].dtype == torch.float32
+        assert all(torch.equal(ours.float(), other.float()) for ours, other in zip(gradients, plain[1:], strict=True))
+
+
+def test_double_backward_is_refused_except_by_the_reference():
+    ops = operands()
+    for backend in ("reference", "addmm"):
+        (dx,) = torch.autograd.grad(
+            add_low_rank(*ops, scale=SCALE, backend=backend).square().sum(), ops.x, create_graph=True
+        )
+        if backend == "addmm":
+            with pytest.raises(RuntimeError, match="has no double backward"):
+                dx.sum().backward()
+        else:
+            dx.sum().backward()
+
+
+BAD = [
+    pytest.param({"y": (torch.zeros(3, 4, 20), None)}, TypeError, "y must be a tensor; got tuple", id="y-a-tuple"),
+    pytest.param({"y": torch.zeros(3, 5, 20)}, ValueError, r"y must have the leading dimensions of x", id="y-leading"),
+    pytest.param({"y": torch.zeros(4, 20)}, ValueError, r"y must have the leading dimensions of x", id="y-fewer"),
+    pytest.param({"y": torch.zeros(3, 4, 20, dtype=torch.int8)}, TypeError, "y must be of a floating", id="y-integer"),
+    pytest.param(
+        {"y": torch.zeros(3, 4, 20, device="meta")}, ValueError, "y must be on the device of x", id="y-device"
+    ),
+    pytest.param({"x": torch.tensor(1.0)}, ValueError, "y must have the leading", id="x-scalar"),
+    pytest.param({"lora_a": torch.zeros(5, 32)}, ValueError, r"lora_a must be \[rank, 33\]", id="a"),
+    pytest.param({"lora_b": torch.zeros(21, 5)}, ValueError, r"lora_b must be \[20, 5\] to fit x and y", id="b"),
+    pytest.param({"gate": 1}, TypeError, "gate must be a bool", id="gate"),
+    pytest.param({"scale": math.inf}, ValueError, "scale must be finite", id="scale"),
+    pytest.param({"dropout": 1.5}, ValueError, "dropout must be", id="dropout"),
+    pytest.param({"backend": "cuda"}, ValueError, "backend must be", id="backend"),
+]
+
+
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize(("bad", "error", "match"), BAD)
+def test_bad_arguments_are_named(bad, error, match, gate):
+    with pytest.raises(error, match=match):
+        add_low_rank(**{**operands()._asdict(), "scale": SCALE, "gate": gate, **bad})
+
+
+# dispatch
+
+
+def test_every_fused_form_stands_for_the_one_there_is():
+    call = dispatch.Call(torch.device("cpu"), torch.float32, 8, 0.0, 64, 32, 16, adds_to=torch.float32)
+    if not INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1")
+    for name in ("triton", *(f"triton:{form}" for form in forms.FORMS)):
+        assert dispatch.choose(name, call) == "triton:expand"
+        assert dispatch.choose(name, call._replace(rows=None)) == "triton:expand"
+    mixed = call._replace(adds_to=torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"x is torch.float32 and the output of the base torch.bfloat16"):
+        dispatch.choose("triton", mixed)
+    assert dispatch.choose(None, call) == dispatch.choose(None, mixed) == "addmm"
+
+
+def test_the_model_takes_the_fused_form_only_for_a_clear_win():
+    large, tiny = forms.Sizes(8192, 4096, 4096, 16, adds=True), forms.Sizes(64, 768, 768, 16, adds=True)
+    choice = forms.choose_form(large, "sm_90", captured=False)
+    assert choice.form == "expand"
+    assert "modelled, not measured" in choice.reason
+    assert forms.choose_form(tiny, "sm_90", captured=False).form == "addmm"
+    assert forms.choose_form(large, "sm_75", captured=False).form == "addmm"
+    row = {
+        "m": 8192,
+        "n": 4096,
+        "k": 4096,
+        "rank": 16,
+        "element_size": 2,
+        "captured": False,
+        "seconds": {"one_pass": 1.0},
+    }
+    assert forms.choose_form(large, "sm_90", captured=False, table=(row,)).form == "expand"
+
+
+def test_explain_says_what_is_added():
+    plan = explain(CoToLoRALinear.from_linear(Packed(linear())), rows=64)
+    assert plan.backend == "addmm"
+    assert str(plan).startswith("rows 64, 12 -> 10, rank 8, float32 on cpu, added to what the base makes: addmm")
+    assert [launch.kernel for launch in plan.forward] == ["addmm", "addmm"]
+    if INTERPRETED:
+        plan = explain(CoToLoRALinear.from_linear(Packed(linear())), rows=64, dtype=torch.float16, backend="triton")
+        assert (plan.backend, plan.form) == ("triton", "expand")
+        assert [launch.kernel for launch in plan.forward] == ["shrink", "pre_expand"]
+
+
+# bases
+
+
+class Packed(nn.Module):
+    """A linear whose weight is four-bit codes, two in a byte, and a step for each row."""
+
+    def __init__(self, plain: nn.Linear, out_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.in_features, self.out_features, self.out_dtype = plain.in_features, plain.out_features, out_dtype
+        weight = plain.weight.detach().float()
+        step = weight.abs().amax(1, keepdim=True) / 7
+        codes = (weight / step).round().to(torch.uint8) + 8  # wraps round: -7 is 1
+        self.codes = nn.Parameter(codes[:, ::2] | codes[:, 1::2] << 4, requires_grad=False)
+        self.register_buffer("step", step)
+        self.bias = nn.Parameter(plain.bias.detach().clone())
+
+    def unpacked(self) -> Tensor:
+        codes = torch.stack([self.codes & 15, self.codes >> 4], dim=-1).flatten(1)
+        return (codes.to(self.step.dtype) - 8) * self.step
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.unpacked().to(x.dtype), self.bias.to(x.dtype))
+        return y if self.out_dtype is None else y.to(self.out_dtype)
+
+
+class Squashed(nn.Linear):
+    """Its backward needs its output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).sigmoid()
+
+
+class Same(nn.Module):
+    """Returns its input itself; holds no tensor."""
+
+    in_features = out_features = 12
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Wrapped(Tensor):
+    pass
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(12, 10)
+
+
+def with_weight(change) -> nn.Linear:
+    module = linear()
+    module.weight = nn.Parameter(change(module.weight.detach()), requires_grad=False)
+    return module
+
+
+def squashed() -> nn.Linear:
+    torch.manual_seed(0)
+    return Squashed(12, 10)
+
+
+def int8_of_torchao() -> nn.Linear:
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    module = linear()
+    quantization.quantize_(module, quantization.Int8WeightOnlyConfig())
+    return module
+
+
+BASES = {
+    "packed": lambda: Packed(linear()),
+    "packed-bfloat16": lambda: Packed(linear(), torch.bfloat16),
+    "subclass": squashed,
+    "parametrized": lambda: parametrizations.weight_norm(linear()),
+    "tensor-subclass": lambda: with_weight(lambda w: w.as_subclass(Wrapped)),
+    "sparse": lambda: with_weight(lambda w: w.to_sparse()),
+    "same": Same,
+    "torchao": int8_of_torchao,
+}
+
+
+@pytest.fixture(params=BASES.values(), ids=list(BASES))
+def make(request):
+    return request.param
+
+
+def around(base, **options) -> CoToLoRALinear:
+    """A layer whose update is not zero."""
+    layer = CoToLoRALinear.from_linear(base, rank=3, alpha=2.0, **options)
+    nn.init.normal_(layer.lora_b, generator=torch.Generator().manual_seed(1))
+    return layer
+
+
+def inputs(*shape, seed=2):
+    return torch.randn(*(shape or (3, 4)), 12, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+
+
+def test_a_fresh_layer_and_one_that_is_off_compute_what_the_base_computes(make):
+    plain, fresh, x = make(), CoToLoRALinear.from_linear(make()), inputs()
+    assert torch.equal(fresh(x), plain(x))
+    fresh.lora_b.data.fill_(float("inf"))
+    for gate in (False, torch.tensor(0), torch.tensor([0, 0, 0])):
+        fresh.gate = gate
+        assert torch.equal(fresh(x), plain(x))
+        assert torch.equal(torch.autograd.grad(fresh(x).sum(), x)[0], torch.autograd.grad(plain(x).sum(), x)[0])
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_the_layer_is_its_base_plus_the_update(gate, make):
+    plain, layer, x = make(), around(make()), inputs()
+    layer.gate = gate
+    y = layer(x)
+    expected = add_low_rank(plain(x), x, layer.lora_a, layer.lora_b, scale=2 / 3, gate=gate)
+    leaves = (x, layer.lora_a, layer.lora_b)
+    assert torch.equal(y, expected)
+    for ours, other in zip(*(torch.autograd.grad(t.sin().sum(), leaves) for t in (y, expected)), strict=True):
+        assert torch.equal(ours, other)
+
+
+def dequantised(base: nn.Module) -> nn.Linear:
+    """The linear whose weight a base stands for."""
+    plain = linear()
+    weight = base.unpacked() if isinstance(base, Packed) else base.weight.dequantize()
+    plain.weight, plain.bias = nn.Parameter(weight), base.bias
+    return plain
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("kind", ["packed", "torchao"])
+def test_trains_as_the_weight_that_the_base_stands_for(kind, gate):
+    base, x = BASES[kind](), inputs()
+    ours, theirs = around(base), around(dequantised(base))
+    for layer in (ours, theirs):
+        layer.gate = gate
+    torch.testing.assert_close(ours(x), theirs(x))
+    found = [torch.autograd.grad(m(x).square().sum(), (x, m.lora_a, m.lora_b)) for m in (ours, theirs)]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_adapter_trains_and_is_float32(make):
+    base = make()
+    layer = around(base)
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"lora_a", "lora_b"}
+    assert (layer.base, layer.weight, layer.bias) == (base, None, None)
+    assert layer.lora_a.dtype == layer.lora_b.dtype == torch.float32
+    assert (layer.in_features, layer.out_features) == (12, 12 if isinstance(base, Same) else 10)
+
+
+def test_factors_are_float64_beside_float64_parameters_and_where_the_base_is():
+    layer = CoToLoRALinear.from_linear(squashed().double())
+    assert layer.lora_a.dtype == layer.lora_b.dtype == torch.float64
+    layer = CoToLoRALinear.from_linear(Packed(linear()).to("meta"))
+    assert layer.lora_a.device == layer.lora_b.device == torch.device("meta")
+    assert CoToLoRALinear.from_linear(Same()).lora_a.device == torch.device("cpu")
+
+
+def test_host_off_saves_and_records_nothing_of_ours():
+    base = squashed().requires_grad_(False)
+    layer, x = around(base, dropout=0.5), inputs()
+    layer.gate = False
+    seen = []
+    for module in (base, layer):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.shape) or t, lambda t: t):
+            seen.append(module(x).grad_fn.name())
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+    assert layer(x.detach()).grad_fn is None
+
+
+def test_dropout_acts_while_training_only():
+    layer, x = around(Packed(linear()), dropout=0.5), inputs(200)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert not layer.base.training
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_what_a_base_returns_is_not_written():
+    layer, x = around(Same()), inputs(5)
+    before = x.detach().clone()
+    assert not torch.equal(layer(x), before)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("kept", [None, torch.float32], ids=["base-follows", "base-keeps-float32"])
+def test_autocast(kept):
+    class Stubborn(Packed):
+        def forward(self, x: Tensor) -> Tensor:
+            if kept is None:
+                return super().forward(x)
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x)
+
+    layer, x = around(Stubborn(linear())), inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, base = layer(x), layer.base(x)
+        gradient = torch.autograd.grad(y.float().sum(), layer.lora_a)[0]
+    assert y.dtype == base.dtype == (kept or torch.bfloat16)
+    assert gradient.dtype == torch.float32
+    expected = add_low_rank(base, x.bfloat16(), layer.lora_a, layer.lora_b, scale=layer.scale)
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("kind", ["packed", "subclass", "parametrized", "tensor-subclass", "torchao"])
+def test_base_checkpoints_keep_their_keys(kind):
+    base = BASES[kind]
+    plain, layer = base(), around(base())
+    state, own = plain.state_dict(), {"lora_a", "lora_b"}
+    assert set(layer.state_dict()) == set(state) | own
+    other = around(base())
+    for tensor in (*other.base.parameters(), *other.base.buffers()):
+        if type(tensor) in (nn.Parameter, Tensor):
+            tensor.data.zero_()
+    assert other.load_state_dict(state) == ([], [])  # as a base's: the factors stay
+    x = inputs()
+    assert torch.equal(other.base(x), plain(x))
+    other.lora_b.data.zero_()
+    holder = nn.ModuleDict({"a": nn.ModuleList([other])})
+    whole = nn.ModuleDict({"a": nn.ModuleList([layer])})
+    for assign in (False, True):
+        assert holder.load_state_dict(whole.state_dict(), assign=assign) == ([], [])
+        assert torch.equal(other(x), layer(x))
+        other.lora_b.data.zero_()
+    assert plain.load_state_dict({key: t for key, t in layer.state_dict().items() if key not in own}) == ([], [])
+
+
+def test_state_dicts_are_as_strict_as_ever():
+    layer = around(Packed(linear()))
+    state = layer.state_dict()
+    assert sorted(state) == ["bias", "codes", "lora_a", "lora_b", "step"]
+    for key in state:
+        with pytest.raises(RuntimeError, match=rf"Missing key.*{key}"):
+            layer.load_state_dict({k: t for k, t in state.items() if k != key})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*extra"):
+        layer.load_state_dict({**state, "extra": torch.ones(1)})
+    assert set(state) == {"bias", "codes", "lora_a", "lora_b", "step"}
+
+
+def test_versions_and_what_lies_deeper_are_kept():
+    class Versioned(nn.Linear):
+        _version = 7
+
+        def __init__(self):
+            super().__init__(12, 10)
+            self.inner = nn.BatchNorm1d(3)
+
+        def get_extra_state(self):
+            return {"seen": 3}
+
+        def set_extra_state(self, state):
+            self.seen = state["seen"]
+
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+            self.loaded = local_metadata.get("version")
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    plain, layer = nn.Sequential(Versioned()), nn.Sequential(around(Versioned()))
+    state = layer.state_dict()
+    assert {key for key in state if "lora" not in key} == set(plain.state_dict())
+    assert {"0.inner.num_batches_tracked", "0._extra_state"} < set(state)
+    assert {key: state._metadata[key] for key in plain.state_dict()._metadata} == plain.state_dict()._metadata
+    assert layer.load_state_dict(state) == ([], [])
+    assert (layer[0].base.loaded, layer[0].base.seen) == (7, 3)
+
+
+def test_a_base_may_hold_something_named_base():
+    base = squashed()
+    base.base = nn.Linear(2, 2)
+    state, layer = {key: t.clone() for key, t in base.state_dict().items()}, around(base)
+    assert set(state) | {"lora_a", "lora_b"} == set(layer.state_dict())
+    for tensor in base.parameters():
+        tensor.data.zero_()
+    assert layer.load_state_dict(state) == ([], [])
+    assert all(torch.equal(t, state[key]) for key, t in base.state_dict().items())
+
+
+def test_a_distributed_checkpoint_has_the_same_keys():
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    model, other = (nn.Sequential(around(Packed(linear())), nn.Linear(10, 2)) for _ in range(2))
+    state = get_model_state_dict(model)
+    assert set(state) == set(model.state_dict())
+    other[0].base.step.zero_()
+    other[0].lora_a.data.zero_()
+    assert set_model_state_dict(other, state) == ([], [])
+    assert torch.equal(other[0](inputs()), model[0](inputs()))
+
+
+def pickled(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("kind", ["packed", "subclass"])
+def test_copies_are_whole_and_apart(kind, duplicate):
+    layer = around(BASES[kind]())
+    layer.gate = torch.tensor(1)
+    twin, x = duplicate(layer), inputs()
+    assert torch.equal(twin(x), layer(x))
+    assert set(twin.state_dict()) == set(layer.state_dict())
+    twin.load_state_dict({key: torch.zeros_like(t) for key, t in layer.state_dict().items()})
+    assert not torch.equal(twin.base(x), layer.base(x))
+    assert twin.lora_a.any() != layer.lora_a.any()
+
+
+def test_moving_and_casting():
+    layer = around(Packed(linear()))
+    layer.gate = torch.tensor(1, dtype=torch.int32)
+    layer.to(torch.float64)
+    assert layer.base.codes.dtype == torch.uint8
+    assert layer.base.step.dtype == layer.lora_a.dtype == torch.float64
+    assert layer(inputs().double()).dtype == torch.float64
+    assert layer.to("meta").base.codes.is_meta
+
+
+def test_repr_shows_the_base():
+    assert repr(CoToLoRALinear.from_linear(squashed(), rank=2, alpha=4.0)) == (
+        "CoToLoRALinear(\n"
+        "  in_features=12, out_features=10, rank=2, alpha=4.0, gate=True, variant=lora\n"
+        "  (base): Squashed(in_features=12, out_features=10, bias=True)\n"
+        ")"
+    )
+
+
+def test_merging_is_refused_and_the_update_can_be_read(make):
+    base = make()
+    layer = around(base)
+    kind = type(base).__name__
+    for merge in (layer.merge, layer.to_linear):
+        with pytest.raises(RuntimeError, match=rf"the base is a {kind}, which has no dense floating weight"):
+            merge()
+    assert not layer.merged
+    layer.unmerge()
+    torch.testing.assert_close(layer.delta_weight(), 2 / 3 * layer.lora_b @ layer.lora_a)
+    assert layer.to_linear(merge=False) is base
+    layer.enabled = False
+    assert layer.to_linear() is base
+
+
+@pytest.mark.parametrize("option", [{"variant": "dora"}, {"variant": "hira"}, {"init": "pissa"}, {"init": "olora"}])
+def test_what_reads_the_weight_is_refused(option):
+    base = squashed()
+    with pytest.raises(ValueError, match=rf"{next(iter(option))} must be one of .* on a Squashed, which has no dense"):
+        CoToLoRALinear.from_linear(base, **option)
+    assert base.weight.requires_grad
+
+
+def test_a_sharded_base_is_refused():
+    base = squashed()
+    base.bias.device_mesh = object()  # as a DTensor has
+    with pytest.raises(TypeError, match="got a Squashed that is sharded already"):
+        CoToLoRALinear.from_linear(base)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_one_graph_serves_a_device_gate():
+    layer, x, graphs = around(Packed(linear())), inputs(), []
+    layer.gate = torch.tensor(1, dtype=torch.int32)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend=lambda module, _: graphs.append(module) or module.forward, fullgraph=True)
+    for gate in (True, False, True):
+        layer.gate = gate
+        torch.testing.assert_close(compiled(x), layer(x))
+        ours, plain = (
+            torch.autograd.grad(f(x).square().sum(), (x, layer.lora_a, layer.lora_b)) for f in (compiled, layer)
+        )
+        for one, other in zip(ours, plain, strict=True):
+            torch.testing.assert_close(one, other)
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+# in a model
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"q": Packed(nn.Linear(12, 12)), "sub": Affine(12, 12), "norm": nn.LayerNorm(12)})
+            for _ in range(2)
+        )
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block["sub"](block["norm"](block["q"](x)).relu())
+        return self.head(x)
+
+
+class Affine(nn.Linear):
+    """A linear with a linear inside, which is its own affair."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.inside = nn.Linear(in_features, in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.inside(x))
+
+
+EVERY = ["blocks.0.q", "blocks.0.sub", "blocks.1.q", "blocks.1.sub", "head"]
+
+
+def trained(model):
+    for i, layer in enumerate(adapters(model).values()):
+        nn.init.normal_(layer.lora_b, generator=torch.Generator().manual_seed(i))
+    return model
+
+
+def test_all_linear_takes_subclasses_and_names_take_the_rest():
+    peft = pytest.importorskip("peft")
+    linears = ["blocks.0.sub", "blocks.1.sub", "head"]
+    assert list(inject(Net())) == linears
+    assert list(inject(Net(), ["q", "sub", "head"])) == EVERY
+    assert list(inject(Net(), "blocks.*|head")) == EVERY
+    assert list(inject(Net(), ["blocks.1.q"])) == ["blocks.1.q"]
+    mixed = nn.Sequential(squashed(), Packed(linear()), linear())
+    theirs = peft.get_peft_model(copy.deepcopy(mixed), peft.LoraConfig(target_modules="all-linear", r=2))
+    taken = [name.rpartition(".")[2] for name, module in theirs.named_modules() if hasattr(module, "lora_A")]
+    assert list(inject(mixed)) == taken == ["0", "2"]
+    with pytest.raises(ValueError, match=r"targets must name linear modules; blocks.0.norm is a LayerNorm"):
+        inject(Net(), ["norm"])
+    with pytest.raises(ValueError, match=r"\['v'\] match no linear module.*end in \['head', 'inside', 'q', 'sub'\]"):
+        inject(Net(), ["v"])
+
+
+def test_inject_and_eject_give_the_very_modules_back():
+    model = Net()
+    modules, state, x = dict(model.named_modules()), copy.deepcopy(model.state_dict()), inputs()
+    before = model(x)
+    layers = inject(model, ["q", "sub", "head"])
+    assert torch.equal(model(x), before)
+    assert set(model.state_dict()) == set(state) | {f"{name}.lora_{f}" for name in EVERY for f in "ab"}
+    assert model.load_state_dict(state) == ([], [])
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {f"{n}.lora_{f}" for n in EVERY for f in "ab"}
+    trained(model)
+    changed = model(x)
+    assert not torch.equal(changed, before)
+    with pytest.raises(RuntimeError, match="the base is a Packed, which has no dense floating weight"):
+        eject(model)
+    assert adapters(model) == layers
+    assert torch.equal(model(x), changed)
+    plain = eject(model, merge=False)
+    assert torch.equal(model(x), before)
+    assert all(plain[name] is modules[name] for name in EVERY if name != "head")
+    assert list(model.state_dict()) == list(state)
+
+
+def test_pruned_adapters_do_not_stand_in_the_way_of_merging_the_rest():
+    model = trained(Net())
+    layers = inject(model, ["q", "head"])
+    trained(model)
+    for name in ("blocks.0.q", "blocks.1.q"):
+        layers[name].enabled = False
+    x, expected = inputs(), model(inputs())
+    eject(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_module_under_two_names_is_one_adapter():
+    model = Net()
+    model.blocks[1]["q"] = model.blocks[0]["q"]
+    assert list(inject(model, ["q"])) == ["blocks.0.q"]
+    assert model.blocks[1]["q"] is model.blocks[0]["q"]
+    eject(model, merge=False)
+    assert isinstance(model.blocks[1]["q"], Packed)
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward-pre", "backward", "state-dict", "load-pre"])
+def test_hooks_are_called_once_and_can_be_removed(kind):
+    model, calls = Net(), []
+    module = model.blocks[0]["q"]
+
+    def note(module, *args):
+        calls.append(type(module).__name__)
+
+    def exercise():
+        calls.clear()
+        model(inputs()).sum().backward()
+        model.load_state_dict(model.state_dict())
+        return calls
+
+    handle = {
+        "forward": module.register_forward_hook,
+        "forward-pre": module.register_forward_pre_hook,
+        "backward": module.register_full_backward_hook,
+        "state-dict": module.register_state_dict_post_hook,
+        "load-pre": module.register_load_state_dict_pre_hook,
+    }[kind](note)
+    assert exercise() == ["Packed"]
+    inject(model, ["q"])
+    # what a state dict holds of the base stays the base's affair
+    assert exercise() == ["Packed" if kind in ("state-dict", "load-pre") else "CoToLoRALinear"]
+    eject(model, merge=False)
+    assert exercise() == ["Packed"]
+    inject(model, ["q"])
+    handle.remove()
+    assert exercise() == []
+
+
+def test_hooks_see_and_change_what_the_layer_takes_and_gives():
+    model, seen = Net(), []
+    model.blocks[0]["q"].register_forward_hook(lambda module, args, out: seen.append(out.detach()) or out + 1)
+    layer = inject(model, ["q"])["blocks.0.q"]
+    trained(model)
+    x = inputs()
+    assert torch.equal(layer(x), seen[0] + 1)
+    assert torch.equal(seen[0], add_low_rank(layer.base(x), x, layer.lora_a, layer.lora_b, scale=layer.scale))
+    late = []
+    layer.base.register_forward_hook(lambda *_: late.append("base"))
+    eject(model, merge=False)
+    model(x)
+    assert (len(seen), late) == (2, ["base"])
+
+
+def test_a_replaced_forward_is_the_bases_own():
+    hooks = pytest.importorskip("accelerate.hooks", reason="it replaces forward")
+    model = Net()
+    hooks.add_hook_to_module(model.blocks[0]["q"], hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    before = model(inputs())
+    layers = inject(model, ["q"])
+    assert torch.equal(model(inputs()), before)
+    assert hasattr(layers["blocks.0.q"].base, "_hf_hook")
+    eject(model, merge=False)
+    assert torch.equal(model(inputs()), before)
+
+
+def test_trainable_and_targets_must_not_meet_in_a_base():
+    with pytest.raises(ValueError, match=r"both take blocks.0.sub.inside.weight"):
+        inject(Net(), ["sub"], trainable=["blocks.0.sub.inside"])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q", "sub", "head"], "blocks.*q"], ids=str)
+def test_adapters_are_saved_and_loaded(targets, tmp_path):
+    model = Net()
+    inject(model, targets, rank=2, trainable=["norm"])
+    trained(model)
+    cotolora.save_adapter(model, tmp_path)
+    fresh, again = Net(), Net()
+    cotolora.load_adapter(fresh, tmp_path)
+    inject(again, targets, rank=2)
+    cotolora.load_adapter(again, tmp_path)
+    for loaded in (fresh, again):
+        assert list(adapters(loaded)) == list(adapters(model))
+        assert torch.equal(loaded(inputs()), model(inputs()))
+
+
+def test_peft_reads_what_is_saved(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = Net()
+    inject(model, ["blocks.0.sub", "head"], rank=2)
+    trained(model)
+    cotolora.save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(Net(), tmp_path)
+    torch.testing.assert_close(theirs(inputs()), model(inputs()))
+
+
+def test_a_base_that_trains_cannot_be_saved(tmp_path):
+    model = Net()
+    inject(model, ["sub"])
+    model.blocks[1]["sub"].base.inside.bias.requires_grad_()
+    with pytest.raises(
+        ValueError, match=r"must not train the base of an adapter; blocks.1.sub.base.inside.bias requires"
+    ):
+        cotolora.save_adapter(model, tmp_path)
+
+
+def test_coto_and_masks_drive_them():
+    model = Net()
+    layers = inject(model, ["q", "sub"])
+    trained(model)
+    optimizer = torch.optim.SGD(cotolora.adapter_parameters(model), lr=0.1)
+    coto = CoTo(model, total_steps=8, unit="module", seed=3)
+    coto.attach(optimizer)
+    for _ in range(8):
+        before = {name: layer.lora_b.detach().clone() for name, layer in layers.items()}
+        on = {name for name, layer in layers.items() if layer.gate}
+        model(inputs()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert {name for name, layer in layers.items() if not torch.equal(layer.lora_b, before[name])} == on
+        coto.step()
+    model.eval()
+    x = inputs()
+    with adapter_mask(model, [[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]]):
+        together = model(x)
+    for i, mask in enumerate(([1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1])):
+        with adapter_mask(model, mask):
+            torch.testing.assert_close(together[i], model(x)[i])
+
+
+def test_old_reparametrisations_inside_of_a_subclass_are_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        base = nn.utils.weight_norm(squashed())
+    with pytest.raises(TypeError, match=r"Squashed whose weight is a Tensor, not an nn\.Parameter"):
+        CoToLoRALinear.from_linear(base)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+def test_a_form_chosen_for_all_layers_serves_these_too():
+    model, x = Net(), inputs()
+    inject(model, ["q", "head"])
+    trained(model)
+    expected = model(x)
+    with set_backend("triton:one_pass"):
+        torch.testing.assert_close(model(x), expected)
