@@ -51,13 +51,18 @@ class PeftSwitch:
         """Takes the hooks off again: the layer is PEFT's alone."""
         while self._handles:
             self._handles.pop().remove()
+        self._restore(self.layer)
 
     def _before(self, layer: Any, args: Any) -> None:
+        self._restore(layer)  # from a forward that a KeyboardInterrupt ended, after which torch calls no hook
         # a merged layer that is disabled would unmerge itself, which changes weights
         if not self.gate and layer.training and not layer._disable_adapters and not layer.merged:
             layer._disable_adapters = self._acted = True
 
     def _after(self, layer: Any, args: Any, output: Any) -> None:
+        self._restore(layer)
+
+    def _restore(self, layer: Any) -> None:
         if self._acted:
             layer._disable_adapters = self._acted = False
 
@@ -83,7 +88,7 @@ class PeftSwitch:
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters of the active adapters."""
-        return [
+        found = [
             parameter
             for part in _parts(self.layer)
             for name in part.adapter_layer_names
@@ -91,6 +96,7 @@ class PeftSwitch:
             if adapter in (items := getattr(part, name))
             for parameter in _parameters_in(items[adapter])
         ]
+        return list(dict.fromkeys(found))  # PEFT lists DoRA's magnitudes twice
 
 
 Switch = CoToLoRALinear | PeftSwitch
