@@ -183,9 +183,9 @@ class CoTo:
         self._apply(mask)
         if self._handle is None:
             self._handle = self._model.register_forward_hook(self._join_graph)
-            for layer in self._layers.values():
-                if isinstance(layer, PeftSwitch):
-                    layer.hold()
+        for layer in self._layers.values():
+            if isinstance(layer, PeftSwitch):
+                layer.hold()  # each time: an earlier CoTo that finishes late lets go of it
 
     def _tilted(self, p: float, index: int) -> float:
         count = len(self.groups)

@@ -44,7 +44,7 @@ def from_peft(model: nn.Module, adapter: str | None = None) -> nn.Module:
             quantised one; the message names it and says why); `adapter` is unknown, or None where not just one is
             active; the model is wrapped, by DistributedDataParallel say, or a CoTo drives it.
     """
-    _refuse_wrapped(model)
+    _refuse_in_use(model)
     if existing := adapters(model):
         raise ValueError(f"model must hold PEFT's layers only; it has {len(existing)} of this library")
     modules = dict(model.named_modules())
@@ -56,7 +56,7 @@ def from_peft(model: nn.Module, adapter: str | None = None) -> nn.Module:
     replacements: dict[nn.Module, nn.Module] = {}
     for name, module in modules.items():
         if reason := _why_not_ours(module, chosen):
-            raise ValueError(f"{name or 'model'} must be a LoRA layer of PEFT that ours can replace; {reason}")
+            raise ValueError(f"{name or 'model'} must have a counterpart in this library; {reason}")
         if isinstance(module, BaseTunerLayer):
             replacements[module] = _ours(module, chosen)
         elif isinstance(module, ModulesToSaveWrapper):
@@ -97,16 +97,16 @@ def to_peft(model: nn.Module, adapter: str = "default", task_type: str | None = 
         ValueError: it has no enabled adapter or is one itself; an adapter is merged or enabled by rows, its base
             trains, or it is one that PEFT's LoRA cannot hold; the model is wrapped, or `task_type` is unknown to PEFT.
     """
-    _refuse_wrapped(model)
+    _refuse_in_use(model)
     every = adapters(model)
+    if model in every.values():
+        raise ValueError("model must hold adapters; it is one itself")
     for name, layer in every.items():
         if reason := _why_not_pefts(layer):
             raise ValueError(f"{name or 'model'} must be an adapter that PEFT's LoRA can hold; {reason}")
     layers = {name: layer for name, layer in every.items() if layer.enabled}
     if not layers:
         raise ValueError(f"model must have enabled adapters; {type(model).__name__} has none")
-    if any(isinstance(getattr(hook, "__self__", None), CoTo) for hook in model._forward_hooks.values()):
-        raise ValueError("model must not be driven by a CoTo; call its finish first")
     tensors, saved = trained_besides(model)
     fields = describe(model, layers, saved) | {"inference_mode": False, "task_type": task_type}
     config = peft.LoraConfig(**{key: value for key, value in fields.items() if key != "peft_type"})
@@ -130,11 +130,14 @@ def to_peft(model: nn.Module, adapter: str = "default", task_type: str | None = 
     return wrapped
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
+def _refuse_in_use(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     if unwrap(model) is not model:
         raise ValueError(f"model must not be wrapped; got a {type(model).__name__}: pass the module inside, wrap anew")
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    if any(isinstance(getattr(hook, "__self__", None), (CoTo, PeftSwitch)) for hook in hooks):
+        raise ValueError("model must not be driven by a CoTo; call its finish first")
 
 
 def _chosen(layers: dict[str, Any], adapter: str | None) -> str:
@@ -170,7 +173,6 @@ def _reasons_of_layer(layer: Any, adapter: str) -> list[tuple[Any, str]]:
     common = [
         (layer.merged, "it is merged; call unmerge_adapter first"),
         (isinstance(base, BaseTunerLayer), "it lies around another of PEFT's layers"),
-        (_is_held(layer), "a CoTo drives it; call its finish first"),
     ]
     if adapter not in layer._get_available_adapters():
         return [*common, (_has_hooks(layer), "it has hooks and not this adapter: they would be lost with it")]
@@ -200,10 +202,6 @@ def _why_not_pefts(layer: CoToLoRALinear) -> str:
 
 def _has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in HOOKS)
-
-
-def _is_held(layer: nn.Module) -> bool:
-    return any(isinstance(getattr(hook, "__self__", None), PeftSwitch) for hook in layer._forward_pre_hooks.values())
 
 
 def _ours(layer: Any, adapter: str) -> nn.Module:
