@@ -26,7 +26,8 @@ class PeftSwitch:
 
     That flag is set only while the layer's forward runs, and only in training mode. So evaluation finds the adapter
     on however the layer is reached, PEFT's own ``disable_adapter()`` keeps its meaning, and the recomputation of a
-    checkpoint sees what the forward saw. It has the attributes that CoTo reads of a `CoToLoRALinear`.
+    checkpoint sees what the forward saw. A fused forward that reads A and B past the layer (Unsloth's) does not see the
+    gate. It has the attributes that CoTo reads of a `CoToLoRALinear`.
 
     Attributes:
         layer: the PEFT layer.
@@ -184,7 +185,8 @@ def _refuse(modules: dict[str, nn.Module], active: set[str]) -> None:
             raise ValueError(f"PEFT adapter {name!r} must be of a method with a switch in every layer; {kind} is not: "
                              f"{_METHODS[kind]}")  # fmt: skip
         init = getattr(config, "init_lora_weights", None)
-        changed = f"init_lora_weights={init!r}" if init not in _INITS else ""
+        known = (init.lower() if isinstance(init, str) else init) in _INITS
+        changed = "" if known else f"init_lora_weights={init!r}"
         if getattr(config, "kasa_config", None):
             changed = "kasa_config"
         if changed:
