@@ -50,8 +50,8 @@ def from_peft(model: nn.Module, adapter: str | None = None) -> nn.Module:
     modules = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
     if not layers or "" in layers:
-        raise ValueError(f"model must hold PEFT's LoRA layers; {type(model).__name__} {'is' if layers else 'has'} "
-                         f"{'one itself' if layers else 'none'}")  # fmt: skip
+        has = "is one itself" if layers else "has none"
+        raise ValueError(f"model must hold PEFT's LoRA layers; {type(model).__name__} {has}")
     chosen = _chosen(layers, adapter)
     replacements: dict[nn.Module, nn.Module] = {}
     for name, module in modules.items():
