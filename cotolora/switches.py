@@ -87,7 +87,8 @@ class PeftSwitch:
         """Whether the adapter counts, ``enabled and (gate or not training)``."""
         return self.enabled and (self.gate or not self.training)
 
-    def parameters(self) -> list[nn.Parameter]:
+    @property
+    def adapter_parameters(self) -> list[nn.Parameter]:
         """The parameters of the active adapters."""
         found = [
             parameter
@@ -138,7 +139,7 @@ def module_of(switch: Switch) -> nn.Module:
 def parameters_of(switch: Switch) -> list[nn.Parameter]:
     """The parameters of the adapter, those that its base has not."""
     if isinstance(switch, PeftSwitch):
-        return switch.parameters()
+        return switch.adapter_parameters
     return [parameter for name, parameter in switch.named_parameters(recurse=False) if name.startswith("lora_")]
 
 

@@ -333,7 +333,7 @@ UNCONVERTIBLE = {
     "hira": (with_hira, r"layers.1.0 .* it is a peft.tuners.hira.layer.Linear"),
     "lora-bias": (lambda: lora(mlp, lora_bias=True), r"lora_bias"),
     "embedding": (with_embedding, r"model\.0 must .* peft.tuners.lora.layer.Embedding"),
-    "quantised": (lambda: lora(quantised), r"layers.1.0 .* FourBit, a subclass of nn.Linear"),
+    "quantised": (lambda: lora(quantised), r"layers.1.0 .* its base must be an nn.Linear .*; got FourBit"),
     "merged": (merged, r"layers.0.0 .* merged; call unmerge_adapter"),
     "held-by-coto": (held, r"model must not be driven by a CoTo; call its finish"),
     "hooked-base": (hooked_base, r"layers.0.0 .* base layer has hooks"),
@@ -390,10 +390,12 @@ def changed(name, value):
         (lambda: changed("enabled", torch.tensor([True, False])), "layers.2.0 .* enabled by rows"),
         (lambda: changed("gate", False), "layers.2.0 .* its gate is off"),
         (lambda: changed("gate", torch.tensor(0)), "layers.2.0 .* its gate is off"),
+        (lambda: changed("variant", "dora"), "layers.2.0 .* it is of variant 'dora'"),
+        (lambda: changed("init", "pissa"), "layers.2.0 .* init 'pissa' computes more"),
         (lambda: changed("weight", lambda layer: layer.weight.requires_grad_()), "must not train the base"),
         (lambda: injected(trainable=()).layers[0][0], "model must hold adapters; it is one itself"),
     ],
-    ids=["none", "merged", "rows", "gate", "device-gate", "base-trains", "itself"],
+    ids=["none", "merged", "rows", "gate", "device-gate", "variant", "init", "base-trains", "itself"],
 )
 def test_what_peft_cannot_hold_is_refused_and_nothing_changes(make, says):
     model = make()
@@ -474,7 +476,7 @@ def test_any_method_with_a_switch_has_the_masks_and_the_meaning_of_ours(method):
     assert coto.groups == {f"layers.{i}": [f"layers.{i}.0"] for i in range(4)}
     owners = {}
     for i, (name,) in enumerate(coto.groups.values()):
-        for parameter in switch_of(coto, name).parameters():
+        for parameter in switch_of(coto, name).adapter_parameters:
             owners.setdefault(parameter, set()).add(i)
     assert set(owners) == set(trained(model))
     for step, expected in enumerate(masks_of()):
@@ -701,7 +703,7 @@ def test_attention_is_one_switch_with_its_output_projection():
     assert not torch.equal(model(x), plain)
     coto = off(model, unit="module")
     assert coto.groups == {"0.self_attn": ["0.self_attn"]}
-    assert len(switch_of(coto, "0.self_attn").parameters()) == len(trained(model)) == 4
+    assert len(switch_of(coto, "0.self_attn").adapter_parameters) == len(trained(model)) == 4
     torch.testing.assert_close(model(x), plain)
     coto.finish()
     assert not torch.equal(model(x), plain)
@@ -888,8 +890,9 @@ def train_by_ranks(case, rank, world):
         x = torch.randn(WORLD * PER_RANK, 6, generator=torch.Generator().manual_seed(step), dtype=torch.double)
         network(x[rank * PER_RANK : (rank + 1) * PER_RANK] if world > 1 else x).square().mean().backward()
         switches = list(coto._layers.values())
-        used = {p for switch, on in zip(switches, coto.mask.tolist(), strict=True) if on for p in switch.parameters()}
-        off = {p: p.detach().clone() for switch in switches for p in switch.parameters() if p not in used}
+        mask = coto.mask.tolist()
+        used = {p for switch, on in zip(switches, mask, strict=True) if on for p in switch.adapter_parameters}
+        off = {p: p.detach().clone() for switch in switches for p in switch.adapter_parameters if p not in used}
         optimizer.step()
         moved += [step for p, value in off.items() if not torch.equal(p, value)]
         masks.append(coto.mask)

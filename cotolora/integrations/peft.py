@@ -170,6 +170,7 @@ def _why_not_ours(module: nn.Module, adapter: str) -> str:
 
 def _reasons_of_layer(layer: Any, adapter: str) -> list[tuple[Any, str]]:
     base, variant = layer.base_layer, getattr(layer, "lora_variant", {}).get(adapter)
+    dense = type(base) is nn.Linear or is_conv1d(base)
     common = [
         (layer.merged, "it is merged; call unmerge_adapter first"),
         (isinstance(base, BaseTunerLayer), "it lies around another of PEFT's layers"),
@@ -181,7 +182,8 @@ def _reasons_of_layer(layer: Any, adapter: str) -> list[tuple[Any, str]]:
         (type(layer) is not lora.Linear, f"it is a {kind}: only LoRA on nn.Linear and Conv1D has a counterpart"),
         (variant is not None, f"it is a variant of LoRA, {type(variant).__name__}"),
         (getattr(layer, "lora_bias", {}).get(adapter), "its B has a bias (lora_bias)"),
-        (reason := why_not_adaptable(base), f"its base must be an nn.Linear or a Conv1D; {reason}"),
+        (not dense, f"its base must be an nn.Linear or a transformers Conv1D; got {type(base).__name__}"),
+        (reason := why_not_adaptable(base), f"its base must have a dense floating weight; {reason}"),
         (_has_hooks(base), "its base layer has hooks, which see the output without the adapter"),
         (reason := why_forward_is_not_its_own(layer) or why_forward_is_not_its_own(base), reason),
     ]
@@ -192,6 +194,7 @@ def _why_not_pefts(layer: CoToLoRALinear) -> str:
     """Why PEFT's LoRA layer cannot stand for ours; empty if it can."""
     reasons = [
         (layer.variant != "lora", f"it is of variant {layer.variant!r}"),
+        (layer.init not in ("kaiming", "gaussian"), f"init {layer.init!r} computes more than its A and B say"),
         (layer.merged, "it is merged; call its unmerge first"),
         (layer.gate is False or (isinstance(layer.gate, Tensor) and not layer.gate.all()), "its gate is off (CoTo)"),
         (isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0, "it is enabled by rows; set it to a bool"),
