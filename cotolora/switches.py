@@ -121,8 +121,11 @@ def switches(model: nn.Module) -> dict[str, Switch]:
     modules = {plain_name(name): module for name, module in model.named_modules()}
     tuners = [name for name, module in modules.items() if isinstance(module, peft.BaseTuner)]
     layers = {name: module for name, module in modules.items() if isinstance(module, peft.BaseTunerLayer)}
-    within = {id(part) for layer in layers.values() for part in _parts(layer)[1:]}
-    layers = {name: layer for name, layer in layers.items() if id(layer) not in within and _is_active(layer)}
+    within = {part for layer in layers.values() for part in _parts(layer)[1:]}
+    # trainable tokens are, as modules_to_save, trained beside the adapters and not by them
+    auxiliary = sys.modules["peft.utils.other"].AuxiliaryTrainingWrapper
+    within |= {part for module in modules.values() if isinstance(module, auxiliary) for part in module.modules()}
+    layers = {name: layer for name, layer in layers.items() if layer not in within and _is_active(layer)}
     _refuse(modules, {adapter for layer in layers.values() for adapter in layer.active_adapters})
     return {
         _users_name(name, tuners): found[name] if name in found else _switch_of(layers[name])
@@ -174,17 +177,20 @@ def _users_name(name: str, tuners: list[str]) -> str:
     for tuner in tuners:
         inside = f"{tuner}.model." if tuner else "model."
         if name.startswith(inside):
-            return tuner.removesuffix("base_model") + name.removeprefix(inside)
+            holder = tuner.removesuffix("base_model")  # a PeftModel
+            return (f"{holder}." if holder and holder == tuner else holder) + name.removeprefix(inside)
     return name
 
 
 def _refuse(modules: dict[str, nn.Module], active: set[str]) -> None:
     configs = [config for module in modules.values() if isinstance(config := vars(module).get("peft_config"), dict)]
-    for name, config in (item for found in configs for item in found.items() if item[0] in active):
+    for name, config in (item for found in configs for item in found.items()):
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if kind in _METHODS:
             raise ValueError(f"PEFT adapter {name!r} must be of a method with a switch in every layer; {kind} is not: "
                              f"{_METHODS[kind]}")  # fmt: skip
+        if name not in active:
+            continue
         init = getattr(config, "init_lora_weights", None)
         known = (init.lower() if isinstance(init, str) else init) in _INITS
         changed = "" if known else f"init_lora_weights={init!r}"

@@ -9,6 +9,7 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import cotolora
-from cotolora import CoTo, CoToLoRALinear, activation_probability, adapters, sample_mask, set_backend
+from cotolora import CoTo, CoToLoRALinear, activation_probability, adapters, sample_mask, set_backend, switches
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -566,6 +567,10 @@ def off(model, **options):
     return coto
 
 
+def hooks_of(model):
+    return [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
+
+
 def flags_of(model):
     return [module._disable_adapters for module in model.modules() if hasattr(module, "_disable_adapters")]
 
@@ -669,6 +674,15 @@ def test_modules_to_save_train_whatever_is_off():
     assert not torch.equal(model.base_model.model.layers[3][0].weight, before)
 
 
+def test_trainable_tokens_train_whatever_is_off():
+    model = with_tokens()
+    coto = off(model)
+    assert list(coto.groups) == [f"model.layers.{i}" for i in range(4)]
+    output(model).square().sum().backward()
+    names = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert [name.split(".")[-2:] for name in names] == [["trainable_tokens_delta", "default"]]
+
+
 def test_what_the_user_merges_on_the_way_stays_merged():
     model = lora(mlp)
     on = output(model)
@@ -741,6 +755,9 @@ def test_a_second_coto_takes_over_and_the_first_can_finish_late():
         assert torch.equal(output(model), plain)
         assert not torch.equal(plain, base)
         coto.set_step(0)
+    second.load_state_dict({**second.state_dict(), "initial_p": 1.0})
+    assert torch.equal(output(model), base), "the last one to set the gates decides, as with our own layers"
+    second.load_state_dict({**second.state_dict(), "initial_p": 0.0})
     first.finish()
     second.step()
     assert torch.equal(output(model), plain)
@@ -765,6 +782,18 @@ def adalora():
     return peft.get_peft_model(mlp(), peft.AdaLoraConfig(target_modules="all-linear", total_step=10))
 
 
+def xlora():
+    with tempfile.TemporaryDirectory() as folder:
+        lora(lambda: llama(1), ["q_proj"]).save_pretrained(folder)
+        base = llama(1)
+        base.config.use_cache = False
+        return peft.get_peft_model(base, peft.XLoraConfig(hidden_size=32, adapters={"0": folder}))
+
+
+def shadow():
+    return peft.get_peft_model(llama(1), peft.ShadowConfig())
+
+
 def prompted():
     return peft.get_peft_model(llama(1), peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
 
@@ -775,19 +804,28 @@ def prompted():
         (lambda: lora(mlp, init_lora_weights="pissa", r=2), {}, "'default' .*init_lora_weights='pissa' took"),
         (lambda: lora(mlp, init_lora_weights="olora", r=2), {}, "init_lora_weights='olora'"),
         (adalora, {}, "ADALORA is not: it allots ranks"),
+        (xlora, {}, "XLORA is not: its layers obey one switch"),
+        (shadow, {}, "SHADOW is not: its blocks hand a state"),
         (merged, {}, r"no merged adapters, which cannot train; merged: \['layers.0.0'"),
         (lambda: lora(mlp), {"gates": "device"}, "gates must be 'host' on a PEFT model"),
         (prompted, {}, "must have adapters; PeftModelForCausalLM has none"),
     ],
-    ids=["pissa", "olora", "adalora", "merged", "device", "prompt"],
+    ids=["pissa", "olora", "adalora", "xlora", "shadow", "merged", "device", "prompt"],
 )  # fmt: skip
 def test_what_coto_would_spoil_is_refused_and_nothing_changes(make, options, says):
     model = make()
-    before = state_of(model)
+    before, hooks = state_of(model), hooks_of(model)
     with pytest.raises(ValueError, match=says):
         CoTo(model, 10, **options)
     assert_unchanged(model, before)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert hooks_of(model) == hooks
+
+
+def test_names_are_the_users_wherever_pefts_tuner_lies():
+    config = peft.LoraConfig(target_modules="all-linear")
+    tuned = nn.ModuleDict({"tuned": peft.LoraModel(mlp(), config, "default"), "whole": lora(mlp)})
+    assert list(switches.switches(tuned)) == [f"{name}.layers.{i}.0" for name in ("tuned", "whole") for i in range(4)]
+    assert list(switches.switches(tuned["tuned"])) == [f"layers.{i}.0" for i in range(4)]
 
 
 def test_a_pissa_adapter_that_is_not_active_is_no_obstacle():
@@ -889,10 +927,9 @@ def train_by_ranks(case, rank, world):
     for step in range(8):
         x = torch.randn(WORLD * PER_RANK, 6, generator=torch.Generator().manual_seed(step), dtype=torch.double)
         network(x[rank * PER_RANK : (rank + 1) * PER_RANK] if world > 1 else x).square().mean().backward()
-        switches = list(coto._layers.values())
-        mask = coto.mask.tolist()
-        used = {p for switch, on in zip(switches, mask, strict=True) if on for p in switch.adapter_parameters}
-        off = {p: p.detach().clone() for switch in switches for p in switch.adapter_parameters if p not in used}
+        layers, mask = list(coto._layers.values()), coto.mask.tolist()
+        used = {p for switch, on in zip(layers, mask, strict=True) if on for p in switch.adapter_parameters}
+        off = {p: p.detach().clone() for switch in layers for p in switch.adapter_parameters if p not in used}
         optimizer.step()
         moved += [step for p, value in off.items() if not torch.equal(p, value)]
         masks.append(coto.mask)
