@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cotolora.checkpoint import trained_besides
 from cotolora.coto import CoTo
-from cotolora.groups import adapters, unwrap
+from cotolora.groups import adapters, is_enabled, unwrap
 from cotolora.inject import HOOKS, block_fast_path, move_hooks, replace_module, why_forward_is_not_its_own
 from cotolora.linear import CoToLoRALinear, is_conv1d, why_not_adaptable
 from cotolora.peft_config import describe
@@ -104,7 +104,7 @@ def to_peft(model: nn.Module, adapter: str = "default", task_type: str | None = 
     for name, layer in every.items():
         if reason := _why_not_pefts(layer):
             raise ValueError(f"{name or 'model'} must be an adapter that PEFT's LoRA can hold; {reason}")
-    layers = {name: layer for name, layer in every.items() if layer.enabled}
+    layers = {name: layer for name, layer in every.items() if is_enabled(layer)}
     if not layers:
         raise ValueError(f"model must have enabled adapters; {type(model).__name__} has none")
     tensors, saved = trained_besides(model)
@@ -242,7 +242,7 @@ def _wrapped(
         replace_module(model, name, theirs)
     for module, theirs in firsts.items():
         if isinstance(module, CoToLoRALinear):
-            if module.enabled:
+            if is_enabled(module):
                 _share(theirs, module, adapter)
         else:
             _keep(theirs, module, adapter)
