@@ -79,7 +79,7 @@ def collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model = unwrap(model)
     if model in layers.values():
         raise ValueError("model must hold adapters; it is one itself, which has no name to save it by")
-    tensors, modules = _trained_besides(model)
+    tensors, modules = trained_besides(model)
     for name, layer in layers.items():
         tensors[f"{name}.lora_A.weight"] = layer.lora_a
         tensors[f"{name}.lora_B.weight"] = layer.lora_b
@@ -195,7 +195,7 @@ def place(model: nn.Module, saved: Saved, *, source: str, strict: bool = True) -
     return LoadResult(fit.missing, fit.unexpected)
 
 
-def _trained_besides(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+def trained_besides(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """What trains besides the adapters, with buffers beside it, and the modules that PEFT can find by name."""
     tensors: dict[str, Tensor] = {}
     modules = []

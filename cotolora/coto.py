@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from cotolora.groups import Unit, adapters, group_names, is_enabled, unwrap
-from cotolora.linear import CoToLoRALinear
+from cotolora.groups import Unit, group_names, is_enabled, unwrap
 from cotolora.schedule import activation_probability, sample_mask
+from cotolora.switches import PeftSwitch, Switch, module_of, parameters_of, switches
 
 logger = logging.getLogger("cotolora")
 
@@ -45,8 +45,12 @@ class CoTo:
 
     In `eval()` every adapter is on, whatever the gates say. A model has one CoTo: a second one finishes the first.
 
+    It drives a PEFT model as well: any of PEFT's methods whose layers can be disabled one by one (LoRA, DoRA, HiRA,
+    LoHa, OFT, …), with the masks that our own layers at the same places would have. The layers with an active adapter
+    when the CoTo is made are the ones it switches.
+
     Args:
-        model: a model with adapters; may be wrapped by DistributedDataParallel or torch.compile.
+        model: a model with adapters, ours or PEFT's; may be wrapped by DistributedDataParallel or torch.compile.
         total_steps: optimizer steps of the run.
         initial_p, ramp, shape: of the schedule, see `activation_probability`.
         unit: what is switched as one: "layer" (adapters whose names agree up to their first number, such as
@@ -66,7 +70,8 @@ class CoTo:
 
     Raises:
         TypeError: `model` is not a module, or `unit` neither a string nor a callable.
-        ValueError: the model has no adapters or merged ones, or an argument is out of its range.
+        ValueError: the model has no adapters, merged ones or some of PEFT's that must not be switched (PiSSA: off would
+            mean a residual, not the pretrained weight), or an argument is out of its range.
 
     Source: Zhuang et al. 2025, section 3 (arXiv:2506.05713).
     """
@@ -85,13 +90,15 @@ class CoTo:
         seed: int = 0,
         gates: str = "host",
     ) -> None:
-        self._layers = adapters(model)
+        self._layers = switches(model)
         if not self._layers:
             raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
         if merged := [name for name, layer in self._layers.items() if layer.merged]:
             raise ValueError(f"model must have no merged adapters, which cannot train; merged: {merged}")
         if gates not in ("host", "device"):
             raise ValueError(f"gates must be 'host' or 'device'; got {gates!r}")
+        if gates == "device" and any(isinstance(layer, PeftSwitch) for layer in self._layers.values()):
+            raise ValueError("gates must be 'host' on a PEFT model, whose switch is a bool of the host; got 'device'")
         self.groups: dict[Hashable, list[str]] = group_names(self._layers, unit)
         self._settings: dict[str, Any] = {
             "total_steps": total_steps,
@@ -117,6 +124,8 @@ class CoTo:
             if isinstance(earlier := getattr(hook, "__self__", None), CoTo):
                 earlier.finish()
         for layer in self._layers.values():
+            if isinstance(layer, PeftSwitch):
+                continue
             # not layer.gate = …, which would fill a tensor that an earlier run left there
             on = torch.ones((), dtype=torch.int32, device="cpu") if gates == "device" else True
             layer._set_switch("_gate", on)
@@ -125,7 +134,9 @@ class CoTo:
         self.set_step(0)
 
     def _advise(self, model: nn.Module) -> None:
-        group_of = {id(self._layers[name]): i for i, names in enumerate(self.groups.values()) for name in names}
+        group_of = {
+            id(module_of(self._layers[name])): i for i, names in enumerate(self.groups.values()) for name in names
+        }
         for name, module in model.named_modules():
             if not hasattr(module, "_orig_mod") and getattr(module, "_compiled_call_impl", None) is None:
                 continue
@@ -172,6 +183,9 @@ class CoTo:
         self._apply(mask)
         if self._handle is None:
             self._handle = self._model.register_forward_hook(self._join_graph)
+        for layer in self._layers.values():
+            if isinstance(layer, PeftSwitch):
+                layer.hold()  # each time: an earlier CoTo that finishes late lets go of it
 
     def _tilted(self, p: float, index: int) -> float:
         count = len(self.groups)
@@ -189,12 +203,15 @@ class CoTo:
                     layer.gate = on
 
     def finish(self) -> None:
-        """Switches every adapter on and takes the hook off the model: the end of the run, until another step is set."""
+        """Switches every adapter on and takes the hooks off: the end of the run, until another step is set."""
         self.p = 1.0
         self._apply(torch.ones_like(self.mask))
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
+        for layer in self._layers.values():
+            if isinstance(layer, PeftSwitch):
+                layer.release()
 
     def state_dict(self) -> dict[str, Any]:
         """The step and the settings; masks follow from them."""
@@ -229,7 +246,7 @@ class CoTo:
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Makes `optimizer` leave the adapters that are off untouched; returns a handle that undoes this.
 
-        Just before each of its steps, the gradients of A and B of adapters that are off become None. A
+        Just before each of its steps, the gradients of adapters that are off become None. A
         single process with host gates and ``zero_grad(set_to_none=True)`` has none there anyway; DDP,
         device gates and zeroed gradients leave zeros, with which AdamW would still move and decay weights.
 
@@ -245,9 +262,8 @@ class CoTo:
             raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
 
         def forget() -> None:
-            for layer, on in self._on():
-                if (layer.training and not on) or not _trainable(layer):
-                    layer.lora_a.grad = layer.lora_b.grad = None
+            for parameter in self._idle(lambda layer, on: (layer.training and not on) or not _trainable(layer)):
+                parameter.grad = None
 
         def before_step(
             _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -261,9 +277,18 @@ class CoTo:
 
         return optimizer.register_step_pre_hook(before_step)
 
-    def _on(self) -> list[tuple[CoToLoRALinear, bool]]:
-        pairs = zip(self.groups.values(), self.mask.tolist(), strict=True)
-        return [(self._layers[name], on) for names, on in pairs for name in names]
+    def _idle(self, off: Callable[[Switch, bool], bool]) -> list[nn.Parameter]:
+        """Parameters of the adapters that are `off`, a function of a layer and its group's mask."""
+        used: set[nn.Parameter] = set()
+        idle: dict[nn.Parameter, None] = {}
+        for names, on in zip(self.groups.values(), self.mask.tolist(), strict=True):
+            for layer in (self._layers[name] for name in names):
+                if off(layer, on):
+                    idle |= dict.fromkeys(parameters_of(layer))
+                else:
+                    used.update(parameters_of(layer))
+        # some of PEFT's methods share parameters among layers
+        return [parameter for parameter in idle if parameter not in used]
 
     def _join_graph(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Under DDP, ties parameters that no forward used to the output, so that the reducer sees them."""
@@ -271,13 +296,7 @@ class CoTo:
             return None
         if torch._C._are_functorch_transforms_active():  # which have no reducer, and refuse _Join
             return None
-        unused = [
-            parameter
-            for layer in self._layers.values()
-            if layer.active is False or layer.merged
-            for parameter in (layer.lora_a, layer.lora_b)
-            if parameter.requires_grad
-        ]
+        unused = [p for p in self._idle(lambda layer, _: layer.active is False or layer.merged) if p.requires_grad]
         return self._joined(output, unused) if unused else None
 
     def _joined(self, output: Any, unused: Sequence[Tensor]) -> Any:
@@ -321,8 +340,9 @@ def check_settings(settings: dict[str, Any]) -> None:
     sample_mask(0, 1.0, seed=settings["seed"], step=0)
 
 
-def _trainable(layer: CoToLoRALinear) -> bool:
-    return not layer.merged and is_enabled(layer)
+def _trainable(layer: Switch) -> bool:
+    enabled = layer.enabled if isinstance(layer, PeftSwitch) else is_enabled(layer)
+    return not layer.merged and enabled
 
 
 def _followed_by(then: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:

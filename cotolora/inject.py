@@ -39,6 +39,7 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+HOOKS = (*_CALL_HOOKS, *_STATE_HOOKS)
 # what makes torch's encoder take the fused path, and the value that keeps it off
 _FAST_PATH = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),  # "neither": one of the conditions of the fused path
@@ -135,10 +136,10 @@ def inject(
     for parameter in frozen:
         parameter.requires_grad_(parameter in trained)
     for name, layer in layers.items():
-        _move_hooks(linears[name], layer)
+        move_hooks(linears[name], layer)
         for raw_name in matched[name]:
-            _replace(model, raw_name, layer)
-    _block_fast_path(model)
+            replace_module(model, raw_name, layer)
+    block_fast_path(model)
     return layers
 
 
@@ -168,15 +169,15 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
     if model in layers.values():
         raise ValueError("model must hold adapters; it is one itself (call its to_linear)")
     for name, layer in layers.items():
-        if reason := _why_forward_is_not_its_own(layer):
+        if reason := why_forward_is_not_its_own(layer):
             raise ValueError(f"{name} must have its own forward to be ejected; {reason}")
     shared = _shared_weights(model, layers)
     plain = {id(layer): layer.to_linear(merge) for layer in layers.values()}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, CoToLoRALinear):
-            _replace(model, name, plain[id(module)])
+            replace_module(model, name, plain[id(module)])
     for layer in layers.values():
-        _move_hooks(layer, plain[id(layer)])
+        move_hooks(layer, plain[id(layer)])
     _restore_fast_path(model)
     for name, (weight, others) in shared.items():
         if plain[id(layers[name])].weight is not weight:
@@ -367,11 +368,12 @@ def _refuse_unadaptable(raw_name: str, module: nn.Module, modules: dict[str, nn.
     if reason := why_not_adaptable(module):
         raise ValueError(f"{name} must be a module that maps in_features to out_features; {reason}; {advice}")
     # a base that is called keeps whatever forward it has
-    if is_dense(module) and (reason := _why_forward_is_not_its_own(module)):
+    if is_dense(module) and (reason := why_forward_is_not_its_own(module)):
         raise ValueError(f"{name} must keep its own forward; {reason}, or {advice}")
 
 
-def _why_forward_is_not_its_own(module: nn.Module) -> str:
+def why_forward_is_not_its_own(module: nn.Module) -> str:
+    """Why `module` cannot be replaced without losing what was put in place of its forward; empty if it can."""
     # accelerate puts the bound method back when it removes a hook: that one is the module's own
     if module.__dict__.get("forward", own := MethodType(type(module).forward, module)) == own:
         return ""
@@ -417,15 +419,17 @@ def _trainable_parameters(model: nn.Module, trainable: Targets) -> set[nn.Parame
     return found
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` where `model` has `name`."""
     parent, _, leaf = name.rpartition(".")
     # not setattr: Sequential, ModuleList and ModuleDict hold children under names that are no identifiers
     model.get_submodule(parent)._modules[leaf] = module
 
 
-def _move_hooks(source: nn.Module, target: nn.Module) -> None:
+def move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Gives `target` the hooks of `source` and their handles; only those of calls where one holds the other."""
     stays = source in target.children() or target in source.children()
-    for name in _CALL_HOOKS if stays else (*_CALL_HOOKS, *_STATE_HOOKS):
+    for name in _CALL_HOOKS if stays else HOOKS:
         getattr(source, name).update(getattr(target, name))
         # the very same dictionary: a handle that the user kept removes its hook from it
         setattr(target, name, getattr(source, name))
@@ -456,7 +460,7 @@ def _shared_weights(model: nn.Module, layers: dict[str, CoToLoRALinear]) -> dict
     return shared
 
 
-def _block_fast_path(model: nn.Module) -> None:
+def block_fast_path(model: nn.Module) -> None:
     """Keeps torch's fused encoder inference, which reads the weights past the layers, off what was adapted."""
     for module in model.modules():
         for kind, attribute, off in _FAST_PATH:

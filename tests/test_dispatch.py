@@ -322,7 +322,7 @@ LEVELS = [
     {"bases"},
     {"linear"},
     {"groups"},
-    {"masks"},
+    {"masks", "switches"},
     {"inject", "checkpoint", "peft_config", "coto", "lora_pro", "merging", "pruning", "shapley", "connectivity"}
     | {"states", "combining", "ensembles", "alignment", "kmeans"},
     {"demo", "integrations", "__main__", "__init__"},

@@ -121,7 +121,7 @@ def trainer_of(model, path, kind="llama", callbacks=(), **arguments):
         "report_to": "none", "save_strategy": "no", "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
         "disable_tqdm": True, "logging_strategy": "no", "remove_unused_columns": False, "dataloader_pin_memory": False,
     }  # fmt: skip
-    optimizer = torch.optim.AdamW(cotolora.adapter_parameters(model), lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     return InOrder(
         model, TrainingArguments(**settings | arguments), train_dataset=examples(kind, 64), data_collator=collate,
@@ -130,17 +130,13 @@ def trainer_of(model, path, kind="llama", callbacks=(), **arguments):
 
 
 def weights(model):
-    return {
-        f"{name}.{part}": getattr(layer, part).detach().clone()
-        for name, layer in cotolora.adapters(model).items()
-        for part in ("lora_a", "lora_b")
-    }
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def plain_loop(model, *, seed=0, kind="llama"):
     """What the callback must equal, the loss being the sum over the tokens by their number, as in Trainer."""
     first = 1 if kind == "llama" else 0  # Trainer does not know gpt2's loss for one that shifts the labels
-    optimizer = torch.optim.AdamW(cotolora.adapter_parameters(model), lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     coto = CoTo(model, STEPS, seed=seed)
     coto.attach(optimizer)
     data = iter(examples(kind, 64))

@@ -12,7 +12,7 @@ from cotolora.groups import Unit
 
 
 class CoToLightningCallback(Callback):
-    """Runs CoTo on a LightningModule that holds our adapters: ``Trainer(callbacks=[CoToLightningCallback()])``.
+    """Runs CoTo on a LightningModule that holds adapters, ours or PEFT's: ``callbacks=[CoToLightningCallback()]``.
 
     The mask of an optimizer step follows from ``trainer.global_step``, so a run that is resumed goes on with the masks
     it would have had, and gradient accumulation has one mask a step. Adapters that are off keep their weights and their

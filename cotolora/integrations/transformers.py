@@ -12,11 +12,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from cotolora.checkpoint import save_adapter
 from cotolora.coto import CoTo, check_settings
-from cotolora.groups import Unit
+from cotolora.groups import Unit, adapters
 
 
 class CoToCallback(TrainerCallback):
-    """Runs CoTo on a model with our adapters: ``Trainer(model, args, ..., callbacks=[CoToCallback()])``.
+    """Runs CoTo on a model with adapters, ours or PEFT's: ``Trainer(model, args, ..., callbacks=[CoToCallback()])``.
 
     The mask of an optimizer step follows from ``state.global_step``, so a run that is resumed goes on with the masks it
     would have had, and gradient accumulation has one mask a step. Adapters that are off keep their weights and their
@@ -24,7 +24,8 @@ class CoToCallback(TrainerCallback):
 
     Args:
         initial_p, ramp, shape, unit, tilt, at_least_one, seed, gates: see `CoTo`; its steps are ``state.max_steps``.
-        save: also write the adapters in PEFT's format into the folder ``adapter`` of every checkpoint.
+        save: also write our adapters in PEFT's format into the folder ``adapter`` of every checkpoint. A PEFT model
+            is saved by Trainer itself.
 
     Attributes:
         coto: the strategy of the current or the last run, None before the first.
@@ -76,8 +77,8 @@ class CoToCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
-        """Writes the adapters beside what Trainer has written."""
-        if self._save:
+        """Writes our adapters beside what Trainer has written."""
+        if self._save and adapters(model):
             assert args.output_dir is not None
             # a folder of its own: Trainer takes adapter files in a checkpoint itself for PEFT's
             save_adapter(model, Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter")

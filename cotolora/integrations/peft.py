@@ -1,0 +1,263 @@
+"""Turns PEFT's LoRA layers into ours and back, weights shared."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import peft
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from cotolora.checkpoint import trained_besides
+from cotolora.coto import CoTo
+from cotolora.groups import adapters, is_enabled, unwrap
+from cotolora.inject import HOOKS, block_fast_path, move_hooks, replace_module, why_forward_is_not_its_own
+from cotolora.linear import CoToLoRALinear, is_conv1d, why_not_adaptable
+from cotolora.peft_config import describe
+from cotolora.switches import PeftSwitch
+
+logger = logging.getLogger("cotolora")
+
+
+def from_peft(model: nn.Module, adapter: str | None = None) -> nn.Module:
+    """The base model of a PEFT model, with a `CoToLoRALinear` in place of each of PEFT's LoRA layers.
+
+    Nothing is copied: base weights, A and B are the same parameters, so an optimizer that holds them goes on. They
+    keep their dtype, also bfloat16 A and B, in which they then train (``autocast_adapter_dtype=True``, PEFT's default,
+    makes float32 ones). ``requires_grad``, training mode, dropout, scale and hooks stay as they are; disabled adapters
+    come with ``enabled=False``; of modules_to_save the trained ones take their place. Other adapters are dropped.
+
+    The logits are those of the PEFT model: bit for bit in float32 with the reference backend, and up to the order
+    of rounding else (PEFT computes a bfloat16 layer's update in the dtype of A, ours in that of the input).
+
+    Args:
+        model: a ``PeftModel``, or a model that holds PEFT's layers or such models. Changed in place and used up, but
+            unchanged if anything raises.
+        adapter: which of its adapters; by default the active one.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: it has no LoRA layer, or one that ours cannot replace (another variant or method, a merged or a
+            quantised one; the message names it and says why); `adapter` is unknown, or None where not just one is
+            active; the model is wrapped, by DistributedDataParallel say, or a CoTo drives it.
+    """
+    _refuse_in_use(model)
+    if existing := adapters(model):
+        raise ValueError(f"model must hold PEFT's layers only; it has {len(existing)} of this library")
+    modules = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
+    if not layers or "" in layers:
+        has = "is one itself" if layers else "has none"
+        raise ValueError(f"model must hold PEFT's LoRA layers; {type(model).__name__} {has}")
+    chosen = _chosen(layers, adapter)
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name, module in modules.items():
+        if reason := _why_not_ours(module, chosen):
+            raise ValueError(f"{name or 'model'} must have a counterpart in this library; {reason}")
+        if isinstance(module, BaseTunerLayer):
+            replacements[module] = _ours(module, chosen)
+        elif isinstance(module, ModulesToSaveWrapper):
+            replacements[module] = dict(module.modules_to_save.items()).get(chosen, module.original_module)
+        elif isinstance(module, peft.PeftModel):
+            replacements[module] = module.get_base_model()
+
+    # from the inside out, so that no name is lost on the way; from here on nothing raises
+    for name, module in reversed(list(model.named_modules(remove_duplicate=False))):
+        if module in replacements and name:
+            replace_module(model, name, replacements[module])
+    for module, ours in replacements.items():
+        if isinstance(ours, CoToLoRALinear):
+            move_hooks(module, ours)
+    base = replacements.get(model, model)
+    for module in base.modules():
+        vars(module).pop("peft_config", None)
+        if "_hf_peft_config_loaded" in vars(module):  # transformers, of an adapter that it added
+            module._hf_peft_config_loaded = False  # type: ignore[assignment]
+    block_fast_path(base)
+    return base
+
+
+def to_peft(model: nn.Module, adapter: str = "default", task_type: str | None = None) -> peft.PeftModel:
+    """A ``PeftModel`` around `model`, with PEFT's LoRA layers in place of ours; the reverse of `from_peft`.
+
+    Nothing is copied but modules that train in full: they become PEFT's modules_to_save, the trained module stays the
+    same object, and PEFT's "original" is a frozen copy. Flags of parameters, training mode, dropout, scale, hooks stay.
+    Disabled (pruned) adapters are left out.
+
+    Args:
+        model: a model with adapters; changed in place, and unchanged if anything raises.
+        adapter: what PEFT calls the adapter.
+        task_type: PEFT's, "CAUSAL_LM" for example; it decides the class of the result.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: it has no enabled adapter or is one itself; an adapter is merged or enabled by rows, its base
+            trains, or it is one that PEFT's LoRA cannot hold; the model is wrapped, or `task_type` is unknown to PEFT.
+    """
+    _refuse_in_use(model)
+    every = adapters(model)
+    if model in every.values():
+        raise ValueError("model must hold adapters; it is one itself")
+    for name, layer in every.items():
+        if reason := _why_not_pefts(layer):
+            raise ValueError(f"{name or 'model'} must be an adapter that PEFT's LoRA can hold; {reason}")
+    layers = {name: layer for name, layer in every.items() if is_enabled(layer)}
+    if not layers:
+        raise ValueError(f"model must have enabled adapters; {type(model).__name__} has none")
+    tensors, saved = trained_besides(model)
+    fields = describe(model, layers, saved) | {"inference_mode": False, "task_type": task_type}
+    config = peft.LoraConfig(**{key: value for key, value in fields.items() if key != "peft_type"})
+
+    places = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if m in every.values() or n in saved]
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        wrapped = _wrapped(model, config, adapter, every, places)
+    except BaseException:
+        for name, module in places:
+            replace_module(model, name, module)
+        vars(model).pop("peft_config", None)
+        raise
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+    for name, layer in every.items():
+        move_hooks(layer, model.get_submodule(name))
+    if lost := [key for key in tensors if not key.startswith(tuple(f"{name}." for name in saved))]:
+        logger.warning("these train, but PEFT will not save them: %s", ", ".join(lost))
+    return wrapped
+
+
+def _refuse_in_use(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    if unwrap(model) is not model:
+        raise ValueError(f"model must not be wrapped; got a {type(model).__name__}: pass the module inside, wrap anew")
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    if any(isinstance(getattr(hook, "__self__", None), (CoTo, PeftSwitch)) for hook in hooks):
+        raise ValueError("model must not be driven by a CoTo; call its finish first")
+
+
+def _chosen(layers: dict[str, Any], adapter: str | None) -> str:
+    present = sorted({name for layer in layers.values() for name in layer._get_available_adapters()})
+    active = sorted({name for layer in layers.values() for name in layer.active_adapters if name in present})
+    if adapter is not None and adapter not in present:
+        raise ValueError(f"adapter must be one of {present}; got {adapter!r}")
+    if adapter is None and len(active) != 1:
+        raise ValueError(f"adapter must name one of {present}, since {len(active)} are active: {active}")
+    return active[0] if adapter is None else adapter
+
+
+def _why_not_ours(module: nn.Module, adapter: str) -> str:
+    """Why `module`, of a PEFT model, has no counterpart among ours; empty if it has, or is the model's own."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        reasons = [
+            (not isinstance(module, ModulesToSaveWrapper), f"it is a {type(module).__name__}"),
+            (module.disable_adapters, "it is of modules_to_save and disabled, which nothing of ours can be"),
+        ]
+    elif isinstance(module, BaseTunerLayer):
+        reasons = _reasons_of_layer(module, adapter)
+    elif isinstance(module, peft.PeftModel):
+        reasons = []
+    else:
+        return ""
+    hooked = _has_hooks(module) and not isinstance(module, BaseTunerLayer)  # whose hooks move to ours
+    reasons.append((hooked, f"this {type(module).__name__} has hooks, which would be lost with it"))
+    return next((reason for applies, reason in reasons if applies), "")
+
+
+def _reasons_of_layer(layer: Any, adapter: str) -> list[tuple[Any, str]]:
+    base, variant = layer.base_layer, getattr(layer, "lora_variant", {}).get(adapter)
+    dense = type(base) is nn.Linear or is_conv1d(base)
+    common = [
+        (layer.merged, "it is merged; call unmerge_adapter first"),
+        (isinstance(base, BaseTunerLayer), "it lies around another of PEFT's layers"),
+    ]
+    if adapter not in layer._get_available_adapters():
+        return [*common, (_has_hooks(layer), "it has hooks and not this adapter: they would be lost with it")]
+    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    own = [
+        (type(layer) is not lora.Linear, f"it is a {kind}: only LoRA on nn.Linear and Conv1D has a counterpart"),
+        (variant is not None, f"it is a variant of LoRA, {type(variant).__name__}"),
+        (getattr(layer, "lora_bias", {}).get(adapter), "its B has a bias (lora_bias)"),
+        (not dense, f"its base must be an nn.Linear or a transformers Conv1D; got {type(base).__name__}"),
+        (reason := why_not_adaptable(base), f"its base must have a dense floating weight; {reason}"),
+        (_has_hooks(base), "its base layer has hooks, which see the output without the adapter"),
+        (reason := why_forward_is_not_its_own(layer) or why_forward_is_not_its_own(base), reason),
+    ]
+    return common + own
+
+
+def _why_not_pefts(layer: CoToLoRALinear) -> str:
+    """Why PEFT's LoRA layer cannot stand for ours; empty if it can."""
+    reasons = [
+        (layer.variant != "lora", f"it is of variant {layer.variant!r}"),
+        (layer.init not in ("kaiming", "gaussian"), f"init {layer.init!r} computes more than its A and B say"),
+        (layer.merged, "it is merged; call its unmerge first"),
+        (layer.gate is False or (isinstance(layer.gate, Tensor) and not layer.gate.all()), "its gate is off (CoTo)"),
+        (isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0, "it is enabled by rows; set it to a bool"),
+        (reason := why_forward_is_not_its_own(layer), reason),
+    ]
+    return next((reason for applies, reason in reasons if applies), "")
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in HOOKS)
+
+
+def _ours(layer: Any, adapter: str) -> nn.Module:
+    if adapter not in layer._get_available_adapters():
+        return layer.base_layer
+    base, rank, scale = layer.base_layer, layer.r[adapter], layer.scaling[adapter]
+    ours = CoToLoRALinear(
+        layer.in_features, layer.out_features, rank, layer.lora_alpha[adapter],
+        bias=base.bias is not None, dropout=getattr(layer.lora_dropout[adapter], "p", 0.0),
+        use_rslora=layer.use_rslora[adapter], device="meta", dtype=base.weight.dtype,
+    )  # fmt: skip
+    if ours.scale != scale:  # PEFT's set_scale
+        ours.alpha, ours.use_rslora = scale * rank, False
+    ours.fan_in_fan_out = is_conv1d(base)
+    ours.weight, ours.bias = base.weight, base.bias
+    ours.lora_a, ours.lora_b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    ours.enabled = not layer.disable_adapters
+    return ours.train(layer.training)
+
+
+def _wrapped(
+    model: nn.Module, config: peft.LoraConfig, adapter: str, every: dict[str, CoToLoRALinear], places: list[Any]
+) -> peft.PeftModel:
+    plain = {layer: layer.to_linear(merge=False) for layer in every.values()}
+    for name, module in places:
+        if module in plain:
+            replace_module(model, name, plain[module])
+    # without memory, and so without drawing random numbers: ours take their place
+    wrapped = peft.get_peft_model(model, config, adapter_name=adapter, low_cpu_mem_usage=True)
+    wrapped.training = wrapped.base_model.training = model.training
+    firsts: dict[nn.Module, nn.Module] = {}
+    for name, module in places:
+        # PEFT wraps what has several names under the first alone
+        theirs = firsts.setdefault(module, model.get_submodule(name))
+        replace_module(model, name, theirs)
+    for module, theirs in firsts.items():
+        if isinstance(module, CoToLoRALinear):
+            if is_enabled(module):
+                _share(theirs, module, adapter)
+        else:
+            _keep(theirs, module, adapter)
+    return wrapped
+
+
+def _share(theirs: Any, ours: CoToLoRALinear, adapter: str) -> None:
+    theirs.lora_A[adapter].weight, theirs.lora_B[adapter].weight = ours.lora_a, ours.lora_b
+    theirs.lora_dropout[adapter] = nn.Dropout(ours.dropout) if ours.dropout else nn.Identity()
+    theirs.scaling[adapter] = ours.scale  # a config cannot tell rsLoRA layers from others
+    theirs.train(ours.training)
+
+
+def _keep(wrapper: Any, module: nn.Module, adapter: str) -> None:
+    # PEFT trains a copy; the optimizer knows the original
+    wrapper.original_module, wrapper.modules_to_save[adapter] = wrapper.modules_to_save[adapter], module
+    wrapper.original_module.requires_grad_(False)
+    wrapper.training = wrapper.modules_to_save.training = module.training
