@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from cotolora.agreement import check_agreement
 from cotolora.groups import Unit, adapters, group_names, is_enabled, unwrap
 from cotolora.linear import CoToLoRALinear
 from cotolora.schedule import activation_probability, sample_mask
@@ -57,6 +58,10 @@ class CoTo:
         seed: of the masks.
         gates: "host" (bools; an adapter that is off launches nothing and costs nothing) or "device" (int32
             tensors written in place, for CUDA graphs and whole-model compile).
+        check_every: in a distributed run, compare seed, step, settings, groups and mask of all ranks in the
+            constructor and in every n-th call of `step` or `set_step`; 0 is never. A small all-gather, so every
+            rank must make these calls, with the same `check_every`: a rank that does not come keeps the others
+            waiting until the timeout of the default process group. No part of the state.
 
     Attributes:
         groups: adapter names by group, in module order.
@@ -67,6 +72,8 @@ class CoTo:
     Raises:
         TypeError: `model` is not a module, or `unit` neither a string nor a callable.
         ValueError: the model has no adapters or merged ones, or an argument is out of its range.
+        RuntimeError: from the constructor, `step` and `set_step`, on every rank: `check_every` has found ranks
+            that differ; names them, in what, and the values here.
 
     Source: Zhuang et al. 2025, section 3 (arXiv:2506.05713).
     """
@@ -84,6 +91,7 @@ class CoTo:
         at_least_one: bool = True,
         seed: int = 0,
         gates: str = "host",
+        check_every: int = 0,
     ) -> None:
         self._layers = adapters(model)
         if not self._layers:
@@ -102,7 +110,7 @@ class CoTo:
             "at_least_one": at_least_one,
             "seed": seed,
         }
-        check_settings(self._settings)
+        check_settings(self._settings, check_every)
         # not numpy's float64, which is a float but which torch.load(weights_only=True) refuses
         self._settings.update(initial_p=float(initial_p), ramp=float(ramp), tilt=float(tilt))
         self.current_step = 0
@@ -112,6 +120,9 @@ class CoTo:
         self._warned = self._told = False
         self._model = unwrap(model)
         self._handle: RemovableHandle | None = None
+        self._check_every, self._calls = check_every, 0
+        if check_every:
+            self._check_ranks()
         for hook in list(self._model._forward_hooks.values()):
             # the mask of an earlier run must not go on deciding what an attached optimizer leaves out
             if isinstance(earlier := getattr(hook, "__self__", None), CoTo):
@@ -122,7 +133,7 @@ class CoTo:
             layer._set_switch("_gate", on)
         if gates == "host":
             self._advise(model)
-        self.set_step(0)
+        self._go_to(0)
 
     def _advise(self, model: nn.Module) -> None:
         group_of = {id(self._layers[name]): i for i, names in enumerate(self.groups.values()) for name in names}
@@ -148,6 +159,17 @@ class CoTo:
 
     def set_step(self, step: int) -> None:
         """Applies the mask of optimizer step `step`, for loops that count themselves."""
+        self._go_to(step)
+        # calls and not steps, which is what may differ: ranks that disagree on when to check would wait for ever
+        self._calls += 1
+        if self._check_every and self._calls % self._check_every == 0:
+            self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        facts = {**self.state_dict(), "mask": self.mask.tolist(), "check_every": self._check_every}
+        check_agreement("CoTo", facts)
+
+    def _go_to(self, step: int) -> None:
         settings = self._settings
         p = activation_probability(
             step,
@@ -221,7 +243,7 @@ class CoTo:
         check_settings(settings)
         self._settings = settings
         try:
-            self.set_step(state["step"])
+            self._go_to(state["step"])
         except BaseException:
             self._settings = before
             raise
@@ -304,8 +326,10 @@ class CoTo:
         return pytree.tree_unflatten([joined.get(id(leaf), leaf) for leaf in leaves], spec)
 
 
-def check_settings(settings: dict[str, Any]) -> None:
+def check_settings(settings: dict[str, Any], check_every: int = 0) -> None:
     """Raises ValueError naming the setting that is out of its range."""
+    if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 0:
+        raise ValueError(f"check_every must be an integer of at least 0; got {check_every!r}")
     tilt, at_least_one = settings["tilt"], settings["at_least_one"]
     if isinstance(tilt, bool) or not isinstance(tilt, (int, float)) or not -1 <= tilt <= 1:
         raise ValueError(f"tilt must be in [-1, 1]; got {tilt!r}")
