@@ -1,6 +1,8 @@
 """Ranks that do not run the same CoTo: found, named and raised on every rank, within the group's timeout."""
 
+import sys
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -81,21 +83,25 @@ def unchecked(rank, world):
 
 def one_never_checks(rank, world):
     """No mismatch to report: the others run into the timeout of the group, and raise."""
+    dist.destroy_process_group()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{sys.argv[1]}/short.store", rank=rank, world_size=world, timeout=timedelta(seconds=3)
+    )
     began = time.monotonic()
-    group = dist.distributed_c10d._get_default_group()
     if rank == ODD:
-        time.sleep(4)
+        time.sleep(5)
         return {"waited": 0}
-    group._set_default_timeout(__import__("datetime").timedelta(seconds=2))
-    with pytest.raises(RuntimeError, match="(?i)time|closed"):
+    try:
         CoTo(model(), 20, check_every=1)
-    return {"waited": time.monotonic() - began}
+    except RuntimeError as error:
+        return {"waited": time.monotonic() - began, "says": str(error)}
+
 
 
 CASES = [other_seed, other_settings, other_step, other_pruning, all_agree, unchecked, one_never_checks]
 BY_WORLD = {
     2: {case.__name__: case for case in CASES},
-    4: {case.__name__: case for case in [other_seed, other_step, half_and_half, all_agree]},
+    4: {case.__name__: case for case in [*CASES[:4], half_and_half, all_agree]},
 }
 
 
@@ -115,8 +121,6 @@ def results(tmp_path_factory):
     ],
 )
 def test_a_rank_that_differs_is_named_on_every_rank(results, world, case, at, differs, values):
-    if (world, case) not in results:
-        pytest.skip("two ranks show it")
     for rank, result in enumerate(results[world, case]):
         assert "error" not in result, result["error"]
         assert result["at"] == at
@@ -143,8 +147,9 @@ def test_without_check_every_nothing_is_compared(results):
 
 
 def test_a_rank_that_never_checks_is_waited_for_no_longer_than_the_timeout(results):
-    assert all("error" not in result for result in results[2, "one_never_checks"])
-    assert 1.5 < results[2, "one_never_checks"][0]["waited"] < 15
+    waiting = results[2, "one_never_checks"][0]
+    assert "Timed out" in waiting["says"]
+    assert 2.5 < waiting["waited"] < 10
 
 
 def test_one_process_has_nothing_to_compare(tmp_path):

@@ -178,7 +178,9 @@ def train(case: Case, rank: int, world: int) -> dict[str, Any]:
                 x, y = (t.chunk(world)[rank] for t in (x, y))
             # a static graph must sync in its first step, or torch fails an assertion of its own
             sync = world == 1 or micro == case.micro - 1 or (step == 0 and "static_graph" in case.ddp)
-            with contextlib.nullcontext() if sync else run.no_sync():
+            if case.sharded and world > 1:
+                run.set_requires_gradient_sync(sync)
+            with contextlib.nullcontext() if sync or case.sharded else run.no_sync():
                 loss = sum(loss_of(case, run(x.clone() + i, y), y) for i in range(case.forwards))
                 loss /= case.micro
                 if case.counted:
