@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from torch.utils.hooks import RemovableHandle
 from cotolora.agreement import check_agreement
 from cotolora.groups import Unit, adapters, group_names, is_enabled, unwrap
 from cotolora.linear import CoToLoRALinear
+from cotolora.optimizer_state import keep_whole
 from cotolora.schedule import activation_probability, sample_mask
+from cotolora.stepping import Together, before_each_step, unwrapped
 
 logger = logging.getLogger("cotolora")
 
@@ -255,33 +257,23 @@ class CoTo:
         single process with host gates and ``zero_grad(set_to_none=True)`` has none there anyway; DDP,
         device gates and zeroed gradients leave zeros, with which AdamW would still move and decay weights.
 
+        The optimizer's state_dict holds zeros for adapters that have not been on yet, as
+        torch.distributed.checkpoint needs it; loading one leaves them without a state, as they were.
+
         Args:
             optimizer: also one wrapped by accelerate or Lightning; may run backward in a closure.
 
         Raises:
             TypeError: `optimizer` is not a torch optimizer.
         """
-        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = inner
-        if not hasattr(optimizer, "register_step_pre_hook"):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
 
         def forget() -> None:
             for layer, on in self._on():
                 if (layer.training and not on) or not _trainable(layer):
                     layer.lora_a.grad = layer.lora_b.grad = None
 
-        def before_step(
-            _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            forget()
-            # Lightning runs backward inside the step, in a closure
-            args = tuple(_followed_by(forget, value) if callable(value) else value for value in args)
-            if callable(closure := kwargs.get("closure")):
-                kwargs = {**kwargs, "closure": _followed_by(forget, closure)}
-            return args, kwargs
-
-        return optimizer.register_step_pre_hook(before_step)
+        optimizer = unwrapped(optimizer)
+        return Together(before_each_step(optimizer, forget), *keep_whole(optimizer))
 
     def _on(self) -> list[tuple[CoToLoRALinear, bool]]:
         pairs = zip(self.groups.values(), self.mask.tolist(), strict=True)
@@ -347,15 +339,6 @@ def check_settings(settings: dict[str, Any], check_every: int = 0) -> None:
 
 def _trainable(layer: CoToLoRALinear) -> bool:
     return not layer.merged and is_enabled(layer)
-
-
-def _followed_by(then: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
-    def both(*args: Any, **kwargs: Any) -> Any:
-        result = function(*args, **kwargs)
-        then()
-        return result
-
-    return both
 
 
 class _Join(torch.autograd.Function):

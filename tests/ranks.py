@@ -94,7 +94,7 @@ def _work(named: Mapping[str, Callable[[int, int], Result]], rank: int, world: i
         began = time.monotonic()
         try:
             result = case(rank, world)
-        except Exception:
+        except BaseException:  # which torch.distributed.checkpoint's own are
             result = {"error": traceback.format_exc()}
         log.removeHandler(records)
         result |= {"log": [record.getMessage() for record in records.buffer], "seconds": time.monotonic() - began}

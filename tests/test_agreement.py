@@ -85,7 +85,11 @@ def one_never_checks(rank, world):
     """No mismatch to report: the others run into the timeout of the group, and raise."""
     dist.destroy_process_group()
     dist.init_process_group(
-        "gloo", init_method=f"file://{sys.argv[1]}/short.store", rank=rank, world_size=world, timeout=timedelta(seconds=3)
+        "gloo",
+        init_method=f"file://{sys.argv[1]}/short.store",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=3),
     )
     began = time.monotonic()
     if rank == ODD:
@@ -95,7 +99,6 @@ def one_never_checks(rank, world):
         CoTo(model(), 20, check_every=1)
     except RuntimeError as error:
         return {"waited": time.monotonic() - began, "says": str(error)}
-
 
 
 CASES = [other_seed, other_settings, other_step, other_pruning, all_agree, unchecked, one_never_checks]

@@ -1,30 +1,17 @@
 """CoTo under FSDP2 (fully_shard), by block and at the root alone, on two and four gloo ranks."""
 
-import copy
 import dataclasses
 import functools
-from pathlib import Path
-import sys
 
 import pytest
-import torch
-import torch.distributed as dist
-from torch import nn
 
-import cotolora
-from cotolora import CoTo, adapter_parameters, adapters, load_adapter, save_adapter, set_backend
+from cotolora import set_backend
 from tests.ranks import results_of, serve
 from tests.training import (
-    BATCH,
-    TOTAL,
-    WIDTH,
     Case,
     assert_equal_on_every_rank,
     assert_equals_one_process,
-    make,
-    shard,
     train,
-    whole,
 )
 
 CASES = {
