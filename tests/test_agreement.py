@@ -3,6 +3,7 @@
 import sys
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +65,10 @@ def other_pruning(rank, world):
     return steps(CoTo(net, 20, initial_p=1.0, check_every=2), 6)
 
 
+def rank_zero_alone(rank, world):
+    CoTo(model(), 20, seed=1 if rank else 9, check_every=1)
+
+
 def half_and_half(rank, world):
     coto = CoTo(model(), 20, check_every=1)
     coto.set_step(rank // (world // 2))
@@ -104,7 +109,7 @@ def one_never_checks(rank, world):
 CASES = [other_seed, other_settings, other_step, other_pruning, all_agree, unchecked, one_never_checks]
 BY_WORLD = {
     2: {case.__name__: case for case in CASES},
-    4: {case.__name__: case for case in [*CASES[:4], half_and_half, all_agree]},
+    4: {case.__name__: case for case in [*CASES[:4], rank_zero_alone, half_and_half, all_agree]},
 }
 
 
@@ -131,7 +136,9 @@ def test_a_rank_that_differs_is_named_on_every_rank(results, world, case, at, di
         assert values[rank == ODD] in result["says"]
 
 
-def test_without_a_majority_rank_zero_is_right(results):
+def test_the_majority_is_right_and_without_one_rank_zero(results):
+    for rank, result in enumerate(results[4, "rank_zero_alone"]):
+        assert f"rank 0 differs in seed; rank {rank} has seed = {1 if rank else 9}" in result["error"]
     for result in results[4, "half_and_half"]:
         assert "rank 2 differs in step, mask; rank 3 differs in step, mask; rank" in result["error"]
 
@@ -169,6 +176,46 @@ def test_a_bad_check_every_is_named_and_changes_nothing(value):
     with pytest.raises(ValueError, match="check_every must be an integer of at least 0"):
         CoTo(net := model(), 20, check_every=value)
     assert not net._forward_hooks
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """The step of every comparison."""
+    found = []
+    monkeypatch.setattr("cotolora.coto.check_agreement", lambda _, facts: found.append(facts["step"]))
+    return found
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_the_trainers_callback_checks(checks, start):
+    pytest.importorskip("transformers")
+    from cotolora.integrations.transformers import CoToCallback
+
+    with pytest.raises(ValueError, match="check_every"):
+        CoToCallback(check_every=-1)
+    ours, net, state = CoToCallback(check_every=2), model(), SimpleNamespace(max_steps=20)
+    optimizer = torch.optim.SGD(cotolora.adapter_parameters(net))
+    ours.on_train_begin(None, state, None, model=net, optimizer=optimizer)
+    for state.global_step in range(start, start + 4):
+        ours.on_step_begin(None, state, None)
+    assert checks == [0, start + 1, start + 3]
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_lightnings_callback_checks_as_often_wherever_a_rank_starts(checks, start):
+    pytest.importorskip("lightning")
+    from cotolora.integrations.lightning import CoToLightningCallback
+
+    with pytest.raises(ValueError, match="check_every"):
+        CoToLightningCallback(check_every=-1)
+    ours, net = CoToLightningCallback(check_every=2), model()
+    optimizer = torch.optim.SGD(cotolora.adapter_parameters(net))
+    trainer = SimpleNamespace(estimated_stepping_batches=20, optimizers=[optimizer], global_step=start)
+    ours.on_train_start(trainer, net)
+    for trainer.global_step in range(start, start + 4):
+        for _ in range(2):  # gradient accumulation
+            ours.on_train_batch_start(trainer, net, None, 0)
+    assert checks == [0, start + 1, start + 3]
 
 
 if __name__ == "__main__":
