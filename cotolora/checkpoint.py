@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,6 +80,7 @@ def collect(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     model = unwrap(model)
     if model in layers.values():
         raise ValueError("model must hold adapters; it is one itself, which has no name to save it by")
+    _shard_again(model)
     tensors, modules = trained_besides(model)
     for name, layer in layers.items():
         tensors[f"{name}.lora_A.weight"] = layer.lora_a
@@ -152,6 +154,7 @@ def place(model: nn.Module, saved: Saved, *, source: str, strict: bool = True) -
     """`load_adapter` of what was read, or never lay on a disk; `source` names it in errors."""
     tensors, config = saved.tensors, saved.config
     existing = adapters(model)
+    _shard_again(model)
     fit = _fit(unwrap(model), config, existing, tensors)
     if strict and (fit.missing or fit.unexpected):
         raise ValueError(
@@ -229,6 +232,14 @@ def _own_state(module: nn.Module) -> dict[str, Tensor]:
 
 def _join(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
+
+
+def _shard_again(model: nn.Module) -> None:
+    """Ends what an evaluation leaves under FSDP2: whole copies in the parameters' places, where writing is lost."""
+    if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
 
 
 def _gathered(tensor: Tensor) -> Tensor:

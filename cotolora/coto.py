@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from cotolora.agreement import check_agreement
 from cotolora.groups import Unit, group_names, is_enabled, unwrap
+from cotolora.optimizer_state import keep_whole
 from cotolora.schedule import activation_probability, sample_mask
+from cotolora.stepping import Together, before_each_step, unwrapped
 from cotolora.switches import PeftSwitch, Switch, module_of, parameters_of, switches
 
 logger = logging.getLogger("cotolora")
@@ -61,6 +64,10 @@ class CoTo:
         seed: of the masks.
         gates: "host" (bools; an adapter that is off launches nothing and costs nothing) or "device" (int32
             tensors written in place, for CUDA graphs and whole-model compile).
+        check_every: in a distributed run, compare seed, step, settings, groups and mask of all ranks in the
+            constructor and in every n-th call of `step` or `set_step`; 0 is never. A small all-gather, so every
+            rank must make these calls, with the same `check_every`: a rank that does not come keeps the others
+            waiting until the timeout of the default process group. No part of the state.
 
     Attributes:
         groups: adapter names by group, in module order.
@@ -72,6 +79,8 @@ class CoTo:
         TypeError: `model` is not a module, or `unit` neither a string nor a callable.
         ValueError: the model has no adapters, merged ones or some of PEFT's that must not be switched (PiSSA: off would
             mean a residual, not the pretrained weight), or an argument is out of its range.
+        RuntimeError: from the constructor, `step` and `set_step`, on every rank: `check_every` has found ranks
+            that differ; names them, in what, and the values here.
 
     Source: Zhuang et al. 2025, section 3 (arXiv:2506.05713).
     """
@@ -89,6 +98,7 @@ class CoTo:
         at_least_one: bool = True,
         seed: int = 0,
         gates: str = "host",
+        check_every: int = 0,
     ) -> None:
         self._layers = switches(model)
         if not self._layers:
@@ -109,7 +119,7 @@ class CoTo:
             "at_least_one": at_least_one,
             "seed": seed,
         }
-        check_settings(self._settings)
+        check_settings(self._settings, check_every)
         # not numpy's float64, which is a float but which torch.load(weights_only=True) refuses
         self._settings.update(initial_p=float(initial_p), ramp=float(ramp), tilt=float(tilt))
         self.current_step = 0
@@ -119,6 +129,9 @@ class CoTo:
         self._warned = self._told = False
         self._model = unwrap(model)
         self._handle: RemovableHandle | None = None
+        self._check_every, self._calls = check_every, 0
+        if check_every:
+            self._check_ranks()
         for hook in list(self._model._forward_hooks.values()):
             # the mask of an earlier run must not go on deciding what an attached optimizer leaves out
             if isinstance(earlier := getattr(hook, "__self__", None), CoTo):
@@ -131,7 +144,7 @@ class CoTo:
             layer._set_switch("_gate", on)
         if gates == "host":
             self._advise(model)
-        self.set_step(0)
+        self._go_to(0)
 
     def _advise(self, model: nn.Module) -> None:
         group_of = {
@@ -159,6 +172,17 @@ class CoTo:
 
     def set_step(self, step: int) -> None:
         """Applies the mask of optimizer step `step`, for loops that count themselves."""
+        self._go_to(step)
+        # calls and not steps, which is what may differ: ranks that disagree on when to check would wait for ever
+        self._calls += 1
+        if self._check_every and self._calls % self._check_every == 0:
+            self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        facts = {**self.state_dict(), "mask": self.mask.tolist(), "check_every": self._check_every}
+        check_agreement("CoTo", facts)
+
+    def _go_to(self, step: int) -> None:
         settings = self._settings
         p = activation_probability(
             step,
@@ -238,7 +262,7 @@ class CoTo:
         check_settings(settings)
         self._settings = settings
         try:
-            self.set_step(state["step"])
+            self._go_to(state["step"])
         except BaseException:
             self._settings = before
             raise
@@ -250,32 +274,22 @@ class CoTo:
         single process with host gates and ``zero_grad(set_to_none=True)`` has none there anyway; DDP,
         device gates and zeroed gradients leave zeros, with which AdamW would still move and decay weights.
 
+        The optimizer's state_dict holds zeros for adapters that have not been on yet, as
+        torch.distributed.checkpoint needs it; loading one leaves them without a state, as they were.
+
         Args:
             optimizer: also one wrapped by accelerate or Lightning; may run backward in a closure.
 
         Raises:
             TypeError: `optimizer` is not a torch optimizer.
         """
-        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = inner
-        if not hasattr(optimizer, "register_step_pre_hook"):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
 
         def forget() -> None:
             for parameter in self._idle(lambda layer, on: (layer.training and not on) or not _trainable(layer)):
                 parameter.grad = None
 
-        def before_step(
-            _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            forget()
-            # Lightning runs backward inside the step, in a closure
-            args = tuple(_followed_by(forget, value) if callable(value) else value for value in args)
-            if callable(closure := kwargs.get("closure")):
-                kwargs = {**kwargs, "closure": _followed_by(forget, closure)}
-            return args, kwargs
-
-        return optimizer.register_step_pre_hook(before_step)
+        optimizer = unwrapped(optimizer)
+        return Together(before_each_step(optimizer, forget), *keep_whole(optimizer))
 
     def _idle(self, off: Callable[[Switch, bool], bool]) -> list[nn.Parameter]:
         """Parameters of the adapters that are `off`, a function of a layer and its group's mask."""
@@ -323,8 +337,10 @@ class CoTo:
         return pytree.tree_unflatten([joined.get(id(leaf), leaf) for leaf in leaves], spec)
 
 
-def check_settings(settings: dict[str, Any]) -> None:
+def check_settings(settings: dict[str, Any], check_every: int = 0) -> None:
     """Raises ValueError naming the setting that is out of its range."""
+    if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 0:
+        raise ValueError(f"check_every must be an integer of at least 0; got {check_every!r}")
     tilt, at_least_one = settings["tilt"], settings["at_least_one"]
     if isinstance(tilt, bool) or not isinstance(tilt, (int, float)) or not -1 <= tilt <= 1:
         raise ValueError(f"tilt must be in [-1, 1]; got {tilt!r}")
@@ -343,15 +359,6 @@ def check_settings(settings: dict[str, Any]) -> None:
 def _trainable(layer: Switch) -> bool:
     enabled = layer.enabled if isinstance(layer, PeftSwitch) else is_enabled(layer)
     return not layer.merged and enabled
-
-
-def _followed_by(then: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
-    def both(*args: Any, **kwargs: Any) -> Any:
-        result = function(*args, **kwargs)
-        then()
-        return result
-
-    return both
 
 
 class _Join(torch.autograd.Function):

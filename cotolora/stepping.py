@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +21,7 @@ def before_each_step(optimizer: torch.optim.Optimizer, action: Callable[[], None
     Raises:
         TypeError: `optimizer` is not a torch optimizer.
     """
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    if not hasattr(optimizer, "register_step_pre_hook"):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
+    optimizer = unwrapped(optimizer)
 
     def before_step(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # Lightning runs backward inside the step, in a closure: there the gradients are those that it leaves
@@ -35,6 +33,32 @@ def before_each_step(optimizer: torch.optim.Optimizer, action: Callable[[], None
         return followed, kwargs
 
     return optimizer.register_step_pre_hook(before_step)
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's or Lightning's.
+
+    Raises:
+        TypeError: there is none.
+    """
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    if not hasattr(optimizer, "register_step_pre_hook"):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
+    return optimizer
+
+
+class Together(RemovableHandle):
+    """Several handles as one."""
+
+    def __init__(self, *handles: RemovableHandle) -> None:
+        super().__init__(OrderedDict())
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Removes all of them; twice is once."""
+        for handle in self._handles:
+            handle.remove()
 
 
 def _followed_by(then: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:

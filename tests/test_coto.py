@@ -23,6 +23,7 @@ from cotolora import (
     inject,
     sample_mask,
 )
+from tests import training
 
 WIDTH, BLOCKS = 6, 5
 
@@ -596,78 +597,6 @@ def zeroed(model, optimizer, step):
     optimizer.zero_grad(set_to_none=False)
 
 
-def accumulated(model, optimizer, step):
-    for micro in range(3):
-        (model(batch(3 * step + micro)).square().mean() / 3).backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=False)
-
-
-def clipped(model, optimizer, step):
-    backward(model, step)
-    norm = nn.utils.clip_grad_norm_(adapter_parameters(model), 1e-3)
-    assert norm > 0
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def closure(model, optimizer, step):
-    """As Lightning does it: everything inside the step."""
-
-    def whole():
-        optimizer.zero_grad(set_to_none=False)
-        loss = model(batch(step)).square().mean()
-        loss.backward()
-        return loss
-
-    loss = optimizer.step(whole) if step % 2 else optimizer.step(closure=whole)
-    assert loss.item() > 0
-
-
-SCALERS = {}
-
-
-def scaled(model, optimizer, step):
-    scaler = SCALERS.setdefault(id(optimizer), torch.amp.GradScaler("cpu"))
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(batch(step)).square().mean()
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(adapter_parameters(model), 1.0)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-
-
-LOOPS = [plain, zeroed, accumulated, clipped, closure, scaled]
-
-
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("kind", ["host", "device"])
-def test_an_attached_optimizer_leaves_alone_what_is_off(kind, name, loop):
-    model = make()
-    coto = CoTo(model, 10, gates=kind)
-    optimizer = OPTIMIZERS[name](adapter_parameters(model))
-    coto.attach(optimizer)
-    off = 0
-    for step in range(10):
-        assert moved(model, coto, optimizer, lambda step=step: loop(model, optimizer, step)) == on_by_adapter(coto)
-        off += (~coto.mask).sum().item()
-        coto.step()
-    assert off > 10, "the run must have adapters to leave alone"
-    SCALERS.clear()
-
-
-def test_without_attach_an_optimizer_moves_what_is_off():
-    """The reason for attach: zeros are not None."""
-    model = make()
-    coto = CoTo(model, 10, gates="device")
-    optimizer = OPTIMIZERS["adamw"](adapter_parameters(model))
-    assert not coto.mask.all()
-    assert all(moved(model, coto, optimizer, lambda: plain(model, optimizer, 0)))
-
-
 def test_host_gates_need_no_attach_in_one_process():
     model = make()
     coto = CoTo(model, 10)
@@ -756,13 +685,7 @@ def test_attach_leaves_other_parameters_alone():
 
 
 def graph_nodes(tensor):
-    seen, queue = set(), [tensor.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            queue += [parent for parent, _ in node.next_functions]
-    return [type(node).__name__ for node in seen]
+    return [type(node).__name__ for node in training.graph_nodes(tensor)]
 
 
 def assert_stops_below_the_lowest(model, coto):

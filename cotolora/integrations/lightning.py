@@ -20,7 +20,7 @@ class CoToLightningCallback(Callback):
     global_step counts the steps of all of them, and so does the schedule.
 
     Args:
-        initial_p, ramp, shape, unit, tilt, at_least_one, seed, gates: see `CoTo`; its steps are
+        initial_p, ramp, shape, unit, tilt, at_least_one, seed, gates, check_every: see `CoTo`; its steps are
             ``trainer.estimated_stepping_batches``, which must be finite.
 
     Attributes:
@@ -41,10 +41,12 @@ class CoToLightningCallback(Callback):
         at_least_one: bool = True,
         seed: int = 0,
         gates: str = "host",
+        check_every: int = 0,
     ) -> None:
         settings = {"initial_p": initial_p, "ramp": ramp, "shape": shape, "tilt": tilt, "at_least_one": at_least_one}
-        check_settings({"total_steps": 1, "seed": seed, **settings})
-        self._settings: dict[str, Any] = {**settings, "seed": seed, "unit": unit, "gates": gates}
+        check_settings({"total_steps": 1, "seed": seed, **settings}, check_every)
+        more = {"seed": seed, "unit": unit, "gates": gates, "check_every": check_every}
+        self._settings: dict[str, Any] = {**settings, **more}
         self._attached: list[RemovableHandle] = []
         self.coto: CoTo | None = None
 
@@ -57,6 +59,9 @@ class CoToLightningCallback(Callback):
                 f"the trainer must have max_steps or max_epochs, for CoTo to know its end; got {steps} steps"
             )
         self.coto = CoTo(pl_module, steps, **self._settings)
+        self.coto.set_step(
+            trainer.global_step
+        )  # on every rank, whatever step it resumes from: check_every counts calls
         self._attached = [self.coto.attach(optimizer) for optimizer in trainer.optimizers]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

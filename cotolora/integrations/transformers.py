@@ -23,7 +23,8 @@ class CoToCallback(TrainerCallback):
     optimizer state. Evaluation and saving find all of them on; after training they are on for good.
 
     Args:
-        initial_p, ramp, shape, unit, tilt, at_least_one, seed, gates: see `CoTo`; its steps are ``state.max_steps``.
+        initial_p, ramp, shape, unit, tilt, at_least_one, seed, gates, check_every: see `CoTo`; its steps are
+            ``state.max_steps``.
         save: also write our adapters in PEFT's format into the folder ``adapter`` of every checkpoint. A PEFT model
             is saved by Trainer itself.
 
@@ -45,11 +46,13 @@ class CoToCallback(TrainerCallback):
         at_least_one: bool = True,
         seed: int = 0,
         gates: str = "host",
+        check_every: int = 0,
         save: bool = True,
     ) -> None:
         settings = {"initial_p": initial_p, "ramp": ramp, "shape": shape, "tilt": tilt, "at_least_one": at_least_one}
-        check_settings({"total_steps": 1, "seed": seed, **settings})
-        self._settings: dict[str, Any] = {**settings, "seed": seed, "unit": unit, "gates": gates}
+        check_settings({"total_steps": 1, "seed": seed, **settings}, check_every)
+        more = {"seed": seed, "unit": unit, "gates": gates, "check_every": check_every}
+        self._settings: dict[str, Any] = {**settings, **more}
         self._save = save
         self._attached: RemovableHandle | None = None
         self.coto: CoTo | None = None
