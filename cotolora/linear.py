@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cotolora.functional import coto_lora_linear, without_autocast
+from cotolora.autograd import without_autocast
+from cotolora.functional import coto_lora_linear
 from cotolora.reference import Gate
 
 VARIANTS = ("lora",)

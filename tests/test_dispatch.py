@@ -316,8 +316,10 @@ def test_importing_cotolora_loads_nothing_heavy():
 LEVELS = [
     {"reference", "schedule"},
     {"addmm"},
+    {"addmm_dora", "addmm_hira"},
     {"ops"},
     {"dispatch"},
+    {"autograd"},
     {"functional"},
     {"linear"},
     {"groups"},
