@@ -321,6 +321,7 @@ LEVELS = [
     {"dispatch"},
     {"autograd"},
     {"functional"},
+    {"variants"},
     {"linear"},
     {"groups"},
     {"masks"},
