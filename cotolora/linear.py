@@ -291,6 +291,10 @@ class CoToLoRALinear(nn.Module):
             self._norm = versions, row_norms(weight, lora_a, lora_b, self.scale)
         return self._norm[1]
 
+    def forget_norm(self) -> None:
+        """Has DoRA's norm computed anew. Call it after writing to a parameter through ``.data`` in eval()."""
+        self._norm = None
+
     def train(self, mode: bool = True) -> CoToLoRALinear:
         """As of any module; besides, what eval() has kept is forgotten."""
         self._norm = None
