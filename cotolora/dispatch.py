@@ -316,6 +316,7 @@ def explain(
             raise ValueError(f"rows must be a non-negative integer; got {rows!r}")
         rank, (out_features, in_features) = layer.rank, (layer.out_features, layer.in_features)
         place, dtype, dropout = layer.weight.device, layer.weight.dtype, layer.dropout if layer.training else 0.0
+        variant = layer.variant
     else:
         try:
             rows, in_features, out_features, rank = (operator.index(size) for size in layer_or_shapes)
@@ -329,8 +330,8 @@ def explain(
                 "layer_or_shapes must be (rows, in_features, out_features, rank), none negative and rank at least 1; "
                 f"got {layer_or_shapes!r}"
             )
-        place = torch.device(device)
-    call = Call(place, dtype, rank, dropout, rows, in_features, out_features)
+        place, variant = torch.device(device), "lora"
+    call = Call(place, dtype, rank, dropout, rows, in_features, out_features, variant=variant)
     name, source = requested(backend)
     if name == "auto":
         runs, reason = auto(call)
@@ -341,12 +342,13 @@ def explain(
     ran_by, _, form = runs.partition(":")
     why_nots = {other: why_not(other, call) for other in BACKENDS}
     others = {other: tuple(why) or ("can run",) for other, why in why_nots.items() if other != ran_by}
-    shown = f"rows {'any' if rows is None else rows}, {in_features} -> {out_features}, rank {rank}, "
+    shown = "" if variant == "lora" else f"{variant}, "
+    shown += f"rows {'any' if rows is None else rows}, {in_features} -> {out_features}, rank {rank}, "
     shown += f"{str(dtype).removeprefix('torch.')} on {place}"
     if blocked := why_nots[ran_by]:
         return Plan(shown, None, f"{reason}, but " + "; ".join(blocked), others)
     sizes = call.sizes
-    if sizes is None or ran_by == "reference":
+    if sizes is None or ran_by == "reference" or variant != "lora":
         return Plan(shown, ran_by, reason, others, form or None)
     forward, backward = forms.launches(form or runs, sizes)
     mask = 0 if not dropout else sizes.m * sizes.k if runs == "addmm" else 8
