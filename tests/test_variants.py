@@ -138,7 +138,9 @@ def test_addmm_is_as_accurate_as_the_reference(variant, shape, out, rank, dtype,
     torchs = run(variant, named, dy, set(named), gate=gate, backend="reference")
     exact = run(variant, double(variant, named), dy.double(), set(named), gate=gate, backend="reference")
     for name, truth in exact.items():
-        assert_as_accurate_as_torch(ours[name], torchs[name], truth, slack=3.0)
+        # dyᵀ h, of which a part of dm is made, has been rounded to the dtype of x
+        slack = 4.0 if name == "magnitude" and dtype != torch.float32 else 2.0
+        assert_as_accurate_as_torch(ours[name], torchs[name], truth, slack)
 
 
 # off
