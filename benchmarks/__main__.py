@@ -14,6 +14,7 @@ COMMANDS = {
     "linear": "times one low-rank linear: ours in every form beside frozen and every peer",
     "memory": "what a block's linears keep for the backward and hold at most: ours beside frozen and every peer",
     "roofline": "times one low-rank linear beside what this machine's memory and products allow, and what is modelled",
+    "shapley": "times Shapley values with many coalitions in one forward beside one coalition a forward",
     "show": "prints measurements from their JSON",
     "train": "times whole training steps of a small Llama over a CoTo run: PEFT, ours always on, ours with CoTo",
     "variants": "times DoRA and HiRA: ours beside PEFT's and our own LoRA, and what each holds at most",

@@ -87,6 +87,15 @@ def select(on: Tensor | None, t: Tensor) -> Tensor:
     return torch.where(on.view(-1, 1, 1), per_sample, 0).reshape(t.shape)
 
 
+def _all_finite(b: Tensor) -> bool:
+    """Whether adding 0 · B changes nothing; False also where asking would wait for a device or break a trace.
+
+    It saves a selection among all of y, which takes longer on a CPU than the product itself.
+    """
+    plain = b.device.type == "cpu" and type(b) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return plain and bool(b.isfinite().all())
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -115,6 +124,8 @@ def forward(
         rows.addmm_(h, lora_b.T)
     elif on.dim() == 0:
         rows.addmm_(h, select(on, lora_b).T)
+    elif _all_finite(lora_b):
+        rows.addmm_(h, lora_b.T)
     else:
         # a row that is off must not meet a non-finite B, so here the selection comes after the product
         y = torch.where(on, torch.addmm(rows, h, lora_b.T).view(y.shape), y)

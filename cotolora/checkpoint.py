@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cotolora.files import CONFIG, WEIGHTS, read_config, read_weights, write
-from cotolora.groups import adapters, plain_name, unwrap
+from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.inject import inject, match_linears, matches
 from cotolora.linear import CoToLoRALinear, is_conv1d, why_not_adaptable
 from cotolora.peft_config import PeftConfig, describe, exactly, is_alone, parse
@@ -57,7 +57,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             the base weight or bias of an adapter trains: the format has no place for these.
         OSError: the files cannot be written; the old ones are as they were.
     """
-    layers = {name: layer for name, layer in adapters(model).items() if _enabled(layer)}
+    layers = {name: layer for name, layer in adapters(model).items() if is_enabled(layer)}
     if not layers:
         raise ValueError(f"model must have enabled adapters to save; {type(model).__name__} has none")
     model = unwrap(model)
@@ -142,11 +142,6 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bo
     if fit.missing or fit.unexpected:
         logger.warning("%s: missing keys %s, unexpected keys %s", path / WEIGHTS, fit.missing, fit.unexpected)
     return LoadResult(fit.missing, fit.unexpected)
-
-
-def _enabled(layer: CoToLoRALinear) -> bool:
-    enabled = layer.enabled
-    return bool(enabled.any()) if isinstance(enabled, Tensor) else enabled
 
 
 def _trained_besides(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:

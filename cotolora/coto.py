@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from cotolora.groups import Unit, adapters, group_names, unwrap
+from cotolora.groups import Unit, adapters, group_names, is_enabled, unwrap
 from cotolora.linear import CoToLoRALinear
 from cotolora.schedule import activation_probability, sample_mask
 
@@ -323,8 +323,7 @@ def check_settings(settings: dict[str, Any]) -> None:
 
 
 def _trainable(layer: CoToLoRALinear) -> bool:
-    enabled = layer.enabled
-    return not layer.merged and (enabled if isinstance(enabled, bool) else bool(enabled.any()))
+    return not layer.merged and is_enabled(layer)
 
 
 def _followed_by(then: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:

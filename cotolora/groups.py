@@ -55,6 +55,28 @@ def adapters(model: nn.Module) -> dict[str, CoToLoRALinear]:
     }
 
 
+def unmerged_adapters(model: nn.Module) -> dict[str, CoToLoRALinear]:
+    """The adapters of a model that must have some, all of which switches reach.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: it has no adapters, or merged ones.
+    """
+    layers = adapters(model)
+    if not layers:
+        raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
+    if merged := [name for name, layer in layers.items() if layer.merged]:
+        raise ValueError(
+            f"model must have no merged adapters, which no switch reaches (unmerge them); merged: {merged}"
+        )
+    return layers
+
+
+def is_enabled(layer: CoToLoRALinear) -> bool:
+    """Whether the adapter is enabled, for any sample at least."""
+    return bool(layer.enabled.any()) if isinstance(layer.enabled, torch.Tensor) else layer.enabled
+
+
 def group_names(names: Iterable[str], unit: Unit) -> dict[Hashable, list[str]]:
     """Sorts adapter names into groups, in the order of their first member.
 

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from cotolora.groups import Unit, adapters, as_mask, group_names
+from cotolora.linear import CoToLoRALinear
+from cotolora.reference import Gate
+
+
+@contextmanager
+def switched(layers: Mapping[str, CoToLoRALinear], switches: Mapping[str, Gate]) -> Iterator[None]:
+    """Sets `enabled` of the adapters that `switches` names inside the block and restores what was there before."""
+    before = {name: layers[name].enabled for name in switches}
+    try:
+        for name, switch in switches.items():
+            layers[name].enabled = switch
+        yield
+    finally:
+        for name, switch in before.items():
+            layers[name].enabled = switch
 
 
 @contextmanager
@@ -45,12 +60,6 @@ def adapter_mask(model: nn.Module, mask: object, *, unit: Unit = "module") -> It
     else:
         switches = list(values.unbind(1))
 
-    before = {name: layer.enabled for name, layer in layers.items()}
-    try:
-        for names, switch in zip(groups.values(), switches, strict=True):
-            for name in names:
-                layers[name].enabled = switch
+    of_name = {name: switch for names, switch in zip(groups.values(), switches, strict=True) for name in names}
+    with switched(layers, of_name):
         yield
-    finally:
-        for name, layer in layers.items():
-            layer.enabled = before[name]

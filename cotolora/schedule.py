@@ -106,16 +106,21 @@ def sample_mask(
     if not ((probabilities >= 0) & (probabilities <= 1)).all():
         raise ValueError(f"p must be in [0, 1]; got {p!r}")
 
-    # raw 64-bit words and not Generator methods, whose streams may change between numpy versions
-    words = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(n + 1)
-    uniforms = (words >> np.uint64(11)) * 2.0**-53
-    active = uniforms[1:] < probabilities
+    drawn = uniforms(n + 1, seed=seed, step=step)
+    active = drawn[1:] < probabilities
     if at_least_one and n > 0:
         weights = probabilities * np.cumprod(np.concatenate(([1.0], 1 - probabilities[:-1])))
         if not weights.any():
             weights = np.ones(n)
         cumulative = np.cumsum(weights)
         # divided, and not u times the total, which rounds up to the total and coarsely where p is subnormal
-        first = int(np.searchsorted(cumulative / cumulative[-1], uniforms[0], side="right"))
+        first = int(np.searchsorted(cumulative / cumulative[-1], drawn[0], side="right"))
         active[:first], active[first] = False, True
     return torch.from_numpy(active)  # type: ignore[return-value]
+
+
+def uniforms(n: int, *, seed: int, step: int) -> np.ndarray:
+    """`n` random float64 in [0, 1): a pure function of its arguments, in numpy's Philox keyed by (seed, step)."""
+    # raw 64-bit words and not Generator methods, whose streams may change between numpy versions
+    words = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(n)
+    return (words >> np.uint64(11)) * 2.0**-53

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import _dynamo as dynamo
 
 import cotolora
 from cotolora import CoTo, sample_mask
@@ -228,6 +229,22 @@ def test_gradient_checkpointing_changes_nothing(reentrant, tmp_path):
     ).train()  # fmt: skip
     for name, weight in weights(model).items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize(("gates", "regional"), [("device", False), ("host", True)], ids=["whole-model", "by-block"])
+def test_torch_compile_takes_few_graphs_and_changes_nothing(gates, regional, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str(regional))
+    dynamo.reset()
+    counted = dynamo.utils.counters["stats"]
+    counted.clear()
+    compiled, eager = prepared(llama), prepared(llama)
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 12}
+    trainer_of(compiled, tmp_path, callbacks=[CoToCallback(gates=gates)], **options).train()
+    graphs = counted["unique_graphs"]
+    trainer_of(eager, tmp_path, callbacks=[CoToCallback()], max_steps=12).train()
+    # a block is on or off, and hands a gradient down or not; around them are an embedding, a norm, a head and rope
+    assert graphs <= 4 + 4 if regional else graphs == 1
+    torch.testing.assert_close(weights(compiled), weights(eager))
 
 
 def test_a_run_that_is_resumed_equals_one_that_was_not(tmp_path):

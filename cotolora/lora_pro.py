@@ -1,0 +1,88 @@
+"""LoRA-Pro: adjusts the gradients of A and B so that a step moves B A as full fine-tuning would move the weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from cotolora.groups import adapters
+from cotolora.stepping import before_each_step
+
+
+def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+    """Makes every step of `optimizer` take `adjusted` gradients; returns a handle that undoes this.
+
+    An adapter without a gradient, as CoTo leaves those that are off, is passed over. What clips gradients does so
+    before the adjustment. With plain SGD this is the paper's algorithm; its AdamW keeps moments of the whole
+    ``[out_features, in_features]`` matrix, while here any optimizer goes on from the adjusted gradients of A and B.
+
+    Args:
+        model: a model with adapters, of any variant.
+        optimizer: also one wrapped by accelerate or Lightning; may run backward in a closure.
+
+    Raises:
+        TypeError: `optimizer` is not a torch optimizer.
+        ValueError: `model` has no adapters, or FSDP2 has sharded them: the adjustment needs whole factors.
+
+    Source: LoRA-Pro, Wang et al. 2024, algorithm 1 (arXiv:2407.18242).
+    """
+    layers = adapters(model)
+    if not layers:
+        raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
+
+    if sharded := [name for name, layer in layers.items() if hasattr(layer.lora_a, "device_mesh")]:
+        raise ValueError(f"model must have whole factors; these are sharded: {sharded}")
+
+    def adjust() -> None:
+        for layer in layers.values():
+            a, b = layer.lora_a, layer.lora_b
+            if a.grad is not None and b.grad is not None:
+                a.grad, b.grad = adjusted(a.detach(), b.detach(), a.grad, b.grad, layer.scale)
+
+    return before_each_step(optimizer, adjust)
+
+
+def adjusted(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    r"""The gradients of A and B whose step is nearest to the full gradient's; of all these, the nearest to those given.
+
+    A step along (g_A, g_B) moves ``scale · B A`` by ``g = scale · (g_B A + B g_A)`` to first order. Of all that bring
+    it nearest to the gradient of the full matrix,
+
+        g_A = (Bᵀ B)⁻¹ grad_a / scale² + X A
+        g_B = (I - B (Bᵀ B)⁻¹ Bᵀ) grad_b (A Aᵀ)⁻¹ / scale² - B X
+
+    the X taken solves ``Bᵀ B X + X A Aᵀ = -(Bᵀ B)⁻¹ grad_a Aᵀ / scale²``. The inverses are pseudo-inverses, so a B that
+    is zero, as every fresh one, is no exception. Computed in float64, where the device has it.
+
+    Args:
+        a: A, ``[rank, in_features]``.
+        b: B, ``[out_features, rank]``.
+        grad_a, grad_b: their gradients, in their shapes.
+        scale: of the update, as in `coto_lora_linear`; not 0.
+
+    Returns:
+        g_A and g_B, in the dtypes of `grad_a` and `grad_b`.
+
+    Source: LoRA-Pro, Wang et al. 2024, theorems 2.1 and 2.3 (arXiv:2407.18242).
+
+    >>> one = torch.ones(1, 1)
+    >>> adjusted(one, 0 * one, 0 * one, one, scale=0.5)  # B at zero: only B moves, as far as makes up for the scale
+    (tensor([[0.]]), tensor([[4.]]))
+    """
+    exact = torch.float32 if a.device.type == "mps" else torch.float64
+    a, b, for_a, for_b = (t.to(exact) for t in (a, b, grad_a, grad_b))
+    (lambda_b, u), (lambda_a, v) = torch.linalg.eigh(b.T @ b), torch.linalg.eigh(a @ a.T)
+    inverse_b, inverse_a = (u * _inverse(lambda_b)) @ u.T, (v * _inverse(lambda_a)) @ v.T
+    g_a = inverse_b @ for_a / scale**2
+    g_b = for_b @ inverse_a / scale**2
+    g_b = g_b - b @ (inverse_b @ (b.T @ g_b))
+    # in the two eigenbases the Sylvester equation is a division; where both eigenvalues vanish nothing depends on X
+    x = u @ ((u.T @ (-g_a @ a.T) @ v) * _inverse(lambda_b[:, None] + lambda_a[None, :])) @ v.T
+    return (g_a + x @ a).to(grad_a.dtype), (g_b - b @ x).to(grad_b.dtype)
+
+
+def _inverse(eigenvalues: Tensor) -> Tensor:
+    """1 / λ, and 0 for those that are zero but for rounding."""
+    smallest = eigenvalues.abs().max() * torch.finfo(eigenvalues.dtype).eps * eigenvalues.shape[-1]
+    return torch.where(eigenvalues > smallest, 1 / eigenvalues, 0)

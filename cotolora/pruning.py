@@ -1,0 +1,298 @@
+"""Takes trained adapters out of a model, whole or entry by entry, and puts them back.
+
+A label names what stays, as in the CoTo paper (Zhuang et al. 2025, arXiv:2506.05713).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cotolora.groups import Unit, adapters, group_names, is_enabled, unmerged_adapters
+from cotolora.inject import compiled, matches
+from cotolora.linear import CoToLoRALinear
+from cotolora.reference import Gate
+from cotolora.shapley import Shapley
+
+THIRDS = ("low", "middle", "high")
+LABELS = ("every-other", *THIRDS)
+SCOPES = ("global", "layer")
+
+Keep = str | Iterable[str] | Callable[[str], object]
+
+
+class Pruning:
+    """What one call took out of a model, and the way back; a context manager that undoes on leaving.
+
+    Attributes:
+        removed: how many entries of A and B went by adapter name, in module order, those that were zero included.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, CoToLoRALinear], removed: dict[str, int]) -> None:
+        self.removed = removed
+        self._model, self._layers, self._undone = model, layers, False
+
+    def undo(self) -> None:
+        """Puts back exactly what went, bit for bit. Does nothing the second time.
+
+        Nested calls are undone in reverse, as `with` does; other orders end at the same model.
+
+        Raises:
+            RuntimeError: the model no longer holds these adapters as this call left them: they were
+                ejected, merged, cast, or trained or loaded anew. Nothing is restored then.
+        """
+        if self._undone:
+            return
+        present = {id(layer) for layer in adapters(self._model).values()}
+        if gone := [name for name, layer in self._layers.items() if id(layer) not in present]:
+            raise RuntimeError(f"undo needs the adapters that were pruned; the model no longer has {gone}")
+        if merged := [name for name, layer in self._layers.items() if layer.merged]:
+            raise RuntimeError(f"undo needs unmerged adapters (call their unmerge first); merged: {merged}")
+        self._restore()
+        self._undone = True
+
+    def _restore(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Pruning:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()
+
+
+class _SwitchedOff(Pruning):
+    def __init__(self, model: nn.Module, layers: dict[str, CoToLoRALinear]) -> None:
+        super().__init__(model, layers, {name: _size(layer) for name, layer in layers.items()})
+        self._before: dict[str, Gate] = {name: layer.enabled for name, layer in layers.items()}
+        for layer in layers.values():
+            layer.enabled = False
+
+    def _restore(self) -> None:
+        for name, layer in self._layers.items():
+            layer.enabled = self._before[name]
+
+
+class _Zeroed(Pruning):
+    def __init__(
+        self, model: nn.Module, layers: dict[str, CoToLoRALinear], chosen: dict[str, tuple[Tensor, ...]]
+    ) -> None:
+        super().__init__(model, layers, {name: sum(int(mask.sum()) for mask in pair) for name, pair in chosen.items()})
+        # one byte for each entry and the values that go: less than a copy, up to a sparsity of three quarters.
+        # Not what was zero: it belongs to an earlier call perhaps, so that undoing in any order ends where it began
+        chosen = {
+            name: tuple(mask & (p != 0) for p, mask in zip(_factors(layers[name]), pair, strict=True))
+            for name, pair in chosen.items()
+        }
+        self._chosen = chosen
+        self._before = {
+            name: tuple(p.detach()[mask] for p, mask in zip(_factors(layers[name]), pair, strict=True))
+            for name, pair in chosen.items()
+        }
+        with torch.no_grad():
+            for name, pair in chosen.items():
+                for parameter, mask in zip(_factors(layers[name]), pair, strict=True):
+                    parameter.masked_fill_(mask, 0)
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        places = [
+            (name, *place)
+            for name, layer in self._layers.items()
+            for place in zip(_factors(layer), self._chosen[name], self._before[name], strict=True)
+        ]
+        for name, parameter, mask, values in places:
+            if parameter.shape != mask.shape or parameter.dtype != values.dtype:
+                raise RuntimeError(f"undo needs {name} in {values.dtype} and of its shape; it was changed since")
+            if parameter[mask.to(parameter.device)].any():
+                raise RuntimeError(f"undo needs {name} as pruning left it; it was trained or loaded since")
+        for _, parameter, mask, values in places:
+            parameter[mask.to(parameter.device)] = values.to(parameter.device)
+        self._chosen, self._before = {}, {}
+
+
+def prune(model: nn.Module, keep: Keep, *, unit: Unit = "layer") -> Pruning:
+    r"""Switches adapters off (`enabled`) but for what `keep` names; they then cost nothing and are not saved.
+
+    What was off already stays off, and still counts as a group, so a label means the same layers at any time.
+
+    Args:
+        model: a model with adapters.
+        keep: what stays.
+
+            - "every-other": groups 0, 2, 4, …
+            - "low", "middle", "high": the groups whose middle, ``(l + ½) / L`` for group l of L, lies in that
+              third; where 3 does not divide L, low and high still have the same size: 4 groups are 1 + 2 + 1,
+              5 are 2 + 1 + 2.
+            - names of adapters, by the rules of `inject`: a list of whole names or dotted ends (``["q_proj"]``),
+              or a string that is a regular expression for the whole name.
+            - a callable from an adapter's name to whether it stays; `best` gives one from Shapley values.
+        unit: what the labels count: "layer", "module" or a callable, as in `CoTo`.
+
+    Returns:
+        what went, with `undo`.
+
+    Raises:
+        TypeError: `model` is not a module, or `keep` is none of these.
+        ValueError: the model has no adapters or merged ones, a name matches none, or no enabled adapter would stay.
+
+    >>> from cotolora import inject
+    >>> model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    >>> layers = inject(model, rank=2)
+    >>> with prune(model, keep="middle"):
+    ...     [layer.enabled for layer in layers.values()]
+    [False, True, True, False]
+    """
+    layers = unmerged_adapters(model)
+    kept = _kept(list(layers), keep, unit)
+    if not any(is_enabled(layers[name]) for name in kept):
+        off = f", and {len(kept)} that are off already" if kept else ""
+        raise ValueError(f"keep must leave an enabled adapter; {keep!r} leaves none of {len(layers)}{off}")
+    # not those that are off already, so that undoing in any order ends where it began
+    going = {name: layer for name, layer in layers.items() if name not in kept and is_enabled(layer)}
+    return _SwitchedOff(model, going)
+
+
+def best(shapley: Shapley, count: int) -> Callable[[str], bool]:
+    """The adapters of the `count` groups of highest Shapley value, for `prune` to keep; the earlier of equals.
+
+    Raises:
+        ValueError: `count` is not an integer from 1 to the number of groups.
+    """
+    n = len(shapley.groups)
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= n:
+        raise ValueError(f"count must be an integer from 1 to {n}, the number of groups; got {count!r}")
+    order = shapley.values.argsort(descending=True, stable=True)[:count].tolist()
+    groups = list(shapley.groups.values())
+    return frozenset(name for index in order for name in groups[index]).__contains__
+
+
+def magnitude(model: nn.Module, sparsity: float, scope: str = "global") -> Pruning:
+    """Zeroes the entries of A and B that are smallest in magnitude, exactly ``round(sparsity · n)`` of n.
+
+    Entries that are zero already count among them. Of equal magnitudes the first in module order go, A before
+    B, row by row. Adapters that are off are left alone and not counted. The entries are found by bisection
+    over the bits of the magnitudes, one parameter at a time, so the extra memory is that of the largest; undo
+    keeps one byte for each entry and the values of those that went.
+
+    Zeroed once, not held there: an optimizer that goes on moves the entries again (even without gradient, by
+    momentum), after which `undo` refuses to mix old values into new weights. Prune after training.
+
+    Args:
+        model: a model with adapters.
+        sparsity: share of entries to zero, in [0, 1].
+        scope: over what the magnitudes are ranked: "global", A and B of all adapters together, or "layer",
+            those of each adapter by itself.
+
+    Returns:
+        what went, with `undo`.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: the model has no enabled adapters, merged ones, or ones whose A or B is sharded, without data or
+            holds NaN; an argument is out of its range.
+
+    >>> from cotolora import inject
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    >>> _ = inject(model, rank=2)  # B is zero in fresh adapters: 16 of 32 entries
+    >>> magnitude(model, 0.5).removed
+    {'0': 8, '1': 8}
+    """
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity must be a number in [0, 1]; got {sparsity!r}")
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {SCOPES}; got {scope!r}")
+    layers = {name: layer for name, layer in unmerged_adapters(model).items() if is_enabled(layer)}
+    if not layers:
+        raise ValueError("model must have enabled adapters; all of them are off")
+    for name, layer in layers.items():
+        for parameter in _factors(layer):
+            if parameter.is_meta or hasattr(parameter, "full_tensor"):
+                raise ValueError(f"model must hold A and B whole; those of {name} are sharded or on meta")
+            if parameter.isnan().any():
+                raise ValueError(f"model must have no NaN in A or B; {name} has")
+    pools = [list(layers)] if scope == "global" else [[name] for name in layers]
+    chosen: dict[str, tuple[Tensor, ...]] = {}
+    for pool in pools:
+        parameters = [parameter for name in pool for parameter in _factors(layers[name])]
+        masks = _smallest(parameters, round(sparsity * sum(p.numel() for p in parameters)))
+        chosen |= dict(zip(pool, zip(masks[::2], masks[1::2], strict=True), strict=True))
+    return _Zeroed(model, layers, chosen)
+
+
+def _factors(layer: CoToLoRALinear) -> tuple[nn.Parameter, nn.Parameter]:
+    return layer.lora_a, layer.lora_b
+
+
+def _smallest(parameters: list[nn.Parameter], count: int) -> list[Tensor]:
+    """For each parameter which of its entries are among the `count` of smallest magnitude."""
+    dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
+    border, ties = _border(parameters, count, dtype)
+    masks = []
+    for parameter in parameters:
+        bits = _bits(parameter, dtype)
+        mask, places = bits < border, (bits == border).flatten().nonzero().flatten()[:ties]
+        mask.view(-1)[places] = True
+        ties -= len(places)
+        masks.append(mask)
+    return masks
+
+
+def _border(parameters: list[nn.Parameter], count: int, dtype: torch.dtype) -> tuple[int, int]:
+    """The bits of a magnitude and a number: what lies below goes, and as many as the number of what is equal."""
+    low, below = 0, 0
+    high = int(_bits(torch.tensor(torch.inf), dtype)) + 2  # above every count
+    while high - low > 1 and below < count:
+        middle = (low + high) // 2
+        under = sum(int((_bits(p, dtype) < middle).sum()) for p in parameters)
+        if under <= count:
+            low, below = middle, under
+        else:
+            high = middle
+    return low, count - below
+
+
+def _bits(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The magnitudes as integers: the bits of floats that are not negative sort as the floats do."""
+    return values.detach().to(dtype).abs().contiguous().view(torch.int64 if dtype == torch.float64 else torch.int32)
+
+
+def _size(layer: CoToLoRALinear) -> int:
+    return layer.lora_a.numel() + layer.lora_b.numel()
+
+
+def _kept(names: list[str], keep: Keep, unit: Unit) -> set[str]:
+    groups = list(group_names(names, unit).values())
+    if isinstance(keep, str) and keep in LABELS:
+        if keep == "every-other":
+            return {name for group in groups[::2] for name in group}
+        # the third that holds (l + 1/2) / L, in integers: an odd number over an even one is never a border
+        thirds = [3 * (2 * index + 1) // (2 * len(groups)) for index in range(len(groups))]
+        return {
+            name for group, third in zip(groups, thirds, strict=True) if third == THIRDS.index(keep) for name in group
+        }
+    if callable(keep):
+        return {name for name in names if keep(name)}
+    if isinstance(keep, str):
+        compiled("keep", keep)
+    # what each name, or the one expression, takes
+    taken = {
+        rule: {name for name in names if matches(name, keep if isinstance(keep, str) else [rule])}
+        for rule in ([keep] if isinstance(keep, str) else _names_in(keep))
+    }
+    if missing := [rule for rule, found in taken.items() if not found]:
+        ends = sorted({name.rpartition(".")[2] for name in names})
+        raise ValueError(f"keep {missing} matches no adapter; adapters end in {ends}, labels are {LABELS}")
+    return set().union(*taken.values())
+
+
+def _names_in(keep: object) -> list[str]:
+    names: list[Any] = list(keep) if isinstance(keep, Iterable) else [keep]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"keep must be one of {LABELS}, names of adapters or a callable; got {keep!r}")
+    if not names:
+        raise ValueError("keep must name at least one adapter; got none")
+    return names

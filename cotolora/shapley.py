@@ -1,0 +1,342 @@
+r"""What each adapter contributes: Shapley values of the game whose players are groups of adapters.
+
+The worth v(R) of a coalition R is the score of the model with only the adapters in R on (Zhuang et al. 2025,
+arXiv:2506.05713). A player's value is what it adds on average over all orders in which the players may join, so
+with a score that is larger when the model is better, a useful adapter's value is positive.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from cotolora.groups import Unit, group_names, is_enabled, unmerged_adapters
+from cotolora.linear import CoToLoRALinear
+from cotolora.masks import switched
+from cotolora.reference import Gate
+from cotolora.schedule import uniforms
+
+METHODS = ("permutation", "exact", "multilinear")
+MOST_EXACT = 20  # players: a million evaluations
+
+Score = Callable[[nn.Module], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Shapley:
+    """Shapley values of n groups of adapters, in the units of the score; positive is useful.
+
+    Attributes:
+        values: float64 ``[n]``.
+        errors: their standard errors, float64 ``[n]``; zeros where the values are exact.
+        evaluations: how many different coalitions were scored.
+        groups: adapter names by group, in the order of `values`.
+    """
+
+    values: Tensor
+    errors: Tensor
+    evaluations: int
+    groups: dict[Hashable, list[str]]
+
+
+@dataclass(frozen=True, eq=False)
+class PerSample:
+    """A score that reads a model's outputs on fixed inputs, so that one forward can hold many coalitions.
+
+    The inputs are repeated for each coalition, whose adapters are picked by row gates. That needs a model that
+    is batch-first at every adapter and treats samples independently.
+
+    Args:
+        inputs: what the model is called with: a tensor, a tuple of arguments or a dict of keywords. Every tensor
+            in it is ``[samples, ...]``; anything else is passed on as it is.
+        fn: ``fn(output) -> float``, larger is better, where `output` is the model's output for one coalition, as if
+            the model had been called on `inputs` alone. Every tensor in the model's output must be ``[samples, ...]``.
+        batch: samples in one forward, at most; bounds the memory. Inputs longer than this are cut. More than 256
+            gains nothing on a CPU; inputs that fill the machine by themselves gain nothing anywhere.
+
+    Raises:
+        TypeError: `inputs` hold no tensor, or `fn` is not callable.
+        ValueError: the tensors disagree in length or are empty, or `batch` is not a positive integer.
+    """
+
+    inputs: Tensor | tuple[Any, ...] | dict[str, Any]
+    fn: Callable[[Any], Any]
+    batch: int = 256
+
+    def __post_init__(self) -> None:
+        tensors = [leaf for leaf in pytree.tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
+        if not isinstance(self.inputs, (Tensor, tuple, dict)) or not tensors:
+            raise TypeError(
+                f"inputs must be a tensor, or a tuple or dict with tensors; got {type(self.inputs).__name__}"
+            )
+        lengths = [t.shape[0] if t.dim() else 0 for t in tensors]
+        if len(set(lengths)) != 1 or lengths[0] == 0:
+            raise ValueError(f"inputs must be [samples, ...], of equal length; got {[tuple(t.shape) for t in tensors]}")
+        if not callable(self.fn):
+            raise TypeError(f"fn must be a callable of the model's output; got {type(self.fn).__name__}")
+        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
+            raise ValueError(f"batch must be a positive integer; got {self.batch!r}")
+
+    @property
+    def samples(self) -> int:
+        """How many samples the inputs hold."""
+        return next(leaf.shape[0] for leaf in pytree.tree_leaves(self.inputs) if isinstance(leaf, Tensor))
+
+
+def shapley_values(
+    model: nn.Module,
+    score: Score | PerSample,
+    *,
+    method: str = "permutation",
+    unit: Unit = "layer",
+    samples: int = 64,
+    seed: int = 0,
+) -> Shapley:
+    r"""Shapley values φ of the groups of enabled adapters of `model`.
+
+        φ_i = Σ_R |R|! (n - 1 - |R|)! / n! · (v(R ∪ i) - v(R)) = ∫₀¹ E[v(R_p ∪ i) - v(R_p)] dp
+
+    over the coalitions R without i; every other player is in R_p with probability p. They add up to
+    ``score(all on) - score(all off)``: exactly by the methods "exact" and "permutation" (up to rounding), in the
+    mean by "multilinear". No coalition is scored twice. Adapters that are off (pruned) are no players and stay
+    off. The model is in eval mode and without autograd while it is scored; modes and switches are restored, also when
+    the score raises. Draws are a pure function of the seed; no random state is touched.
+
+    Args:
+        model: a model with adapters.
+        score: a callable of the model that gives a finite float, larger is better, and the same one for the same
+            adapters; or a `PerSample`.
+        method:
+
+            - "permutation": random orders, each followed by its reverse; at most ``samples · (n - 1) + 2`` coalitions.
+            - "exact": all ``2ⁿ`` coalitions, for n up to 20.
+            - "multilinear": the integral over p, stratified: two independent draws in each of ``samples / 2``
+              intervals; at most ``samples · (n + 1)`` coalitions.
+        unit: the players: "layer", "module" or a callable, as in `CoTo`.
+        samples: orders, or draws; an even number of at least 4. Not used by "exact".
+        seed: of the draws, an integer in [0, 2⁶⁴).
+
+    Returns:
+        values, their standard errors (over independent pairs of orders; from the differences within intervals), the
+        number of coalitions scored, and the groups. Empty if every adapter is off.
+
+    Raises:
+        TypeError: `model` is not a module, `score` not a callable, or a score not a number.
+        ValueError: the model has no adapters, merged ones or ones whose `enabled` is a row mask; a score is not
+            finite (names the coalition); "exact" for more than 20 players; an argument is out of its range.
+
+    Source: Shapley 1953; permutations: Castro, Gómez & Tejada 2009, "Polynomial calculation of the Shapley value based
+    on sampling"; multilinear extension: Owen 1972, and Okhrati & Lipani 2020 (arXiv:2010.12082).
+
+    >>> from cotolora import inject
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> _ = inject(model, rank=1)
+    >>> def gloves(model):  # the first two have a left glove each, the third a right one; a pair is worth 1
+    ...     left, also_left, right = (layer.enabled for layer in model)
+    ...     return float(right and (left or also_left))
+    >>> shapley_values(model, gloves, method="exact").values
+    tensor([0.1667, 0.1667, 0.6667], dtype=torch.float64)
+    """
+    layers = _playable(model)
+    _check_arguments(score, method, samples, seed)
+    groups = group_names(layers, unit)
+    n = len(groups)
+    if method == "exact" and n > MOST_EXACT:
+        raise ValueError(
+            f"method='exact' would take 2^{n} = {2**n} evaluations of the score; for more than {MOST_EXACT} players "
+            "take 'permutation' or 'multilinear'"
+        )
+    game = _Game(model, layers, groups, score)
+    if n == 0:
+        values = errors = np.zeros(0)
+    elif method == "exact":
+        values, errors = _exact(game, n)
+    elif method == "permutation":
+        values, errors = _permutation(game, n, samples, seed)
+    else:
+        values, errors = _multilinear(game, n, samples, seed)
+    return Shapley(torch.from_numpy(values), torch.from_numpy(errors), len(game.worth), groups)
+
+
+def _exact(game: _Game, n: int) -> tuple[np.ndarray, np.ndarray]:
+    worth = game.score(range(2**n))
+    coalitions = np.arange(2**n)
+    size = np.sum([coalitions >> player & 1 for player in range(n)], axis=0)
+    weight = np.array([1 / (n * math.comb(n - 1, k)) for k in range(n)])
+    values = np.empty(n)
+    for player in range(n):
+        without = coalitions[coalitions >> player & 1 == 0]
+        values[player] = (weight[size[without]] * (worth[without | 1 << player] - worth[without])).sum()
+    return values, np.zeros(n)
+
+
+def _permutation(game: _Game, n: int, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    orders = [np.argsort(uniforms(n, seed=seed, step=pair), kind="stable") for pair in range(samples // 2)]
+    orders = [order for forth in orders for order in (forth, forth[::-1])]
+    # [samples, n + 1]: the coalition after each has joined
+    coalitions = [list(itertools.accumulate((1 << int(i) for i in order), int.__or__, initial=0)) for order in orders]
+    worth = game.score(itertools.chain.from_iterable(coalitions)).reshape(samples, n + 1)
+    gains = np.empty((samples, n))
+    for row, order in enumerate(orders):
+        gains[row, order] = np.diff(worth[row])
+    # an order and its reverse depend on one another, the pairs do not
+    pairs = gains.reshape(samples // 2, 2, n).mean(1)
+    return pairs.mean(0), pairs.std(0, ddof=1) / math.sqrt(len(pairs))
+
+
+def _multilinear(game: _Game, n: int, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    strata = samples // 2
+    coalitions: list[list[int]] = []
+    for draw in range(samples):
+        where, *others = uniforms(n + 1, seed=seed, step=draw)
+        p = (draw // 2 + where) / strata
+        inside = sum(1 << player for player, uniform in enumerate(others) if uniform < p)
+        coalitions.append([inside, *(inside ^ 1 << player for player in range(n))])
+    worth = game.score(itertools.chain.from_iterable(coalitions)).reshape(samples, n + 1)
+    joined = np.array([[1 if row[0] >> player & 1 else -1 for player in range(n)] for row in coalitions])
+    # v(R ∪ i) - v(R \ i), whichever of the two was drawn
+    gains = joined * (worth[:, :1] - worth[:, 1:])
+    apart = gains[::2] - gains[1::2]
+    return gains.mean(0), np.sqrt((apart**2).sum(0)) / samples
+
+
+class _Game:
+    """v, with a memory. Coalitions are integers: bit i is player i."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, CoToLoRALinear],
+        groups: dict[Hashable, list[str]],
+        score: Score | PerSample,
+    ) -> None:
+        self.model, self.layers, self.groups, self._score = model, layers, groups, score
+        self.worth: dict[int, float] = {}
+
+    def score(self, coalitions: Iterable[int]) -> np.ndarray:
+        """The worth of each, in their order; those not known yet are scored."""
+        from tqdm import tqdm
+
+        coalitions = list(coalitions)
+        # in the order of their bits: neighbours agree in most players, whose gates can then be plain bools
+        pending = sorted(set(coalitions) - self.worth.keys())
+        size = max(1, self._score.batch // self._score.samples) if isinstance(self._score, PerSample) else 1
+        with tqdm(total=len(pending), desc="Shapley values", unit="coalition", disable=None, delay=2) as progress:
+            for start in range(0, len(pending), size):
+                chunk = pending[start : start + size]
+                for coalition, value in zip(chunk, self._scored(chunk), strict=True):
+                    self.worth[coalition] = self._number(coalition, value)
+                progress.update(len(chunk))
+        return np.array([self.worth[coalition] for coalition in coalitions])
+
+    def _scored(self, chunk: list[int]) -> list[Any]:
+        score, model = self._score, self.model
+        if not isinstance(score, PerSample):
+            with _evaluating(model), switched(self.layers, self._switches(chunk, 1)):
+                return [score(model)]
+        rows = score.samples
+        pieces = []
+        for start in range(0, rows, score.batch):
+            here = slice(start, min(start + score.batch, rows))
+            inputs = _repeated(_cut(score.inputs, here), len(chunk))
+            length = here.stop - here.start
+            with _evaluating(model), switched(self.layers, self._switches(chunk, length)):
+                pieces.append(_checked_output(_called(model, inputs), len(chunk) * length))
+        output = pieces[0] if len(pieces) == 1 else pytree.tree_map(_joined, *pieces)
+        with torch.no_grad():
+            return [score.fn(_cut(output, slice(i * rows, (i + 1) * rows))) for i in range(len(chunk))]
+
+    def _switches(self, chunk: list[int], rows: int) -> dict[str, Gate]:
+        """`enabled` of every adapter for one batch, in which each coalition of the chunk has `rows` rows."""
+        switches: dict[str, Gate] = {}
+        for player, names in enumerate(self.groups.values()):
+            inside = [bool(coalition >> player & 1) for coalition in chunk]
+            # a plain bool where all agree: what is off then costs nothing, and what is on is not selected by row
+            switch = inside[0] if len(set(inside)) == 1 else torch.tensor(inside, device="cpu").repeat_interleave(rows)
+            switches |= dict.fromkeys(names, switch)
+        return switches
+
+    def _number(self, coalition: int, value: Any) -> float:
+        on = [key for player, key in enumerate(self.groups) if coalition >> player & 1]
+        try:
+            number: float | None = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            number = None
+        if number is None or isinstance(value, str):
+            raise TypeError(f"score must give a number; got {type(value).__name__} {value!r}")
+        if not math.isfinite(number):
+            raise ValueError(f"score must be a finite number; got {value!r} with only {on} on, of {list(self.groups)}")
+        return number
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without autograd; afterwards every module is in the mode that it was in."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _called(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def _cut(tree: Any, rows: slice) -> Any:
+    return pytree.tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _repeated(tree: Any, times: int) -> Any:
+    def repeat(leaf: Any) -> Any:
+        return leaf.repeat(times, *[1] * (leaf.dim() - 1)) if isinstance(leaf, Tensor) and times > 1 else leaf
+
+    return pytree.tree_map(repeat, tree)
+
+
+def _joined(*leaves: Any) -> Any:
+    return torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
+
+
+def _checked_output(output: Any, rows: int) -> Any:
+    leaves = pytree.tree_leaves(output)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors or any(t.dim() == 0 or t.shape[0] != rows for t in tensors):
+        shapes = [tuple(t.shape) for t in tensors]
+        raise ValueError(
+            f"model must give tensors [samples, ...] to be scored by PerSample; {rows} samples in one forward gave "
+            f"{shapes or type(output).__name__} (return only what is per sample, and no loss over the batch)"
+        )
+    return output
+
+
+def _playable(model: nn.Module) -> dict[str, CoToLoRALinear]:
+    layers = unmerged_adapters(model)
+    if masked := [name for name, x in layers.items() if isinstance(x.enabled, Tensor) and x.enabled.dim()]:
+        raise ValueError(f"model must have every adapter enabled or not as a whole; row masks are set on {masked}")
+    return {name: layer for name, layer in layers.items() if is_enabled(layer)}
+
+
+def _check_arguments(score: object, method: str, samples: int, seed: int) -> None:
+    if not callable(score) and not isinstance(score, PerSample):
+        raise TypeError(f"score must be a callable of the model or a PerSample; got {type(score).__name__}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}; got {method!r}")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 4 or samples % 2:
+        raise ValueError(f"samples must be an even number of at least 4, two pairs for an error; got {samples!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be an integer in [0, 2^64); got {seed!r}")
