@@ -17,6 +17,7 @@ COMMANDS = {
     "shapley": "times Shapley values with many coalitions in one forward beside one coalition a forward",
     "show": "prints measurements from their JSON",
     "train": "times whole training steps of a small Llama over a CoTo run: PEFT, ours always on, ours with CoTo",
+    "variants": "times DoRA and HiRA: ours beside PEFT's and our own LoRA, and what each holds at most",
     "tune": 'time every form of a low-rank layer on this GPU and keep the table that backend="auto" chooses by',
 }
 

@@ -20,7 +20,7 @@ from cotolora.groups import Unit, group_names, is_enabled, unwrap
 from cotolora.optimizer_state import keep_whole
 from cotolora.schedule import activation_probability, sample_mask
 from cotolora.stepping import Together, before_each_step, unwrapped
-from cotolora.switches import PeftSwitch, Switch, module_of, parameters_of, switches
+from cotolora.switches import PeftSwitch, Switch, module_of, switches
 
 logger = logging.getLogger("cotolora")
 
@@ -298,9 +298,9 @@ class CoTo:
         for names, on in zip(self.groups.values(), self.mask.tolist(), strict=True):
             for layer in (self._layers[name] for name in names):
                 if off(layer, on):
-                    idle |= dict.fromkeys(parameters_of(layer))
+                    idle |= dict.fromkeys(layer.adapter_parameters)
                 else:
-                    used.update(parameters_of(layer))
+                    used.update(layer.adapter_parameters)
         # some of PEFT's methods share parameters among layers
         return [parameter for parameter in idle if parameter not in used]
 

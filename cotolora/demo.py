@@ -170,11 +170,22 @@ class Run:
             self.skipped += products if layer.active is False else 0
 
 
-def start(method: str, base: nn.Module, seed: int, lr: float, steps: int) -> Run:
-    """A fresh copy of the base with adapters and a new head, ready to train."""
+# what --variant takes, and what of `inject` it stands for
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "pissa": {"init": "pissa"},
+    "olora": {"init": "olora"},
+    "dora": {"variant": "dora"},
+    "hira": {"variant": "hira"},
+}
+
+
+def start(method: str, base: nn.Module, seed: int, lr: float, steps: int, kind: str = "lora") -> Run:
+    """A fresh copy of the base with adapters of a kind and a new head, ready to train."""
     torch.manual_seed(seed)
     model = deepcopy(base)
-    layers = cotolora.inject(model, PARTS, rank=RANK, alpha=ALPHA, trainable=["head"])
+    layers = cotolora.inject(model, PARTS, rank=RANK, alpha=ALPHA, trainable=["head"], **KINDS[kind])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     coto = None
@@ -187,9 +198,11 @@ def start(method: str, base: nn.Module, seed: int, lr: float, steps: int) -> Run
     return run
 
 
-def adapt(base: nn.Module, data: Data, seed: int, rates: dict[str, float], steps: int, progress: Any) -> list[Run]:
+def adapt(
+    base: nn.Module, data: Data, seed: int, rates: dict[str, float], steps: int, progress: Any, kind: str = "lora"
+) -> list[Run]:
     """One run of each method on the same batches, step by step side by side, so that their times compare."""
-    runs = [start(method, base, seed, rate, steps) for method, rate in rates.items()]
+    runs = [start(method, base, seed, rate, steps, kind) for method, rate in rates.items()]
     for i, (x, y) in enumerate(batches(data.train, steps, seed)):
         for run in runs if i % 2 else runs[::-1]:
             run.step(x, y)
@@ -333,6 +346,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method, at least 2 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of each run (default: %(default)s)")
+    parser.add_argument(
+        "--variant", choices=KINDS, default="lora", help="of both methods' adapters (default: %(default)s)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--sweep", action="store_true", help="only compare learning rates, on the validation split")
     options = parser.parse_args(arguments)
@@ -364,7 +380,10 @@ def main(arguments: list[str] | None = None) -> int:
         sweep(base, data, options.seeds, options.steps)
         return 0
     with tqdm(total=2 * options.seeds * options.steps, disable=None, desc="adapting to all ten") as progress:
-        pairs = [adapt(base, data, seed, LEARNING_RATE, options.steps, progress) for seed in range(options.seeds)]
+        pairs = [
+            adapt(base, data, seed, LEARNING_RATE, options.steps, progress, options.variant)
+            for seed in range(options.seeds)
+        ]
 
     by_method = {method: [pair[i] for pair in pairs] for i, method in enumerate(LEARNING_RATE)}
     results = {method: measure(runs, by_method["LoRA"], data) for method, runs in by_method.items()}
@@ -375,7 +394,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = {
         "settings": {
             "seeds": options.seeds, "steps": options.steps, "batch": BATCH, "rank": RANK, "alpha": ALPHA,
-            "blocks": len(base.blocks), "device": str(device),
+            "variant": options.variant, "blocks": len(base.blocks), "device": str(device),
         },
         "versions": {"cotolora": cotolora.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "base_accuracy": before,
@@ -386,7 +405,7 @@ def main(arguments: list[str] | None = None) -> int:
     (options.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     draw(results, by_method["CoTo"][0], options.out / "coto.png")
 
-    print(f"{options.steps} steps of {BATCH}, rank {RANK}, {options.seeds} seeds, on {device}")
+    print(f"{options.variant}: {options.steps} steps of {BATCH}, rank {RANK}, {options.seeds} seeds, on {device}")
     print(table(results, before))
     print(f"{options.out}/coto.png, report.json and adapters/ written in {time.perf_counter() - began:.0f} s")
     return 0

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cotolora import addmm
+from cotolora import addmm, addmm_dora, addmm_hira
 from cotolora.kernels import forms
 from cotolora.kernels.forms import FORMS, Choice, Launch, Sizes
 from cotolora.kernels.tiles import architecture
 
+_ADDMM = {"lora": addmm, "dora": addmm_dora, "hira": addmm_hira}
 BACKENDS = ("reference", "addmm", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_MAX_RANK = 256
@@ -99,6 +100,7 @@ class Call(NamedTuple):
     in_features: int = 0
     out_features: int = 0
     backward: bool = True
+    variant: str = "lora"
     adds_to: torch.dtype | None = None  # that of a base's own output, where there is no weight to multiply by
 
     @property
@@ -227,6 +229,8 @@ def why_not(backend: str, call: Call) -> list[str]:
         reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
     if call.rank > TRITON_MAX_RANK:
         reasons.append(f"rank {call.rank} exceeds {TRITON_MAX_RANK}")
+    if call.variant != "lora":
+        reasons.append(f"variant {call.variant!r} has no fused kernel")
     return reasons
 
 
@@ -239,10 +243,10 @@ def has_triton() -> bool:
     return _triton
 
 
-def kernels(backend: str) -> Any:
-    """What has the `forward` and `backward` of a name that `choose` gave."""
+def kernels(backend: str, variant: str = "lora") -> Any:
+    """What has the `forward` and `backward`, and of DoRA the `row_norms`, of a name that `choose` gave."""
     if backend == "addmm":
-        return addmm
+        return _ADDMM[variant]
     from cotolora import ops
 
     return ops.FUSED[backend.removeprefix("triton:")]
@@ -321,6 +325,7 @@ def explain(
         rank, (out_features, in_features) = layer.rank, (layer.out_features, layer.in_features)
         place, dropout = layer.lora_a.device, layer.dropout if layer.training else 0.0
         dtype, adds_to = (layer.weight.dtype, None) if layer.base is None else (dtype, dtype)
+        variant = layer.variant
     else:
         try:
             rows, in_features, out_features, rank = (operator.index(size) for size in layer_or_shapes)
@@ -334,8 +339,8 @@ def explain(
                 "layer_or_shapes must be (rows, in_features, out_features, rank), none negative and rank at least 1; "
                 f"got {layer_or_shapes!r}"
             )
-        place, adds_to = torch.device(device), None
-    call = Call(place, dtype, rank, dropout, rows, in_features, out_features, adds_to=adds_to)
+        place, adds_to, variant = torch.device(device), None, "lora"
+    call = Call(place, dtype, rank, dropout, rows, in_features, out_features, variant=variant, adds_to=adds_to)
     name, source = requested(backend)
     if name == "auto":
         runs, reason = auto(call)
@@ -346,13 +351,14 @@ def explain(
     ran_by, _, form = runs.partition(":")
     why_nots = {other: why_not(other, call) for other in BACKENDS}
     others = {other: tuple(why) or ("can run",) for other, why in why_nots.items() if other != ran_by}
-    shown = f"rows {'any' if rows is None else rows}, {in_features} -> {out_features}, rank {rank}, "
+    shown = "" if variant == "lora" else f"{variant}, "
+    shown += f"rows {'any' if rows is None else rows}, {in_features} -> {out_features}, rank {rank}, "
     shown += f"{str(dtype).removeprefix('torch.')} on {place}"
     shown += "" if adds_to is None else ", added to what the base makes"
     if blocked := why_nots[ran_by]:
         return Plan(shown, None, f"{reason}, but " + "; ".join(blocked), others)
     sizes = call.sizes
-    if sizes is None or ran_by == "reference":
+    if sizes is None or ran_by == "reference" or variant != "lora":
         return Plan(shown, ran_by, reason, others, form or None)
     forward, backward = forms.launches(form or runs, sizes)
     mask = 0 if not dropout else sizes.m * sizes.k if runs == "addmm" else 8

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from cotolora.groups import plain_name
 from cotolora.inject import Patterns, compile_patterns, compiled, first_match, matches
 from cotolora.linear import CoToLoRALinear
+from cotolora.peft_layers import settings
 
 # PEFT fields that do not change what the adapter computes once its weights are loaded
 _HARMLESS = frozenset((
@@ -30,6 +32,10 @@ _INSIDE = (
     "lora_B",
     "lora_dropout",
     "lora_magnitude_vector",
+    "hira_A",
+    "hira_B",
+    "hira_dropout.default",
+    "hira_dropout",
 )
 # initialisations that leave the base weights alone; the others train on a residual base
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -50,6 +56,7 @@ class PeftConfig:
     layers_to_transform: list[int]
     layers_pattern: list[str]
     modules_to_save: list[str]
+    variant: str
 
     def alpha_of(self, name: str) -> float:
         """Alpha of the module `name`."""
@@ -87,20 +94,29 @@ def parse(fields: dict[str, Any]) -> PeftConfig:
             raise ValueError(f"{name} must be {must}; got {value!r}")
         return value
 
-    take("peft_type", "'LORA', the one method supported", lambda value: value == "LORA")
+    method = take("peft_type", "'LORA' or 'HIRA', the methods supported", lambda value: value in ("LORA", "HIRA"))
+    hira = method == "HIRA"
+    init, dropout = ("init_weights", "hira_dropout") if hira else ("init_lora_weights", "lora_dropout")
     take("bias", "'none': trained biases are not supported", lambda value: value == "none", "none")
-    take("init_lora_weights", f"one of {_INITS}: others change the base weights", lambda value: value in _INITS)
+    take(init, f"one of {_INITS}: others change the base weights", lambda value: value in _INITS)
+
+    def of_lora(name: str, must: str, test: Callable[[Any], bool], default: Any = None) -> Any:
+        # left in `rest` with HiRA, which does not know it
+        return default if hira else take(name, must, test, default)
+
+    use_dora = of_lora("use_dora", "a bool", lambda value: isinstance(value, bool), False)
+    rank = take("r", "a positive integer", _is_size, 32 if hira else 8)
     config = PeftConfig(
-        rank=take("r", "a positive integer", _is_size, 8),
-        lora_alpha=take("lora_alpha", "a finite number", _is_number, 8),
+        rank=rank,
+        lora_alpha=of_lora("lora_alpha", "a finite number", _is_number, rank if hira else 8),
         rank_pattern=compile_patterns(
             "rank_pattern", take("rank_pattern", "a map to positive integers", _optional(_map_of(_is_size)))
         ),
         alpha_pattern=compile_patterns(
-            "alpha_pattern", take("alpha_pattern", "a map to finite numbers", _optional(_map_of(_is_number)))
+            "alpha_pattern", of_lora("alpha_pattern", "a map to finite numbers", _optional(_map_of(_is_number)))
         ),
-        use_rslora=take("use_rslora", "a bool", lambda value: isinstance(value, bool), False),
-        dropout=take("lora_dropout", "a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1, 0.0),
+        use_rslora=of_lora("use_rslora", "a bool", lambda value: isinstance(value, bool), False),
+        dropout=take(dropout, "a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1, 0.0),
         targets=take("target_modules", "a regular expression or a list of names", _optional(_are_names)) or [],
         exclude=take("exclude_modules", "a regular expression or a list of names", _optional(_are_names)),
         layers_to_transform=_as_list(
@@ -108,6 +124,7 @@ def parse(fields: dict[str, Any]) -> PeftConfig:
         ),
         layers_pattern=_as_list(take("layers_pattern", "names", _optional(_are_names))),
         modules_to_save=_as_list(take("modules_to_save", "names", _optional(_are_names))),
+        variant="hira" if hira else "dora" if use_dora else "lora",
     )
     if unsupported := {name: value for name, value in rest.items() if value and name not in _HARMLESS}:
         raise ValueError(f"these settings are not supported and would change the result: {unsupported}")
@@ -154,66 +171,70 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value in (None, "") else [value]
 
 
-class Scaled(Protocol):
-    """What a config says of one adapter: a layer, or factors without one."""
-
-    @property
-    def rank(self) -> int: ...  # noqa: D102
-    @property
-    def alpha(self) -> float: ...  # noqa: D102
-    @property
-    def use_rslora(self) -> bool: ...  # noqa: D102
-    @property
-    def scale(self) -> float: ...  # noqa: D102
-
-
 def describe(model: nn.Module, layers: dict[str, CoToLoRALinear], modules: list[str]) -> dict[str, Any]:
-    """The config of `layers`; `modules` are the names for modules_to_save."""
+    """The config of `layers`; `modules` are the names for modules_to_save.
+
+    Raises:
+        ValueError: the layers are of more than one variant.
+    """
+    variants = {layer.variant: name for name, layer in layers.items()}
+    if len(variants) > 1:
+        raise ValueError(
+            "model must hold adapters of one variant, as PEFT's config states one for all; it holds "
+            + " and ".join(f"{variant!r} ({name})" for variant, name in variants.items())
+        )
+    (variant,) = variants
     others = [plain_name(name) for name, _ in model.named_modules() if plain_name(name) not in layers]
     ambiguous = any(other.endswith("." + name) for other in others for name in layers)
     path = getattr(model, "name_or_path", None)
     kept = {
         "base_model_name_or_path": path if isinstance(path, str) and path else None,
-        "lora_dropout": max(layer.dropout for layer in layers.values()),
         "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
         "modules_to_save": modules or None,
     }
+    scalings = {name: Scaling(*settings(layer), layer.use_rslora) for name, layer in layers.items()}
+    dropout = max(layer.dropout for layer in layers.values())
+    if variant == "hira":
+        own = {"peft_type": "HIRA", "hira_dropout": dropout, "init_weights": True, **_ranks(scalings)}
+    else:
+        own = {**lora_fields(scalings), "lora_dropout": dropout, "use_dora": variant == "dora"}
     # a list takes dotted ends too; where that would take more than the adapters, an exact expression
-    return fields_of(layers, just(layers) if ambiguous else list(layers), kept)
+    return {**kept, "target_modules": just(layers) if ambiguous else list(layers), **own}
 
 
-def fields_of(layers: Mapping[str, Scaled], targets: str | list[str], kept: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of adapters whose names `targets` takes; `kept` holds fields that no adapter decides."""
+class Scaling(NamedTuple):
+    """What a config says of one adapter."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+
+
+def lora_fields(adapters: Mapping[str, Scaling]) -> dict[str, Any]:
+    """The fields of a config that are about these adapters of plain LoRA, but for the names of their modules."""
+    use_rslora = all(adapter.use_rslora for adapter in adapters.values())
+    # where only some layers are rsLoRA, every layer states its scale as alpha / rank
+    alphas = {
+        name: _plain_number(alpha * (math.sqrt(rank) if rslora and not use_rslora else 1))
+        for name, (rank, alpha, rslora) in adapters.items()
+    }
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
-        "task_type": None,
-        "inference_mode": True,
+        "lora_alpha": alpha,
+        "use_rslora": use_rslora,
         "use_dora": False,
         "bias": "none",
         "init_lora_weights": True,
-        **kept,
-        "target_modules": targets,
-        **_scales(layers),
-    }
-
-
-def _scales(layers: Mapping[str, Scaled]) -> dict[str, Any]:
-    """The fields of a config that give each adapter its rank and scale."""
-    use_rslora = all(layer.use_rslora for layer in layers.values())
-    # where only some layers are rsLoRA, every layer states its scale as alpha / rank
-    alphas = {
-        name: _plain_number(layer.alpha if use_rslora or not layer.use_rslora else layer.scale * layer.rank)
-        for name, layer in layers.items()
-    }
-    rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "use_rslora": use_rslora,
-        "rank_pattern": {exactly(name): layer.rank for name, layer in layers.items() if layer.rank != rank},
         "alpha_pattern": {exactly(name): value for name, value in alphas.items() if value != alpha},
+        **_ranks(adapters),
     }
+
+
+def _ranks(adapters: Mapping[str, Scaling]) -> dict[str, Any]:
+    rank = Counter(adapter.rank for adapter in adapters.values()).most_common(1)[0][0]
+    pattern = {exactly(name): adapter.rank for name, adapter in adapters.items() if adapter.rank != rank}
+    return {"task_type": None, "inference_mode": True, "r": rank, "rank_pattern": pattern}
 
 
 def just(names: Iterable[str]) -> str:

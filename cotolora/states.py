@@ -8,19 +8,20 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cotolora.checkpoint import LoadResult, Saved, collect, place, read, write
+from cotolora.checkpoint import LoadResult, Saved, collect, place, read
+from cotolora.files import write
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.linear import CoToLoRALinear
-from cotolora.peft_config import fields_of, just, parse
+from cotolora.peft_config import Scaling, just, lora_fields, parse
 
 # fields of a config that no adapter decides and that a merged one keeps
 KEPT = ("base_model_name_or_path", "fan_in_fan_out", "lora_dropout", "modules_to_save", "task_type")
-Scaling = Callable[[str], tuple[float, bool, int]]  # name → alpha, use_rslora, rank
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<name>.+)\.lora_(?P<factor>[AB])\.weight")
 
@@ -49,6 +50,11 @@ class Factors:
     def scale(self) -> float:
         """The number s."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def scaling(self) -> Scaling:
+        """Rank, alpha and use_rslora."""
+        return Scaling(self.rank, self.alpha, self.use_rslora)
 
     def delta(self) -> Tensor:
         """``s · B A [out_features, in_features]``."""
@@ -145,28 +151,33 @@ class AdapterState:
         plain = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
         layers = adapters(like) if like is not None else {}
 
-        def scaling(name: str) -> tuple[float, bool, int]:
+        def scaling(name: str) -> Scaling:
             if alpha is not None:
-                return alpha, use_rslora, len(plain[f"{name}.lora_A.weight"])
+                return Scaling(len(plain[f"{name}.lora_A.weight"]), alpha, use_rslora)
             if name not in layers:
                 raise ValueError(f"tensors must be of adapters that the model has; got {name}")
-            return layers[name].alpha, layers[name].use_rslora, layers[name].rank
+            return _scaling(layers[name])
 
         return cls._split(plain, scaling, {}, "tensors")
 
     @classmethod
     def _of(cls, tensors: Mapping[str, Tensor], fields: dict[str, Any], source: str) -> AdapterState:
         config = parse(fields)
-        if fields["peft_type"] != "LORA" or fields.get("use_dora"):
-            kind = "dora" if fields.get("use_dora") else fields["peft_type"].lower()
-            raise ValueError(f"{source} must hold adapters of variant 'lora', which are products; got {kind!r}")
+        if config.variant != "lora":
+            raise ValueError(
+                f"{source} must hold adapters of variant 'lora', which are products; got {config.variant!r}"
+            )
         kept = {key: fields[key] for key in KEPT if key in fields}
-        return cls._split(
-            tensors, lambda name: (config.alpha_of(name), config.use_rslora, config.rank_of(name)), kept, source
-        )
+
+        def scaling(name: str) -> Scaling:
+            return Scaling(config.rank_of(name), config.alpha_of(name), config.use_rslora)
+
+        return cls._split(tensors, scaling, kept, source)
 
     @classmethod
-    def _split(cls, tensors: Mapping[str, Tensor], scaling: Scaling, kept: dict[str, Any], source: str) -> AdapterState:
+    def _split(
+        cls, tensors: Mapping[str, Tensor], scaling: Callable[[str], Scaling], kept: dict[str, Any], source: str
+    ) -> AdapterState:
         pairs: dict[str, dict[str, Tensor]] = {}
         besides = {}
         for key, tensor in tensors.items():
@@ -180,7 +191,7 @@ class AdapterState:
         for name, pair in pairs.items():
             if len(pair) < 2:
                 raise ValueError(f"{source} must hold lora_A and lora_B of {name}; got only lora_{next(iter(pair))}")
-            alpha, use_rslora, rank = scaling(name)
+            rank, alpha, use_rslora = scaling(name)
             if pair["A"].shape[0] != rank:
                 raise ValueError(f"{source} must give {name} the rank of its tensors; got {rank}, {pair['A'].shape[0]}")
             factors[name] = Factors(pair["A"].detach().clone(), pair["B"].detach().clone(), alpha, use_rslora)
@@ -190,7 +201,8 @@ class AdapterState:
         tensors = dict(self.besides)
         for name, part in self.factors.items():
             tensors |= {f"{name}.lora_A.weight": part.lora_a, f"{name}.lora_B.weight": part.lora_b}
-        fields = fields_of(self.factors, just(self.factors), self.kept)
+        scalings = {name: part.scaling for name, part in self.factors.items()}
+        fields = {**lora_fields(scalings), **self.kept, "target_modules": just(self.factors)}
         return Saved(tensors, fields, parse(fields), ours=True)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -200,7 +212,7 @@ class AdapterState:
             OSError: the files cannot be written; the old ones are as they were.
         """
         saved = self._saved()
-        write(directory, saved.tensors, saved.fields)
+        write(Path(directory), saved.fields, saved.tensors)
 
     def load_into(self, model: nn.Module, strict: bool = True) -> LoadResult:
         """`load_adapter`, without a disk: injects into a plain model; adapters that are there must agree in rank.
@@ -229,8 +241,7 @@ class AdapterState:
             for name, layer in layers.items():
                 part = self.factors[name]
                 layer.unmerge()
-                scaling = part.rank, part.alpha, part.use_rslora
-                _put(layer, scaling, _like(part.lora_a, layer), _like(part.lora_b, layer))
+                _put(layer, part.scaling, _like(part.lora_a, layer), _like(part.lora_b, layer))
             _copy(self.besides, plain)
             yield
         finally:
@@ -250,7 +261,7 @@ class AdapterState:
         layers = {name: layer for name, layer in layers.items() if name in self.factors}
         for name, layer in layers.items():
             part = self.factors[name]
-            if layer.variant != "lora" or layer.init in ("pissa", "olora"):
+            if layer.variant != "lora" or layer.lora_a0 is not None:
                 raise ValueError(f"{name} must be plain LoRA; it is {layer.variant!r} with init {layer.init!r}")
             if layer.merged and isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0:
                 raise ValueError(f"{name} must not be merged while enabled is a row mask; unmerge it")
@@ -296,11 +307,11 @@ def _checked(name: str, part: Factors) -> Factors:
     )
 
 
-def _scaling(layer: CoToLoRALinear) -> tuple[int, float, bool]:
-    return layer.rank, layer.alpha, layer.use_rslora
+def _scaling(layer: CoToLoRALinear) -> Scaling:
+    return Scaling(layer.rank, layer.alpha, layer.use_rslora)
 
 
-def _put(layer: CoToLoRALinear, scaling: tuple[int, float, bool], lora_a: Tensor, lora_b: Tensor) -> None:
+def _put(layer: CoToLoRALinear, scaling: Scaling, lora_a: Tensor, lora_b: Tensor) -> None:
     layer.rank, layer.alpha, layer.use_rslora = scaling
     layer.lora_a, layer.lora_b = lora_a, lora_b  # type: ignore[assignment]
 

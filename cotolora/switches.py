@@ -139,13 +139,6 @@ def module_of(switch: Switch) -> nn.Module:
     return switch.layer if isinstance(switch, PeftSwitch) else switch
 
 
-def parameters_of(switch: Switch) -> list[nn.Parameter]:
-    """The parameters of the adapter, those that its base has not."""
-    if isinstance(switch, PeftSwitch):
-        return switch.adapter_parameters
-    return [parameter for name, parameter in switch.named_parameters(recurse=False) if name.startswith("lora_")]
-
-
 def _is_active(layer: Any) -> bool:
     return not layer._get_available_adapters().isdisjoint(layer.active_adapters)
 

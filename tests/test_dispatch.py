@@ -316,15 +316,20 @@ def test_importing_cotolora_loads_nothing_heavy():
 LEVELS = [
     {"reference", "schedule", "stepping", "agreement", "optimizer_state"},
     {"addmm"},
+    {"addmm_dora", "addmm_hira"},
     {"ops"},
     {"dispatch"},
+    {"autograd"},
     {"functional"},
-    {"bases"},
+    {"bases", "variants"},
     {"linear"},
     {"groups"},
     {"masks", "switches"},
-    {"inject", "checkpoint", "peft_config", "coto", "lora_pro", "merging", "pruning", "shapley", "connectivity"}
-    | {"states", "combining", "ensembles", "alignment", "kmeans"},
+    {"files"},
+    {
+        *{"inject", "checkpoint", "peft_config", "peft_layers", "coto", "lora_pro"},
+        *{"merging", "pruning", "shapley", "connectivity", "states", "combining", "ensembles", "alignment", "kmeans"},
+    },
     {"demo", "integrations", "__main__", "__init__"},
 ]
 MODULES = sorted(p for p in (ROOT / "cotolora").rglob("*.py") if "kernels" not in p.relative_to(ROOT).parts)

@@ -1,0 +1,164 @@
+"""Times DoRA and HiRA: ours beside PEFT's and our own LoRA, over the frozen linears; and what each holds at most.
+
+    python -m benchmarks variants [--variant dora hira] [--rounds 40] [--threads 2] [--clock wall]
+
+Three linears d → d → 4d → d, forward and backward in float32 with rank 8. The contenders take turns in every round; an
+AdamW step, which is not timed, follows each, so that nothing stays true from one round to the next. Times are medians
+of the ratios of one round. Ours must agree with PEFT's in y and dx first. `--clock process` counts the process's own
+seconds, which vary less on a busy machine; with one thread they are the time of the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import cotolora
+from benchmarks import clock, memory, report
+from benchmarks.report import Result
+from benchmarks.shapes import number
+
+SIZES = ((768, 394), (256, 256), (64, 1024))  # d and rows
+RANK, SCALE = 8, 2.0
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process": time.process_time}
+
+
+def frozen(width: int) -> nn.Sequential:
+    """The same three linears each time."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(width, width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width))
+    return layers.requires_grad_(False)
+
+
+def factors_of(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def alpha_of(variant: str) -> float:
+    """PEFT's HiRA has no scale."""
+    return float(RANK) if variant == "hira" else SCALE * RANK
+
+
+def ours(width: int, variant: str) -> nn.Sequential:
+    model = frozen(width)
+    cotolora.inject(model, "[012]", rank=RANK, alpha=alpha_of(variant), variant=variant)
+    return model
+
+
+def peft(width: int, variant: str) -> nn.Module:
+    from peft import HiraConfig, LoraConfig, inject_adapter_in_model
+
+    names = ["0", "1", "2"]
+    config = (
+        HiraConfig(r=RANK, target_modules=names)
+        if variant == "hira"
+        else LoraConfig(r=RANK, lora_alpha=alpha_of(variant), use_dora=variant == "dora", target_modules=names)
+    )
+    model = inject_adapter_in_model(config, frozen(width))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name or "hira_" in name)
+    return model
+
+
+class Runner:
+    """A model with its optimizer."""
+
+    def __init__(self, model: nn.Module, x: Tensor, dy: Tensor) -> None:
+        self.model, self.x, self.dy = model, x, dy
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():  # as after some training
+            for parameter in factors_of(model):
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+        parameters = factors_of(model) or [nn.Parameter(torch.zeros(()))]
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+
+    def both(self) -> Tensor:
+        """Forward and backward."""
+        y = self.model(self.x)
+        y.backward(self.dy)
+        return y
+
+    def timed(self, now: Callable[[], float]) -> Callable[[], float]:
+        """Seconds of `both`, followed by a step."""
+
+        def run() -> float:
+            self.x.grad = None
+            begun = now()
+            self.both()
+            took = now() - begun
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            return took
+
+        return run
+
+
+def runners(width: int, rows: int, variant: str) -> dict[str, Runner]:
+    """Everyone on the same numbers; ours is held to PEFT's."""
+    generator = torch.Generator().manual_seed(2)
+    x, dy = (torch.randn(rows, width, generator=generator) for _ in range(2))
+    models = {
+        "frozen": frozen(width), "ours lora": ours(width, "lora"),
+        f"PEFT {variant}": peft(width, variant), f"ours {variant}": ours(width, variant),
+    }  # fmt: skip
+    # all start from PEFT's factors
+    values = [p.detach().clone() for p in factors_of(models[f"PEFT {variant}"])]
+    with torch.no_grad():
+        for parameter, value in zip(factors_of(models[f"ours {variant}"]), values, strict=True):
+            parameter.copy_(value)
+    made = {name: Runner(model, x.clone().requires_grad_(), dy) for name, model in models.items()}
+    ours_, theirs = made[f"ours {variant}"], made[f"PEFT {variant}"]
+    torch.testing.assert_close(ours_.both(), theirs.both(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours_.x.grad, theirs.x.grad, rtol=1e-4, atol=1e-4)
+    return made
+
+
+def measured(width: int, rows: int, variant: str, rounds: int, now: Callable[[], float]) -> list[dict[str, Any]]:
+    """A row for each contender."""
+    made = runners(width, rows, variant)
+    seconds = clock.take_turns({name: runner.timed(now) for name, runner in made.items()}, rounds)
+
+    def over(name: str, other: str) -> float:
+        return statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
+
+    return [
+        {
+            "variant": variant, "width": width, "rows": rows, "contender": name,
+            "median_s": statistics.median(seconds[name]), "over_frozen": over(name, "frozen"),
+            "over_lora": over(name, "ours lora"), "peak_bytes": memory.allocated(runner.both, runner.x.device)[1],
+        }
+        for name, runner in made.items()
+    ]  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints a table."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmarks variants", description=__doc__, formatter_class=formatter)
+    parser.add_argument("--variant", choices=("dora", "hira"), nargs="+", default=["dora", "hira"])
+    parser.add_argument("--rounds", type=number(int), default=40)
+    parser.add_argument("--threads", type=number(int), default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", module="peft")
+    result = Result("variants", report.machine(torch.device("cpu")), vars(options))
+    print(report.head(result))
+    lines = []
+    for variant in options.variant:
+        for width, rows in SIZES:
+            for row in measured(width, rows, variant, options.rounds, CLOCKS[options.clock]):
+                lines.append([
+                    f"{width}/{rows} {row['contender']}", report.duration(row["median_s"]),
+                    *(report.ratio(row[name]) for name in ("over_frozen", "over_lora")),
+                    memory.amount(row["peak_bytes"]),
+                ])  # fmt: skip
+    print(report.markdown(["d/rows", "median", "over frozen", "over our LoRA", "peak"], lines))
+    return 0
