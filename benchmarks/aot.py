@@ -34,11 +34,14 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from cotolora.kernels.adapter_grads import gram, project
+from cotolora.kernels.hira import hira
+from cotolora.kernels.hira_grads import hira_grads
 from cotolora.kernels.low_rank_gemm import low_rank_gemm
 from cotolora.kernels.one_pass import one_pass
 from cotolora.kernels.one_pass_swapped import one_pass_swapped
 from cotolora.kernels.partials import sum_partials
 from cotolora.kernels.pre_expand import expand, pre_expand
+from cotolora.kernels.row_norm import row_norm
 from cotolora.kernels.shrink import shrink
 from cotolora.kernels.tiles import PROJECT_MAX_RANK, TABLES, TMA_ARCHITECTURES, UNALIGNED, Row, Stream, Tile, choose
 
@@ -171,6 +174,14 @@ def launch(kernel: str, tile: Tile | Stream, tma: bool, operands: Operands) -> N
         case "gram":
             sums = gram(t.x, t.p, t.gate, 1.0, torch.float32, **t.dropped, stream=tile, split=2)
             sum_partials(sums, sums)
+        case "row_norm":
+            row_norm(t.weight, t.a, t.b, 2.0, None, t.bias, t.gate, stream=tile)
+        case "hira" if operands.dropout and operands.gate == "rows":
+            hira(t.dy, t.weight.T, None, t.b.T, t.a.T, t.gate, 2.0, **t.dropped, drops_input=False, tile=tile)
+        case "hira":
+            hira(t.x, t.weight, *forward, **t.dropped, tile=tile)
+        case "hira_grads":
+            hira_grads(t.dy, t.x, t.weight, *forward[1:], torch.float32, torch.float32, **t.dropped, tile=tile, split=2)
         case "project":
             project(t.dy, t.h, t.b, t.gate, 2.0, torch.float32, stream=tile)
         case "low_rank_gemm" if operands.dropout:
@@ -360,11 +371,12 @@ def main(arguments: list[str]) -> int:
     """Compiles, prints the table, and returns 1 if anything breaks its budget."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks aot", description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
+    parser.add_argument("--kernel", action="append", choices=TABLES, help="only this family; may be repeated")
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args(arguments)
     if knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: with it kernels are interpreted and never compiled")
-    cases = list(distinct(case for target in options.target or TARGETS for case in all_cases(target)))
+    cases = list(distinct(case for target in options.target or TARGETS for case in all_cases(target) if not options.kernel or case.kernel in options.kernel))
     # spawned: a fork after torch has started its threads can hang
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
         results = list(pool.map(measure_one, cases, chunksize=4))

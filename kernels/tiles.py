@@ -285,6 +285,36 @@ PRE_EXPAND: dict[str, tuple[Row[Stream], ...]] = {
     for arch in ONE_PASS
 }
 
+# rows of W, columns of K: W is read once, so few rows make many programs and the small A comes from the L2
+ROW_NORM: dict[str, tuple[Row[Stream], ...]] = {
+    arch: (
+        Row(Stream(16, 32, max_ranks=16, num_stages=2), element_size=4),
+        Row(Stream(16, 64, max_ranks=64), aligned=False),
+        Row(Stream(16, 128, max_ranks=64, num_stages=2 if arch in ("gfx942", "generic") else 4), max_rank=64),
+        Row(Stream(16, 64, max_ranks=64)),
+    )
+    for arch in ONE_PASS
+}
+# y transposed: its 128 rows are columns of the weight, which is made in registers
+HIRA: dict[str, tuple[Row[Tile], ...]] = {
+    arch: (
+        Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4),
+        Row(Tile(64, 64, 32, num_warps=8, num_stages=2), aligned=False),
+        Row(Tile(64, 128, 64, num_warps=8), selects=True),
+        Row(Tile(128, 128, 64, num_warps=8)),
+    )
+    for arch in ONE_PASS
+}
+# block_n by block_k of the weight, block_m rows of x and dy at a time
+HIRA_GRADS: dict[str, tuple[Row[Tile], ...]] = {
+    arch: (
+        Row(Tile(16, 32, 32, num_warps=8, num_stages=2), element_size=4),
+        Row(Tile(32, 64, 64, num_warps=8, num_stages=2), aligned=False),
+        Row(Tile(64, 128, 128, num_warps=8)),
+    )
+    for arch in ONE_PASS
+}
+
 TABLES: dict[str, dict[str, tuple[Row[Any], ...]]] = {
     "one_pass": ONE_PASS,
     "one_pass_swapped": ONE_PASS_SWAPPED,
@@ -293,6 +323,9 @@ TABLES: dict[str, dict[str, tuple[Row[Any], ...]]] = {
     "gram": GRAM,
     "project": PROJECT,
     "pre_expand": PRE_EXPAND,
+    "row_norm": ROW_NORM,
+    "hira": HIRA,
+    "hira_grads": HIRA_GRADS,
 }
 
 
