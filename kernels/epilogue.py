@@ -27,15 +27,15 @@ def scale_columns(
 
 @triton.jit
 def store_scaled(
-    # [BLOCK_M, BLOCK_N]; [M, N]; [M, N] or None; float32 [N] or None; [N] or None
-    u, y_ptr, u_ptr, column_scale_ptr, bias_ptr,
-    rows, columns, stored, column_ok, row_on,
-    stride_y_m, stride_y_n, stride_bias_n,
+    # [BLOCK_M, BLOCK_N]; where it goes in y; contiguous [M, N] or None; float32 [N] or None; [N] or None
+    u, y_ptrs, u_ptr, column_scale_ptr, bias_ptr,
+    rows, columns, stored, column_ok, row_on, N,
+    stride_bias_n,
     ROW_GATES: tl.constexpr,
 ):  # fmt: skip
     """Stores the rows `stored` of y, and of u where there is a place for it."""
-    offsets = rows[:, None] * stride_y_m + columns[None, :] * stride_y_n
     if u_ptr is not None:
-        tl.store(u_ptr + offsets, u.to(u_ptr.dtype.element_ty), mask=stored[:, None] & column_ok[None, :])
+        u_ptrs = u_ptr + rows[:, None] * N + columns[None, :]
+        tl.store(u_ptrs, u.to(u_ptr.dtype.element_ty), mask=stored[:, None] & column_ok[None, :])
     y = scale_columns(u, column_scale_ptr, bias_ptr, columns, column_ok, row_on, stride_bias_n, ROW_GATES)
-    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=stored[:, None] & column_ok[None, :])
+    tl.store(y_ptrs, y.to(y_ptrs.dtype.element_ty), mask=stored[:, None] & column_ok[None, :])

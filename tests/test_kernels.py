@@ -93,6 +93,7 @@ def bias_only(c):
 
 
 def finished(sums):
+    sums = [one for one in sums if one is not None]
     for one in sums:
         if one.partials.data_ptr() != one.out.data_ptr() and one.out.numel():
             sum_partials(one)
@@ -129,11 +130,11 @@ KERNELS = {  # name → (launch, plain): each a function of the call giving a tu
         lambda c: (plain_h(c),),
     ),
     "gram_a": (
-        lambda c, **tile: finished([gram(c.x, c.p, c.gate, SCALE, torch.float32, **c.dropout, **tile)]),
+        lambda c, **tile: finished(gram(c.x, c.p, c.gate, SCALE, torch.float32, **c.dropout, **tile)),
         lambda c: (plain_gram(c, c.dropped(c.x), c.p, SCALE),),
     ),
     "gram_b": (
-        lambda c, **tile: finished([gram(c.dy, c.h, c.gate, 1.0, c.x.dtype, **tile)]),
+        lambda c, **tile: finished(gram(c.dy, c.h, c.gate, 1.0, c.x.dtype, **tile)),
         lambda c: (plain_gram(c, c.dy, c.h),),
     ),
     "project": (
