@@ -20,10 +20,21 @@ class Saved(NamedTuple):
 
     h: ``scale · dropout(x) Aᵀ [rows, rank]`` in the dtype of x, zero where the gate is off.
     keep: boolean dropout mask of the shape of x; of the Triton backend an int64 ``[]``, the seed that draws it.
+
+    Of DoRA alone:
+
+    column: c ``[out_features]``, where the whole call is off 1.
+    norm: ``‖W + scale · B A‖`` by rows, ``[out_features]``.
+    base: what c multiplies, ``[rows, out_features]``, before h Bᵀ: ``x Wᵀ + bias``, or ``dropout(x) Wᵀ``.
+    bias: what `base` has too much.
     """
 
     h: Tensor | None
     keep: Tensor | None
+    column: Tensor | None = None
+    norm: Tensor | None = None
+    base: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class Needs(NamedTuple):
@@ -34,6 +45,7 @@ class Needs(NamedTuple):
     bias: torch.dtype | None
     lora_a: torch.dtype | None
     lora_b: torch.dtype | None
+    magnitude: torch.dtype | None = None
 
 
 def flat(t: Tensor) -> Tensor:
@@ -142,15 +154,15 @@ def backward(
     if needs.bias:
         dbias = rows.sum(0)
     if needs.lora_b and saved.h is not None:
-        h, masked = saved.h, select(by_row, rows)
-        db = select(whole, (h.T @ masked).T if short_first(rows, h.shape[1]) else masked.T @ h)
+        h, on_rows = saved.h, select(by_row, rows)
+        db = select(whole, (h.T @ on_rows).T if short_first(rows, h.shape[1]) else on_rows.T @ h)
         db = cast(db, needs.lora_b)
     if (needs.x or needs.lora_a) and lora_b is not None:
         b = cast(lora_b, dy.dtype)
         p = scaled_mm(b.T, rows.T, scale).T if short_first(rows, b.shape[1]) else scaled_mm(rows, b, scale)
         p = select(on, p)
     if needs.lora_a and p is not None and x is not None:
-        dropped = x if saved.keep is None else _masked(x, saved.keep, dropout)
+        dropped = x if saved.keep is None else masked(x, saved.keep, dropout)
         da = cast(select(whole, p.T @ select(by_row, flat(dropped))), needs.lora_a)
     if needs.x and p is not None and weight is not None and lora_a is not None:
         dx = rows @ weight
@@ -160,11 +172,12 @@ def backward(
         else:
             update = select(on, p @ lora_a)
             if saved.keep is not None:
-                update = _masked(update, flat(saved.keep), dropout)
+                update = masked(update, flat(saved.keep), dropout)
             dx.add_(update)
         dx = dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], weight.shape[1])
     return dx, dw, dbias, da, db
 
 
-def _masked(t: Tensor, keep: Tensor, dropout: float) -> Tensor:
+def masked(t: Tensor, keep: Tensor, dropout: float) -> Tensor:
+    """``D ∘ t``: zero where `keep` is, the rest times ``1 / (1 - dropout)``."""
     return (t * keep).mul_(0.0 if dropout == 1 else 1 / (1 - dropout))

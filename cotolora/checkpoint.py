@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from cotolora.files import CONFIG, WEIGHTS, read_config, read_weights, write
 from cotolora.groups import adapters, plain_name, unwrap
 from cotolora.inject import inject, match_linears, matches
 from cotolora.linear import CoToLoRALinear, is_conv1d, why_not_adaptable
 from cotolora.peft_config import PeftConfig, describe, exactly, is_alone, parse
+from cotolora.peft_layers import KEYS, fill, plain_key, shapes, why_not
+from cotolora.peft_layers import tensors as tensors_of
 
 logger = logging.getLogger("cotolora")
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_HASH = "cotolora_config_sha256"
 
 
 class LoadResult(NamedTuple):
@@ -48,6 +41,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     The names of DDP, compile and checkpoint wrappers are dropped; sharded parameters are gathered, so in a
     distributed run every rank must call this; rank 0 writes.
 
+    DoRA and HiRA are written as PEFT's. Adapters that started from W ("pissa", "olora") become plain LoRA of twice the
+    rank and alpha (√2 times alpha with rsLoRA), for the base as it is; PEFT's own would change the base.
+
     A kill at any moment leaves a pair that `load_adapter` reads, the old one or the new one: the
     weights carry the hash of their config, and where a kill fell between the two renames, the new config
     still lies beside them under its temporary name.
@@ -57,8 +53,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         directory: made if need be; other files in it are left alone.
 
     Raises:
-        ValueError: the model has no enabled adapter or is one itself, or the base weight or bias of an adapter
-            trains: the format has no place for these.
+        ValueError: the model has no enabled adapter or is one itself, its adapters are of more than one variant, or
+            the base weight or bias of an adapter trains: the format has no place for these.
         OSError: the files cannot be written; the old ones are as they were.
     """
     layers = {name: layer for name, layer in adapters(model).items() if _enabled(layer)}
@@ -68,20 +64,18 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if model in layers.values():
         raise ValueError("model must hold adapters; it is one itself, which has no name to save it by")
     tensors, modules = _trained_besides(model)
+    fields = describe(model, layers, modules)
+    gathered = {key: _whole(tensor) for key, tensor in tensors.items()}
     for name, layer in layers.items():
-        tensors[f"{name}.lora_A.weight"] = layer.lora_a
-        tensors[f"{name}.lora_B.weight"] = layer.lora_b
-    gathered = {_PREFIX + key: _whole(tensor) for key, tensor in tensors.items()}
-    config = json.dumps(describe(model, layers, modules), indent=2, sort_keys=True).encode()
-    metadata = {"format": "pt", _HASH: hashlib.sha256(config).hexdigest()}
-    _on_rank_zero(lambda: _write(Path(directory), config, serialize(gathered, metadata)))
+        gathered |= {f"{name}.{key}": tensor for key, tensor in tensors_of(layer, _whole).items()}
+    write(Path(directory), fields, gathered)
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bool = True) -> LoadResult:
-    """Loads adapters that `save_adapter` or PEFT (LoRA) wrote.
+    """Loads adapters that `save_adapter` or PEFT (LoRA, DoRA, HiRA) wrote.
 
     A model without adapters gets them first, as `inject` would make them, and is frozen but for them; on
-    one with adapters, targets, ranks and alphas must agree. Nothing is changed unless all of it fits.
+    one with adapters, targets, variant, ranks and alphas must agree. Nothing is changed unless all of it fits.
 
     Args:
         model: the base model, or one with adapters.
@@ -98,8 +92,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bo
             is not supported and would change the result, or the adapter does not fit the model.
     """
     path = Path(directory)
-    tensors, config_hash = _read_weights(path)
-    config = _read_config(path, config_hash)
+    found, config_hash = read_weights(path)
+    tensors = {plain_key(key): tensor for key, tensor in found.items()}
+    try:
+        config = parse(read_config(path, config_hash))
+    except ValueError as error:
+        raise ValueError(f"{path / CONFIG}: {error}") from None
     existing = adapters(model)
     fit = _fit(unwrap(model), config, existing, tensors)
     if strict and (fit.missing or fit.unexpected):
@@ -127,14 +125,14 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bo
             },
             dropout=config.dropout,
             use_rslora=config.use_rslora,
+            variant=config.variant,
             trainable=_any_of(parameters & set(trained)) or (),
         )
     merged = [layer for layer in layers.values() if layer.merged]
     for layer in merged:
         layer.unmerge()
     for name in fit.ranks:
-        _fill(layers[name].lora_a, tensors[f"{name}.lora_A.weight"])
-        _fill(layers[name].lora_b, tensors[f"{name}.lora_B.weight"])
+        fill(layers[name], {key: tensors[f"{name}.{key}"] for key in KEYS[config.variant]}, _fill)
     for key, target in fit.plain.items():
         _fill(target, tensors[key])
     for layer in merged:
@@ -185,108 +183,6 @@ def _whole(tensor: Tensor) -> Tensor:
     return whole.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def _on_rank_zero(write: Callable[[], None]) -> None:
-    if not (dist.is_available() and dist.is_initialized()):
-        return write()
-    caught: Exception | None = None
-    if dist.get_rank() == 0:
-        try:
-            write()
-        except Exception as error:  # whatever it is, the others wait to hear of it
-            caught = error
-    outcome = [caught and f"rank 0 could not write: {caught}"]
-    dist.broadcast_object_list(outcome)  # also the barrier: nobody reads before it is written
-    if caught is not None:
-        raise caught
-    if outcome[0] is not None:
-        raise OSError(outcome[0])
-
-
-def _write(directory: Path, config: bytes, weights: bytes) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    new_config, new_weights = directory / _temporary(CONFIG), directory / _temporary(WEIGHTS)
-    if new_config.is_file() and _sha256(new_config) == _saved_hash(directory / WEIGHTS):
-        # a save was killed between its two renames: its config must not be lost to this one
-        os.replace(new_config, directory / CONFIG)
-    try:
-        _write_durably(new_config, config)
-        _write_durably(new_weights, weights)
-    except BaseException:
-        new_config.unlink(missing_ok=True)
-        new_weights.unlink(missing_ok=True)
-        raise
-    # weights first: between the two renames the new config is still there under its temporary name
-    os.replace(new_weights, directory / WEIGHTS)
-    os.replace(new_config, directory / CONFIG)
-
-
-def _saved_hash(weights: Path) -> str | None:
-    """The hash of the config that `weights` was saved with; None where there is none to read."""
-    try:
-        with safe_open(weights, framework="pt") as file:
-            return (file.metadata() or {}).get(_HASH)
-    except (SafetensorError, OSError):
-        return None
-
-
-def _temporary(name: str) -> str:
-    return f".{name}.new"
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_weights(directory: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors by their names in the base model, and the hash of the config they were saved with."""
-    path = directory / WEIGHTS
-    if not path.is_file():
-        if (directory / "adapter_model.bin").exists():
-            raise ValueError(
-                f"{directory} must hold {WEIGHTS}; it holds adapter_model.bin, a pickle, which can run code and "
-                "is not read; load it with PEFT and save it again with safe_serialization=True"
-            )
-        raise FileNotFoundError(f"directory must hold {WEIGHTS}; there is none in {directory}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{path} must be a whole safetensors file; reading it failed: {error}") from error
-    for key in tensors:
-        if not key.startswith(_PREFIX):
-            raise ValueError(f"{path} must hold keys that begin with {_PREFIX!r}; got {key!r}")
-    return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}, metadata.get(_HASH)
-
-
-def _read_config(directory: Path, config_hash: str | None) -> PeftConfig:
-    path = directory / CONFIG
-    found = [p.read_bytes() for p in (path, directory / _temporary(CONFIG)) if p.is_file()]
-    if config_hash is not None:
-        found = [text for text in found if hashlib.sha256(text).hexdigest() == config_hash]
-        if not found:
-            raise ValueError(f"{path} must be the config that {WEIGHTS} was saved with; it is missing or another one")
-    elif not path.is_file():
-        raise FileNotFoundError(f"directory must hold {CONFIG}; there is none in {directory}")
-    try:
-        fields = json.loads(found[0].decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON; reading it failed: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} must hold a JSON object; got {type(fields).__name__}")
-    try:
-        return parse(fields)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 class _Fit(NamedTuple):
     """How a file lies on a model."""
 
@@ -321,20 +217,21 @@ def _fit(model: nn.Module, config: PeftConfig, existing: dict[str, CoToLoRALinea
     bases = tuple(f"{name}." for name in here)
     plain = {key: tensor for key, tensor in state.items() if key in tensors and not key.startswith(bases)}
     saved = {key for key in state if _is_saved(key, config)}
-    missing = ({*_factors(wanted), *_factors(existing)} | saved) - set(tensors)
-    unexpected = set(tensors) - set(_factors(here)) - set(plain)
-    ranks = {name: config.rank_of(name) for name in here if not missing & set(_factors([name]))}
+    variant = config.variant
+    missing = ({*_keys(variant, wanted), *_keys(variant, existing)} | saved) - set(tensors)
+    unexpected = set(tensors) - set(_keys(variant, here)) - set(plain)
+    ranks = {name: config.rank_of(name) for name in here if not missing & set(_keys(variant, [name]))}
     for name, rank in ranks.items():
         out_features, in_features, device = _sizes(name, linears[name])
-        for key, shape in zip(_factors([name]), ((rank, in_features), (out_features, rank)), strict=True):
+        for key, shape in zip(_keys(variant, [name]), shapes(variant, rank, in_features, out_features), strict=True):
             _check_tensor(key, tensors[key], torch.float32, shape, device)
     for key, target in plain.items():
         _check_tensor(key, tensors[key], target.dtype, tuple(target.shape), target.device)
     return _Fit(ranks, plain, sorted(missing), sorted(unexpected))
 
 
-def _factors(names: Iterable[str]) -> list[str]:
-    return [f"{name}.lora_{factor}.weight" for name in names for factor in "AB"]
+def _keys(variant: str, names: Iterable[str]) -> list[str]:
+    return [f"{name}.{key}" for name in names for key in KEYS[variant]]
 
 
 def _is_saved(key: str, config: PeftConfig) -> bool:
@@ -365,13 +262,9 @@ def _check_tensor(key: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int
 
 def _check_agreement(existing: dict[str, CoToLoRALinear], config: PeftConfig, ranks: dict[str, int]) -> None:
     for name, rank in ranks.items():
-        layer = existing[name]
         scale = config.alpha_of(name) / (math.sqrt(rank) if config.use_rslora else rank)
-        if layer.rank != rank or not math.isclose(layer.scale, scale):
-            raise ValueError(
-                f"{name} must have the rank and scale of the file, {rank} and {scale:g}; "
-                f"the model's are {layer.rank} and {layer.scale:g}"
-            )
+        if reason := why_not(existing[name], config.variant, rank, scale):
+            raise ValueError(f"{name} {reason}")
     for name, layer in existing.items():
         if layer.merged and isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0:
             raise ValueError(f"{name} must not be merged while enabled is a row mask; unmerge it to load")

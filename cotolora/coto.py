@@ -229,7 +229,7 @@ class CoTo:
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Makes `optimizer` leave the adapters that are off untouched; returns a handle that undoes this.
 
-        Just before each of its steps, the gradients of A and B of adapters that are off become None. A
+        Just before each of its steps, the gradients of adapters that are off become None. A
         single process with host gates and ``zero_grad(set_to_none=True)`` has none there anyway; DDP,
         device gates and zeroed gradients leave zeros, with which AdamW would still move and decay weights.
 
@@ -247,7 +247,8 @@ class CoTo:
         def forget() -> None:
             for layer, on in self._on():
                 if (layer.training and not on) or not _trainable(layer):
-                    layer.lora_a.grad = layer.lora_b.grad = None
+                    for parameter in layer.adapter_parameters:
+                        parameter.grad = None
 
         def before_step(
             _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -275,7 +276,7 @@ class CoTo:
             parameter
             for layer in self._layers.values()
             if layer.active is False or layer.merged
-            for parameter in (layer.lora_a, layer.lora_b)
+            for parameter in layer.adapter_parameters
             if parameter.requires_grad
         ]
         return self._joined(output, unused) if unused else None

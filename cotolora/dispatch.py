@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cotolora import addmm
+from cotolora import addmm, addmm_dora, addmm_hira
 from cotolora.kernels import forms
 from cotolora.kernels.forms import FORMS, Choice, Launch, Sizes
 from cotolora.kernels.tiles import architecture
 
+_ADDMM = {"lora": addmm, "dora": addmm_dora, "hira": addmm_hira}
 BACKENDS = ("reference", "addmm", "triton")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON_MAX_RANK = 256
@@ -99,6 +100,7 @@ class Call(NamedTuple):
     in_features: int = 0
     out_features: int = 0
     backward: bool = True
+    variant: str = "lora"
 
     @property
     def sizes(self) -> Sizes | None:
@@ -219,6 +221,8 @@ def why_not(backend: str, call: Call) -> list[str]:
         reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
     if call.rank > TRITON_MAX_RANK:
         reasons.append(f"rank {call.rank} exceeds {TRITON_MAX_RANK}")
+    if call.variant != "lora":
+        reasons.append(f"variant {call.variant!r} has no fused kernel")
     return reasons
 
 
@@ -231,10 +235,10 @@ def has_triton() -> bool:
     return _triton
 
 
-def kernels(backend: str) -> Any:
-    """What has the `forward` and `backward` of a name that `choose` gave."""
+def kernels(backend: str, variant: str = "lora") -> Any:
+    """What has the `forward` and `backward`, and of DoRA the `row_norms`, of a name that `choose` gave."""
     if backend == "addmm":
-        return addmm
+        return _ADDMM[variant]
     from cotolora import ops
 
     return ops.FUSED[backend.removeprefix("triton:")]

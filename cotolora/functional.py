@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cotolora import addmm, dispatch, reference
-from cotolora.addmm import Needs, Saved
+from cotolora import dispatch, reference
+from cotolora.autograd import LowRankLinear, autocasts, without_autocast
 from cotolora.reference import Gate
+
+VARIANTS = ("lora", "dora", "hira")
 
 
 def coto_lora_linear(
@@ -25,6 +25,9 @@ def coto_lora_linear(
     scale: float,
     gate: Gate = True,
     dropout: float = 0.0,
+    variant: str = "lora",
+    magnitude: Tensor | None = None,
+    norm: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Linear layer plus a gated low-rank update: ``y = x Wᵀ + bias + δ · scale · (dropout(x) Aᵀ) Bᵀ``.
@@ -34,6 +37,13 @@ def coto_lora_linear(
         dx = dy W + scale · (dy B) A      dA = scale · (dy B)ᵀ x      dB = scale · dyᵀ (x Aᵀ)
 
     W and bias get none unless they require it. No double backward except by the reference.
+
+    Or a variant of it, with the same gates, dropout and dtypes; of one that is on,
+
+        dora:  y = c ∘ (x Wᵀ + scale · (x Aᵀ) Bᵀ) + bias,   c = m / ‖W + scale · B A‖ by rows, the norm a constant
+        hira:  y = x (W ∘ (1 + scale · B A))ᵀ + bias
+
+    which `cotolora.reference` defines, with their sources.
 
     Args:
         x: inputs, ``[..., in_features]``; any strides, any leading dimensions, also none or empty.
@@ -54,6 +64,10 @@ def coto_lora_linear(
             Off selects the base, also where A or B is not finite.
         dropout: probability in [0, 1] of zeroing an entry of the adapter's input; always acts. Masks are
             drawn from torch's generator; the fused kernels draw a seed from it, so their masks are others.
+        variant: "lora", "dora" or "hira".
+        magnitude: m of DoRA, ``[out_features]``, floating, as A and B; None for the others.
+        norm: of DoRA, `row_norms` of these W, A and B, which a caller may keep as long as they stay the same; None
+            computes it.
         backend: "auto", "reference", "addmm", "triton" or one of its forms as in `set_backend`; None
             follows `set_backend`, then the environment variable ``COTOLORA_BACKEND``, then "auto".
 
@@ -76,133 +90,76 @@ def coto_lora_linear(
             [1.0000, 1.0000, 1.0000]])
     """
     _check_tensors(x, weight, bias, lora_a, lora_b)
+    if variant != "lora" or magnitude is not None or norm is not None:
+        _check_variant(variant, weight, magnitude, norm)
     _check_gate(gate, x)
     _check_numbers(scale, dropout)
 
-    autocast = _autocasts(x.device)
+    autocast = autocasts(x.device)
     if not autocast:
         _check_dtypes(x, weight, bias)
     if gate is False:
         if backend is not None:
             dispatch.check_name(backend, "backend")
         return F.linear(x, weight, bias)
+    uncast = weight
     if autocast:
         x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
         _check_dtypes(x, weight, bias)
     rows = None if torch.compiler.is_compiling() else math.prod(x.shape[:-1])
     call = dispatch.Call(
-        x.device, x.dtype, lora_a.shape[0], dropout, rows, weight.shape[1], weight.shape[0], torch.is_grad_enabled()
-    )
+        x.device, x.dtype, lora_a.shape[0], dropout, rows, weight.shape[1], weight.shape[0], torch.is_grad_enabled(),
+        variant,
+    )  # fmt: skip
     name = dispatch.choose(backend, call)
+    if variant == "dora" and norm is None:
+        norm = _row_norms(uncast, lora_a, lora_b, scale, name)
     if name == "reference":
-        return reference.lora_linear(x, weight, bias, lora_a, lora_b, scale=scale, gate=gate, dropout=dropout)
+        return _reference(
+            x, weight, bias, lora_a, lora_b, magnitude, norm, scale=scale, gate=gate, dropout=dropout, variant=variant
+        )
     fall_back = name.startswith("triton") and dispatch.requested(backend)[0] == "auto"
-    return _LowRankLinear.apply(x, weight, bias, lora_a, lora_b, scale, gate, dropout, name, fall_back)
+    return LowRankLinear.apply(
+        x, weight, bias, lora_a, lora_b, magnitude, norm, scale, gate, dropout, variant, name, fall_back
+    )
 
 
-class _LowRankLinear(torch.autograd.Function):
-    """Joins a backend's forward and backward.
+def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, backend: str | None = None) -> Tensor:
+    """``‖W + scale · B A‖`` of every row ``[out_features]``: DoRA's norm, which no gradient passes.
 
-    Old style (the context comes with the forward): half the eager cost of a setup_context Function.
+    The arguments are those of `coto_lora_linear`; the result is float32, or float64 if `weight` is.
     """
+    _check_tensors(weight, weight, None, lora_a, lora_b)
+    call = dispatch.Call(weight.device, weight.dtype, lora_a.shape[0], variant="dora")
+    return _row_norms(weight, lora_a, lora_b, scale, dispatch.choose(backend, call))
 
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scale: float,
-        gate: Gate,
-        dropout: float,
-        backend: str,
-        fall_back: bool,
-    ) -> Tensor:
-        options: dict[str, Any] = {"scale": scale, "gate": gate, "dropout": dropout}
-        try:
-            y, saved = dispatch.kernels(backend).forward(x, weight, bias, lora_a, lora_b, **options)
-        except Exception as error:
-            if not fall_back:
-                raise
-            dispatch.note_failure(backend, error)
-            backend, fall_back = "addmm", False
-            y, saved = addmm.forward(x, weight, bias, lora_a, lora_b, **options)
-        if backend.startswith("triton") and not torch.compiler.is_compiling():
-            dispatch.note_run(backend, x.dtype, lora_a.shape[0])
-        for_x, for_weight, for_bias, for_a, for_b = ctx.needs_input_grad[:5]
-        needs = Needs(
-            x.dtype if for_x else None,
-            weight.dtype if for_weight else None,
-            bias.dtype if for_bias and bias is not None else None,
-            lora_a.dtype if for_a else None,
-            lora_b.dtype if for_b else None,
+
+def _row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, name: str) -> Tensor:
+    by = reference if name == "reference" else dispatch.kernels(name, "dora")
+    with torch.no_grad(), without_autocast(weight.device):
+        return by.row_norms(weight, lora_a, lora_b, scale)
+
+
+def _reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor | None,
+    norm: Tensor | None,
+    *,
+    scale: float,
+    gate: Gate,
+    dropout: float,
+    variant: str,
+) -> Tensor:
+    if magnitude is not None:
+        return reference.dora_linear(
+            x, weight, bias, lora_a, lora_b, magnitude, scale=scale, gate=gate, dropout=dropout, norm=norm
         )
-        ctx.needs, ctx.scale, ctx.dropout, ctx.backend, ctx.fall_back = needs, scale, dropout, backend, fall_back
-        ctx.x_shape = x.shape
-        ctx.gate = gate if isinstance(gate, bool) else None
-        ctx.save_for_backward(
-            x if needs.lora_a or needs.weight else None,
-            weight if needs.x else None,
-            # B's gradient has h for it, but a second differentiation is noticed by A's presence
-            lora_a if needs.x or needs.lora_b else None,
-            lora_b if needs.x or needs.lora_a else None,
-            saved.h if needs.lora_b else None,
-            saved.keep if needs.lora_a or needs.x else None,
-            None if isinstance(gate, bool) else gate,
-        )
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if not (recorded := torch.is_grad_enabled()) and not _autocasts(dy.device):
-            return *_LowRankLinear.gradients(ctx, dy), None, None, None, None, None
-        # backward may be called inside an autocast region, which must not recast what forward settled
-        with torch.no_grad(), without_autocast(dy.device):
-            gradients = _LowRankLinear.gradients(ctx, dy)
-        if not recorded:
-            return *gradients, None, None, None, None, None
-        # requires_grad marks them as depending on the inputs, which no_grad hid from autograd; the inputs go
-        # along because autograd.grad visits only what leads to the tensors it is asked about
-        marked = (None if g is None else g.detach().requires_grad_() for g in gradients)
-        x, weight, lora_a, lora_b = ctx.saved_tensors[:4]
-        gradients = _OnlyOnce.apply(ctx.backend, *marked, dy, x, weight, lora_a, lora_b)
-        return *gradients, None, None, None, None, None
-
-    @staticmethod
-    def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Those asked for, of x, weight, bias, A and B; grad mode and autocast are off."""
-        x, weight, lora_a, lora_b, h, keep, gate = ctx.saved_tensors
-        gate = ctx.gate if gate is None else gate
-        options: dict[str, Any] = {"scale": ctx.scale, "gate": gate, "dropout": ctx.dropout}
-        operands = (dy, x, weight, lora_a, lora_b)
-        try:
-            return dispatch.kernels(ctx.backend).backward(*operands, Saved(h, keep), ctx.needs, **options)
-        except Exception as error:
-            if not ctx.fall_back:
-                raise
-            dispatch.note_failure(ctx.backend, error)
-            if keep is not None:
-                keep = dispatch.drawn_mask(keep, ctx.x_shape, ctx.dropout)
-            return addmm.backward(*operands, Saved(h, keep), ctx.needs, **options)
-
-
-class _OnlyOnce(torch.autograd.Function):
-    """Hands five gradients on unchanged and raises if someone differentiates them, towards whatever they came from."""
-
-    @staticmethod
-    def forward(ctx: Any, backend: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        ctx.backend = backend
-        return tensors[:5]
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        backend = ctx.backend.partition(":")[0]
-        raise RuntimeError(
-            f"backend={backend!r} has no double backward; call coto_lora_linear or the layer with "
-            "backend='reference' (or set_backend('reference')) to differentiate twice"
-        )
+    define = reference.lora_linear if variant == "lora" else reference.hira_linear
+    return define(x, weight, bias, lora_a, lora_b, scale=scale, gate=gate, dropout=dropout)
 
 
 def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
@@ -231,6 +188,26 @@ def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tenso
             f"lora_b must be [{out_features}, {lora_a.shape[0]}] to fit weight and lora_a; "
             f"got shape {tuple(lora_b.shape)}"
         )
+
+
+def _check_variant(variant: str, weight: Tensor, magnitude: Tensor | None, norm: Tensor | None) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {VARIANTS}; got {variant!r}")
+    for name, t in (("magnitude", magnitude), ("norm", norm)):
+        if variant != "dora":
+            if t is not None:
+                raise ValueError(f"{name} belongs to variant='dora'; got one with variant={variant!r}")
+            continue
+        if t is None and name == "norm":
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor with variant='dora'; got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name} must be of a floating dtype; got {t.dtype}")
+        if t.device != weight.device:
+            raise ValueError(f"{name} must be on the device of x, {weight.device}; got {t.device}")
+        if t.shape != weight.shape[:1]:
+            raise ValueError(f"{name} must be [{weight.shape[0]}] to fit weight; got shape {tuple(t.shape)}")
 
 
 def _check_gate(gate: Gate, x: Tensor) -> None:
@@ -268,16 +245,6 @@ def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise TypeError(f"weight must be of the dtype of x, {dtype}; got {weight.dtype}")
     if bias is not None and bias.dtype != dtype:
         raise TypeError(f"bias must be of the dtype of x, {dtype}; got {bias.dtype}")
-
-
-def _autocasts(device: torch.device) -> bool:
-    # asking about meta, which has no autocast, raises
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """A context in which autocast casts nothing on `device`."""
-    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
 
 
 def _autocast(t: Tensor) -> Tensor:

@@ -191,8 +191,8 @@ def trainable_report(model: nn.Module) -> str:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A and B of every adapter, in module order."""
-    return [parameter for layer in adapters(model).values() for parameter in (layer.lora_a, layer.lora_b)]
+    """A, B and, of DoRA, the magnitude of every adapter, in module order."""
+    return [parameter for layer in adapters(model).values() for parameter in layer.adapter_parameters]
 
 
 def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:

@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cotolora.functional import coto_lora_linear, without_autocast
+from cotolora.autograd import without_autocast
+from cotolora.functional import coto_lora_linear, row_norms
 from cotolora.reference import Gate
-
-VARIANTS = ("lora",)
-INITS = ("kaiming", "gaussian")
+from cotolora.variants import FROM_WEIGHT, check, delta, since_start, start
 
 
 class CoToLoRALinear(nn.Module):
@@ -39,9 +38,12 @@ class CoToLoRALinear(nn.Module):
         bias: whether the base has a bias.
         dropout: probability of zeroing an entry of the adapter's input while training.
         use_rslora: scale by ``alpha / √rank`` instead (arXiv:2312.03732, theorem 3.2).
-        variant: "lora".
+        variant: "lora"; "dora", which learns the lengths of W's rows as well; "hira", which scales W's entries. See
+            `coto_lora_linear`.
         init: of A: "kaiming" (uniform with a = √5, as nn.Linear) or "gaussian" (standard
-            deviation 1 / rank). B is zero in both.
+            deviation 1 / rank), where B is zero; or of both from W: "pissa" (its largest singular values) or "olora"
+            (its QR factors), see `cotolora.variants.start`. Then what the layer adds is ``s · (B A − B0 A0)``, so
+            that a fresh layer and one that is off compute what W does, the original.
         device, dtype: of the base weight. A and B are float32, or float64 if the base is.
 
     Attributes:
@@ -50,9 +52,12 @@ class CoToLoRALinear(nn.Module):
         bias: ``[out_features]`` or None, frozen.
         lora_a: A, ``[rank, in_features]``.
         lora_b: B, ``[out_features, rank]``.
+        lora_magnitude: m of DoRA, ``[out_features]``, at first ``‖W‖`` by rows; else None.
+        lora_a0, lora_b0: where A and B started with "pissa" and "olora"; else None.
 
     Raises:
-        ValueError: a size, `alpha`, `dropout`, `variant` or `init` is out of its range.
+        ValueError: a size, `alpha`, `dropout`, `variant` or `init` is out of its range; "pissa" and "olora" want a
+            rank that W can have, and a W that is there.
         TypeError: `dtype` is not floating.
 
     Source: Hu et al. 2021, section 4.1 (arXiv:2106.09685).
@@ -63,6 +68,9 @@ class CoToLoRALinear(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    lora_magnitude: nn.Parameter | None
+    lora_a0: Tensor | None
+    lora_b0: Tensor | None
 
     def __init__(
         self,
@@ -87,10 +95,7 @@ class CoToLoRALinear(nn.Module):
             raise ValueError(f"alpha must be a finite number; got {alpha!r}")
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a probability in [0, 1]; got {dropout!r}")
-        if variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {VARIANTS}; got {variant!r}")
-        if init not in INITS:
-            raise ValueError(f"init must be one of {INITS}; got {init!r}")
+        check(variant, init, rank, alpha, (out_features, in_features))
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating dtype; got {dtype}")
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
@@ -100,6 +105,7 @@ class CoToLoRALinear(nn.Module):
         self._gate: Gate = True
         self._enabled: Gate = True
         self._original_weight: nn.Parameter | None = None
+        self._norm: tuple[tuple[int, ...], Tensor] | None = None
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self._share(base.weight, base.bias)  # type: ignore[arg-type]
 
@@ -131,10 +137,13 @@ class CoToLoRALinear(nn.Module):
         assert bias is None or isinstance(bias, nn.Parameter)
         transposed = is_conv1d(linear)
         in_features, out_features = weight.shape if transposed else weight.shape[::-1]
+        # an init from W can only follow once W is in place
         layer = cls(
             in_features, out_features, rank, alpha, bias=bias is not None, dropout=dropout,
-            use_rslora=use_rslora, variant=variant, init=init, device="meta", dtype=weight.dtype,
+            use_rslora=use_rslora, variant=variant, device="meta", dtype=weight.dtype,
         )  # fmt: skip
+        check(variant, init, rank, alpha, (out_features, in_features))
+        layer.init = init
         layer.fan_in_fan_out = transposed
         layer._share(weight, bias)
         return layer.train(linear.training)
@@ -148,20 +157,58 @@ class CoToLoRALinear(nn.Module):
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.lora_a = nn.Parameter(torch.empty(self.rank, self.in_features, device=weight.device, dtype=dtype))
         self.lora_b = nn.Parameter(torch.empty(self.out_features, self.rank, device=weight.device, dtype=dtype))
+        empty = torch.empty(self.out_features, device=weight.device, dtype=dtype)
+        self.register_parameter("lora_magnitude", nn.Parameter(empty) if self.variant == "dora" else None)
+        for name, factor in (("lora_a0", self.lora_a), ("lora_b0", self.lora_b)):
+            self.register_buffer(name, torch.empty_like(factor.detach()) if self.init in FROM_WEIGHT else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws A anew and sets B to zero. The base is pretrained and stays as it is."""
+        """Starts the adapter anew: draws A, sets B to zero, takes from W what comes from W. The base stays as it is.
+
+        Raises:
+            ValueError: `init` is taken from W, and W is on the meta device.
+        """
         if self.init == "kaiming":
             nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        else:
+        elif self.init == "gaussian":
             nn.init.normal_(self.lora_a, std=1 / self.rank)
         nn.init.zeros_(self.lora_b)
+        self._take_from_weight()
+
+    @torch.no_grad()
+    def _take_from_weight(self) -> None:
+        self._norm = None
+        weight = self._matrix(self._base_weight())
+        if self.lora_a0 is not None and self.lora_b0 is not None:
+            if weight.is_meta:
+                raise ValueError(
+                    f"init must be 'kaiming' or 'gaussian' on the meta device, got {self.init!r}, which reads W"
+                )
+            a0, b0 = start(self.init, weight, self.rank, self.scale)
+            for target, value in ((self.lora_a, a0), (self.lora_b, b0), (self.lora_a0, a0), (self.lora_b0, b0)):
+                target.copy_(value)
+        if self.lora_magnitude is not None and not weight.is_meta:
+            # at the start the update is zero, whatever A is
+            zero = torch.zeros_like(self.lora_b)
+            self.lora_magnitude.copy_(row_norms(weight, self.lora_a, zero, self.scale))
 
     @property
     def scale(self) -> float:
         """``alpha / rank``, or ``alpha / √rank`` with rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def adapter_parameters(self) -> tuple[nn.Parameter, ...]:
+        """A, B and, of DoRA, m: what an optimizer trains, and what gets no gradient where the layer is off."""
+        both = (self.lora_a, self.lora_b)
+        return both if self.lora_magnitude is None else (*both, self.lora_magnitude)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The factors of the update ``s · B A``: A and B, or with "pissa" and "olora" those of ``B A − B0 A0``."""
+        if self.lora_a0 is None or self.lora_b0 is None:
+            return self.lora_a, self.lora_b
+        return since_start(self.lora_a, self.lora_b, self.lora_a0, self.lora_b0)
 
     @property
     def gate(self) -> Gate:
@@ -217,23 +264,62 @@ class CoToLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in_features]`` → ``[..., out_features]``. A merged layer is a plain linear."""
-        weight: Tensor = self.weight
-        if self.fan_in_fan_out:
-            weight = weight.T
+        weight = self._matrix(self.weight)
         if self._original_weight is not None:
             return F.linear(x, weight, self.bias)
+        gate = self.active
+        lora_a, lora_b = (self.lora_a, self.lora_b) if gate is False else self.factors()
         return coto_lora_linear(
-            x, weight, self.bias, self.lora_a, self.lora_b,
-            scale=self.scale, gate=self.active, dropout=self.dropout if self.training else 0.0,
+            x, weight, self.bias, lora_a, lora_b,
+            scale=self.scale, gate=gate, dropout=self.dropout if self.training else 0.0,
+            variant=self.variant, magnitude=self.lora_magnitude,
+            norm=None if self.lora_magnitude is None or gate is False else self._kept_norm(weight, lora_a, lora_b),
         )  # fmt: skip
 
+    def _kept_norm(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor | None:
+        """DoRA's norm, from one forward to the next in eval() without gradients; None where it must be computed.
+
+        `train`, a load, `merge`, `unmerge` and `.to()` forget it, and so does a forward that records gradients, since
+        training may follow. The versions tell of most other writes, but not of one through ``.data``.
+        """
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._norm = None
+            return None
+        written = (self.weight, self.lora_a, self.lora_b)
+        versions = tuple(-1 if t.is_inference() else t._version for t in written)
+        if self._norm is None or self._norm[0] != versions:
+            self._norm = versions, row_norms(weight, lora_a, lora_b, self.scale)
+        return self._norm[1]
+
+    def forget_norm(self) -> None:
+        """Has DoRA's norm computed anew. Call it after writing to a parameter through ``.data`` in eval()."""
+        self._norm = None
+
+    def train(self, mode: bool = True) -> CoToLoRALinear:
+        """As of any module; besides, what eval() has kept is forgotten."""
+        self._norm = None
+        return super().train(mode)
+
     def delta_weight(self) -> Tensor:
-        """The update ``s · B A [out_features, in_features]`` in the dtype of A and B, whatever the switches say."""
+        """What the adapter adds to W, ``[out_features, in_features]``, whatever the switches say.
+
+        ``s · B A``; of DoRA ``c ∘ (W + s · B A) − W``, of HiRA ``W ∘ s · B A``. In the dtype of A and B.
+        """
         return self._delta(self.lora_a.dtype)
 
     def _delta(self, dtype: torch.dtype) -> Tensor:
+        lora_a, lora_b = self.factors()
+        weight = None if self.variant == "lora" else self._matrix(self._base_weight())
         with without_autocast(self.lora_a.device):
-            return self.scale * (self.lora_b.to(dtype) @ self.lora_a.to(dtype))
+            return delta(self.variant, weight, lora_a.to(dtype), lora_b.to(dtype), self.lora_magnitude, self.scale)
+
+    def _base_weight(self) -> nn.Parameter:
+        """The base's own weight, also while `weight` holds the update."""
+        return self.weight if self._original_weight is None else self._original_weight
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """`weight` as ``[out_features, in_features]``."""
+        return weight.T if self.fan_in_fan_out else weight
 
     @property
     def merged(self) -> bool:
@@ -243,19 +329,18 @@ class CoToLoRALinear(nn.Module):
     @torch.no_grad()
     def _merged_weight(self) -> nn.Parameter:
         """The base weight plus the update of an enabled adapter: a new parameter, or the base's own if disabled."""
-        base = self.weight if self._original_weight is None else self._original_weight
+        base = self._base_weight()
         if isinstance(self._enabled, Tensor) and self._enabled.dim() > 0:
             raise RuntimeError("enabled is a row mask, which no single weight can hold; set it to a bool to merge")
         if not self._enabled:
             return base
         # at least float32, also where .half() has cast A and B: one rounding, the last
         dtype = torch.promote_types(torch.promote_types(base.dtype, self.lora_a.dtype), torch.float32)
-        delta = self._delta(dtype)
-        weight = base.to(dtype) + (delta.T if self.fan_in_fan_out else delta)
+        weight = base.to(dtype) + self._matrix(self._delta(dtype))
         return nn.Parameter(weight.to(base.dtype), requires_grad=base.requires_grad)
 
     def merge(self) -> None:
-        """Puts ``W + s · B A`` in place of `weight`, if the adapter is enabled; the gate is ignored.
+        """Puts W plus `delta_weight` in place of `weight`, if the adapter is enabled; the gate is ignored.
 
         A new tensor: the original, which other modules may share, is kept and never written. Until
         `unmerge`, the switches have no effect and nothing trains here. Twice is once.
@@ -264,6 +349,7 @@ class CoToLoRALinear(nn.Module):
             RuntimeError: `enabled` is a row mask.
         """
         if self._original_weight is None:
+            self._norm = None
             merged, original = self._merged_weight(), self.weight
             self.weight = merged
             # past nn.Module's __setattr__, which would register a second parameter
@@ -272,7 +358,7 @@ class CoToLoRALinear(nn.Module):
     def unmerge(self) -> None:
         """Puts the original weight object back, bit for bit. Does nothing if not merged."""
         if self._original_weight is not None:
-            self.weight, self._original_weight = self._original_weight, None
+            self.weight, self._original_weight, self._norm = self._original_weight, None, None
 
     def to_linear(self, merge: bool = True) -> nn.Module:
         """A plain ``nn.Linear`` (or Conv1D) with the base's bias, and its weight or, merged, a new one.
@@ -280,8 +366,7 @@ class CoToLoRALinear(nn.Module):
         Raises:
             RuntimeError: `merge` is asked for and `enabled` is a row mask.
         """
-        base = self.weight if self._original_weight is None else self._original_weight
-        weight = self._merged_weight() if merge else base
+        weight = self._merged_weight() if merge else self._base_weight()
         if self.fan_in_fan_out:
             from transformers.pytorch_utils import Conv1D
 
@@ -293,6 +378,7 @@ class CoToLoRALinear(nn.Module):
         return linear.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoToLoRALinear:
+        self._norm = None
         super()._apply(fn, recurse)
         if (original := self._original_weight) is not None and original is not self.weight:
             with torch.no_grad():
@@ -320,14 +406,23 @@ class CoToLoRALinear(nn.Module):
     ) -> None:
         was_merged = self.merged
         self.unmerge()
+        self._norm = None
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if was_merged:
-            self.merge()
-        own = {prefix + "lora_a", prefix + "lora_b"}
+        own = {prefix + name for name in ("lora_a", "lora_b", "lora_magnitude", "lora_a0", "lora_b0")}
         if own.isdisjoint(state_dict):  # a checkpoint of the base model, which knows no adapters
             missing_keys[:] = [key for key in missing_keys if key not in own]
+            if prefix + "weight" in state_dict and self._is_fresh():
+                self._take_from_weight()
+        if was_merged:
+            self.merge()
+
+    def _is_fresh(self) -> bool:
+        """Whether B is where it started, so that what was taken from an earlier W can be taken from a new one."""
+        return not self.lora_b.is_meta and torch.equal(
+            self.lora_b, torch.zeros_like(self.lora_b) if self.lora_b0 is None else self.lora_b0
+        )
 
     def extra_repr(self) -> str:
         """Sizes and switches, for repr."""

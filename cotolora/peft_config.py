@@ -14,6 +14,7 @@ from torch import nn
 from cotolora.groups import plain_name
 from cotolora.inject import Patterns, compile_patterns, compiled, first_match, matches
 from cotolora.linear import CoToLoRALinear
+from cotolora.peft_layers import settings
 
 # PEFT fields that do not change what the adapter computes once its weights are loaded
 _HARMLESS = frozenset((
@@ -30,6 +31,10 @@ _INSIDE = (
     "lora_B",
     "lora_dropout",
     "lora_magnitude_vector",
+    "hira_A",
+    "hira_B",
+    "hira_dropout.default",
+    "hira_dropout",
 )
 # initialisations that leave the base weights alone; the others train on a residual base
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -50,9 +55,12 @@ class PeftConfig:
     layers_to_transform: list[int]
     layers_pattern: list[str]
     modules_to_save: list[str]
+    variant: str
 
     def alpha_of(self, name: str) -> float:
         """Alpha of the module `name`."""
+        if self.variant == "hira":
+            return self.rank_of(name)  # PEFT's has no scale
         return first_match(self.alpha_pattern, name, self.lora_alpha)
 
     def rank_of(self, name: str) -> int:
@@ -87,12 +95,16 @@ def parse(fields: dict[str, Any]) -> PeftConfig:
             raise ValueError(f"{name} must be {must}; got {value!r}")
         return value
 
-    take("peft_type", "'LORA', the one method supported", lambda value: value == "LORA")
+    method = take("peft_type", "'LORA' or 'HIRA', the methods supported", lambda value: value in ("LORA", "HIRA"))
+    hira = method == "HIRA"
+    init, dropout = ("init_weights", "hira_dropout") if hira else ("init_lora_weights", "lora_dropout")
     take("bias", "'none': trained biases are not supported", lambda value: value == "none", "none")
-    take("init_lora_weights", f"one of {_INITS}: others change the base weights", lambda value: value in _INITS)
+    take(init, f"one of {_INITS}: others change the base weights", lambda value: value in _INITS)
+    use_dora = take("use_dora", "a bool", lambda value: isinstance(value, bool), False)
+    rank = take("r", "a positive integer", _is_size, 32 if hira else 8)
     config = PeftConfig(
-        rank=take("r", "a positive integer", _is_size, 8),
-        lora_alpha=take("lora_alpha", "a finite number", _is_number, 8),
+        rank=rank,
+        lora_alpha=rank if hira else take("lora_alpha", "a finite number", _is_number, 8),
         rank_pattern=compile_patterns(
             "rank_pattern", take("rank_pattern", "a map to positive integers", _optional(_map_of(_is_size)))
         ),
@@ -100,7 +112,7 @@ def parse(fields: dict[str, Any]) -> PeftConfig:
             "alpha_pattern", take("alpha_pattern", "a map to finite numbers", _optional(_map_of(_is_number)))
         ),
         use_rslora=take("use_rslora", "a bool", lambda value: isinstance(value, bool), False),
-        dropout=take("lora_dropout", "a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1, 0.0),
+        dropout=take(dropout, "a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1, 0.0),
         targets=take("target_modules", "a regular expression or a list of names", _optional(_are_names)) or [],
         exclude=take("exclude_modules", "a regular expression or a list of names", _optional(_are_names)),
         layers_to_transform=_as_list(
@@ -108,6 +120,7 @@ def parse(fields: dict[str, Any]) -> PeftConfig:
         ),
         layers_pattern=_as_list(take("layers_pattern", "names", _optional(_are_names))),
         modules_to_save=_as_list(take("modules_to_save", "names", _optional(_are_names))),
+        variant="hira" if hira else "dora" if use_dora else "lora",
     )
     if unsupported := {name: value for name, value in rest.items() if value and name not in _HARMLESS}:
         raise ValueError(f"these settings are not supported and would change the result: {unsupported}")
@@ -155,35 +168,61 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def describe(model: nn.Module, layers: dict[str, CoToLoRALinear], modules: list[str]) -> dict[str, Any]:
-    """The config of `layers`; `modules` are the names for modules_to_save."""
-    use_rslora = all(layer.use_rslora for layer in layers.values())
-    # where only some layers are rsLoRA, every layer states its scale as alpha / rank
-    alphas = {
-        name: _plain_number(layer.alpha if use_rslora or not layer.use_rslora else layer.scale * layer.rank)
-        for name, layer in layers.items()
-    }
-    rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    """The config of `layers`; `modules` are the names for modules_to_save.
+
+    Raises:
+        ValueError: the layers are of more than one variant.
+    """
+    variants = {layer.variant: name for name, layer in layers.items()}
+    if len(variants) > 1:
+        raise ValueError(
+            "model must hold adapters of one variant, as PEFT's config states one for all; it holds "
+            + " and ".join(f"{variant!r} ({name})" for variant, name in variants.items())
+        )
+    (variant,) = variants
+    ranks = {name: settings(layer)[0] for name, layer in layers.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
     others = [plain_name(name) for name, _ in model.named_modules() if plain_name(name) not in layers]
     ambiguous = any(other.endswith("." + name) for other in others for name in layers)
     path = getattr(model, "name_or_path", None)
     return {
-        "peft_type": "LORA",
         "task_type": None,
         "inference_mode": True,
         "base_model_name_or_path": path if isinstance(path, str) and path else None,
         "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": max(layer.dropout for layer in layers.values()),
-        "use_rslora": use_rslora,
-        "use_dora": False,
-        "bias": "none",
         "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
-        "init_lora_weights": True,
         # a list takes dotted ends too; where that would take more than the adapters, an exact expression
         "target_modules": "|".join(re.escape(name) for name in layers) if ambiguous else list(layers),
         "modules_to_save": modules or None,
-        "rank_pattern": {exactly(name): layer.rank for name, layer in layers.items() if layer.rank != rank},
+        "rank_pattern": {exactly(name): value for name, value in ranks.items() if value != rank},
+        **(_describe_hira(layers) if variant == "hira" else _describe_lora(layers, variant)),
+    }
+
+
+def _describe_hira(layers: dict[str, CoToLoRALinear]) -> dict[str, Any]:
+    return {
+        "peft_type": "HIRA",
+        "hira_dropout": max(layer.dropout for layer in layers.values()),
+        "init_weights": True,
+    }
+
+
+def _describe_lora(layers: dict[str, CoToLoRALinear], variant: str) -> dict[str, Any]:
+    use_rslora = all(layer.use_rslora for layer in layers.values())
+    alphas = {}
+    for name, layer in layers.items():
+        rank, alpha = settings(layer)
+        # where only some layers are rsLoRA, every layer states its scale as alpha / rank
+        alphas[name] = _plain_number(alpha if use_rslora or not layer.use_rslora else layer.scale * rank)
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "lora_alpha": alpha,
+        "lora_dropout": max(layer.dropout for layer in layers.values()),
+        "use_rslora": use_rslora,
+        "use_dora": variant == "dora",
+        "bias": "none",
+        "init_lora_weights": True,
         "alpha_pattern": {exactly(name): value for name, value in alphas.items() if value != alpha},
     }
 

@@ -68,3 +68,117 @@ def lora_linear(
     if on.dim() == 0:
         lora_b = torch.where(on, lora_b, 0)
     return torch.where(on, base + scale * (h @ lora_b.T), base)
+
+
+def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """``‖W + scale · B A‖`` of every row ``[out_features]``, a constant to autograd.
+
+    In float32, float64 if `weight` is; of A and B as they are, not as cast to the dtype of x, as PEFT.
+
+    Source: DoRA, Liu et al. 2024, eq. 5 and section 4.3, "treating ‖V + ΔV‖ as a constant" (arXiv:2402.09353).
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    weight, lora_a, lora_b = weight.detach().to(dtype), lora_a.detach().to(dtype), lora_b.detach().to(dtype)
+    return torch.linalg.vector_norm(weight + scale * (lora_b @ lora_a), dim=1)
+
+
+def column_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """``c = m / norm [out_features]``, in the dtype of `norm`; 1 where the norm is 0 and the row has no direction."""
+    return torch.where(norm == 0, 1, magnitude.to(norm.dtype) / torch.where(norm == 0, 1, norm))
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    *,
+    scale: float,
+    gate: Gate = True,
+    dropout: float = 0.0,
+    norm: Tensor | None = None,
+) -> Tensor:
+    r"""Gated DoRA, which learns the lengths of the rows of W apart: ``y = c ∘ (x Wᵀ + scale · (x Aᵀ) Bᵀ) + bias``.
+
+    ``c = m / ‖W + scale · B A‖`` by rows, the norm a constant to autograd. With dropout D, as PEFT has it,
+
+        y = x Wᵀ + bias + δ · [(c − 1) ∘ (D x) Wᵀ + c ∘ scale · (D x Aᵀ) Bᵀ]
+
+    which is the first form where nothing is dropped, and the base's own result where c = 1 and B = 0.
+    c and its products are float32 (float64 with x), and one rounding takes their sum to the dtype of x.
+
+    The paper has no dropout. PEFT differs where a row's norm is 0, which it divides by (here c is 1 and m gets no
+    gradient), and in the dtype: it computes in that of A and B, not in that of x.
+
+    Args:
+        x, weight, bias, lora_a, lora_b, scale, gate, dropout: as in `lora_linear`; off is the plain base, without m.
+        magnitude: m, ``[out_features]``.
+        norm: ``row_norms(weight, lora_a, lora_b, scale)``, where the caller knows it.
+
+    Returns:
+        ``[..., out_features]``, in the dtype of `x`.
+
+    Source: DoRA, Liu et al. 2024, eq. 5 and 11 with section 4.3 (arXiv:2402.09353); PEFT 0.21.2, `DoraLinearLayer`.
+    """
+    base = F.linear(x, weight, bias)
+    if gate is False:
+        return base
+    if norm is None:
+        norm = row_norms(weight, lora_a, lora_b, scale)
+    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    dropped = F.dropout(x, dropout)
+    if gate is True:
+        c = column_scale(magnitude, norm)
+        update = (c - 1) * (dropped @ weight.T) + c * (scale * ((dropped @ lora_a.T) @ lora_b.T))
+        return (base + update).to(x.dtype)
+
+    on = rows_on(gate, x)
+    # as in lora_linear: selecting on both sides of each product keeps 0 · inf out of the gradients as well
+    lora_b, magnitude, norm = (torch.where(on.any(), t, 1) for t in (lora_b, magnitude, norm))
+    c = torch.where(on, column_scale(magnitude, norm), 1)
+    dropped = torch.where(on, dropped, 0)
+    h = torch.where(on, dropped @ lora_a.T, 0)
+    update = (c - 1) * (dropped @ weight.T) + c * (scale * (h @ lora_b.T))
+    return torch.where(on, base + update, base).to(x.dtype)
+
+
+def hira_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    scale: float,
+    gate: Gate = True,
+    dropout: float = 0.0,
+) -> Tensor:
+    r"""Gated HiRA, an update of high rank: ``y = x (W ∘ (1 + scale · B A))ᵀ + bias``.
+
+    With dropout D, as PEFT has it, ``y = x Wᵀ + bias + δ · (D x) (W ∘ scale · B A)ᵀ``. In low precision
+    ``1 + scale · B A`` is never rounded: in bfloat16 that would lose an update below 1/256.
+
+    The paper and PEFT have no scale, so there ``alpha = rank``; the rest is the same.
+
+    Args:
+        x, weight, bias, lora_a, lora_b, scale, gate, dropout: as in `lora_linear`.
+
+    Returns:
+        ``[..., out_features]``, in the dtype of `x`.
+
+    Source: HiRA, Huang et al., ICLR 2025, section 3 (openreview.net/forum?id=TwJrTz9cRS); PEFT 0.21.2, `HiraLayer`.
+    """
+    base = F.linear(x, weight, bias)
+    if gate is False:
+        return base
+    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    dropped = F.dropout(x, dropout)
+    if gate is True:
+        return base + dropped @ (weight * (scale * (lora_b @ lora_a))).T
+
+    on = rows_on(gate, x)
+    lora_a, lora_b = torch.where(on.any(), lora_a, 0), torch.where(on.any(), lora_b, 0)
+    update = torch.where(on, dropped, 0) @ (weight * (scale * (lora_b @ lora_a))).T
+    return torch.where(on, base + update, base)

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from cotolora import CoToLoRALinear, adapters, checkpoint, eject, inject, load_adapter, save_adapter
+from cotolora import CoToLoRALinear, adapters, checkpoint, eject, files, inject, load_adapter, save_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -1205,11 +1205,11 @@ class Torn:
 @contextmanager
 def stepping(at, act):
     steps, fsync, replace = Steps(at, act), os.fsync, os.replace
-    checkpoint.open, os.fsync, os.replace = steps.open, steps.around(fsync), steps.around(replace)
+    files.open, os.fsync, os.replace = steps.open, steps.around(fsync), steps.around(replace)
     try:
         yield steps
     finally:
-        del checkpoint.open
+        del files.open
         os.fsync, os.replace = fsync, replace
 
 
@@ -1389,13 +1389,13 @@ def main_rank(rank, directory):
     rank, directory = int(rank), Path(directory)
     dist.init_process_group("gloo", init_method=f"file://{directory / 'meeting'}", rank=rank, world_size=2)
     model, _, other = variants()
-    write = checkpoint._write
+    write = files._write
     if rank == 1:
 
         def write_elsewhere(*_):
             raise AssertionError("only rank 0 writes")
 
-        checkpoint._write = write_elsewhere
+        files._write = write_elsewhere
     save_adapter(model, directory / "whole")
     assert which(directory / "whole", [model]) == 0  # on both ranks, at once
 
@@ -1408,11 +1408,11 @@ def main_rank(rank, directory):
         def break_down(*_):
             raise RuntimeError("not an OSError")
 
-        checkpoint._write = break_down
+        files._write = break_down
     with pytest.raises(RuntimeError if rank == 0 else OSError, match="not an OSError"):
         save_adapter(other, directory / "whole")
     if rank == 0:
-        checkpoint._write = write
+        files._write = write
     assert which(directory / "whole", [model]) == 0
 
     mesh = init_device_mesh("cpu", (2,))

@@ -316,13 +316,17 @@ def test_importing_cotolora_loads_nothing_heavy():
 LEVELS = [
     {"reference", "schedule"},
     {"addmm"},
+    {"addmm_dora", "addmm_hira"},
     {"ops"},
     {"dispatch"},
+    {"autograd"},
     {"functional"},
+    {"variants"},
     {"linear"},
     {"groups"},
     {"masks"},
-    {"inject", "checkpoint", "peft_config", "coto", "merging", "pruning", "shapley", "connectivity"},
+    {"files"},
+    {"inject", "checkpoint", "peft_config", "peft_layers", "coto", "merging", "pruning", "shapley", "connectivity"},
     {"demo", "integrations", "__main__", "__init__"},
 ]
 MODULES = sorted(p for p in (ROOT / "cotolora").rglob("*.py") if "kernels" not in p.relative_to(ROOT).parts)

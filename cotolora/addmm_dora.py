@@ -1,0 +1,182 @@
+"""DoRA as vendor GEMMs with a hand-written backward; `cotolora.addmm` has the plain form and what both share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cotolora.addmm import Needs, Saved, cast, flat, masked, scaled_mm, select, short_first
+from cotolora.reference import Gate, column_scale, rows_on
+
+# entries of W that are cast to float32 at a time
+BLOCK = 1 << 20
+
+
+def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    r"""``‖W + scale · B A‖`` by rows ``[out_features]``, without the ``[out_features, in_features]`` product.
+
+        ‖W_i‖² + 2 s · W_i · (B A)_i + s² · (B A)_i · (B A)_i,   W_i · (B A)_i = (W Aᵀ)_i · B_i
+
+    In float32, or float64 if `weight` is. Where B = 0 it is ``‖W‖`` exactly. Else the squared norm is off by some
+    roundings of ``(‖W_i‖ + ‖s (B A)_i‖)²``, which is much of it where the update nearly cancels a row of W.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    lora_a, lora_b = cast(lora_a, dtype), cast(lora_b, dtype)
+    if weight.dtype == dtype:
+        across, norm = weight @ lora_a.T, torch.linalg.vector_norm(weight, dim=1)
+    else:
+        blocks = weight.split(max(1, BLOCK // weight.shape[1]))
+        across = torch.cat([block.to(dtype) @ lora_a.T for block in blocks])
+        norm = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
+    # 2 s · W Aᵀ + s² · B (A Aᵀ), whose product with B by rows is what the update adds
+    across = torch.addmm(across, lora_b, lora_a @ lora_a.T, beta=2 * scale, alpha=scale * scale)
+    added = (across * lora_b).sum(1)
+    return torch.addcmul(added, norm, norm).clamp_min_(0).sqrt_()
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    needs: Needs,
+    *,
+    scale: float,
+    gate: Gate,
+    dropout: float,
+) -> tuple[Tensor, Saved]:
+    r"""``y = c ∘ base + (1 − c) ∘ bias + h (c ∘ B)ᵀ`` with ``base = x Wᵀ + bias`` and ``h = δ · scale · x Aᵀ``.
+
+    With dropout D, ``y = x Wᵀ + bias + (c − 1) ∘ (D x) Wᵀ + h (c ∘ B)ᵀ`` with ``h = δ · scale · D x Aᵀ``.
+    Where c = 1 and B = 0, so also where the gate is off, both are the base's own result, bit for bit.
+    Shapes as in `cotolora.reference.dora_linear`; `gate` is True or a tensor.
+    """
+    y = F.linear(x, weight, bias).contiguous()
+    rows = flat(y)
+    on, whole, by_row = _switches(gate, y)
+    c = column_scale(magnitude, norm)
+    if on is not None:
+        c = torch.where(on.any(), c, 1)
+    dropped, keep = torch.native_dropout(x, dropout, True) if dropout else (x, None)
+    h = select(on, scaled_mm(flat(dropped), cast(lora_a, x.dtype).T, scale))
+    if dropout:
+        base = flat(dropped) @ weight.T
+        out = torch.addcmul(rows, base, c - 1)
+    else:
+        base = rows
+        out = rows * c if bias is None else torch.addcmul(torch.addcmul(bias, bias, c, value=-1), rows, c)
+    out = cast(out, x.dtype).addmm_(h, _columns(c, lora_b, whole, x.dtype).T).view(y.shape)
+    if by_row is not None:
+        out = torch.where(by_row, out, y)
+    of_magnitude = (norm, base, None if dropout else bias) if needs.magnitude else (None, None, None)
+    return out, Saved(h, keep, c, *of_magnitude)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    saved: Saved,
+    needs: Needs,
+    *,
+    scale: float,
+    gate: Gate,
+    dropout: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    r"""Gradients of x, weight, bias, A, B and m given ``dy [..., out]``: those of LoRA with ``c ∘ dy`` in place of dy.
+
+    With ``p = δ · scale · dy (c ∘ B)`` and without dropout:
+
+        dx = (c ∘ dy) W + p A      dA = pᵀ x      dB = c ∘ dyᵀ h      dm = Σ_rows dy ∘ (x Wᵀ + h Bᵀ) / norm
+
+    Only what `needs` asks for is computed; operands that the rest would need may be None.
+    """
+    dx = dw = dbias = da = db = dm = p = None
+    c, keep = saved.column, saved.keep
+    assert c is not None
+    rows = flat(dy)
+    on, whole, by_row = _switches(gate, dy)
+    on_rows = select(by_row, rows)
+    dropped = x if x is None or keep is None else masked(x, keep, dropout)
+    if needs.bias:
+        dbias = rows.sum(0)
+    if saved.h is not None:
+        h = saved.h
+        across = (h.T @ on_rows).T if short_first(rows, h.shape[1]) else on_rows.T @ h
+        if needs.lora_b:
+            db = cast(select(whole, across * c[:, None]), needs.lora_b)
+        if needs.magnitude and lora_b is not None:
+            dm = cast(_for_magnitude(on_rows, across, lora_b, saved, on), needs.magnitude)
+    if (needs.x or needs.lora_a) and lora_b is not None:
+        b = _columns(c, lora_b, whole, dy.dtype)
+        p = scaled_mm(b.T, rows.T, scale).T if short_first(rows, b.shape[1]) else scaled_mm(rows, b, scale)
+        p = select(on, p)
+    if needs.lora_a and p is not None and dropped is not None:
+        da = cast(select(whole, p.T @ select(by_row, flat(dropped))), needs.lora_a)
+    if needs.weight and x is not None and dropped is not None:
+        dw = _scaled(dy, c, by_row).T @ flat(x)
+        if keep is not None:
+            dw = rows.T @ flat(x) + cast(on_rows * (c - 1), dy.dtype).T @ flat(dropped)
+    if needs.x and p is not None and weight is not None and lora_a is not None:
+        dx = _for_x(dy, weight, select(whole, cast(lora_a, dy.dtype)), p, c, on, saved.keep, dropout)
+        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+    return dx, dw, dbias, da, db, dm
+
+
+def _for_x(
+    dy: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    p: Tensor,
+    c: Tensor,
+    on: Tensor | None,
+    keep: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    rows, by_row = flat(dy), None if on is None or on.dim() == 0 else on
+    if keep is not None:
+        update = (cast(select(by_row, rows) * (c - 1), rows.dtype) @ weight).add_(select(by_row, p @ lora_a))
+        return (rows @ weight).add_(masked(update, flat(keep), dropout))
+    if by_row is not None:
+        return (_scaled(dy, c, by_row) @ weight).add_(select(by_row, p @ lora_a))
+    # c is put onto the smaller operand; a number of rows that is not known is taken for small
+    if torch.compiler.is_compiling() or rows.shape[0] <= weight.shape[1]:
+        return (_scaled(dy, c, None) @ weight).addmm_(p, lora_a)
+    return (rows @ cast(weight * c[:, None], rows.dtype)).addmm_(p, lora_a)
+
+
+def _for_magnitude(on_rows: Tensor, across: Tensor, lora_b: Tensor, saved: Saved, on: Tensor | None) -> Tensor:
+    """``Σ_rows dy ∘ u / norm [out_features]``, with u from `saved` and ``across = dyᵀ h``."""
+    base, norm = saved.base, saved.norm
+    assert base is not None
+    assert norm is not None
+    total = (on_rows * cast(base, norm.dtype)).sum(0)
+    if saved.bias is not None:
+        total.addcmul_(on_rows.sum(0, dtype=norm.dtype), cast(saved.bias, norm.dtype), value=-1)
+    total += (across * lora_b).sum(1)
+    # a row without a norm has c = 1 whatever m is
+    counts = norm != 0 if on is None else (norm != 0) & on.any()
+    return torch.where(counts, total / norm, 0)
+
+
+def _switches(gate: Gate, like: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gate as `rows_on` gives it, and once more as the second if it is one for all, else as the third."""
+    on = rows_on(gate, like) if isinstance(gate, Tensor) else None
+    return (on, on, None) if on is None or on.dim() == 0 else (on, None, on)
+
+
+def _columns(c: Tensor, lora_b: Tensor, whole: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``c ∘ B [out_features, rank]`` in `dtype`, zeros where the one gate is off."""
+    return select(whole, cast(lora_b * c[:, None], dtype))
+
+
+def _scaled(dy: Tensor, c: Tensor, by_row: Tensor | None) -> Tensor:
+    """``c ∘ dy [rows, out_features]`` on the rows that are on, dy on the others."""
+    scaled = cast(dy * c, dy.dtype)
+    return flat(scaled if by_row is None else torch.where(by_row, scaled, dy))

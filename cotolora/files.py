@@ -1,0 +1,142 @@
+"""The pair of files that holds an adapter in PEFT's format: written whole or not at all, read with suspicion."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_HASH = "cotolora_config_sha256"
+
+
+def write(directory: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Writes config and weights, by rank 0 of a distributed run; the weights carry the hash of their config.
+
+    Raises:
+        OSError: the files cannot be written; the old ones are as they were.
+    """
+    config = json.dumps(fields, indent=2, sort_keys=True).encode()
+    metadata = {"format": "pt", _HASH: hashlib.sha256(config).hexdigest()}
+    weights = serialize({_PREFIX + key: tensor for key, tensor in tensors.items()}, metadata)
+    _on_rank_zero(lambda: _write(directory, config, weights))
+
+
+def _on_rank_zero(write: Callable[[], None]) -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        return write()
+    caught: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            write()
+        except Exception as error:  # whatever it is, the others wait to hear of it
+            caught = error
+    outcome = [caught and f"rank 0 could not write: {caught}"]
+    dist.broadcast_object_list(outcome)  # also the barrier: nobody reads before it is written
+    if caught is not None:
+        raise caught
+    if outcome[0] is not None:
+        raise OSError(outcome[0])
+
+
+def _write(directory: Path, config: bytes, weights: bytes) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    new_config, new_weights = directory / _temporary(CONFIG), directory / _temporary(WEIGHTS)
+    if new_config.is_file() and _sha256(new_config) == _saved_hash(directory / WEIGHTS):
+        # a save was killed between its two renames: its config must not be lost to this one
+        os.replace(new_config, directory / CONFIG)
+    try:
+        _write_durably(new_config, config)
+        _write_durably(new_weights, weights)
+    except BaseException:
+        new_config.unlink(missing_ok=True)
+        new_weights.unlink(missing_ok=True)
+        raise
+    # weights first: between the two renames the new config is still there under its temporary name
+    os.replace(new_weights, directory / WEIGHTS)
+    os.replace(new_config, directory / CONFIG)
+
+
+def _saved_hash(weights: Path) -> str | None:
+    """The hash of the config that `weights` was saved with; None where there is none to read."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return (file.metadata() or {}).get(_HASH)
+    except (SafetensorError, OSError):
+        return None
+
+
+def _temporary(name: str) -> str:
+    return f".{name}.new"
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_weights(directory: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors by their names in the base model, and the hash of the config they were saved with.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        ValueError: they are damaged, a pickle, or no adapter's.
+    """
+    path = directory / WEIGHTS
+    if not path.is_file():
+        if (directory / "adapter_model.bin").exists():
+            raise ValueError(
+                f"{directory} must hold {WEIGHTS}; it holds adapter_model.bin, a pickle, which can run code and "
+                "is not read; load it with PEFT and save it again with safe_serialization=True"
+            )
+        raise FileNotFoundError(f"directory must hold {WEIGHTS}; there is none in {directory}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        raise ValueError(f"{path} must be a whole safetensors file; reading it failed: {error}") from error
+    for key in tensors:
+        if not key.startswith(_PREFIX):
+            raise ValueError(f"{path} must hold keys that begin with {_PREFIX!r}; got {key!r}")
+    return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}, metadata.get(_HASH)
+
+
+def read_config(directory: Path, config_hash: str | None) -> dict[str, Any]:
+    """The fields of the config that has the hash, also where a kill left it under its temporary name.
+
+    Raises:
+        FileNotFoundError: there is no config.
+        ValueError: it is damaged, or another one.
+    """
+    path = directory / CONFIG
+    found = [p.read_bytes() for p in (path, directory / _temporary(CONFIG)) if p.is_file()]
+    if config_hash is not None:
+        found = [text for text in found if hashlib.sha256(text).hexdigest() == config_hash]
+        if not found:
+            raise ValueError(f"{path} must be the config that {WEIGHTS} was saved with; it is missing or another one")
+    elif not path.is_file():
+        raise FileNotFoundError(f"directory must hold {CONFIG}; there is none in {directory}")
+    try:
+        fields = json.loads(found[0].decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be JSON; reading it failed: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(fields).__name__}")
+    return fields
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
