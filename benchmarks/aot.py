@@ -226,7 +226,7 @@ def row_cases(kernel: str, arch: str, target: str, row: Row, dtype: str) -> Iter
     def comes_to_row(rank: int, gate: str, layout: str, dropout: bool, scaled: bool) -> bool:
         return row is choose(
             TABLES[kernel], arch, m, n, rank, element_size=scalar.itemsize, precision=precision,
-            aligned=layout == "aligned", selects=gate == "rows" or dropout or (scaled and kernel not in ("gram", "project")),
+            aligned=layout == "aligned", selects=gate == "rows" or dropout, scaled=scaled and kernel not in ("gram", "project"),
         ) and not (dropout and (scaled or kernel == "project"))  # fmt: skip
 
     with_scale = (False, True) if kernel in SCALED else (False,)

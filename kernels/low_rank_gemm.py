@@ -132,10 +132,10 @@ def low_rank_gemm_kernel(
                 y, h_ptr, b_ptr, rows, columns, row_on, column_ok, R, stride_h_m, stride_h_r, stride_b_n, stride_b_r,
                 BLOCK_R, RANK_STEPS, TMA, PRECISION,
             )  # fmt: skip
-            if ROW_GATES:
-                y = tl.where(row_on[:, None], y, 0.0)
+        # selections for tiles that are off as well: in the branch they make ptxas serialise every wgmma after it
+        if ROW_GATES:
+            y = tl.where(row_on[:, None], y, 0.0)
         if seed_ptr is not None:
-            # for tiles that are off as well: in the branch, the selection makes ptxas serialise every wgmma after it
             keep = keep_mask(tl.load(seed_ptr), rows, tile_n * BLOCK_N, dropout, BLOCK_N)
             y = tl.where(keep, y, 0.0) * keep_scale
         if bias_ptr is not None and column_scale_ptr is None:
@@ -197,7 +197,7 @@ def low_rank_gemm(
     precision = dot_precision(x.dtype, x.device)
     tile = tile or choose(
         LOW_RANK_GEMM, arch, m, n, rank, element_size=x.element_size(), precision=precision, aligned=tma,
-        selects=row_gates is not None or seed is not None or x_scale is not None or column_scale is not None,
+        selects=row_gates is not None or seed is not None, scaled=x_scale is not None or column_scale is not None,
     ).tile  # fmt: skip
     weight_rows = weight.stride(1) == 1
     # 128 x 256 in one part would take the shared memory of a stage and a half

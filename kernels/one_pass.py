@@ -175,7 +175,7 @@ def one_pass(
         ONE_PASS, architecture(x.device), m, n, rank, element_size=x.element_size(), precision=precision,
         # K of x must lie together: the kernel is not specialised on M
         aligned=x.stride(1) == 1 and is_aligned(x) and is_aligned(weight) and is_aligned(a),
-        selects=row_gates is not None or seed is not None or column_scale is not None,
+        selects=row_gates is not None or seed is not None, scaled=column_scale is not None,
     ).tile  # fmt: skip
     # without columns there is still h to write
     programs = triton.cdiv(m, tile.block_m) * max(1, triton.cdiv(n, tile.block_n))

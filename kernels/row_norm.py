@@ -105,7 +105,7 @@ def row_norm(
     ones and nothing else is read, whatever it holds.
     """
     (n, k), rank = weight.shape, a.shape[0]
-    out, ratio = weight.new_empty(2, n, dtype=torch.float32)
+    out, ratio = (weight.new_empty(n, dtype=torch.float32) for _ in range(2))
     if n == 0:
         return out, ratio
     precision = dot_precision(weight.dtype, weight.device)

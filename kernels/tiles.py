@@ -73,17 +73,20 @@ class Row(Generic[Launch]):
     precision: str | None = None
     aligned: bool | None = None
     selects: bool | None = None  # whether row gates or dropout leave out entries, which takes registers
+    scaled: bool | None = None  # whether columns are scaled, which does too
 
     def takes(
-        self, m: int, n: int, rank: int, *, element_size: int, precision: str, aligned: bool, selects: bool
-    ) -> bool:
+        self, m: int, n: int, rank: int, *, element_size: int, precision: str, aligned: bool, selects: bool,
+        scaled: bool,
+    ) -> bool:  # fmt: skip
         """Whether the row is for these sizes and operands."""
         sizes = ((m, self.max_m), (n, self.max_n), (rank, self.max_rank))
         kinds = (
             (element_size, self.element_size),
             (precision, self.precision),
             (aligned, self.aligned),
-            (selects, self.selects),
+            (selects or scaled, self.selects),
+            (scaled, self.scaled),
         )
         return (
             rank >= self.min_rank
@@ -289,7 +292,7 @@ PRE_EXPAND: dict[str, tuple[Row[Stream], ...]] = {
 ROW_NORM: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(16, 32, max_ranks=16, num_stages=2), element_size=4),
-        Row(Stream(16, 64, max_ranks=64), aligned=False),
+        Row(Stream(16, 64, max_ranks=32, num_warps=8, num_stages=2), aligned=False),
         Row(Stream(16, 128, max_ranks=64, num_stages=2 if arch in ("gfx942", "generic") else 4), max_rank=64),
         Row(Stream(16, 64, max_ranks=64)),
     )
@@ -331,13 +334,15 @@ TABLES: dict[str, dict[str, tuple[Row[Any], ...]]] = {
 
 def choose(
     table: dict[str, tuple[Row[Launch], ...]], arch: str, m: int, n: int, rank: int,
-    *, element_size: int, precision: str, aligned: bool = True, selects: bool = False,
+    *, element_size: int, precision: str, aligned: bool = True, selects: bool = False, scaled: bool = False,
 ) -> Row[Launch]:  # fmt: skip
     """The row of a table for ``y [m, n]``, of which kernels that read a matrix once take no notice."""
     return next(
         row
         for row in table[arch]
-        if row.takes(m, n, rank, element_size=element_size, precision=precision, aligned=aligned, selects=selects)
+        if row.takes(
+            m, n, rank, element_size=element_size, precision=precision, aligned=aligned, selects=selects, scaled=scaled
+        )
     )
 
 
