@@ -187,6 +187,7 @@ def one_pass_swapped(
             ROW_GATES=row_gates is not None,
             PRECISION=precision,
             enable_fp_fusion=True,
-            num_warps=4,
+            # a scale and a second result take the registers of 4 more
+            num_warps=4 if column_scale is None else 8,
         )  # fmt: skip
     return y, h

@@ -161,6 +161,7 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=512),
         # the widest: 16 ranks cost 1/16 more products; row gates store y twice, and that spills
         Row(Tile(128, 256, 64, num_warps=8), max_rank=64, selects=False),
+        Row(Tile(128, 64, 64, num_warps=8, num_stages=4), min_rank=65, scaled=True),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
     ),
     # 148 SMs, 227 KiB; tcgen05 wants 64 rows and keeps y in tensor memory
@@ -215,6 +216,7 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
     "sm_90": (
         Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4, precision="ieee"),
         Row(Tile(64, 32, 32, num_warps=8, programs=2), element_size=4),
+        Row(Tile(64, 64, 64, num_warps=8, programs=2), aligned=False, scaled=True),
         Row(Tile(128, 64, 64, num_warps=8, programs=2), aligned=False),
         # too few tiles of 128 x 256 to go round
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=1024),
@@ -225,6 +227,7 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
     "sm_100": (
         Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4, precision="ieee"),
         Row(Tile(64, 32, 32, num_warps=8, programs=2), element_size=4),
+        Row(Tile(64, 64, 64, num_warps=8, programs=2), aligned=False, scaled=True),
         Row(Tile(128, 64, 64, num_warps=8, programs=2), aligned=False),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=1024),
         Row(Tile(128, 256, 64, num_warps=8), selects=False),
@@ -302,7 +305,8 @@ ROW_NORM: dict[str, tuple[Row[Stream], ...]] = {
 HIRA: dict[str, tuple[Row[Tile], ...]] = {
     arch: (
         Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4),
-        Row(Tile(64, 64, 32, num_warps=8, num_stages=2), aligned=False),
+        Row(Tile(32, 64, 32, num_warps=8, num_stages=2), aligned=False),
+        Row(Tile(64, 64, 64, num_warps=8), min_rank=129, selects=True),
         Row(Tile(64, 128, 64, num_warps=8), selects=True),
         Row(Tile(128, 128, 64, num_warps=8)),
     )
