@@ -226,24 +226,22 @@ def row_cases(kernel: str, arch: str, target: str, row: Row, dtype: str) -> Iter
     def comes_to_row(rank: int, gate: str, layout: str, dropout: bool, scaled: bool) -> bool:
         return row is choose(
             TABLES[kernel], arch, m, n, rank, element_size=scalar.itemsize, precision=precision,
-            aligned=layout == "aligned", selects=gate == "rows" or dropout, scaled=scaled and kernel not in ("gram", "project"),
+            aligned=layout == "aligned", selects=gate == "rows" or dropout, scaled=scaled,
         ) and not (dropout and (scaled or kernel == "project"))  # fmt: skip
 
     with_scale = (False, True) if kernel in SCALED else (False,)
     operands = [o for o in product(ranks, GATES, ("aligned", "odd"), (False, True), with_scale) if comes_to_row(*o)]
-    if not operands:
-        return
     scaled, operands = [o for o in operands if o[4]], [o for o in operands if not o[4]]
-    smallest, plain = operands[0][0], [o for o in operands if not o[3]]
-    light = next(o for o in plain if o[0] == smallest and o[1] != "none") if len(plain) > 1 else plain[0]
-    chosen = {light, plain[-1], operands[-1]}
-    if scaled:
-        chosen |= {scaled[0], scaled[-1]}
-    if kernel == "one_pass" and dtype == "bfloat16":
-        chosen |= {o for o in plain if o[0] == smallest and o[1] != "rows"}
-    if kernel == "one_pass" and scalar == torch.float32:
-        # ptxas spills float32 for one more block on the SM, at any rank
-        chosen |= {o for o in plain if o[1] == plain[-1][1]}
+    chosen = {scaled[0], scaled[-1]} if scaled else set()
+    if operands:
+        smallest, plain = operands[0][0], [o for o in operands if not o[3]]
+        light = next(o for o in plain if o[0] == smallest and o[1] != "none") if len(plain) > 1 else plain[0]
+        chosen |= {light, plain[-1], operands[-1]}
+        if kernel == "one_pass" and dtype == "bfloat16":
+            chosen |= {o for o in plain if o[0] == smallest and o[1] != "rows"}
+        if kernel == "one_pass" and scalar == torch.float32:
+            # ptxas spills float32 for one more block on the SM, at any rank
+            chosen |= {o for o in plain if o[1] == plain[-1][1]}
     for rank, gate, layout, *options in sorted(chosen, key=[*operands, *scaled].index):
         tma = kernel == "low_rank_gemm" and arch in TMA_ARCHITECTURES and layout == "aligned"
         yield Case(kernel, target, arch, row.tile, dtype, Operands(m, n, rank, scalar, gate, layout, *options), tma)
@@ -389,7 +387,14 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: with it kernels are interpreted and never compiled")
-    cases = list(distinct(case for target in options.target or TARGETS for case in all_cases(target) if not options.kernel or case.kernel in options.kernel))
+    cases = list(
+        distinct(
+            case
+            for target in options.target or TARGETS
+            for case in all_cases(target)
+            if not options.kernel or case.kernel in options.kernel
+        )
+    )
     # spawned: a fork after torch has started its threads can hang
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
         results = list(pool.map(measure_one, cases, chunksize=4))

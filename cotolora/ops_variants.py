@@ -140,9 +140,11 @@ class FusedHira:
         gate: Gate,
         dropout: float,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        r"""Gradients of x, weight, bias, A and B. With ``t = scale · W ∘ dyᵀ (D x)`` of gated rows, never stored:
+        r"""Gradients of x, weight, bias, A and B.
 
-            dx = dy W + D ∘ (dy (W ∘ scale · B A))      dA = Bᵀ t      dB = t Aᵀ
+        With ``t = scale · W ∘ dyᵀ (D x)`` of gated rows, never stored:
+
+        dx = dy W + D ∘ (dy (W ∘ scale · B A))      dA = Bᵀ t      dB = t Aᵀ
         """
         dx = dw = da = db = None
         rows, seed, ops = flat(dy), saved.keep, torch.ops.cotolora

@@ -181,9 +181,9 @@ def gram(
 
     ``t [M, N]``, ``h [M, R]``, of one dtype and any strides → ``out [N, R]`` in `dtype`, contiguous, or the transpose
     of a contiguous ``[R, N]``. dB is ``gram(dy, h, gate, 1)``, dA is ``gram(x, p, gate, 1, transposed=True).T``. `gate`
-    and `seed` as in `shrink`; `split` is over rows. With `dora`, ``out = column_scale ∘ tᵀ h`` by rows, and ``Σ δ t ∘ u / norm``
-    comes along. The sums are left to the caller, who can do two in one launch; where ``partials`` has one part it is
-    done.
+    and `seed` as in `shrink`; `split` is over rows. With `dora`, ``out = column_scale ∘ tᵀ h`` by rows, and
+    ``Σ δ t ∘ u / norm`` comes along. The sums are left to the caller, who can do two in one launch; where ``partials``
+    has one part it is done.
     """
     (m, n), rank = t.shape, h.shape[1]
     out = t.new_empty(rank, n, dtype=dtype).T if transposed else t.new_empty(n, rank, dtype=dtype)
@@ -191,7 +191,9 @@ def gram(
         return Sum(out[None], out), None if dora is None else dora.magnitude_sum(1)
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(t.device), dot_precision(t.dtype, t.device)
-    stream = stream or choose(GRAM, arch, m, n, rank, element_size=t.element_size(), precision=precision).tile
+    stream = stream or choose(
+        GRAM, arch, m, n, rank, element_size=t.element_size(), precision=precision, scaled=dora is not None
+    ).tile  # fmt: skip
     block_r = min(stream.max_ranks, max(16, triton.next_power_of_2(rank)))
     tiles = triton.cdiv(n, stream.columns) * triton.cdiv(rank, block_r)
     steps = triton.cdiv(m, stream.rows)
@@ -237,7 +239,7 @@ def project(
     arch, precision = architecture(dy.device), dot_precision(dy.dtype, dy.device)
     stream = stream or choose(
         PROJECT, arch, m, n, rank, element_size=dy.element_size(), precision=precision,
-        aligned=dy.stride(1) == 1 and is_aligned(dy),
+        aligned=dy.stride(1) == 1 and is_aligned(dy), scaled=dora is not None,
     ).tile  # fmt: skip
     p, db = dy.new_empty(m, rank), dy.new_empty(n, rank, dtype=dtype)
     tiles, steps = triton.cdiv(n, stream.columns), triton.cdiv(m, stream.rows)

@@ -16,10 +16,7 @@ def scale_columns(
     """``column_scale ∘ u + bias``; without a scale u, to which the bias has been added before."""
     if column_scale_ptr is not None:
         column_scale = tl.load(column_scale_ptr + columns, mask=column_ok, other=1.0)
-        if ROW_GATES:
-            u = tl.where(row_on[:, None], u * column_scale[None, :], u)
-        else:
-            u = u * column_scale[None, :]
+        u = tl.where(row_on[:, None], u * column_scale[None, :], u) if ROW_GATES else u * column_scale[None, :]
         if bias_ptr is not None:
             u += tl.load(bias_ptr + columns * stride_bias_n, mask=column_ok, other=0.0).to(tl.float32)[None, :]
     return u

@@ -70,7 +70,7 @@ class Sizes:
     element_size: int = 2
 
     def bytes(self, *tensors: str) -> int:
-        """Of the tensors named, each as often as it is named: x y w h a b, and p, dx, dy, u, which are as h, x, y, y."""
+        """Of the tensors named, each as often as it is named: x y w h a b, and p, dx, dy, u, as h, x, y, y."""
         counts = {
             "x": self.m * self.k, "y": self.m * self.n, "w": self.n * self.k,
             "h": self.m * self.rank, "a": self.rank * self.k, "b": self.n * self.rank,

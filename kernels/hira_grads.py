@@ -17,7 +17,8 @@ from cotolora.kernels.tiles import HIRA_GRADS, Tile, architecture, choose, dot_p
 
 @triton.jit(do_not_specialize=["M", "G", "rows_per_gate", "steps_per_split"])
 def hira_grads_kernel(
-    # [M, N], [M, K], [N, K], [R, K], [N, R], [] or [G] or None, [] or None, [S · tiles of N, R, K], [S · tiles of K, N, R]
+    # [M, N], [M, K], [N, K], [R, K], [N, R], [] or [G] or None, [] or None; of S splits [S · tiles of N, R, K], and
+    # [S · tiles of K, N, R]
     dy_ptr, x_ptr, weight_ptr, a_ptr, b_ptr, gate_ptr, seed_ptr, da_ptr, db_ptr,
     M, N, K, R, G, rows_per_gate, steps_per_split,
     stride_dy_m, stride_dy_n,

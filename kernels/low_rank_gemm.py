@@ -87,8 +87,8 @@ def store_tma(y, y_ptr, first_row, first_column, STORES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "rows_per_gate"])
 def low_rank_gemm_kernel(
-    # [M, K], [N, K], [N] or None, [M, R], [N, R], [] or [G] or None, [] or None, [K] or None, [N] or None, [M, N], [M, N]
-    # or None; x, weight, y and u are descriptors if TMA, with the weight's of [K, N] unless WEIGHT_ROWS
+    # [M, K], [N, K], [N] or None, [M, R], [N, R], [] or [G] or None, [] or None, [K] or None, [N] or None, [M, N] and
+    # [M, N] or None; x, weight, y and u are descriptors if TMA, with the weight's of [K, N] unless WEIGHT_ROWS
     x_ptr, weight_ptr, bias_ptr, h_ptr, b_ptr, gate_ptr, seed_ptr, x_scale_ptr, column_scale_ptr, y_ptr, u_ptr,
     M, N, K, R, rows_per_gate,
     stride_x_m, stride_x_k,
@@ -175,8 +175,8 @@ def low_rank_gemm_kernel(
 
 def low_rank_gemm(
     x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, gate: Tensor | None,
-    *, seed: Tensor | None = None, dropout: float = 0.0, x_scale: Tensor | None = None, column_scale: Tensor | None = None,
-    u: Tensor | None = None, tile: Tile | None = None, tma: bool | None = None,
+    *, seed: Tensor | None = None, dropout: float = 0.0, x_scale: Tensor | None = None,
+    column_scale: Tensor | None = None, u: Tensor | None = None, tile: Tile | None = None, tma: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """Launches `low_rank_gemm_kernel`: ``y = x Wᵀ + bias + δ · h Bᵀ``, the last term dropped out under a `seed`.
 

@@ -77,7 +77,8 @@ def expanded(
 # M changes from batch to batch, and 1, a multiple of 16 and any other would each be a compilation
 @triton.jit(do_not_specialize=["M", "rows_per_gate"])
 def one_pass_kernel(
-    # [M, K], [N, K], [N] or None, [R, K], [N, R], [] or [G] or None, [] or None, [N] or None, [M, N], [M, R], [M, N] or None
+    # [M, K], [N, K], [N] or None, [R, K], [N, R], [] or [G] or None, [] or None, [N] or None; [M, N], [M, R], and
+    # [M, N] or None
     x_ptr, weight_ptr, bias_ptr, a_ptr, b_ptr, gate_ptr, seed_ptr, column_scale_ptr, y_ptr, h_ptr, u_ptr,
     M, N, K, R, rows_per_gate,
     stride_x_m, stride_x_k,

@@ -236,6 +236,7 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
     "gfx942": (
         Row(Tile(64, 64, 32, num_stages=2, programs=2), element_size=4),
         Row(Tile(128, 64, 64, num_warps=8, num_stages=2), aligned=False),
+        Row(Tile(128, 64, 64, num_warps=8, num_stages=2), scaled=True),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=2)),
     ),
     "generic": (
@@ -278,6 +279,7 @@ PROJECT: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(16, 32, num_warps=8, num_stages=2), element_size=4),
         Row(Stream(32, 64), aligned=False),
+        *((Row(Stream(32, 64), scaled=True),) if arch == "generic" else ()),
         Row(Stream(32, 128, num_warps=4 if arch == "gfx942" else 8)),
     )
     for arch in ONE_PASS
@@ -297,7 +299,7 @@ ROW_NORM: dict[str, tuple[Row[Stream], ...]] = {
         Row(Stream(16, 32, max_ranks=16, num_stages=2), element_size=4),
         Row(Stream(16, 64, max_ranks=32, num_warps=8, num_stages=2), aligned=False),
         Row(Stream(16, 128, max_ranks=64, num_stages=2 if arch in ("gfx942", "generic") else 4), max_rank=64),
-        Row(Stream(16, 64, max_ranks=64)),
+        Row(Stream(16, 64, max_ranks=64, num_stages=2 if arch in ("gfx942", "generic") else 3)),
     )
     for arch in ONE_PASS
 }
@@ -306,6 +308,8 @@ HIRA: dict[str, tuple[Row[Tile], ...]] = {
     arch: (
         Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4),
         Row(Tile(32, 64, 32, num_warps=8, num_stages=2), aligned=False),
+        # the weight is read once: 64 rows of it, the least that wgmma takes, make the most programs
+        Row(Tile(32, 64, 64, group_m=1, num_warps=8, num_stages=2 if arch in ("gfx942", "generic") else 3), max_m=64),
         Row(Tile(64, 64, 64, num_warps=8), min_rank=129, selects=True),
         Row(Tile(64, 128, 64, num_warps=8), selects=True),
         Row(Tile(128, 128, 64, num_warps=8)),

@@ -317,7 +317,7 @@ LEVELS = [
     {"reference", "schedule"},
     {"addmm"},
     {"addmm_dora", "addmm_hira"},
-    {"ops"},
+    {"ops", "ops_variants"},
     {"dispatch"},
     {"autograd"},
     {"functional"},

@@ -227,9 +227,7 @@ KERNELS = {  # name → (launch, plain): each a function of the call giving a tu
         lambda c: plain_scaled(c, c.h),
     ),
     "low_rank_gemm_dx_dora": (
-        lambda c, **tile: (
-            low_rank_gemm(c.dy, c.weight.T, None, c.p, c.a.T, c.gate, x_scale=c.scale, **tile),
-        ),
+        lambda c, **tile: (low_rank_gemm(c.dy, c.weight.T, None, c.p, c.a.T, c.gate, x_scale=c.scale, **tile),),
         lambda c: (scaled(c, c.dy) @ c.weight + off_is_zero(c, c.p @ c.a),),
     ),
     "gram_dora": (
