@@ -69,7 +69,9 @@ def forward(
     else:
         base = rows
         out = rows * c if bias is None else torch.addcmul(torch.addcmul(bias, bias, c, value=-1), rows, c)
-    out = cast(out, x.dtype).addmm_(h, _columns(c, lora_b, whole, x.dtype).T).view(y.shape)
+    # in c's dtype to the end: one rounding, the last
+    out = out.addmm_(cast(h, c.dtype), _columns(c, lora_b, whole, c.dtype).T)
+    out = cast(out, x.dtype).view(y.shape)
     if by_row is not None:
         out = torch.where(by_row, out, y)
     of_magnitude = (norm, base, None if dropout else bias) if needs.magnitude else (None, None, None)
@@ -156,10 +158,10 @@ def _for_magnitude(on_rows: Tensor, across: Tensor, lora_b: Tensor, saved: Saved
     base, norm = saved.base, saved.norm
     assert base is not None
     assert norm is not None
-    total = (on_rows * cast(base, norm.dtype)).sum(0)
-    if saved.bias is not None:
-        total.addcmul_(on_rows.sum(0, dtype=norm.dtype), cast(saved.bias, norm.dtype), value=-1)
-    total += (across * lora_b).sum(1)
+    base = cast(base, norm.dtype)
+    # less the bias before the sum, not after: a large one would cost the sum its digits
+    product = base if saved.bias is None else base - saved.bias
+    total = (on_rows * product).sum(0) + (across * lora_b).sum(1)
     # a row without a norm has c = 1 whatever m is
     counts = norm != 0 if on is None else (norm != 0) & on.any()
     return torch.where(counts, total / norm, 0)

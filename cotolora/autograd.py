@@ -84,7 +84,8 @@ class LowRankLinear(torch.autograd.Function):
             saved.keep if needs.lora_a or needs.x or variant != "lora" else None,
             *saved[2:],
         )
-        return y
+        # autograd forbids writing in place to a view made in here, as that of a y of three dimensions
+        return y if torch.compiler.is_compiling() or not y._is_view() else y.detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -121,7 +121,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bo
             alpha=config.lora_alpha,
             rank_pattern={exactly(name): rank for name, rank in fit.ranks.items() if rank != config.rank},
             alpha_pattern={
-                exactly(name): alpha for name in fit.ranks if (alpha := config.alpha_of(name)) != config.lora_alpha
+                exactly(name): alpha
+                for name, rank in fit.ranks.items()
+                if (alpha := _alpha(config, name, rank)) != config.lora_alpha
             },
             dropout=config.dropout,
             use_rslora=config.use_rslora,
@@ -220,7 +222,7 @@ def _fit(model: nn.Module, config: PeftConfig, existing: dict[str, CoToLoRALinea
     variant = config.variant
     missing = ({*_keys(variant, wanted), *_keys(variant, existing)} | saved) - set(tensors)
     unexpected = set(tensors) - set(_keys(variant, here)) - set(plain)
-    ranks = {name: config.rank_of(name) for name in here if not missing & set(_keys(variant, [name]))}
+    ranks = {name: _rank(config, name, tensors) for name in here if not missing & set(_keys(variant, [name]))}
     for name, rank in ranks.items():
         out_features, in_features, device = _sizes(name, linears[name])
         for key, shape in zip(_keys(variant, [name]), shapes(variant, rank, in_features, out_features), strict=True):
@@ -228,6 +230,17 @@ def _fit(model: nn.Module, config: PeftConfig, existing: dict[str, CoToLoRALinea
     for key, target in plain.items():
         _check_tensor(key, tensors[key], target.dtype, tuple(target.shape), target.device)
     return _Fit(ranks, plain, sorted(missing), sorted(unexpected))
+
+
+def _rank(config: PeftConfig, name: str, tensors: dict[str, Tensor]) -> int:
+    # PEFT (as of 0.21) writes a rank_pattern of HiRA that it has not followed
+    unfollowed = config.variant == "hira" and tensors[f"{name}.hira_A"].shape[:1] == (config.rank,)
+    return config.rank if unfollowed else config.rank_of(name)
+
+
+def _alpha(config: PeftConfig, name: str, rank: int) -> float:
+    # PEFT's HiRA has no scale
+    return rank if config.variant == "hira" else config.alpha_of(name)
 
 
 def _keys(variant: str, names: Iterable[str]) -> list[str]:
@@ -262,7 +275,7 @@ def _check_tensor(key: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int
 
 def _check_agreement(existing: dict[str, CoToLoRALinear], config: PeftConfig, ranks: dict[str, int]) -> None:
     for name, rank in ranks.items():
-        scale = config.alpha_of(name) / (math.sqrt(rank) if config.use_rslora else rank)
+        scale = _alpha(config, name, rank) / (math.sqrt(rank) if config.use_rslora else rank)
         if reason := why_not(existing[name], config.variant, rank, scale):
             raise ValueError(f"{name} {reason}")
     for name, layer in existing.items():

@@ -356,7 +356,8 @@ def explain(
     ran_by, _, form = runs.partition(":")
     why_nots = {other: why_not(other, call) for other in BACKENDS}
     others = {other: tuple(why) or ("can run",) for other, why in why_nots.items() if other != ran_by}
-    shown = f"rows {'any' if rows is None else rows}, {in_features} -> {out_features}, rank {rank}, "
+    shown = "" if variant == "lora" else f"{variant}, "
+    shown += f"rows {'any' if rows is None else rows}, {in_features} -> {out_features}, rank {rank}, "
     shown += f"{str(dtype).removeprefix('torch.')} on {place}"
     if blocked := why_nots[ran_by]:
         return Plan(shown, None, f"{reason}, but " + "; ".join(blocked), others)

@@ -59,8 +59,6 @@ class PeftConfig:
 
     def alpha_of(self, name: str) -> float:
         """Alpha of the module `name`."""
-        if self.variant == "hira":
-            return self.rank_of(name)  # PEFT's has no scale
         return first_match(self.alpha_pattern, name, self.lora_alpha)
 
     def rank_of(self, name: str) -> int:
@@ -100,18 +98,23 @@ def parse(fields: dict[str, Any]) -> PeftConfig:
     init, dropout = ("init_weights", "hira_dropout") if hira else ("init_lora_weights", "lora_dropout")
     take("bias", "'none': trained biases are not supported", lambda value: value == "none", "none")
     take(init, f"one of {_INITS}: others change the base weights", lambda value: value in _INITS)
-    use_dora = take("use_dora", "a bool", lambda value: isinstance(value, bool), False)
+
+    def of_lora(name: str, must: str, test: Callable[[Any], bool], default: Any = None) -> Any:
+        # left in `rest` with HiRA, which does not know it
+        return default if hira else take(name, must, test, default)
+
+    use_dora = of_lora("use_dora", "a bool", lambda value: isinstance(value, bool), False)
     rank = take("r", "a positive integer", _is_size, 32 if hira else 8)
     config = PeftConfig(
         rank=rank,
-        lora_alpha=rank if hira else take("lora_alpha", "a finite number", _is_number, 8),
+        lora_alpha=of_lora("lora_alpha", "a finite number", _is_number, rank if hira else 8),
         rank_pattern=compile_patterns(
             "rank_pattern", take("rank_pattern", "a map to positive integers", _optional(_map_of(_is_size)))
         ),
         alpha_pattern=compile_patterns(
-            "alpha_pattern", take("alpha_pattern", "a map to finite numbers", _optional(_map_of(_is_number)))
+            "alpha_pattern", of_lora("alpha_pattern", "a map to finite numbers", _optional(_map_of(_is_number)))
         ),
-        use_rslora=take("use_rslora", "a bool", lambda value: isinstance(value, bool), False),
+        use_rslora=of_lora("use_rslora", "a bool", lambda value: isinstance(value, bool), False),
         dropout=take(dropout, "a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1, 0.0),
         targets=take("target_modules", "a regular expression or a list of names", _optional(_are_names)) or [],
         exclude=take("exclude_modules", "a regular expression or a list of names", _optional(_are_names)),

@@ -106,7 +106,8 @@ def dora_linear(
 
         y = x Wᵀ + bias + δ · [(c − 1) ∘ (D x) Wᵀ + c ∘ scale · (D x Aᵀ) Bᵀ]
 
-    which is the first form where nothing is dropped, and the base's own result where c = 1 and B = 0.
+    which is the first form where nothing is dropped, and the base's own result where c = 1 and B = 0. Without dropout
+    ``x Wᵀ`` is taken from the base's result, less the bias.
     c and its products are float32 (float64 with x), and one rounding takes their sum to the dtype of x.
 
     The paper has no dropout. PEFT differs where a row's norm is 0, which it divides by (here c is 1 and m gets no
@@ -129,18 +130,18 @@ def dora_linear(
         norm = row_norms(weight, lora_a, lora_b, scale)
     lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     dropped = F.dropout(x, dropout)
+    product = dropped @ weight.T if dropout else base if bias is None else base - bias
     if gate is True:
         c = column_scale(magnitude, norm)
-        update = (c - 1) * (dropped @ weight.T) + c * (scale * ((dropped @ lora_a.T) @ lora_b.T))
+        update = (c - 1) * product + c * (scale * ((dropped @ lora_a.T) @ lora_b.T))
         return (base + update).to(x.dtype)
 
     on = rows_on(gate, x)
     # as in lora_linear: selecting on both sides of each product keeps 0 · inf out of the gradients as well
     lora_b, magnitude, norm = (torch.where(on.any(), t, 1) for t in (lora_b, magnitude, norm))
     c = torch.where(on, column_scale(magnitude, norm), 1)
-    dropped = torch.where(on, dropped, 0)
-    h = torch.where(on, dropped @ lora_a.T, 0)
-    update = (c - 1) * (dropped @ weight.T) + c * (scale * (h @ lora_b.T))
+    h = torch.where(on, torch.where(on, dropped, 0) @ lora_a.T, 0)
+    update = (c - 1) * torch.where(on, product, 0) + c * (scale * (h @ lora_b.T))
     return torch.where(on, base + update, base).to(x.dtype)
 
 

@@ -161,7 +161,7 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=512),
         # the widest: 16 ranks cost 1/16 more products; row gates store y twice, and that spills
         Row(Tile(128, 256, 64, num_warps=8), max_rank=64, selects=False),
-        Row(Tile(128, 64, 64, num_warps=8, num_stages=4), min_rank=65, scaled=True),
+        Row(Tile(128, 64, 64, num_warps=8, num_stages=4), min_rank=33, scaled=True),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
     ),
     # 148 SMs, 227 KiB; tcgen05 wants 64 rows and keeps y in tensor memory
@@ -303,27 +303,38 @@ ROW_NORM: dict[str, tuple[Row[Stream], ...]] = {
     )
     for arch in ONE_PASS
 }
-# y transposed: its 128 rows are columns of the weight, which is made in registers
-HIRA: dict[str, tuple[Row[Tile], ...]] = {
-    arch: (
-        Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4),
-        Row(Tile(32, 64, 32, num_warps=8, num_stages=2), aligned=False),
-        # the weight is read once: 64 rows of it, the least that wgmma takes, make the most programs
-        Row(Tile(32, 64, 64, group_m=1, num_warps=8, num_stages=2 if arch in ("gfx942", "generic") else 3), max_m=64),
-        Row(Tile(64, 64, 64, num_warps=8), min_rank=129, selects=True),
-        Row(Tile(64, 128, 64, num_warps=8), selects=True),
-        Row(Tile(128, 128, 64, num_warps=8)),
-    )
-    for arch in ONE_PASS
-}
+# y transposed: its 128 rows are columns of the weight, of which W ∘ B A is made in registers. 64 rows of it are the
+# least that wgmma takes, and make the most programs where few rows of x leave nothing to do but read W
+HIRA_SMALL = (
+    Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4),
+    Row(Tile(32, 64, 32, num_warps=8, num_stages=2), aligned=False),
+    Row(Tile(32, 64, 32, group_m=1, num_warps=8, num_stages=2), max_m=64),
+    Row(Tile(32, 64, 32, num_warps=8, num_stages=2), min_rank=65),
+    Row(Tile(64, 64, 32, num_warps=8, num_stages=2)),
+)
+HIRA_LARGE = (
+    Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4),
+    Row(Tile(32, 64, 32, num_warps=8, num_stages=2), aligned=False),
+    Row(Tile(32, 64, 64, group_m=1, num_warps=8), max_m=64),
+    Row(Tile(64, 64, 64, num_warps=8), min_rank=129, selects=True),
+    Row(Tile(64, 128, 64, num_warps=8), selects=True),
+    Row(Tile(128, 128, 64, num_warps=8)),
+)
 # block_n by block_k of the weight, block_m rows of x and dy at a time
+HIRA_GRADS_SMALL = (
+    Row(Tile(16, 32, 32, num_warps=8, num_stages=2), element_size=4),
+    Row(Tile(32, 64, 64, num_warps=8, num_stages=2)),
+)
+HIRA_GRADS_LARGE = (
+    Row(Tile(16, 32, 32, num_warps=8, num_stages=2), element_size=4),
+    Row(Tile(32, 64, 64, num_warps=8, num_stages=2), aligned=False),
+    Row(Tile(64, 128, 128, num_warps=8)),
+)
+HIRA: dict[str, tuple[Row[Tile], ...]] = {
+    arch: HIRA_SMALL if arch in ("gfx942", "generic") else HIRA_LARGE for arch in ONE_PASS
+}
 HIRA_GRADS: dict[str, tuple[Row[Tile], ...]] = {
-    arch: (
-        Row(Tile(16, 32, 32, num_warps=8, num_stages=2), element_size=4),
-        Row(Tile(32, 64, 64, num_warps=8, num_stages=2), aligned=False),
-        Row(Tile(64, 128, 128, num_warps=8)),
-    )
-    for arch in ONE_PASS
+    arch: HIRA_GRADS_SMALL if arch in ("gfx942", "generic") else HIRA_GRADS_LARGE for arch in ONE_PASS
 }
 
 TABLES: dict[str, dict[str, tuple[Row[Any], ...]]] = {

@@ -204,6 +204,8 @@ ROUND_TRIPS = {
     ),
     "rslora": (Net, {"use_rslora": True, "rank": 3, "rank_pattern": {"^fc": 5}}),
     "dropout": (Net, {"dropout": 0.25}),
+    "dora": (Net, {"variant": "dora", "rank": 3, "use_rslora": True, "rank_pattern": {"^fc": 5}}),
+    "dora-bf16": (lambda: Net().bfloat16(), {"variant": "dora", "rank": 2}),
     "ambiguous-name": (Net, {"targets": "fc", "rank_pattern": {"fc": 3}}),  # which ends blocks.0.fc
     "one-of-two-names": (Net, {"targets": ["blocks.0.fc"]}),
     "odd-names": (Odd, {"rank_pattern": {"b": 3, r"\^": 4}, "alpha_pattern": {r".*\$": 3}}),
@@ -240,6 +242,74 @@ def test_what_is_saved_is_what_is_loaded(case, tmp_path):
     assert load_adapter(again, tmp_path) == ([], [])
     assert torch.equal(logits(again), logits(model))
     assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_a_hira_scale_of_ones_own_survives_the_file_that_has_none(tmp_path):
+    options = {
+        "variant": "hira",
+        "rank": 2,
+        "alpha": 8.0,
+        "rank_pattern": {"head.0": 3},
+        "alpha_pattern": {"head.0": 12},
+    }
+    model = tuned(base(), **options)
+    save_adapter(model, tmp_path)
+    assert {"lora_alpha", "use_dora"}.isdisjoint(config_of(tmp_path))
+    assert config_of(tmp_path)["peft_type"] == "HIRA"
+    other, again = base(), tuned(base(), seed=2, **options)
+    for target, scale in ((other, 1.0), (again, 4.0)):
+        load_adapter(target, tmp_path)
+        assert {layer.scale for layer in adapters(target).values()} == {scale}
+        assert_few_ulps(logits(target), logits(model))
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in model.state_dict().items())
+    silent = tuned(base(), variant="hira", rank=2, alpha=0.0)
+    with refused(silent, "must have the rank and scale of the file, 2 and 1; the model's are 2 and 0"):
+        load_adapter(silent, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_start_away_from_zero_is_saved_as_plain_lora_of_twice_the_rank(init, dtype, tmp_path):
+    """Steps far below bfloat16's resolution of A and B come through, and the base is the one that everybody has."""
+    model = base().to(dtype)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    inject(model, ["fc"], rank=2, alpha=3.0, init=init)
+    with torch.no_grad():
+        for layer in adapters(model).values():
+            layer.lora_a.mul_(1 + 1e-4)
+            layer.lora_b.sub_(1e-5)
+    save_adapter(model, tmp_path)
+    other = base().to(dtype)
+    load_adapter(other, tmp_path)
+    for name, layer in adapters(other).items():
+        ours = adapters(model)[name]
+        assert (layer.rank, layer.alpha, layer.init) == (4, 6.0, "kaiming")
+        exact = ours.lora_b.double() @ ours.lora_a.double() - ours.lora_b0.double() @ ours.lora_a0.double()
+        torch.testing.assert_close(layer.delta_weight().double(), 1.5 * exact, rtol=1e-3, atol=1e-9)
+        assert layer.delta_weight().abs().max() > 0
+        assert torch.equal(layer.weight, before[f"{name}.weight"])
+    assert torch.equal(logits(other), logits(model.eval()))
+
+
+def test_one_file_holds_one_variant(tmp_path):
+    model = tuned(base(), ["fc"])
+    model.fc = CoToLoRALinear.from_linear(model.fc.to_linear(merge=False), variant="hira").eval()
+    with pytest.raises(ValueError, match=r"one variant.*'lora' \(blocks.1.fc\) and 'hira' \(fc\)"):
+        save_adapter(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["lora_magnitude_vector", "lora_magnitude_vector.weight"])
+def test_both_of_pefts_names_of_a_magnitude_are_read(form, tmp_path):
+    model = tuned(base(), ["fc"], variant="dora")
+    save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    renamed = {key.replace("lora_magnitude_vector", form): value for key, value in tensors.items()}
+    assert sum(key.endswith(form) for key in renamed) == 3
+    save_file(renamed, tmp_path / WEIGHTS, {"format": "pt"})
+    other = base()
+    load_adapter(other, tmp_path)
+    assert torch.equal(logits(other), logits(model))
 
 
 def test_mixed_rslora(tmp_path):
@@ -513,6 +583,16 @@ PEFT_READS = {
     "net": (Net, {"rank": 2}),
     "patterns": (Net, {"rank_pattern": {"^fc": 3, "fc": 5}, "alpha_pattern": {"head.2": 0.3, "blocks.1.*": 7}}),
     "rslora": (Net, {"use_rslora": True, "rank": 3}),
+    "dora": (Net, {"variant": "dora", "rank": 3, "alpha_pattern": {"^fc": 5}, "trainable": ["head"]}),
+    "dora-rslora": (llama, {"variant": "dora", "rank": 3, "use_rslora": True}),
+    "dora-conv1d": (gpt2, {"variant": "dora", "rank": 2}),
+    "hira": (llama, {"variant": "hira", "rank": 3, "alpha": 7.0}),
+    "hira-conv1d": (gpt2, {"variant": "hira", "rank": 2, "use_rslora": True}),
+    "pissa": (Net, {"init": "pissa", "rank": 2, "trainable": ["norm"]}),
+    "pissa-rslora": (llama, {"init": "pissa", "rank": 3, "use_rslora": True, "rank_pattern": {"q_proj": 2}}),
+    "pissa-dora-conv1d": (gpt2, {"init": "pissa", "variant": "dora", "rank": 2}),
+    "olora": (llama, {"init": "olora", "rank": 3, "alpha_pattern": {"q_proj": 5}}),
+    "olora-conv1d": (gpt2, {"init": "olora", "rank": 2}),
     "ambiguous-name": (Net, {"targets": "fc", "rank_pattern": {"fc": 3}}),
     "odd-names": (Odd, {"rank_pattern": {"b": 3, r"\^": 4}, "alpha_pattern": {r".*\$": 3}}),
     "odd-head": (Odd, {"targets": r"linears\.[aé].*", "trainable": r"linears\.(\(z\)|\$|x\|y)"}),
@@ -548,7 +628,8 @@ def by_peft(peft, model, directory, **config):
     """A model that PEFT adapted, moved and saved."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's remarks on Conv1D and what it calls in transformers
-        theirs = train(peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, **config}))).eval()
+        kind = peft.HiraConfig if "hira_dropout" in config else peft.LoraConfig
+        theirs = train(peft.get_peft_model(model, kind(**{"r": 2, **config}))).eval()
         theirs.save_pretrained(directory)
     return theirs
 
@@ -567,6 +648,11 @@ WE_READ = {
     "net-no-layers": (Net, {"target_modules": ["fc"], "layers_to_transform": []}),
     "net-exact-beats-layers": (Net, {"target_modules": ["fc", "blocks.0.fc"], "layers_to_transform": [1]}),
     "net-gaussian": (Net, {"target_modules": ["fc"], "init_lora_weights": "gaussian", "lora_dropout": 0.1}),
+    "net-dora": (Net, {"target_modules": ["fc"], "modules_to_save": ["head"], "use_dora": True, "use_rslora": True}),
+    "llama-dora": (llama, {"target_modules": ["q_proj", "up_proj"], "use_dora": True, "rank_pattern": {"up_proj": 3}}),
+    "gpt2-dora": (gpt2, {"target_modules": ["c_attn"], "use_dora": True, "lora_dropout": 0.1}),
+    "llama-hira": (llama, {"target_modules": "all-linear", "hira_dropout": 0.1, "rank_pattern": {"q_proj": 3}}),
+    "gpt2-hira": (gpt2, {"target_modules": ["c_attn", "c_fc"], "hira_dropout": 0.0, "init_weights": "gaussian"}),
     "llama-list": (llama, {"target_modules": ["q_proj", "v_proj"]}),
     "llama-regex": (llama, {"target_modules": r".*layers\.1\..*_proj"}),
     "llama-all-linear": (llama, {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
@@ -610,7 +696,9 @@ def test_we_read_pefts(case, peft, tf, tmp_path):
     for name in trained(theirs):
         for mark in marks:
             name = name.replace(mark, "")
-        plain.add(name.replace("lora_A", "lora_a").replace("lora_B", "lora_b"))
+        for their, our in (("_A", "_a"), ("_B", "_b"), ("magnitude_vector", "magnitude"), ("hira_", "lora_")):
+            name = name.replace(their, our)
+        plain.add(name)
     assert {name.removesuffix(".weight") for name in trained(ours)} == plain
 
     again = tmp_path / "again"
@@ -638,7 +726,6 @@ def test_what_peft_saved_beside_is_loaded_and_stays_frozen(peft, tf, tmp_path):
 @pytest.mark.parametrize(
     ("config", "match"),
     [
-        ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias must be 'none'"),
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
@@ -662,7 +749,7 @@ def nested(depth):
 
 
 BAD_FIELDS = [
-    ("use_dora", True), ("lora_bias", True), ("bias", "all"), ("bias", "lora_only"), ("bias", None),
+    ("use_dora", 1), ("use_dora", "yes"), ("lora_bias", True), ("bias", "all"), ("bias", "lora_only"), ("bias", None),
     ("layer_replication", [[0, 2], [1, 2]]), ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_4"),
     ("init_lora_weights", "olora"), ("init_lora_weights", "loftq"), ("init_lora_weights", "corda"),
     ("init_lora_weights", []), ("trainable_token_indices", [1, 2]), ("target_parameters", ["fc.weight"]),
@@ -1121,6 +1208,9 @@ def test_a_complete_load_says_nothing(saved, caplog):
         ({"rank": 2, "use_rslora": True}, "must have the rank and scale"),
         ({"rank": 2, "alpha_pattern": {"^fc": 15.999}}, "^fc must have the rank and scale"),
         ({"rank": 2, "rank_pattern": {"^fc": 1}}, "^fc must have the rank and scale"),
+        ({"rank": 2, "variant": "dora"}, "must have the variant of the file, 'lora'; the model's is 'dora'"),
+        ({"rank": 2, "variant": "hira"}, "must have the variant of the file, 'lora'; the model's is 'hira'"),
+        ({"rank": 2, "init": "pissa"}, "must not have an init taken from W.*'pissa'"),
     ],
     ids=str,
 )

@@ -1,0 +1,669 @@
+"""DoRA, HiRA and the inits taken from W: their numbers, gates, gradients and layers."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cotolora
+from cotolora import CoToLoRALinear, coto, coto_lora_linear, functional, inject, linear, reference, set_backend
+from cotolora.functional import row_norms
+from tests.test_functional import BACKENDS, DTYPES, GATES, SCALE, SHAPES, dy_for, fits, operands
+from tests.tolerance import assert_as_accurate_as_torch
+
+NAMES = {
+    "dora": ("x", "weight", "bias", "lora_a", "lora_b", "magnitude"),
+    "hira": ("x", "weight", "bias", "lora_a", "lora_b"),
+}
+KINDS = [
+    pytest.param({"variant": "dora"}, id="dora"),
+    pytest.param({"variant": "hira"}, id="hira"),
+    pytest.param({"init": "pissa"}, id="pissa"),
+    pytest.param({"init": "olora"}, id="olora"),
+    pytest.param({"variant": "dora", "init": "pissa"}, id="dora-pissa"),
+]
+TALL = pytest.param((3, 3, 700), 900, 2, id="several-blocks")
+variants = pytest.mark.parametrize("variant", NAMES)
+
+
+def draw(variant, shape=(3, 2, 4), out=3, rank=2, dtype=torch.float64, bias=True):
+    """Operands by name; m differs from every norm."""
+    named = operands(shape, out, rank, dtype=dtype, bias=bias)._asdict()
+    if variant == "dora":
+        named["magnitude"] = (torch.arange(out) % 5 + 1.5).to(torch.promote_types(dtype, torch.float32))
+    return named
+
+
+def run(variant, named, dy, needs, **options):
+    """y and the gradients asked for, by name."""
+    leaves = {k: None if t is None else t.detach().clone().requires_grad_(k in needs) for k, t in named.items()}
+    y = coto_lora_linear(**leaves, scale=SCALE, variant=variant, **options)
+    asked = {k: t for k, t in leaves.items() if t is not None and t.requires_grad}
+    gradients = torch.autograd.grad(y, list(asked.values()), dy, allow_unused=True)
+    return {"y": y.detach(), **dict(zip(asked, gradients, strict=True))}
+
+
+def double(variant, named):
+    """In float64; A and B by way of x's dtype, where the operation takes them."""
+    via = named["x"].dtype
+    return {k: t if t is None else (t if k == "magnitude" else t.to(via)).double() for k, t in named.items()}
+
+
+# the definitions
+
+
+@variants
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_the_reference_is_pefts(variant, dropout, bias):
+    """Also where the dropout falls, which one seed shows."""
+    peft = pytest.importorskip("peft", reason="compares with PEFT")
+    torch.manual_seed(0)
+    base = nn.Linear(6, 5, bias)
+    if variant == "dora":
+        config = peft.LoraConfig(r=2, lora_alpha=3, lora_dropout=dropout, use_dora=True, target_modules=["0"])
+    else:
+        config = peft.HiraConfig(r=2, hira_dropout=dropout, target_modules=["0"])
+    theirs = peft.inject_adapter_in_model(config, nn.Sequential(copy.deepcopy(base)))
+    layer = CoToLoRALinear.from_linear(base, 2, 3.0 if variant == "dora" else 2.0, dropout=dropout, variant=variant)
+    parameters = [p for name, p in theirs.named_parameters() if "lora_" in name or "hira_" in name]
+    assert len(parameters) == len(layer.adapter_parameters)
+    for p in parameters:
+        p.requires_grad_()
+    with torch.no_grad():
+        if variant == "dora":  # at the start as well
+            torch.testing.assert_close(layer.lora_magnitude, parameters[2], rtol=0, atol=0)
+        for ours, p in zip(layer.adapter_parameters, parameters, strict=True):
+            ours.copy_(p.add_(0.3 * torch.randn_like(p)))
+    found = []
+    for module in (layer, theirs):
+        x = torch.linspace(-1, 1, 24).view(2, 2, 6).requires_grad_()
+        torch.manual_seed(1)
+        with set_backend("reference"):
+            y = module(x)
+        adapter = layer.adapter_parameters if module is layer else parameters
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *adapter])])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@variants
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dropout", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_those_of_the_function(variant, backend, dropout, gate):
+    named = draw(variant)
+    # numerical differentiation would go through the norm, which is a constant
+    norm = {"norm": row_norms(*(named[k] for k in ("weight", "lora_a", "lora_b")), SCALE)} if variant == "dora" else {}
+
+    def function(*tensors):
+        torch.manual_seed(0)
+        options = {"scale": SCALE, "gate": gate, "dropout": dropout, "variant": variant, "backend": backend, **norm}
+        return coto_lora_linear(**dict(zip(named, tensors, strict=True)), **options)
+
+    assert gradcheck(function, tuple(t.requires_grad_() for t in named.values()))
+
+
+@variants
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_each_gradient_alone_is_the_one_among_all(variant, bias, dropout, gate):
+    named = draw(variant, bias=bias)
+    dy = dy_for(operands((3, 2, 4), 3, 2, dtype=torch.float64))
+    options = {"gate": gate, "dropout": dropout, "backend": "addmm"}
+    torch.manual_seed(0)
+    together = run(variant, named, dy, set(named), **options)
+    for name in together.keys() - {"y"}:
+        torch.manual_seed(0)
+        alone = run(variant, named, dy, {name}, **options)
+        torch.testing.assert_close(alone["y"], together["y"], rtol=0, atol=0)
+        torch.testing.assert_close(alone[name], together[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@variants
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "out", "rank"), [*SHAPES[1:2], *SHAPES[3:7], *SHAPES[9:], TALL])
+def test_addmm_is_as_accurate_as_the_reference(variant, shape, out, rank, dtype, gate):
+    named = draw(variant, shape, out, rank, dtype)
+    gate, dy = fits(gate, named["x"]), dy_for(operands(shape, out, rank, dtype=dtype))
+    ours = run(variant, named, dy, set(named), gate=gate, backend="addmm")
+    torchs = run(variant, named, dy, set(named), gate=gate, backend="reference")
+    exact = run(variant, double(variant, named), dy.double(), set(named), gate=gate, backend="reference")
+    for name, truth in exact.items():
+        assert_as_accurate_as_torch(ours[name], torchs[name], truth, slack=3.0)
+
+
+# off
+
+
+@variants
+@pytest.mark.parametrize("poison", [float("inf"), float("nan"), 0.0], ids=str)
+@pytest.mark.parametrize("gate", [torch.tensor(0), torch.zeros(3, dtype=torch.bool)], ids=["0-dim", "rows"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_off_is_the_base_whatever_the_adapter_holds(variant, backend, dropout, gate, poison):
+    named = draw(variant, (3, 4, 8), 8, 4, torch.float32)
+    dy = dy_for(operands((3, 4, 8), 8, 4))
+    broken = {k: torch.full_like(t, poison) if k.startswith(("lora", "magn")) else t for k, t in named.items()}
+    got = run(variant, broken, dy, set(named), gate=gate, dropout=dropout, backend=backend)
+    base = run(variant, named, dy, set(named), gate=False)
+    assert torch.equal(got["y"], base["y"])
+    for name in ("x", "weight", "bias"):
+        torch.testing.assert_close(got[name], base[name])
+    for name in set(named) - {"x", "weight", "bias"}:
+        assert base[name] is None
+        assert torch.equal(got[name], torch.zeros_like(named[name]))
+
+
+@variants
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_have_their_own_gates(variant, backend):
+    named, dy = draw(variant), dy_for(operands((3, 2, 4), 3, 2, dtype=torch.float64))
+    options = {"needs": set(named), "backend": backend}
+    mixed = run(variant, named, dy, gate=torch.tensor([1, 0, 1]), **options)
+    on, off = (run(variant, named, dy, gate=gate, **options) for gate in (True, torch.tensor(0)))
+    assert torch.equal(mixed["y"][1], off["y"][1])
+    for got, want in ((mixed["y"][::2], on["y"][::2]), (mixed["x"][::2], on["x"][::2]), (mixed["x"][1], off["x"][1])):
+        torch.testing.assert_close(got, want)
+    spoilt = named | {"lora_b": torch.full_like(named["lora_b"], float("inf"))}
+    got = run(variant, spoilt, dy, gate=torch.tensor([1, 0, 1]), **options)
+    assert torch.equal(got["y"][1], off["y"][1])
+    torch.testing.assert_close(got["x"][1], off["x"][1])
+    assert not got["y"][0].isfinite().any()
+
+
+# DoRA's norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_factored_norm_is_the_norm(dtype, monkeypatch):
+    ops = operands((1, 70), 50, 4, dtype=dtype, factors=torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = torch.linalg.vector_norm(ops.weight.double() + 2.5 * ops.lora_b.double() @ ops.lora_a.double(), dim=1)
+    monkeypatch.setattr("cotolora.addmm_dora.BLOCK", 70 * 7)
+    got = row_norms(ops.weight, ops.lora_a, ops.lora_b, 2.5, "addmm")
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(got.double(), exact, rtol=8 * torch.finfo(got.dtype).eps, atol=0)
+    zero = torch.zeros_like(ops.lora_b)
+    assert torch.equal(
+        row_norms(ops.weight, ops.lora_a, zero, 2.5, "addmm"), reference.row_norms(ops.weight, ops.lora_a, zero, 2.5)
+    )
+
+
+def test_a_row_that_the_update_cancels_has_a_small_norm_and_not_nan():
+    ops = operands((1, 64), 40, 3)
+    weight = -2.0 * ops.lora_b @ ops.lora_a
+    norm = row_norms(weight, ops.lora_a, ops.lora_b, 2.0, "addmm")
+    assert norm.isfinite().all()
+    assert (norm <= 2e-3 * torch.linalg.vector_norm(weight, dim=1)).all()  # √eps and a little
+
+
+class Sizes(TorchDispatchMode):
+    """The entries of every tensor that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        views = func._schema.returns and any(r.alias_info for r in func._schema.returns)
+        if isinstance(result, torch.Tensor) and not views:
+            self.made.append(result.numel())
+        return result
+
+
+def test_dora_never_makes_a_matrix_of_the_size_of_the_weight():
+    named = draw("dora", (8, 64), 96, 3, torch.float32)
+    needing = [named[name].requires_grad_() for name in ("x", "lora_a", "lora_b", "magnitude")]
+    with Sizes() as sizes:
+        y = coto_lora_linear(**named, scale=SCALE, variant="dora", backend="addmm")
+        torch.autograd.grad(y, needing, torch.ones(8, 96))
+    assert 8 * 96 <= max(sizes.made) < 64 * 96
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_without_a_norm_keeps_its_length_and_its_magnitude(backend):
+    named = draw("dora")
+    named["weight"][1] = named["lora_b"][1] = 0
+    got = run("dora", named, torch.ones(3, 2, 3, dtype=torch.float64), set(named), backend=backend)
+    assert all(t.isfinite().all() for t in got.values())
+    assert torch.equal(got["y"][..., 1], named["bias"][1].expand(3, 2))
+    assert got["magnitude"][1] == 0
+    assert (got["magnitude"][[0, 2]] != 0).all()
+
+
+def test_the_norm_may_be_given():
+    named = draw("dora")
+    norm = row_norms(named["weight"], named["lora_a"], named["lora_b"], SCALE)
+    for backend in BACKENDS:
+        y = coto_lora_linear(**named, scale=SCALE, variant="dora", backend=backend)
+        torch.testing.assert_close(
+            coto_lora_linear(**named, scale=SCALE, variant="dora", norm=norm, backend=backend), y
+        )
+        halved = coto_lora_linear(**named, scale=SCALE, variant="dora", norm=norm / 2, backend=backend)
+        torch.testing.assert_close(halved - named["bias"], 2 * (y - named["bias"]))
+
+
+# as the plain operation
+
+
+@pytest.mark.parametrize("variant", ["lora", *NAMES])
+def test_what_is_done_to_the_output_leaves_the_gradients_alone(variant):
+    named, dy = draw(variant), torch.ones(3, 2, 3, dtype=torch.float64)
+    want = run(variant, named, 2 * dy, set(named), backend="addmm")
+    leaves = {k: t.clone().requires_grad_() for k, t in named.items()}
+    y = coto_lora_linear(**leaves, scale=SCALE, variant=variant, backend="addmm")
+    y.mul_(2)
+    y.sum().backward()
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad, want[name])
+
+
+@variants
+def test_only_the_reference_differentiates_twice(variant):
+    named = {k: t.requires_grad_() for k, t in draw(variant).items()}
+    norm = {"norm": torch.ones(3, dtype=torch.float64)} if variant == "dora" else {}
+
+    def call(backend):
+        options = {"scale": SCALE, "variant": variant, "backend": backend, **norm}
+        return lambda *tensors: coto_lora_linear(**dict(zip(named, tensors, strict=True)), **options)
+
+    assert gradgradcheck(call("reference"), tuple(named.values()))
+    y = call("addmm")(*named.values())
+    adapter = [t for k, t in named.items() if k not in ("x", "weight", "bias")]
+    for gradient in torch.autograd.grad(y.sum(), adapter, create_graph=True):
+        with pytest.raises(RuntimeError, match="backend='addmm' has no double backward"):
+            torch.autograd.grad(gradient.sum(), adapter, retain_graph=True)
+
+
+@variants
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_decides_the_dtype_and_not_the_norm(variant, backend):
+    named = draw(variant, (4, 16), 12, 3, torch.float32)
+    if variant == "dora":  # as a fresh layer has it: c = 1 only if the norm is that of the weight before the cast
+        named["lora_b"] = torch.zeros_like(named["lora_b"])
+        named["magnitude"] = row_norms(named["weight"], named["lora_a"], named["lora_b"], SCALE)
+    leaves = {k: t.clone().requires_grad_(k != "weight") for k, t in named.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        base = F.linear(named["x"], named["weight"], named["bias"])
+        y = coto_lora_linear(**leaves, scale=SCALE, variant=variant, backend=backend)
+        y.sum().backward()  # in here too
+    assert y.dtype == torch.bfloat16
+    assert all(leaves[name].grad.dtype == torch.float32 for name in leaves if name != "weight")
+    if variant == "dora":
+        assert torch.equal(y, base)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"variant": "vera"}, ValueError, r"variant must be one of \('lora', 'dora', 'hira'\); got 'vera'"),
+        ({"variant": ["dora"]}, ValueError, "variant must be one of"),
+        ({"magnitude": None}, TypeError, "magnitude must be a tensor with variant='dora'; got NoneType"),
+        ({"magnitude": [1.0] * 3}, TypeError, "magnitude must be a tensor"),
+        ({"magnitude": torch.ones(4)}, ValueError, r"magnitude must be \[3\] to fit weight; got shape \(4,\)"),
+        ({"magnitude": torch.ones(3, 1)}, ValueError, r"magnitude must be \[3\]"),
+        ({"magnitude": torch.ones(3, dtype=torch.int64)}, TypeError, "magnitude must be of a floating dtype"),
+        (
+            {"magnitude": torch.ones(3, device="meta")},
+            ValueError,
+            "magnitude must be on the device of x, cpu; got meta",
+        ),
+        ({"norm": torch.ones(2)}, ValueError, r"norm must be \[3\] to fit weight"),
+        ({"norm": 1.0}, TypeError, "norm must be a tensor"),
+        ({"variant": "hira"}, ValueError, "magnitude belongs to variant='dora'; got one with variant='hira'"),
+        ({"variant": "lora", "magnitude": None, "norm": torch.ones(3)}, ValueError, "norm belongs to variant='dora'"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(change, error, match):
+    with pytest.raises(error, match=match):
+        coto_lora_linear(**{**draw("dora"), "scale": SCALE, "gate": False, "variant": "dora", **change})
+
+
+# the layer
+
+
+def layer_of(options, dtype=torch.float32, moved=True, **more):
+    torch.manual_seed(0)
+    base = nn.Linear(12, 9, dtype=dtype)
+    layer = CoToLoRALinear.from_linear(base, 4, 6.0, **options, **more)
+    if moved:
+        move(layer)
+    return layer
+
+
+@torch.no_grad()
+def move(layer, by=0.1):
+    for parameter in layer.adapter_parameters:
+        parameter.add_(by * torch.randn_like(parameter))
+
+
+X = torch.linspace(-1, 1, 60).view(5, 12)
+
+
+@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_a_fresh_layer_and_one_that_is_off_are_the_linear(options, dtype):
+    x = X.to(dtype)
+    for moved in (False, True):
+        layer = layer_of(options, dtype, moved=moved)
+        base = F.linear(x, layer.weight, layer.bias)
+        for gate in (False, torch.tensor(0), torch.zeros(5, dtype=torch.int32), True):
+            layer.gate = gate
+            assert torch.equal(layer(x), base) == (not moved or gate is not True)
+        layer.enabled = False
+        assert torch.equal(layer.eval()(x), base)
+        assert layer.lora_a.dtype == (dtype if dtype == torch.float64 else torch.float32)
+        assert all(p.dtype == layer.lora_a.dtype and p.requires_grad for p in layer.adapter_parameters)
+
+
+@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_merging_is_the_forward(options, dtype):
+    layer, x = layer_of(options, dtype).eval(), X.to(dtype)
+    weight, before = layer.weight, layer.weight.clone()
+    with torch.no_grad():
+        y, delta = layer(x), layer.delta_weight()
+        assert delta.dtype == layer.lora_a.dtype
+        exact = F.linear(x.double(), weight.double() + delta.double(), layer.bias.double())
+        rounded = F.linear(x, (weight.double() + delta.double()).to(dtype), layer.bias)
+        layer.merge()
+        if dtype == torch.float64:  # where nothing is more exact
+            torch.testing.assert_close(layer(x), y)
+        else:
+            assert_as_accurate_as_torch(layer(x), rounded, exact)
+            assert_as_accurate_as_torch(y, rounded, exact, slack=3.0)
+        torch.testing.assert_close(layer.delta_weight(), delta, rtol=0, atol=0)
+        assert torch.equal(layer.to_linear()(x), layer(x))
+        layer.unmerge()
+    assert layer.weight is weight
+    assert torch.equal(weight, before)
+    assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_a_conv1d_is_adapted_as_the_linear_it_is(options):
+    utils = pytest.importorskip("transformers.pytorch_utils", reason="has Conv1D")
+    plain = layer_of(options, moved=False)
+    conv = utils.Conv1D(9, 12)
+    conv.weight, conv.bias = nn.Parameter(plain.weight.detach().T.contiguous()), plain.bias
+    layer = CoToLoRALinear.from_linear(conv, 4, 6.0, **options)
+    for backend in BACKENDS:
+        with set_backend(backend):
+            torch.testing.assert_close(layer(X), conv(X))
+            for ours, other in zip(layer.adapter_parameters, plain.adapter_parameters, strict=True):
+                torch.testing.assert_close(ours.detach().abs().sum() > 0, other.detach().abs().sum() > 0)
+                ours.data.copy_(other.detach() + 0.1)
+            for name in ("lora_a0", "lora_b0"):
+                if getattr(layer, name) is not None:
+                    getattr(layer, name).copy_(getattr(plain, name))
+            twin = copy.deepcopy(plain)
+            for parameter in twin.adapter_parameters:
+                parameter.data.add_(0.1)
+            x, other = X.clone().requires_grad_(), X.clone().requires_grad_()
+            y, want = layer(x), twin(other)
+            torch.testing.assert_close(y, want)
+            got = torch.autograd.grad(y.square().sum(), [x, *layer.adapter_parameters])
+            for g, w in zip(
+                got, torch.autograd.grad(want.square().sum(), [other, *twin.adapter_parameters]), strict=True
+            ):
+                torch.testing.assert_close(g, w)
+        with torch.no_grad():
+            merged = layer.to_linear()
+            assert type(merged) is utils.Conv1D
+            torch.testing.assert_close(merged(X), y.detach())
+            layer.reset_parameters()
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_state_copies_and_casts(options):
+    layer = layer_of(options)
+    y = layer(X)
+    other = CoToLoRALinear(12, 9, 4, 6.0, **options)
+    other.load_state_dict(layer.state_dict())
+    for twin in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(X), y)
+    assert set(layer.state_dict()) - {"weight", "bias"} == {
+        "lora_a", "lora_b",
+        *(["lora_magnitude"] if "variant" in options and options["variant"] == "dora" else []),
+        *(["lora_a0", "lora_b0"] if "init" in options else []),
+    }  # fmt: skip
+    layer.half()
+    torch.testing.assert_close(layer(X.half()).float(), y, rtol=0.02, atol=0.02)
+    assert layer.double()(X.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_a_base_checkpoint_loads_and_a_fresh_adapter_follows_it(options):
+    torch.manual_seed(1)
+    base = nn.Linear(12, 9)
+    fresh, trained = CoToLoRALinear(12, 9, 4, 6.0, **options), layer_of(options)
+    kept = [p.detach().clone() for p in trained.adapter_parameters]
+    for layer in (fresh, trained):
+        layer.load_state_dict(base.state_dict(), strict=True)
+        assert torch.equal(layer.weight, base.weight)
+    assert torch.equal(fresh(X), base(X))
+    assert all(torch.equal(p, k) for p, k in zip(trained.adapter_parameters, kept, strict=True))
+    if fresh.lora_a0 is not None:
+        want = CoToLoRALinear.from_linear(base, 4, 6.0, **options)
+        assert torch.equal(fresh.lora_a0, want.lora_a0)
+
+
+def test_meta():
+    layer = CoToLoRALinear(12, 9, 4, variant="dora", device="meta").to_empty(device="cpu")
+    base = nn.Linear(12, 9)
+    layer.load_state_dict(base.state_dict())
+    layer.reset_parameters()
+    assert torch.equal(layer(X), base(X))
+    for init in ("pissa", "olora"):
+        with pytest.raises(ValueError, match=f"init must be 'kaiming' or 'gaussian' on the meta device.*'{init}'"):
+            CoToLoRALinear(12, 9, 4, init=init, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"variant": "vera"}, r"variant must be one of .*; got 'vera'"),
+        ({"init": "eva"}, "init must be one of .*; got 'eva'"),
+        ({"init": "pissa", "variant": "hira"}, "init must be 'kaiming' or 'gaussian' with variant='hira'.*'pissa'"),
+        ({"init": "pissa", "rank": 10}, "rank must be at most 9 with init='pissa'.*got 10"),
+        ({"init": "olora", "rank": 10}, "rank must be at most 9 with init='olora'.*got 10"),
+        ({"init": "pissa", "alpha": -1.0}, r"alpha must be positive with init='pissa'; got -1\.0"),
+    ],
+    ids=str,
+)
+def test_a_layer_that_cannot_be(options, match):
+    model = nn.Sequential(nn.Linear(12, 9))
+    for make in (
+        lambda: CoToLoRALinear(12, 9, **options),
+        lambda: CoToLoRALinear.from_linear(nn.Linear(12, 9), **options),
+        lambda: inject(model, **options),
+    ):
+        with pytest.raises(ValueError, match=match):
+            make()
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.requires_grad
+
+
+# the norm that eval() keeps
+
+
+def test_eval_keeps_the_norm_until_something_may_have_changed_it(monkeypatch, tmp_path):
+    model = nn.Sequential(layer_of({"variant": "dora"}))
+    layer, count = model[0], 0
+
+    def counted(*args):
+        nonlocal count
+        count += 1
+        return functional.row_norms(*args)
+
+    monkeypatch.setattr(linear, "row_norms", counted)
+
+    def stays_right(kept):
+        nonlocal count
+        count = 0
+        with torch.no_grad():
+            y = [model(X) for _ in range(2)]
+        assert count == (0 if kept else 1)
+        with set_backend("reference"):
+            for got in y:
+                torch.testing.assert_close(got, layer(X))  # recorded, so computed anew
+        with torch.no_grad():
+            model(X)
+
+    model.eval()
+    stays_right(kept=False)
+    with torch.no_grad():
+        model(X)
+    count = 0
+    with torch.no_grad():
+        model(X)
+    assert count == 0
+    changes = {
+        "an optimizer": lambda: train_a_step(model),
+        "train": lambda: (
+            model.train(),
+            [setattr(p, "data", p.data + 0.1) for p in layer.adapter_parameters],
+            model.eval(),
+        ),
+        "load_state_dict": lambda: model.load_state_dict({k: v + 0.1 for k, v in model.state_dict().items()}),
+        "a write": lambda: move(layer),
+        "forget_norm": lambda: (setattr(layer.lora_b, "data", layer.lora_b.data + 0.1), layer.forget_norm()),
+        "to": lambda: model.double().float(),
+        "merge": lambda: (layer.merge(), setattr(layer.lora_b, "data", layer.lora_b.data + 0.1), layer.unmerge()),
+        "load_adapter": lambda: (
+            setattr(layer.lora_a, "data", layer.lora_a.data + 0.1),
+            cotolora.save_adapter(model, tmp_path),
+            cotolora.load_adapter(model, tmp_path),
+        ),
+        "reset_parameters": lambda: layer.reset_parameters(),
+    }
+    for change in changes.values():
+        change()
+        stays_right(kept=False)
+
+
+def train_a_step(model):
+    optimizer = torch.optim.AdamW(cotolora.adapter_parameters(model), lr=0.1, fused=True)
+    model(X).sum().backward()  # in eval(), as some do
+    optimizer.step()
+
+
+# inits taken from W
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_factors_start_where_pefts_do_and_the_weight_stays(init, rslora):
+    peft = pytest.importorskip("peft", reason="compares with PEFT")
+    layer = layer_of({"init": init}, moved=False, use_rslora=rslora)
+    weight = layer.weight.detach().clone()
+    config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=init, use_rslora=rslora, target_modules=["0"])
+    theirs = peft.inject_adapter_in_model(config, nn.Sequential(copy.deepcopy(layer.to_linear(merge=False))))[0]
+    torch.testing.assert_close(layer.lora_a, theirs.lora_A["default"].weight)
+    torch.testing.assert_close(layer.lora_b, theirs.lora_B["default"].weight)
+    part = layer.scale * layer.lora_b @ layer.lora_a
+    torch.testing.assert_close(weight - part, theirs.base_layer.weight)
+    if init == "pissa":  # the best approximation of its rank
+        u, s, v = torch.linalg.svd(weight)
+        torch.testing.assert_close(part, u[:, :4] @ s[:4].diag() @ v[:4])
+    assert torch.equal(layer.weight, weight)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_small_steps_from_a_start_away_from_zero_are_not_lost(init):
+    """In bfloat16 the products of both starts would cancel only to their own rounding, thousands of times the step."""
+    layer = layer_of({"init": init}, torch.bfloat16, moved=False)
+    with torch.no_grad():
+        layer.lora_b.add_(1e-6)
+    step = layer.scale * torch.full_like(layer.lora_b, 1e-6, dtype=torch.float64) @ layer.lora_a.double()
+    torch.testing.assert_close(layer.delta_weight().double(), step, rtol=0.1, atol=1e-7)
+    for factor in layer.factors():
+        assert factor.dtype == torch.float32
+    # and its gradients are those of B A, whatever it started from
+    x = X.bfloat16().requires_grad_()
+    got = torch.autograd.grad(layer(x).sum(), [layer.lora_a, layer.lora_b])
+    plain = coto_lora_linear(x, layer.weight, layer.bias, layer.lora_a, layer.lora_b, scale=layer.scale)
+    for g, w in zip(got, torch.autograd.grad(plain.sum(), [layer.lora_a, layer.lora_b]), strict=True):
+        torch.testing.assert_close(g, w, rtol=0.05, atol=0.05)
+
+
+# models
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_a_model_with_adapters_of_a_kind(options):
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 9))
+    plain = model(X)
+    layers = inject(model, rank=2, **options)
+    assert torch.equal(model(X), plain)
+    mine = cotolora.adapter_parameters(model)
+    assert [id(p) for p in mine] == [id(p) for layer in layers.values() for p in layer.adapter_parameters]
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in mine}
+    assert f"trainable params: {sum(p.numel() for p in mine)} " in cotolora.trainable_report(model)
+    slow, fast = cotolora.lora_plus_groups(model, 1e-3)
+    assert [id(p) for p in fast["params"]] == [id(layer.lora_b) for layer in layers.values()]
+    assert {id(p) for p in slow["params"]} == {id(p) for p in mine} - {id(p) for p in fast["params"]}
+    for layer in layers.values():
+        move(layer)
+    mixed = model(X)
+    with cotolora.adapter_mask(model, [True, False]):
+        one = model(X)
+    assert not torch.allclose(one, mixed)
+    with cotolora.adapter_mask(model, torch.tensor([[1, 1]] * 4 + [[1, 0]])):
+        rows = model(X)
+    torch.testing.assert_close(rows, torch.cat([mixed[:4], one[4:]]))
+    with torch.no_grad():
+        before = model(X)
+        cotolora.eject(model)
+        torch.testing.assert_close(model(X), before)
+
+
+def test_what_is_off_has_no_gradient_of_its_magnitude_either(monkeypatch):
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 9))
+    layers = list(inject(model, rank=2, variant="dora").values())
+    steps = cotolora.CoTo(model, 10, unit="module", gates="device")
+    optimizer = torch.optim.AdamW(cotolora.adapter_parameters(model), lr=0.1)
+    steps.attach(optimizer)
+    steps.set_step(next(t for t in range(10) if (steps.set_step(t), steps.mask.tolist() == [True, False])[1]))
+    before = layers[1].lora_magnitude.detach().clone()
+    model(X).square().sum().backward()
+    assert [[p.grad is not None for p in layer.adapter_parameters] for layer in layers] == [[True] * 3] * 2
+    assert not layers[1].lora_magnitude.grad.any()
+    optimizer.step()
+    assert [p.grad for p in layers[1].adapter_parameters] == [None] * 3
+    assert torch.equal(layers[1].lora_magnitude, before)
+    # and DDP's reducer sees all three where a host gate is off
+    monkeypatch.setattr(coto.dist, "is_initialized", lambda: True)
+    model.zero_grad()
+    layers[1]._set_switch("_gate", False)
+    model(X).square().sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in layers[1].adapter_parameters)
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_compiled_whole(options):
+    layer = layer_of(options)
+    layer.gate = torch.tensor(1)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    found = []
+    for module in (layer, compiled):
+        y = module(X)
+        found.append([y, *torch.autograd.grad(y.square().sum(), layer.adapter_parameters)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_explain_says_what_runs_a_variant():
+    plan = cotolora.explain(layer_of({"variant": "hira"}), rows=8)
+    assert plan.backend == "addmm"
+    assert any("'hira'" in reason for reason in plan.others["triton"])
