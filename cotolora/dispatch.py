@@ -157,7 +157,7 @@ def _form(call: Call, *, fastest_fused: bool = False) -> Choice:
         fused = VARIANT_FORMS[call.variant]
         if arch not in forms.MACHINES:
             return Choice(fused[0] if sizes.m <= 64 else fused[-1], "asked for by name")
-        options = {"captured": captured, "backward": call.backward, "variant": call.variant}
+        options: dict[str, Any] = {"captured": captured, "backward": call.backward, "variant": call.variant}
         times = {form: forms.seconds(form, sizes, forms.MACHINES[arch], **options) for form in fused}
         return Choice(min(fused, key=lambda form: times[form]), "asked for by name")
     ran = (choice.form, call.dtype, call.rank, call.variant)

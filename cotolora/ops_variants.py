@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class FusedDora:
         dx = dw = da = db = dm = p = None
         rows, ops = flat(dy), torch.ops.cotolora
         device_gate = gate if isinstance(gate, Tensor) else None
-        options = {"scale": scale, "gate": gate, "dropout": dropout}
+        options: dict[str, Any] = {"scale": scale, "gate": gate, "dropout": dropout}
         if needs.weight:
             only = Needs(None, needs.weight, None, None, None)
             dw = addmm_dora.backward(dy, x, weight, lora_a, lora_b, Saved(None, None, saved.column), only, **options)[1]
@@ -151,10 +152,9 @@ class FusedHira:
         device_gate = gate if isinstance(gate, Tensor) else None
         if needs.weight and x is not None:
             keep = None if seed is None else drawn_mask(seed, rows.shape[0], x.shape[-1], dropout).view(x.shape)
-            only, options = Needs(None, needs.weight, None, None, None), {"scale": scale, "gate": gate}
-            dw = addmm_hira.backward(
-                dy, x, weight, lora_a, lora_b, Saved(None, keep), only, dropout=dropout, **options
-            )[1]  # fmt: skip
+            only = Needs(None, needs.weight, None, None, None)
+            options: dict[str, Any] = {"scale": scale, "gate": gate, "dropout": dropout}
+            dw = addmm_hira.backward(dy, x, weight, lora_a, lora_b, Saved(None, keep), only, **options)[1]
         if lora_a is not None and lora_b is not None and weight is not None:
             lora_a, lora_b = lora_a.to(dy.dtype), lora_b.to(dy.dtype)
             if (needs.lora_a or needs.lora_b) and x is not None:

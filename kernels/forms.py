@@ -247,7 +247,7 @@ def choose_form(
         return Choice(form, f"measured fastest on this device at {at}, rank {row['rank']}")
     if arch not in MACHINES:
         return Choice("addmm", f"no fused kernel has been measured on {arch}, and there is no model of it")
-    options = {"captured": captured, "backward": backward, "variant": variant}
+    options: dict[str, Any] = {"captured": captured, "backward": backward, "variant": variant}
     fused = VARIANT_FORMS[variant]
     times = {form: seconds(form, sizes, MACHINES[arch], **options) for form in ("addmm", *fused)}
     form = min(fused, key=lambda name: times[name])
