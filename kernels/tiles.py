@@ -139,6 +139,7 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(64, 64, 64, group_m=1, num_warps=8, num_stages=4), max_m=64),
         # too few rows to fill the GPU with 128 x 128
         Row(Tile(64, 128, 32, num_warps=8, num_stages=4), max_m=512),
+        Row(Tile(64, 128, 32, num_warps=8, num_stages=4), scaled=True),
         # the usual tile of this GPU; above rank 32 h does not fit beside y
         Row(Tile(128, 128, 32, num_warps=8, num_stages=4), max_rank=32),
         Row(Tile(128, 64, 32, num_warps=8, num_stages=4)),
@@ -156,12 +157,13 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(64, 32, 128, group_m=1, num_stages=5), max_m=64, max_n=8192, max_rank=32),
         # a large N has programs enough, two to an SM; a large rank wants A read by fewer of them
         Row(Tile(64, 64, 64, group_m=1, num_stages=5), max_m=64),
+        # row gates and a second result beside y: 128 columns of it spill
+        Row(Tile(128, 64, 64, num_warps=8, num_stages=4), scaled=True),
         # 128 programs of [256, 4096], 128 of [512, 4096]
         Row(Tile(64, 128, 64, num_stages=4), max_m=256, max_rank=64),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=512),
         # the widest: 16 ranks cost 1/16 more products; row gates store y twice, and that spills
         Row(Tile(128, 256, 64, num_warps=8), max_rank=64, selects=False),
-        Row(Tile(128, 64, 64, num_warps=8, num_stages=4), min_rank=33, scaled=True),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
     ),
     # 148 SMs, 227 KiB; tcgen05 wants 64 rows and keeps y in tensor memory
@@ -176,6 +178,7 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         # as on sm_90, which has fewer SMs and is the same otherwise
         Row(Tile(64, 32, 128, group_m=1, num_stages=5), max_m=64, max_n=8192, max_rank=32),
         Row(Tile(64, 64, 64, group_m=1, num_stages=5), max_m=64),
+        Row(Tile(128, 64, 64, num_warps=8, num_stages=4), scaled=True),
         Row(Tile(128, 128, 64, num_stages=4), max_m=512, max_rank=64),
         Row(Tile(128, 256, 64, num_warps=8), max_rank=64, selects=False),
         # 4 warps can read y out of tensor memory, but not above rank 64
@@ -208,7 +211,9 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
     "sm_80": (
         *IEEE,
         Row(Tile(64, 32, 32, num_warps=8, programs=2), element_size=4),
+        Row(Tile(64, 64, 32, num_warps=8, programs=2), aligned=False, scaled=True),
         Row(Tile(128, 64, 32, num_warps=8, programs=2), aligned=False),
+        Row(Tile(128, 64, 32, num_warps=8, num_stages=4, programs=2), scaled=True),
         Row(Tile(128, 128, 32, num_warps=8, num_stages=4), max_rank=64),
         Row(Tile(128, 64, 32, num_warps=8, num_stages=4, programs=2)),
     ),
@@ -307,14 +312,14 @@ ROW_NORM: dict[str, tuple[Row[Stream], ...]] = {
 # least that wgmma takes, and make the most programs where few rows of x leave nothing to do but read W
 HIRA_SMALL = (
     Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4),
-    Row(Tile(32, 64, 32, num_warps=8, num_stages=2), aligned=False),
+    Row(Tile(32, 64, 16, num_warps=8, num_stages=2), aligned=False),
     Row(Tile(32, 64, 32, group_m=1, num_warps=8, num_stages=2), max_m=64),
     Row(Tile(32, 64, 32, num_warps=8, num_stages=2), min_rank=65),
     Row(Tile(64, 64, 32, num_warps=8, num_stages=2)),
 )
 HIRA_LARGE = (
     Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4),
-    Row(Tile(32, 64, 32, num_warps=8, num_stages=2), aligned=False),
+    Row(Tile(32, 64, 16, num_warps=8, num_stages=2), aligned=False),
     Row(Tile(32, 64, 64, group_m=1, num_warps=8), max_m=64),
     Row(Tile(64, 64, 64, num_warps=8), min_rank=129, selects=True),
     Row(Tile(64, 128, 64, num_warps=8), selects=True),

@@ -136,10 +136,14 @@ def test_a_norm_that_is_given_is_used():
 def test_a_row_of_zeros_has_no_direction():
     named = draw("dora", (3, 2, 9), 7, 3, torch.float32)
     named["weight"][2], named["lora_b"][2] = 0, 0
-    made = run("dora", named, dy_of(named), {"magnitude"}, backend="triton:one_pass")
+    made = run("dora", named, dy_of(named), {"magnitude", "lora_b"}, backend="triton:one_pass")
     assert torch.equal(made["y"][..., 2], named["bias"][2].expand(3, 2))
     assert made["magnitude"][2] == 0
     assert made["magnitude"].count_nonzero() == 6
+    # its c is 1
+    expected = run("dora", named, dy_of(named), {"lora_b"}, backend="reference")
+    assert expected["lora_b"][2].all()
+    torch.testing.assert_close(made["lora_b"], expected["lora_b"])
 
 
 def test_what_the_fused_forms_refuse():
