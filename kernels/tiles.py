@@ -178,7 +178,7 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         # as on sm_90, which has fewer SMs and is the same otherwise
         Row(Tile(64, 32, 128, group_m=1, num_stages=5), max_m=64, max_n=8192, max_rank=32),
         Row(Tile(64, 64, 64, group_m=1, num_stages=5), max_m=64),
-        Row(Tile(128, 64, 64, num_warps=8, num_stages=4), scaled=True),
+        Row(Tile(128, 64, 32, num_warps=8, num_stages=4), scaled=True),
         Row(Tile(128, 128, 64, num_stages=4), max_m=512, max_rank=64),
         Row(Tile(128, 256, 64, num_warps=8), max_rank=64, selects=False),
         # 4 warps can read y out of tensor memory, but not above rank 64
@@ -246,6 +246,7 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
     ),
     "generic": (
         *IEEE,
+        Row(Tile(32, 32, 16, num_warps=8, num_stages=2, programs=2), element_size=4, scaled=True),
         Row(Tile(32, 32, 32, num_warps=8, num_stages=2, programs=2), element_size=4),
         Row(Tile(64, 64, 32, num_warps=8, num_stages=2, programs=2)),
     ),
@@ -301,7 +302,7 @@ PRE_EXPAND: dict[str, tuple[Row[Stream], ...]] = {
 # rows of W, columns of K: W is read once, so few rows make many programs and the small A comes from the L2
 ROW_NORM: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
-        Row(Stream(16, 32, max_ranks=16, num_stages=2), element_size=4),
+        Row(Stream(16, 32, max_ranks=16, num_warps=8, num_stages=2), element_size=4),
         Row(Stream(16, 64, max_ranks=32, num_warps=8, num_stages=2), aligned=False),
         Row(Stream(16, 128, max_ranks=64, num_stages=2 if arch in ("gfx942", "generic") else 4), max_rank=64),
         Row(Stream(16, 64, max_ranks=64, num_stages=2 if arch in ("gfx942", "generic") else 3)),
@@ -313,8 +314,8 @@ ROW_NORM: dict[str, tuple[Row[Stream], ...]] = {
 HIRA_SMALL = (
     Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4),
     Row(Tile(32, 64, 16, num_warps=8, num_stages=2), aligned=False),
-    Row(Tile(32, 64, 32, group_m=1, num_warps=8, num_stages=2), max_m=64),
-    Row(Tile(32, 64, 32, num_warps=8, num_stages=2), min_rank=65),
+    Row(Tile(32, 64, 16, group_m=1, num_warps=8, num_stages=2), max_m=64),
+    Row(Tile(32, 64, 16, num_warps=8, num_stages=2), min_rank=65),
     Row(Tile(64, 64, 32, num_warps=8, num_stages=2)),
 )
 HIRA_LARGE = (
@@ -323,7 +324,7 @@ HIRA_LARGE = (
     Row(Tile(32, 64, 64, group_m=1, num_warps=8), max_m=64),
     Row(Tile(64, 64, 64, num_warps=8), min_rank=129, selects=True),
     Row(Tile(64, 128, 64, num_warps=8), selects=True),
-    Row(Tile(128, 128, 64, num_warps=8)),
+    Row(Tile(128, 128, 64, num_warps=8, num_stages=2)),
 )
 # block_n by block_k of the weight, block_m rows of x and dy at a time
 HIRA_GRADS_SMALL = (
@@ -336,7 +337,7 @@ HIRA_GRADS_LARGE = (
     Row(Tile(64, 128, 128, num_warps=8)),
 )
 HIRA: dict[str, tuple[Row[Tile], ...]] = {
-    arch: HIRA_SMALL if arch in ("gfx942", "generic") else HIRA_LARGE for arch in ONE_PASS
+    arch: HIRA_SMALL if arch in ("sm_80", "gfx942", "generic") else HIRA_LARGE for arch in ONE_PASS
 }
 HIRA_GRADS: dict[str, tuple[Row[Tile], ...]] = {
     arch: HIRA_GRADS_SMALL if arch in ("gfx942", "generic") else HIRA_GRADS_LARGE for arch in ONE_PASS
