@@ -33,12 +33,15 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from cotolora.kernels.adapter_grads import gram, project
+from cotolora.kernels.adapter_grads import Dora, gram, project
+from cotolora.kernels.hira import hira
+from cotolora.kernels.hira_grads import hira_grads
 from cotolora.kernels.low_rank_gemm import low_rank_gemm
 from cotolora.kernels.one_pass import one_pass
 from cotolora.kernels.one_pass_swapped import one_pass_swapped
 from cotolora.kernels.partials import sum_partials
 from cotolora.kernels.pre_expand import expand, pre_expand
+from cotolora.kernels.row_norm import row_norm
 from cotolora.kernels.shrink import shrink
 from cotolora.kernels.tiles import PROJECT_MAX_RANK, TABLES, TMA_ARCHITECTURES, UNALIGNED, Row, Stream, Tile, choose
 
@@ -62,6 +65,7 @@ TARGETS = {
 # where the rows for any other GPU are tried, and the least that such a GPU has
 GENERIC_TARGETS = ("sm_80", "gfx942")
 GENERIC_SHARED_LIMIT = 64 * 1024
+SCALED = ("one_pass", "one_pass_swapped", "low_rank_gemm", "gram", "project")  # the kernels that DoRA takes as well
 GATES = ("none", "device", "rows")  # by the registers they take
 BARRIER = r"(?m)^\s*(gpu|ttg)\.barrier"
 SPILLS = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -78,9 +82,10 @@ class Operands:
     gate: str
     layout: str  # "aligned", "odd" in every stride and size, or "ones": sizes of 1, which are constants to Triton
     dropout: bool
+    scaled: bool = False  # as DoRA scales the columns of y
 
     def tensors(self) -> dict[str, Any]:
-        """x, weight, bias, a, b, dy, h, p, gate, and a seed where there is dropout."""
+        """x, weight, bias, a, b, dy, h, p, gate, a seed where there is dropout, and a scale where there is one."""
         empty = partial(torch.empty, dtype=self.dtype, device="meta")
         m, n, k, r = self.m, self.n, 1 if self.layout == "ones" else 4096, self.rank
         if self.layout == "odd":
@@ -95,6 +100,7 @@ class Operands:
         return {
             "x": x, "dy": dy, "weight": weight, "a": a, "b": b, "bias": bias, "h": h, "p": p,
             "gate": dict(zip(GATES, gates, strict=True))[self.gate],
+            "scaled": {"column_scale": empty(n, dtype=torch.float32), "u": empty(m, n)} if self.scaled else {},
             "dropped": {"seed": empty((), dtype=torch.int64), "dropout": 0.1} if self.dropout else {},
         }  # fmt: skip
 
@@ -144,6 +150,7 @@ class Result:
             "gate": operands.gate,
             "layout": operands.layout + " tma" * case.tma,
             "dropout": operands.dropout,
+            "scaled": operands.scaled,
             "registers": self.registers,
             "spill_bytes": self.spill_bytes,
             "shared_bytes": self.shared_bytes,
@@ -158,11 +165,13 @@ def launch(kernel: str, tile: Tile | Stream, tma: bool, operands: Operands) -> N
     """Calls the launchers of a family, every kernel of which is to be compiled."""
     t = SimpleNamespace(**operands.tensors())
     forward = (t.bias, t.a, t.b, t.gate, 2.0)
+    column_scale = t.scaled.get("column_scale")
+    dora = Dora(column_scale, column_scale, t.scaled["u"], torch.float32) if operands.scaled else None
     match kernel:
         case "one_pass":
-            one_pass(t.x, t.weight, *forward, **t.dropped, tile=tile)
+            one_pass(t.x, t.weight, *forward, **t.dropped, **t.scaled, tile=tile)
         case "one_pass_swapped":
-            one_pass_swapped(t.x, t.weight, *forward, **t.dropped, stream=tile, split=2)
+            one_pass_swapped(t.x, t.weight, *forward, **t.dropped, **t.scaled, stream=tile, split=2)
         case "pre_expand":
             pre_expand(t.x, *forward, **t.dropped, stream=tile)
             expand(t.p, t.a, t.gate, **t.dropped, stream=tile)
@@ -170,14 +179,25 @@ def launch(kernel: str, tile: Tile | Stream, tma: bool, operands: Operands) -> N
         case "shrink":
             shrink(t.x, t.a, t.gate, 2.0, **t.dropped, stream=tile, split=1)
         case "gram":
-            sums = gram(t.x, t.p, t.gate, 1.0, torch.float32, **t.dropped, stream=tile, split=2)
+            wide, narrow = (t.dy, t.h) if operands.scaled else (t.x, t.p)
+            sums, _ = gram(wide, narrow, t.gate, 1.0, torch.float32, **t.dropped, dora=dora, stream=tile, split=2)
             sum_partials(sums, sums)
+        case "row_norm":
+            row_norm(t.weight, t.a, t.b, 2.0, None, t.bias, t.gate, stream=tile)
+        case "hira" if operands.dropout and operands.gate == "rows":
+            hira(t.dy, t.weight.T, None, t.b.T, t.a.T, t.gate, 2.0, **t.dropped, drops_input=False, tile=tile)
+        case "hira":
+            hira(t.x, t.weight, *forward, **t.dropped, tile=tile)
+        case "hira_grads":
+            hira_grads(t.dy, t.x, t.weight, *forward[1:], torch.float32, torch.float32, **t.dropped, tile=tile, split=2)
         case "project":
-            project(t.dy, t.h, t.b, t.gate, 2.0, torch.float32, stream=tile)
+            project(t.dy, t.h, t.b, t.gate, 2.0, torch.float32, dora=dora, stream=tile)
         case "low_rank_gemm" if operands.dropout:
             low_rank_gemm(t.dy, t.weight.T, None, t.p, t.a.T, t.gate, **t.dropped, tile=tile, tma=tma)
         case "low_rank_gemm":
-            low_rank_gemm(t.x, t.weight, t.bias, t.h, t.b, t.gate, tile=tile, tma=tma)
+            low_rank_gemm(t.x, t.weight, t.bias, t.h, t.b, t.gate, **t.scaled, tile=tile, tma=tma)
+            if operands.scaled:
+                low_rank_gemm(t.dy, t.weight.T, None, t.p, t.a.T, t.gate, x_scale=column_scale, tile=tile, tma=tma)
 
 
 def all_cases(target: str) -> Iterator[Case]:
@@ -204,26 +224,28 @@ def row_cases(kernel: str, arch: str, target: str, row: Row, dtype: str) -> Iter
     scalar, precision = getattr(torch, dtype.split()[0]), dtype.partition(" ")[2] or "ieee"
     ranks = [rank for rank in (8, 32, 64, 128, 256) if kernel != "project" or rank <= PROJECT_MAX_RANK]
 
-    def comes_to_row(rank: int, gate: str, layout: str, dropout: bool) -> bool:
+    def comes_to_row(rank: int, gate: str, layout: str, dropout: bool, scaled: bool) -> bool:
         return row is choose(
             TABLES[kernel], arch, m, n, rank, element_size=scalar.itemsize, precision=precision,
-            aligned=layout == "aligned", selects=gate == "rows" or dropout,
-        ) and not (kernel == "project" and dropout)  # fmt: skip
+            aligned=layout == "aligned", selects=gate == "rows" or dropout, scaled=scaled,
+        ) and not (dropout and (scaled or kernel == "project"))  # fmt: skip
 
-    operands = [o for o in product(ranks, GATES, ("aligned", "odd"), (False, True)) if comes_to_row(*o)]
-    if not operands:
-        return
-    smallest, plain = operands[0][0], [o for o in operands if not o[3]]
-    light = next(o for o in plain if o[0] == smallest and o[1] != "none") if len(plain) > 1 else plain[0]
-    chosen = {light, plain[-1], operands[-1]}
-    if kernel == "one_pass" and dtype == "bfloat16":
-        chosen |= {o for o in plain if o[0] == smallest and o[1] != "rows"}
-    if kernel == "one_pass" and scalar == torch.float32:
-        # ptxas spills float32 for one more block on the SM, at any rank
-        chosen |= {o for o in plain if o[1] == plain[-1][1]}
-    for rank, gate, layout, dropout in sorted(chosen, key=operands.index):
+    with_scale = (False, True) if kernel in SCALED else (False,)
+    operands = [o for o in product(ranks, GATES, ("aligned", "odd"), (False, True), with_scale) if comes_to_row(*o)]
+    scaled, operands = [o for o in operands if o[4]], [o for o in operands if not o[4]]
+    chosen = {scaled[0], scaled[-1]} if scaled else set()
+    if operands:
+        smallest, plain = operands[0][0], [o for o in operands if not o[3]]
+        light = next(o for o in plain if o[0] == smallest and o[1] != "none") if len(plain) > 1 else plain[0]
+        chosen |= {light, plain[-1], operands[-1]}
+        if kernel == "one_pass" and dtype == "bfloat16":
+            chosen |= {o for o in plain if o[0] == smallest and o[1] != "rows"}
+        if kernel == "one_pass" and scalar == torch.float32:
+            # ptxas spills float32 for one more block on the SM, at any rank
+            chosen |= {o for o in plain if o[1] == plain[-1][1]}
+    for rank, gate, layout, *options in sorted(chosen, key=[*operands, *scaled].index):
         tma = kernel == "low_rank_gemm" and arch in TMA_ARCHITECTURES and layout == "aligned"
-        yield Case(kernel, target, arch, row.tile, dtype, Operands(m, n, rank, scalar, gate, layout, dropout), tma)
+        yield Case(kernel, target, arch, row.tile, dtype, Operands(m, n, rank, scalar, gate, layout, *options), tma)
 
 
 def intercept(launch: Callable[[], object]) -> list[tuple[JITFunction, tuple, dict[str, Any]]]:
@@ -361,11 +383,19 @@ def main(arguments: list[str]) -> int:
     """Compiles, prints the table, and returns 1 if anything breaks its budget."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks aot", description=__doc__.splitlines()[0])
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
+    parser.add_argument("--kernel", action="append", choices=TABLES, help="only this family; may be repeated")
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args(arguments)
     if knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: with it kernels are interpreted and never compiled")
-    cases = list(distinct(case for target in options.target or TARGETS for case in all_cases(target)))
+    cases = list(
+        distinct(
+            case
+            for target in options.target or TARGETS
+            for case in all_cases(target)
+            if not options.kernel or case.kernel in options.kernel
+        )
+    )
     # spawned: a fork after torch has started its threads can hang
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
         results = list(pool.map(measure_one, cases, chunksize=4))

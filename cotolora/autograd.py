@@ -62,9 +62,12 @@ class LowRankLinear(torch.autograd.Function):
                 raise
             dispatch.note_failure(backend, error)
             backend, fall_back = "addmm", False
+            if variant == "dora" and norm is None:
+                norm = dispatch.kernels("addmm", variant).row_norms(weight, lora_a, lora_b, scale)
+                operands = (*operands[:6], norm, needs)
             y, saved = dispatch.kernels("addmm", variant).forward(*operands, **options)
         if backend.startswith("triton") and not torch.compiler.is_compiling():
-            dispatch.note_run(backend, x.dtype, lora_a.shape[0])
+            dispatch.note_run(backend, x.dtype, lora_a.shape[0], variant)
         ctx.needs, ctx.scale, ctx.dropout, ctx.backend, ctx.fall_back = needs, scale, dropout, backend, fall_back
         ctx.variant, ctx.x_shape = variant, x.shape
         ctx.gate = gate if isinstance(gate, bool) else None
@@ -74,8 +77,10 @@ class LowRankLinear(torch.autograd.Function):
             x if needs.lora_a or needs.weight or (product and needs.lora_b) else None,
             weight if needs.x or (product and (needs.lora_a or needs.lora_b)) else None,
             # B's gradient has h for it, but a second differentiation is noticed by A's presence
-            lora_a if needs.x or needs.lora_b or (product and needs.weight) else None,
-            lora_b if needs.x or needs.lora_a or needs.magnitude or (product and needs.weight) else None,
+            lora_a if needs.x or needs.lora_b or (product and (needs.weight or needs.lora_a)) else None,
+            lora_b
+            if needs.x or needs.lora_a or needs.magnitude or (product and (needs.weight or needs.lora_b))
+            else None,
             magnitude,
             None if isinstance(gate, bool) else gate,
             saved.h if needs.lora_b or needs.magnitude else None,
@@ -118,6 +123,9 @@ class LowRankLinear(torch.autograd.Function):
             dispatch.note_failure(ctx.backend, error)
             if saved[1] is not None:
                 saved[1] = dispatch.drawn_mask(saved[1], ctx.x_shape, ctx.dropout)
+            if ctx.variant == "dora" and ctx.needs.magnitude:
+                # the fused forms keep u, in which h Bᵀ is
+                saved[4] = torch.addmm(saved[4], saved[0], lora_b.to(dy.dtype).T, alpha=-1)
             gradients = dispatch.kernels("addmm", ctx.variant).backward(*operands, Saved(*saved), ctx.needs, **options)
         return gradients if ctx.variant == "dora" else (*gradients, None)
 

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from cotolora import addmm, addmm_dora, addmm_hira
 from cotolora.kernels import forms
-from cotolora.kernels.forms import FORMS, Choice, Launch, Sizes
+from cotolora.kernels.forms import VARIANT_FORMS, Choice, Launch, Sizes
 from cotolora.kernels.tiles import architecture
 
 _ADDMM = {"lora": addmm, "dora": addmm_dora, "hira": addmm_hira}
@@ -40,8 +40,9 @@ class set_backend:  # noqa: N801 (used like torch.set_grad_enabled)
     """Chooses the backend of every call that names none: at once, or for the length of a ``with`` block.
 
     Args:
-        backend: "auto", "reference", "addmm" or "triton"; "triton:one_pass", "triton:low_rank_gemm" and
-            "triton:pre_expand" ask for one form of the fused kernels; None takes back an earlier choice.
+        backend: "auto", "reference", "addmm" or "triton"; "triton:one_pass", "triton:low_rank_gemm",
+            "triton:pre_expand" and, of HiRA, "triton:hira" ask for one form of the fused kernels; None takes back an
+            earlier choice.
 
     Raises:
         ValueError: `backend` is none of these.
@@ -71,7 +72,7 @@ class set_backend:  # noqa: N801 (used like torch.set_grad_enabled)
 
 def check_name(backend: object, argument: str) -> None:
     """Raises ValueError unless `backend` is "auto" or the name of a backend."""
-    forms_by_name = [f"triton:{form}" for form in FORMS]
+    forms_by_name = [f"triton:{form}" for forms_of_one in VARIANT_FORMS.values() for form in forms_of_one]
     if backend != "auto" and backend not in BACKENDS and backend not in forms_by_name:
         raise ValueError(f"{argument} must be 'auto', 'reference', 'addmm' or 'triton'; got {backend!r}")
 
@@ -153,17 +154,20 @@ def _form(call: Call, *, fastest_fused: bool = False) -> Choice:
         return Choice("expand", "asked for by name")  # the only one
     if sizes is None:
         # the form that depends least on the sizes, and on our own GEMM
-        return Choice("pre_expand" if fastest_fused else "addmm", "the number of rows is not known beforehand")
+        form = VARIANT_FORMS[call.variant][-1] if fastest_fused else "addmm"
+        return Choice(form, "the number of rows is not known beforehand")
     captured = call.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     choice = _form_for(call, captured)
     if fastest_fused and choice.form == "addmm":
         arch = architecture(call.device)
+        fused = VARIANT_FORMS[call.variant]
         if arch not in forms.MACHINES:
-            return Choice("one_pass" if sizes.m <= 64 else "pre_expand", "asked for by name")
-        machine, backward = forms.MACHINES[arch], call.backward
-        times = {form: forms.seconds(form, sizes, machine, captured=captured, backward=backward) for form in FORMS}
-        return Choice(min(FORMS, key=lambda form: times[form]), "asked for by name")
-    if captured and not fastest_fused and choice.form != "addmm" and (choice.form, call.dtype, call.rank) not in _ran:
+            return Choice(fused[0] if sizes.m <= 64 else fused[-1], "asked for by name")
+        options: dict[str, Any] = {"captured": captured, "backward": call.backward, "variant": call.variant}
+        times = {form: forms.seconds(form, sizes, forms.MACHINES[arch], **options) for form in fused}
+        return Choice(min(fused, key=lambda form: times[form]), "asked for by name")
+    ran = (choice.form, call.dtype, call.rank, call.variant)
+    if captured and not fastest_fused and choice.form != "addmm" and ran not in _ran:
         # loading a kernel may not be possible while a graph is being captured
         return Choice("addmm", f"the fused {choice.form} has not run in this process; run it once before the capture")
     return choice
@@ -173,8 +177,11 @@ def _form(call: Call, *, fastest_fused: bool = False) -> Choice:
 def _form_for(call: Call, captured: bool) -> Choice:
     sizes = call.sizes
     assert sizes is not None
-    table = _measured(call.device) if call.device.type == "cuda" else ()
-    return forms.choose_form(sizes, architecture(call.device), captured=captured, backward=call.backward, table=table)
+    # the variants have not been measured anywhere
+    table = _measured(call.device) if call.device.type == "cuda" and call.variant == "lora" else ()
+    return forms.choose_form(
+        sizes, architecture(call.device), captured=captured, backward=call.backward, table=table, variant=call.variant
+    )
 
 
 @functools.cache
@@ -182,14 +189,14 @@ def _measured(device: torch.device) -> tuple[dict[str, Any], ...]:
     return forms.load_table(forms.cache_path(torch.cuda.get_device_name(device)))
 
 
-# forms that auto has taken and that could not run, with the error; and the forms that have run, by dtype and rank
+# forms that auto has taken and that could not run, with the error; and those that have run, by dtype, rank and variant
 _failed: dict[str, str] = {}
-_ran: set[tuple[str, torch.dtype, int]] = set()
+_ran: set[tuple[str, torch.dtype, int, str]] = set()
 
 
-def note_run(backend: str, dtype: torch.dtype, rank: int) -> None:
+def note_run(backend: str, dtype: torch.dtype, rank: int, variant: str = "lora") -> None:
     """Remembers that the kernels of a form are compiled and loaded."""
-    _ran.add((backend.removeprefix("triton:"), dtype, rank))
+    _ran.add((backend.removeprefix("triton:"), dtype, rank, variant))
 
 
 def note_failure(backend: str, error: Exception) -> None:
@@ -229,8 +236,11 @@ def why_not(backend: str, call: Call) -> list[str]:
         reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
     if call.rank > TRITON_MAX_RANK:
         reasons.append(f"rank {call.rank} exceeds {TRITON_MAX_RANK}")
-    if call.variant != "lora":
-        reasons.append(f"variant {call.variant!r} has no fused kernel")
+    if call.variant == "dora" and call.dropout:
+        reasons.append("DoRA with dropout takes a second product with W, which no fused form has")
+    form, its_forms = backend.partition(":")[2], VARIANT_FORMS[call.variant]
+    if form and form not in its_forms:
+        reasons.append(f"the fused forms of variant {call.variant!r} are {', '.join(its_forms)}; got {form!r}")
     return reasons
 
 
@@ -247,9 +257,10 @@ def kernels(backend: str, variant: str = "lora") -> Any:
     """What has the `forward` and `backward`, and of DoRA the `row_norms`, of a name that `choose` gave."""
     if backend == "addmm":
         return _ADDMM[variant]
-    from cotolora import ops
+    from cotolora import ops, ops_variants
 
-    return ops.FUSED[backend.removeprefix("triton:")]
+    form = backend.removeprefix("triton:")
+    return ops.FUSED[form] if variant == "lora" else ops_variants.FUSED[variant, form]
 
 
 def _transforming() -> bool:
@@ -299,6 +310,7 @@ def explain(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     dropout: float = 0.0,
+    variant: str = "lora",
     backend: str | None = None,
 ) -> Plan:
     """Which backend would run a layer or a shape, with which kernels, and why not the others. Runs nothing.
@@ -307,7 +319,7 @@ def explain(
         layer_or_shapes: a `CoToLoRALinear`, whose own dtype, device and dropout are used (of one with a `base` the
             dtype is not known), or the shapes ``(rows, in_features, out_features, rank)``.
         rows: of the layer's input; without it nothing that depends on it is said.
-        dtype, device, dropout: of a call described by its shapes; `dtype` also of a layer with a `base`.
+        dtype, device, dropout, variant: of a call described by its shapes; `dtype` also of a layer with a `base`.
         backend: as in `coto_lora_linear`.
 
     Raises:
@@ -339,7 +351,9 @@ def explain(
                 "layer_or_shapes must be (rows, in_features, out_features, rank), none negative and rank at least 1; "
                 f"got {layer_or_shapes!r}"
             )
-        place, adds_to, variant = torch.device(device), None, "lora"
+        place, adds_to = torch.device(device), None
+    if variant not in VARIANT_FORMS:
+        raise ValueError(f"variant must be one of {tuple(VARIANT_FORMS)}; got {variant!r}")
     call = Call(place, dtype, rank, dropout, rows, in_features, out_features, variant=variant, adds_to=adds_to)
     name, source = requested(backend)
     if name == "auto":
@@ -358,8 +372,10 @@ def explain(
     if blocked := why_nots[ran_by]:
         return Plan(shown, None, f"{reason}, but " + "; ".join(blocked), others)
     sizes = call.sizes
-    if sizes is None or ran_by == "reference" or variant != "lora":
+    if sizes is None or ran_by == "reference":
         return Plan(shown, ran_by, reason, others, form or None)
-    forward, backward = forms.launches(form or runs, sizes)
+    forward, backward = forms.launches(form or runs, sizes, call.variant)
     mask = 0 if not dropout else sizes.m * sizes.k if runs == "addmm" else 8
-    return Plan(shown, ran_by, reason, others, form or None, forward, backward, sizes.bytes("h") + mask)
+    # DoRA keeps what c multiplies, c and the norm; HiRA nothing but what it is given
+    kept = {"lora": sizes.bytes("h"), "dora": sizes.bytes("h", "u") + 8 * sizes.n, "hira": 0}[variant]
+    return Plan(shown, ran_by, reason, others, form or None, forward, backward, kept + mask)

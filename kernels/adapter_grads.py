@@ -1,6 +1,8 @@
-"""Gradients of A and B: from one read of dy its projection and dB, from one read of x dA."""
+"""Gradients of A and B, and of DoRA's magnitude: from one read of dy its projection and dB, from one of x dA."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -23,10 +25,26 @@ from cotolora.kernels.tiles import (
 )
 
 
+@triton.jit
+def scaled_gradient(dy, u_ptr, rows, columns, row_on, column_ok, N):
+    """``Σ dy ∘ u`` over the rows that are on, of a u that is contiguous."""
+    u_ptrs = u_ptr + rows[:, None] * N + columns[None, :]
+    u = tl.load(u_ptrs, mask=row_on[:, None] & column_ok[None, :], other=0.0)
+    return tl.sum(dy.to(tl.float32) * u.to(tl.float32), axis=0)
+
+
+@triton.jit
+def store_magnitude_gradient(dm, norm_ptr, dm_ptr, columns, column_ok):
+    """Stores ``dm / norm``; none where the norm is 0 and y does not depend on the magnitude."""
+    norm = tl.load(norm_ptr + columns, mask=column_ok, other=1.0)
+    dm = tl.where(norm == 0, 0.0, tl.div_rn(dm, tl.where(norm == 0, 1.0, norm)))
+    tl.store(dm_ptr + columns, dm.to(dm_ptr.dtype.element_ty), mask=column_ok)
+
+
 @triton.jit(do_not_specialize=["M", "rows_per_gate", "steps_per_split"])
 def gram_kernel(
-    # [M, N], [M, R], [] or [G] or None, [] or None, [S, N, R]
-    t_ptr, h_ptr, gate_ptr, seed_ptr, out_ptr,
+    # [M, N], [M, R], [] or [G] or None, [] or None, [S, N, R]; of DoRA [N], [M, N] and [N], or None, and [S, N]
+    t_ptr, h_ptr, gate_ptr, seed_ptr, out_ptr, column_scale_ptr, u_ptr, norm_ptr, dm_ptr,
     M, N, R, rows_per_gate, steps_per_split,
     stride_t_m, stride_t_n,
     stride_h_m, stride_h_r,
@@ -49,6 +67,7 @@ def gram_kernel(
         on = tl.load(gate_ptr) != 0
 
     out = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    dm = tl.zeros((BLOCK_N,), tl.float32)
     if on:
         first_step = split * steps_per_split
         for step in range(first_step, tl.minimum(first_step + steps_per_split, tl.cdiv(M, BLOCK_M))):
@@ -64,6 +83,12 @@ def gram_kernel(
             h_ptrs = h_ptr + rows[:, None] * stride_h_m + ranks[None, :] * stride_h_r
             h = tl.load(h_ptrs, mask=row_on[:, None] & rank_ok[None, :], other=0.0)
             out = tl.dot(t.T, h, out, input_precision=PRECISION)
+            if u_ptr is not None:
+                dm += scaled_gradient(t, u_ptr, rows, columns, row_on, column_ok, N)
+    if u_ptr is not None and tl.program_id(2) == 0:
+        store_magnitude_gradient(dm, norm_ptr, dm_ptr + split.to(tl.int64) * N, columns, column_ok)
+    if column_scale_ptr is not None:
+        out *= tl.load(column_scale_ptr + columns, mask=column_ok, other=0.0)[:, None]
     out_ptrs = (
         out_ptr + split.to(tl.int64) * stride_out_s + columns[:, None] * stride_out_n + ranks[None, :] * stride_out_r
     )
@@ -72,8 +97,8 @@ def gram_kernel(
 
 @triton.jit(do_not_specialize=["M", "rows_per_gate", "steps_per_split"])
 def project_kernel(
-    # [M, N], [M, R], [N, R], [] or [G] or None, [T, M, R] with T tiles of columns, [S, N, R]
-    dy_ptr, h_ptr, b_ptr, gate_ptr, p_ptr, db_ptr,
+    # [M, N], [M, R], [N, R], [] or [G] or None, [T, M, R] with T tiles of columns, [S, N, R]; as in gram_kernel
+    dy_ptr, h_ptr, b_ptr, gate_ptr, p_ptr, db_ptr, column_scale_ptr, u_ptr, norm_ptr, dm_ptr,
     M, N, R, rows_per_gate, steps_per_split,
     stride_dy_m, stride_dy_n,
     stride_h_m, stride_h_r,
@@ -95,7 +120,11 @@ def project_kernel(
     column_ok, rank_ok = columns < N, ranks < R
     b_ptrs = b_ptr + columns[:, None] * stride_b_n + ranks[None, :] * stride_b_r
     b = tl.load(b_ptrs, mask=column_ok[:, None] & rank_ok[None, :], other=0.0)
+    if column_scale_ptr is not None:
+        column_scale = tl.load(column_scale_ptr + columns, mask=column_ok, other=0.0)[:, None]
+        b = (b * column_scale).to(b.dtype)
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    dm = tl.zeros((BLOCK_N,), tl.float32)
     rows_on = M
     if gate_ptr is not None and not ROW_GATES:
         rows_on = tl.where(tl.load(gate_ptr) != 0, M, 0)
@@ -114,37 +143,66 @@ def project_kernel(
         p_ptrs = p_ptr + tile_n.to(tl.int64) * stride_p_t + rows[:, None] * stride_p_m + ranks[None, :] * stride_p_r
         tl.store(p_ptrs, p.to(p_ptr.dtype.element_ty), mask=row_ok[:, None] & rank_ok[None, :])
         db = tl.dot(dy.T, h, db, input_precision=PRECISION)
+        if u_ptr is not None:
+            dm += scaled_gradient(dy, u_ptr, rows, columns, row_on, column_ok, N)
+    if u_ptr is not None:
+        store_magnitude_gradient(dm, norm_ptr, dm_ptr + split.to(tl.int64) * N, columns, column_ok)
+    if column_scale_ptr is not None:
+        db *= column_scale
     db_ptrs = db_ptr + split.to(tl.int64) * stride_db_s + columns[:, None] * stride_db_n + ranks[None, :] * stride_db_r
     tl.store(db_ptrs, db.to(db_ptr.dtype.element_ty), mask=column_ok[:, None] & rank_ok[None, :])
 
 
+class Dora(NamedTuple):
+    """What DoRA brings to the gradients: ``column_scale [N]``, ``norm [N]``, float32, and ``u [M, N]``, contiguous.
+
+    Without a u there is no gradient of the magnitude; with it there is one, in `dtype`.
+    """
+
+    column_scale: Tensor
+    norm: Tensor
+    u: Tensor | None
+    dtype: torch.dtype
+
+    def magnitude_sum(self, split: int) -> Sum | None:
+        """Where the gradient of the magnitude goes, in `split` parts."""
+        if self.u is None:
+            return None
+        out = self.norm.new_empty(1, self.norm.shape[0], dtype=self.dtype)
+        return Sum(out[None] if split == 1 else self.norm.new_empty(split, *out.shape), out)
+
+
 def gram(
     t: Tensor, h: Tensor, gate: Tensor | None, scale: float, dtype: torch.dtype,
-    *, seed: Tensor | None = None, dropout: float = 0.0, stream: Stream | None = None, split: int | None = None,
-    transposed: bool = False,
-) -> Sum:  # fmt: skip
+    *, seed: Tensor | None = None, dropout: float = 0.0, dora: Dora | None = None, stream: Stream | None = None,
+    split: int | None = None, transposed: bool = False,
+) -> tuple[Sum, Sum | None]:  # fmt: skip
     """Launches `gram_kernel`: ``out = scale · dropout(t)ᵀ h`` over the rows that are on.
 
     ``t [M, N]``, ``h [M, R]``, of one dtype and any strides → ``out [N, R]`` in `dtype`, contiguous, or the transpose
     of a contiguous ``[R, N]``. dB is ``gram(dy, h, gate, 1)``, dA is ``gram(x, p, gate, 1, transposed=True).T``. `gate`
-    and `seed` as in `shrink`; `split` is over rows. The sum is left to the caller, who can do two in one launch; where
-    ``partials`` has one part it is done.
+    and `seed` as in `shrink`; `split` is over rows. With `dora`, ``out = column_scale ∘ tᵀ h`` by rows, and
+    ``Σ δ t ∘ u / norm`` comes along. The sums are left to the caller, who can do two in one launch; where ``partials``
+    has one part it is done.
     """
     (m, n), rank = t.shape, h.shape[1]
     out = t.new_empty(rank, n, dtype=dtype).T if transposed else t.new_empty(n, rank, dtype=dtype)
     if n == 0:
-        return Sum(out[None], out)
+        return Sum(out[None], out), None if dora is None else dora.magnitude_sum(1)
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(t.device), dot_precision(t.dtype, t.device)
-    stream = stream or choose(GRAM, arch, m, n, rank, element_size=t.element_size(), precision=precision).tile
+    stream = stream or choose(
+        GRAM, arch, m, n, rank, element_size=t.element_size(), precision=precision, scaled=dora is not None
+    ).tile  # fmt: skip
     block_r = min(stream.max_ranks, max(16, triton.next_power_of_2(rank)))
     tiles = triton.cdiv(n, stream.columns) * triton.cdiv(rank, block_r)
     steps = triton.cdiv(m, stream.rows)
     split = split or splits(arch, tiles, steps)
     partials = out[None] if split == 1 else t.new_empty(split, n, rank, dtype=torch.float32)
+    dm = None if dora is None else dora.magnitude_sum(split)
     with torch.cuda.device_of(t):  # Triton launches on the current device
         gram_kernel[(triton.cdiv(n, stream.columns), split, triton.cdiv(rank, block_r))](
-            t, h, gate, seed, partials,
+            t, h, gate, seed, partials, *scaling(dora, dm),
             m, n, rank, max(1, m if row_gates is None else m // max(1, row_gates.shape[0])),
             triton.cdiv(steps, split),
             *t.stride(), *h.stride(), 0 if row_gates is None else row_gates.stride(0), *partials.stride(),
@@ -156,34 +214,42 @@ def gram(
             PRECISION=precision,
             **stream.meta(),
         )  # fmt: skip
-    return Sum(partials, out)
+    return Sum(partials, out), dm
+
+
+def scaling(dora: Dora | None, dm: Sum | None) -> tuple[Tensor | None, ...]:
+    """Column scale, u, norm and place of the magnitude's gradient, as the kernels take them."""
+    if dora is None:
+        return None, None, None, None
+    return dora.column_scale, dora.u, dora.norm, None if dm is None else dm.partials
 
 
 def project(
     dy: Tensor, h: Tensor, b: Tensor, gate: Tensor | None, scale: float, dtype: torch.dtype,
-    *, stream: Stream | None = None, split: int | None = None,
-) -> tuple[Sum, Sum]:  # fmt: skip
+    *, dora: Dora | None = None, stream: Stream | None = None, split: int | None = None,
+) -> tuple[Sum, Sum, Sum | None]:  # fmt: skip
     """Launches `project_kernel`: ``p = scale · δ · dy B`` and ``dB = Σ δ_m dy_m ⊗ h_m`` from one read of dy.
 
     ``dy [M, N]``, ``h [M, R]``, ``b [N, R]``, of one dtype and any strides → ``p [M, R]`` in their dtype and ``dB
-    [N, R]`` in `dtype`, both contiguous; R at most `PROJECT_MAX_RANK`. `gate` as in `shrink`. The sums are left to the
-    caller.
+    [N, R]`` in `dtype`, both contiguous; R at most `PROJECT_MAX_RANK`. `gate` as in `shrink`; `dora` as in `gram`,
+    and p is of ``column_scale ∘ dy``. The sums are left to the caller.
     """
     (m, n), rank = dy.shape, h.shape[1]
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(dy.device), dot_precision(dy.dtype, dy.device)
     stream = stream or choose(
         PROJECT, arch, m, n, rank, element_size=dy.element_size(), precision=precision,
-        aligned=dy.stride(1) == 1 and is_aligned(dy),
+        aligned=dy.stride(1) == 1 and is_aligned(dy), scaled=dora is not None,
     ).tile  # fmt: skip
     p, db = dy.new_empty(m, rank), dy.new_empty(n, rank, dtype=dtype)
     tiles, steps = triton.cdiv(n, stream.columns), triton.cdiv(m, stream.rows)
     split = split or splits(arch, tiles, steps)
     p_parts = p[None] if tiles == 1 else dy.new_empty(tiles, m, rank, dtype=torch.float32)
     db_parts = db[None] if split == 1 else dy.new_empty(split, n, rank, dtype=torch.float32)
+    dm = None if dora is None else dora.magnitude_sum(split)
     with torch.cuda.device_of(dy):  # Triton launches on the current device
         project_kernel[(tiles, split)](
-            dy, h, b, gate, p_parts, db_parts,
+            dy, h, b, gate, p_parts, db_parts, *scaling(dora, dm),
             m, n, rank, m if row_gates is None else m // row_gates.shape[0], triton.cdiv(steps, split),
             *dy.stride(), *h.stride(), *b.stride(), 0 if row_gates is None else row_gates.stride(0),
             *p_parts.stride(), *db_parts.stride(), float(scale),
@@ -194,38 +260,46 @@ def project(
             PRECISION=precision,
             **stream.meta(),
         )  # fmt: skip
-    return Sum(p_parts, p), Sum(db_parts, db)
+    return Sum(p_parts, p), Sum(db_parts, db), dm
 
 
 def adapter_grads(
     dy: Tensor, x: Tensor | None, h: Tensor | None, b: Tensor | None, gate: Tensor | None, scale: float,
-    dtype_a: torch.dtype, dtype_b: torch.dtype, *, seed: Tensor | None = None, dropout: float = 0.0,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """``p = scale · δ · dy B``, ``dA = pᵀ dropout(x)`` and ``dB = dyᵀ h``, each summed in a fixed order.
+    dtype_a: torch.dtype, dtype_b: torch.dtype,
+    *, seed: Tensor | None = None, dropout: float = 0.0, dora: Dora | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """``p = scale · δ · dy B``, ``dA = pᵀ dropout(x)``, ``dB = dyᵀ h``, each summed in a fixed order; and dm of DoRA.
 
     ``dy [M, N]``, ``x [M, K]``, ``h [M, R]``, ``b [N, R]``, of one dtype and any strides → ``p [M, R]`` in it, dA ``[R,
     K]`` in `dtype_a`, dB ``[N, R]`` in `dtype_b`. Without b there is no p and no dA, without x no dA, without h no dB.
+    With `dora`, these are of ``column_scale ∘ dy``, and with its u ``dm [N] = Σ δ dy ∘ u / norm``; it wants h.
     Reads dy once up to rank `PROJECT_MAX_RANK`. 2 to 5 launches.
     """
-    p = da = db = None
-    unfinished: list[Sum] = []
-
-    def finish(sum_: Sum) -> Tensor:
-        if sum_.partials.shape[0] > 1:
-            unfinished.append(sum_)
-        return sum_.out
-
+    p = da = db_sum = dm_sum = None
+    pending: list[Sum] = []
     if h is not None and b is not None and h.shape[1] <= PROJECT_MAX_RANK and dy.numel():
-        p_sum, db_sum = project(dy, h, b, gate, scale, dtype_b)
-        p, db = finish(p_sum), finish(db_sum)
-        if x is not None and p_sum.partials.shape[0] > 1:
-            unfinished.pop(0)
-            sum_partials(p_sum)  # at once: dA reads it
+        p_sum, db_sum, dm_sum = project(dy, h, b, gate, scale, dtype_b, dora=dora)
+        p, pending = p_sum.out, unfinished(p_sum, dm_sum)
+        if x is not None and unfinished(p_sum):
+            sum_partials(*pending)  # at once: dA reads it
+            pending = []
     else:
-        p = None if b is None else shrink(dy, b.T, gate, scale)
-        db = None if h is None else finish(gram(dy, h, gate, 1.0, dtype_b))
+        if b is not None:
+            if dora is not None:
+                b = torch.mul(b, dora.column_scale[:, None], out=torch.empty_like(b))
+            p = shrink(dy, b.T, gate, scale)
+        if h is not None:
+            db_sum, dm_sum = gram(dy, h, gate, 1.0, dtype_b, dora=dora)
+            pending = unfinished(dm_sum)
+    pending += unfinished(db_sum)
     if x is not None and p is not None:
-        da = finish(gram(x, p, gate, 1.0, dtype_a, seed=seed, dropout=dropout, transposed=True)).T
-    if unfinished:
-        sum_partials(*unfinished)
-    return p, da, db
+        da_sum, _ = gram(x, p, gate, 1.0, dtype_a, seed=seed, dropout=dropout, transposed=True)
+        da, pending = da_sum.out.T, pending + unfinished(da_sum)
+    for first in range(0, len(pending), 2):
+        sum_partials(*pending[first : first + 2])
+    return p, da, None if db_sum is None else db_sum.out, None if dm_sum is None else dm_sum.out[0]
+
+
+def unfinished(*sums: Sum | None) -> list[Sum]:
+    """Those that have more than one part."""
+    return [one for one in sums if one is not None and one.partials.shape[0] > 1]

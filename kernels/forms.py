@@ -18,6 +18,8 @@ logger = logging.getLogger("cotolora")
 
 FORMS = ("one_pass", "low_rank_gemm", "pre_expand")
 ADDING = ("expand",)  # in their place where a module that is called makes ``x Wᵀ``
+# DoRA scales the columns of what our own GEMMs make, which a vendor's would leave to a pass over y
+VARIANT_FORMS = {"lora": FORMS, "dora": ("one_pass", "low_rank_gemm"), "hira": ("hira",)}
 CLEAR_WIN = 1.10  # how many times as long the vendor's GEMMs must take before a form that was never timed is taken
 
 
@@ -70,23 +72,26 @@ class Sizes:
     adds: bool = False  # to a y that some base has made: of its weight nothing is known
 
     def bytes(self, *tensors: str) -> int:
-        """Of the tensors named, each as often as it is named: x y w h a b, and p, dx, dy, which are as h, x, y."""
+        """Of the tensors named, each as often as it is named: x y w h a b, and p, dx, dy, u, as h, x, y, y."""
         counts = {
             "x": self.m * self.k, "y": self.m * self.n, "w": self.n * self.k,
             "h": self.m * self.rank, "a": self.rank * self.k, "b": self.n * self.rank,
         }  # fmt: skip
-        counts |= {"dx": counts["x"], "dy": counts["y"], "p": counts["h"]}
+        counts |= {"dx": counts["x"], "dy": counts["y"], "u": counts["y"], "p": counts["h"]}
         return self.element_size * sum(counts[name] for name in tensors)
 
 
-def launches(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
-    """The kernels of a form's forward and of its backward, which makes the gradients of x, A and B.
+def launches(form: str, sizes: Sizes, variant: str = "lora") -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
+    """The kernels of a form's forward and of its backward, which makes the gradients of x, A, B and the magnitude.
 
-    `form` is one of `FORMS` (of `ADDING`, where the low-rank part is added to an output), "addmm", or "frozen": the
-    base linear alone.
+    `form` is one of `VARIANT_FORMS[variant]`, "addmm", or "frozen": the base linear alone. Of the addmm of a variant,
+    launches that move no more than a row or a factor are not listed. Where the low-rank part is added to an output it
+    is one of `ADDING`, or "addmm".
     """
     if sizes.adds:
         return _adding(form, sizes)
+    if variant != "lora" and form != "frozen":
+        return {"dora": dora_launches, "hira": hira_launches}[variant](form, sizes)
     bytes_of, products = sizes.bytes, 2 * sizes.m * sizes.n * sizes.k
     if form == "frozen":
         return (Launch("linear", bytes_of("x", "w", "y"), products),), (
@@ -163,12 +168,86 @@ def _adding(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch, 
     )
 
 
-VENDOR = ("linear", "mm", "addmm", "addmm_")
+def dora_launches(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
+    """As `launches`, which a fused form has with one kernel more, and u besides y."""
+    bytes_of, products = sizes.bytes, 2 * sizes.m * sizes.n * sizes.k
+    forward, backward = launches(form, sizes)
+    if form != "addmm":
+        *before, last = forward
+        scaled = Launch(last.kernel, last.bytes + bytes_of("u"), last.flops, last.speed)
+        first = Launch(backward[0].kernel, backward[0].bytes + bytes_of("u"))
+        return (Launch("row_norm", bytes_of("w", "a", "b")), *before, scaled), (first, *backward[1:])
+    # a float32 entry moves as many bytes as `wide` of the dtype of x
+    wide = ["y"] * (4 // sizes.element_size)
+    narrow = [Launch("cast", bytes_of(*wide, "y"))] if sizes.element_size < 4 else []
+    weight = [Launch("cast", bytes_of("w", "w", "w"))] if sizes.element_size < 4 else []
+    in_float32 = Launch("mul", bytes_of("dy", *wide))
+    return (
+        (
+            *weight,
+            Launch("mm", bytes_of("w", "a", "b")),
+            Launch("norm", bytes_of("w")),
+            Launch("linear", bytes_of("x", "w", "y"), products),
+            Launch("addmm", bytes_of("x", "a", "h")),
+            Launch("addcmul", bytes_of("y", *wide)),
+            *narrow,
+            Launch("addmm_", bytes_of("h", "b", "y", "y")),
+        ),
+        (
+            Launch("mm", bytes_of("h", "dy", "b")),
+            Launch("mul", bytes_of("dy", "u", *wide)),
+            Launch("sum", bytes_of(*wide)),
+            Launch("addmm", bytes_of("b", "dy", "p")),
+            Launch("mm", bytes_of("p", "x", "a")),
+            in_float32,
+            *narrow,
+            Launch("mm", bytes_of("dy", "w", "dx"), products),
+            Launch("addmm_", bytes_of("p", "a", "dx", "dx")),
+        ),
+    )  # fmt: skip
 
 
-def seconds(form: str, sizes: Sizes, machine: Machine, *, captured: bool, backward: bool = True) -> float:
+def hira_launches(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
+    """As `launches`; the fused form makes ``B A`` anew for each 128 rows of x, and of dy."""
+    bytes_of, products = sizes.bytes, 2 * sizes.m * sizes.n * sizes.k
+    ranks = 2 * sizes.n * sizes.k * max(16, sizes.rank)
+    if form != "addmm":
+        again = math.ceil(sizes.m / 128) * ranks
+        parts = 4 * sizes.rank * (math.ceil(sizes.n / 128) * sizes.k + math.ceil(sizes.k / 128) * sizes.n)
+        moved = bytes_of("x", "w", "y", "a", "b")
+        return (Launch("hira", moved, 2 * products + again, "pointer_gemm"),), (
+            Launch("hira_grads", moved + parts, products + 2 * ranks, "pointer_gemm"),
+            Launch("sum_partials", parts + bytes_of("a", "b")),
+            Launch("hira", moved, 2 * products + again, "pointer_gemm"),
+        )
+    update = (Launch("addmm", bytes_of("a", "b", "w"), ranks), Launch("mul_", bytes_of("w", "w", "w")))
+    return (
+        (
+            Launch("linear", bytes_of("x", "w", "y"), products),
+            *update,
+            Launch("addmm_", bytes_of("x", "w", "y", "y"), products),
+        ),
+        (
+            Launch("mm", bytes_of("dy", "x", "w"), products),
+            Launch("mul_", bytes_of("w", "w", "w")),
+            Launch("addmm", bytes_of("w", "a", "b"), ranks),
+            Launch("addmm", bytes_of("w", "b", "a"), ranks),
+            *update,
+            Launch("mm", bytes_of("dy", "w", "dx"), products),
+            Launch("mm", bytes_of("dy", "w", "dx"), products),
+            Launch("add_", bytes_of("dx", "dx", "dx")),
+        ),
+    )  # fmt: skip
+
+
+VENDOR = ("linear", "mm", "addmm", "addmm_", "mul", "mul_", "add_", "addcmul", "cast", "norm", "sum")
+
+
+def seconds(
+    form: str, sizes: Sizes, machine: Machine, *, captured: bool, backward: bool = True, variant: str = "lora"
+) -> float:
     """Modelled time of a form's forward, with `backward` of both; captured in a CUDA graph, the host costs nothing."""
-    forward, gradients = launches(form, sizes)
+    forward, gradients = launches(form, sizes, variant)
     device = host = 0.0
     for launch in (*forward, *(gradients if backward else ())):
         efficiency = 1.0 if launch.speed == "vendor" else getattr(machine, launch.speed)
@@ -187,13 +266,14 @@ class Choice:
 
 
 def choose_form(
-    sizes: Sizes, arch: str, *, captured: bool, backward: bool = True, table: tuple[dict[str, Any], ...] = ()
-) -> Choice:
-    """The fastest of `FORMS` and "addmm": by the measured row nearest to the sizes, else by the model.
+    sizes: Sizes, arch: str, *, captured: bool, backward: bool = True, table: tuple[dict[str, Any], ...] = (),
+    variant: str = "lora",
+) -> Choice:  # fmt: skip
+    """The fastest of a variant's forms and "addmm": by the measured row nearest to the sizes, else by the model.
 
     Where the low-rank part is added to an output, which no row measures, of `ADDING` and "addmm" by the model.
     """
-    fused = ADDING if sizes.adds else FORMS
+    fused = ADDING if sizes.adds else VARIANT_FORMS[variant]
     if sizes.adds:
         table = ()
     if row := nearest(table, sizes, captured):
@@ -202,8 +282,8 @@ def choose_form(
         return Choice(form, f"measured fastest on this device at {at}, rank {row['rank']}")
     if arch not in MACHINES:
         return Choice("addmm", f"no fused kernel has been measured on {arch}, and there is no model of it")
-    machine = MACHINES[arch]
-    times = {form: seconds(form, sizes, machine, captured=captured, backward=backward) for form in ("addmm", *fused)}
+    options: dict[str, Any] = {"captured": captured, "backward": backward, "variant": variant}
+    times = {form: seconds(form, sizes, MACHINES[arch], **options) for form in ("addmm", *fused)}
     form = min(fused, key=lambda name: times[name])
     ratio = times["addmm"] / times[form]
     if ratio >= CLEAR_WIN:

@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale
+from cotolora.kernels.epilogue import scale_columns, store_scaled
 from cotolora.kernels.one_pass import swizzled
 from cotolora.kernels.tiles import (
     LOW_RANK_GEMM,
@@ -40,11 +41,55 @@ def add_low_rank(
     return tl.dot(h, b, y, input_precision=PRECISION)
 
 
+@triton.jit
+def low_rank_term(
+    y, h_ptr, b_ptr, rows, columns, row_on, column_ok, R, stride_h_m, stride_h_r, stride_b_n, stride_b_r,
+    BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Y + h Bᵀ over all ranks."""
+    # a loop around a product takes 60 registers more where the weight comes by TMA, and saves some where not
+    if TMA:
+        for step in tl.static_range(RANK_STEPS):
+            y = add_low_rank(
+                y, h_ptr, b_ptr, step * BLOCK_R, rows, columns, row_on, column_ok, R,
+                stride_h_m, stride_h_r, stride_b_n, stride_b_r, BLOCK_R, PRECISION,
+            )  # fmt: skip
+    else:
+        for step in range(RANK_STEPS):
+            y = add_low_rank(
+                y, h_ptr, b_ptr, step * BLOCK_R, rows, columns, row_on, column_ok, R,
+                stride_h_m, stride_h_r, stride_b_n, stride_b_r, BLOCK_R, PRECISION,
+            )  # fmt: skip
+    return y
+
+
+@triton.jit
+def scale_x(x, x_scale_ptr, first_k, row_on, K, BLOCK_K: tl.constexpr, ROW_GATES: tl.constexpr):
+    """``x_scale ∘ x``, rounded; rows that are off as they are."""
+    ks = first_k + tl.arange(0, BLOCK_K)
+    x_scale = tl.load(x_scale_ptr + ks, mask=ks < K, other=0.0)[None, :]
+    if ROW_GATES:
+        x_scale = tl.where(row_on[:, None], x_scale, 1.0)
+    return (x * x_scale).to(x.dtype)
+
+
+@triton.jit
+def store_tma(y, y_ptr, first_row, first_column, STORES: tl.constexpr):
+    """Stores a tile by its descriptor, in one part or two."""
+    if STORES == 1:
+        y_ptr.store([first_row, first_column], y.to(y_ptr.dtype))
+    else:
+        halves = tl.permute(tl.reshape(y, (y.shape[0], 2, y.shape[1] // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        y_ptr.store([first_row, first_column], left.to(y_ptr.dtype))
+        y_ptr.store([first_row, first_column + y.shape[1] // 2], right.to(y_ptr.dtype))
+
+
 @triton.jit(do_not_specialize=["M", "rows_per_gate"])
 def low_rank_gemm_kernel(
-    # [M, K], [N, K], [N] or None, [M, R], [N, R], [] or [G] or None, [] or None, [M, N]; x, weight and y are
-    # descriptors if TMA, with the weight's of [K, N] unless WEIGHT_ROWS
-    x_ptr, weight_ptr, bias_ptr, h_ptr, b_ptr, gate_ptr, seed_ptr, y_ptr,
+    # [M, K], [N, K], [N] or None, [M, R], [N, R], [] or [G] or None, [] or None, [K] or None, [N] or None, [M, N] and
+    # [M, N] or None; x, weight, y and u are descriptors if TMA, with the weight's of [K, N] unless WEIGHT_ROWS
+    x_ptr, weight_ptr, bias_ptr, h_ptr, b_ptr, gate_ptr, seed_ptr, x_scale_ptr, column_scale_ptr, y_ptr, u_ptr,
     M, N, K, R, rows_per_gate,
     stride_x_m, stride_x_k,
     stride_weight_n, stride_weight_k,
@@ -83,26 +128,17 @@ def low_rank_gemm_kernel(
         # the low-rank term comes first, while it can be selected from without a second accumulator
         y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if on:
-            # a loop around a product takes 60 registers more where the weight comes by TMA, and saves some where not
-            if TMA:
-                for step in tl.static_range(RANK_STEPS):
-                    y = add_low_rank(
-                        y, h_ptr, b_ptr, step * BLOCK_R, rows, columns, row_on, column_ok, R,
-                        stride_h_m, stride_h_r, stride_b_n, stride_b_r, BLOCK_R, PRECISION,
-                    )  # fmt: skip
-            else:
-                for step in range(RANK_STEPS):
-                    y = add_low_rank(
-                        y, h_ptr, b_ptr, step * BLOCK_R, rows, columns, row_on, column_ok, R,
-                        stride_h_m, stride_h_r, stride_b_n, stride_b_r, BLOCK_R, PRECISION,
-                    )  # fmt: skip
-            if ROW_GATES:
-                y = tl.where(row_on[:, None], y, 0.0)
+            y = low_rank_term(
+                y, h_ptr, b_ptr, rows, columns, row_on, column_ok, R, stride_h_m, stride_h_r, stride_b_n, stride_b_r,
+                BLOCK_R, RANK_STEPS, TMA, PRECISION,
+            )  # fmt: skip
+        # selections for tiles that are off as well: in the branch they make ptxas serialise every wgmma after it
+        if ROW_GATES:
+            y = tl.where(row_on[:, None], y, 0.0)
         if seed_ptr is not None:
-            # for tiles that are off as well: in the branch, the selection makes ptxas serialise every wgmma after it
             keep = keep_mask(tl.load(seed_ptr), rows, tile_n * BLOCK_N, dropout, BLOCK_N)
             y = tl.where(keep, y, 0.0) * keep_scale
-        if bias_ptr is not None:
+        if bias_ptr is not None and column_scale_ptr is None:
             bias = tl.load(bias_ptr + columns * stride_bias_n, mask=column_ok, other=0.0)
             y += bias.to(tl.float32)[None, :]
 
@@ -120,30 +156,35 @@ def low_rank_gemm_kernel(
                 x = tl.load(x_ptrs, mask=row_ok[:, None] & k_ok[None, :], other=0.0)
                 weight_ptrs = weight_ptr + ks[:, None] * stride_weight_k + columns[None, :] * stride_weight_n
                 weight = tl.load(weight_ptrs, mask=k_ok[:, None] & column_ok[None, :], other=0.0)
+            if x_scale_ptr is not None:
+                x = scale_x(x, x_scale_ptr, first_k, row_on, K, BLOCK_K, ROW_GATES)
             y = tl.dot(x, weight, y, input_precision=PRECISION)
 
-        if not TMA:
-            y_ptrs = y_ptr + rows[:, None] * stride_y_m + columns[None, :] * stride_y_n
-            tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
-        elif STORES == 1:
-            y_ptr.store([tile_m * BLOCK_M, tile_n * BLOCK_N], y.to(y_ptr.dtype))
+        if TMA:
+            if u_ptr is not None:
+                store_tma(y, u_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N, STORES)
+            y = scale_columns(y, column_scale_ptr, bias_ptr, columns, column_ok, row_on, stride_bias_n, ROW_GATES)
+            store_tma(y, y_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N, STORES)
         else:
-            halves = tl.permute(tl.reshape(y, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-            left, right = tl.split(halves)
-            y_ptr.store([tile_m * BLOCK_M, tile_n * BLOCK_N], left.to(y_ptr.dtype))
-            y_ptr.store([tile_m * BLOCK_M, tile_n * BLOCK_N + BLOCK_N // 2], right.to(y_ptr.dtype))
+            y_ptrs = y_ptr + rows[:, None] * stride_y_m + columns[None, :] * stride_y_n
+            store_scaled(
+                y, y_ptrs, u_ptr, column_scale_ptr, bias_ptr, rows, columns, row_ok, column_ok, row_on, N,
+                stride_bias_n, ROW_GATES,
+            )  # fmt: skip
 
 
 def low_rank_gemm(
     x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, gate: Tensor | None,
-    *, seed: Tensor | None = None, dropout: float = 0.0, tile: Tile | None = None, tma: bool | None = None,
+    *, seed: Tensor | None = None, dropout: float = 0.0, x_scale: Tensor | None = None,
+    column_scale: Tensor | None = None, u: Tensor | None = None, tile: Tile | None = None, tma: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """Launches `low_rank_gemm_kernel`: ``y = x Wᵀ + bias + δ · h Bᵀ``, the last term dropped out under a `seed`.
 
     ``x [M, K]``, ``weight [N, K]``, ``bias [N]`` or None, ``h [M, R]``, ``b [N, R]`` → ``y [M, N]``, of one dtype and
     any strides. `gate`: None (on), ``[]``, or ``[G]`` with row i under gate ``i // (M / G)``; rows that are off have
     ``x Wᵀ + bias``, whatever h and B hold. The gradient of x is ``low_rank_gemm(dy, W.T, None, p, A.T, gate)``. By
-    TMA where the GPU has it and the strides allow, unless `tma` says otherwise.
+    TMA where the GPU has it and the strides allow, unless `tma` says otherwise. `column_scale` and `u` as in
+    `one_pass`; with `x_scale`, contiguous float32 ``[K]``, the rows that are on have ``(x_scale ∘ x) Wᵀ``.
     """
     (m, k), n, rank = x.shape, weight.shape[0], h.shape[1]
     y = x.new_empty(m, n)
@@ -156,12 +197,12 @@ def low_rank_gemm(
     precision = dot_precision(x.dtype, x.device)
     tile = tile or choose(
         LOW_RANK_GEMM, arch, m, n, rank, element_size=x.element_size(), precision=precision, aligned=tma,
-        selects=row_gates is not None or seed is not None,
+        selects=row_gates is not None or seed is not None, scaled=x_scale is not None or column_scale is not None,
     ).tile  # fmt: skip
     weight_rows = weight.stride(1) == 1
     # 128 x 256 in one part would take the shared memory of a stage and a half
     stores = 2 if tile.block_n > 128 else 1
-    operands: tuple = (x, weight, y)
+    operands: tuple = (x, weight, y, u)
     if tma:
         operands = (
             TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
@@ -169,13 +210,14 @@ def low_rank_gemm(
             if weight_rows
             else TensorDescriptor.from_tensor(weight.T, [tile.block_k, tile.block_n]),
             TensorDescriptor.from_tensor(y, [tile.block_m, tile.block_n // stores]),
+            None if u is None else TensorDescriptor.from_tensor(u, [tile.block_m, tile.block_n // stores]),
         )
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     # full float32 has no matrix instruction on NVIDIA: a product holds its ranks in registers
     block_r = min(64 if x.element_size() == 2 else 16, max(16, triton.next_power_of_2(rank)))
     with torch.cuda.device_of(x):  # Triton launches on the current device
         low_rank_gemm_kernel[(min(tiles, MULTIPROCESSORS[arch] * tile.programs),)](
-            operands[0], operands[1], bias, h, b, gate, seed, operands[2],
+            operands[0], operands[1], bias, h, b, gate, seed, x_scale, column_scale, operands[2], operands[3],
             m, n, k, rank, m if row_gates is None else m // row_gates.shape[0],
             *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), *h.stride(), *b.stride(),
             0 if row_gates is None else row_gates.stride(0), *y.stride(),

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale
+from cotolora.kernels.epilogue import store_scaled
 from cotolora.kernels.tiles import ONE_PASS, Tile, architecture, choose, dot_precision, is_aligned
 
 
@@ -50,11 +51,35 @@ def accumulate(
     return y, h
 
 
+@triton.jit
+def expanded(
+    # [BLOCK_M, BLOCK_N], [BLOCK_M, BLOCK_R], [N, R]
+    y, h, b_ptr, ranks, columns, rank_ok, column_ok, R, stride_b_n, stride_b_r, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Y + h Bᵀ."""
+    if h.dtype == tl.float32 and PRECISION == "ieee" and h.shape[1] > 16:
+        # without a matrix instruction a product holds all its ranks in registers: 16 at a time do not spill
+        parts = tl.reshape(h, (h.shape[0], h.shape[1] // 16, 16))
+        for part in range(0, h.shape[1] // 16):
+            chosen = tl.arange(0, h.shape[1] // 16) == part
+            h_part = tl.sum(tl.where(chosen[None, :, None], parts, 0.0), axis=1)
+            part_ranks = part * 16 + tl.arange(0, 16).to(tl.int64)
+            b_ptrs = b_ptr + part_ranks[:, None] * stride_b_r + columns[None, :] * stride_b_n
+            b = tl.load(b_ptrs, mask=(part_ranks < R)[:, None] & column_ok[None, :], other=0.0)
+            y = tl.dot(h_part, b, y, input_precision=PRECISION)
+    else:
+        b_ptrs = b_ptr + ranks[:, None] * stride_b_r + columns[None, :] * stride_b_n
+        b = tl.load(b_ptrs, mask=rank_ok[:, None] & column_ok[None, :], other=0.0)
+        y = tl.dot(h, b, y, input_precision=PRECISION)
+    return y
+
+
 # M changes from batch to batch, and 1, a multiple of 16 and any other would each be a compilation
 @triton.jit(do_not_specialize=["M", "rows_per_gate"])
 def one_pass_kernel(
-    # [M, K], [N, K], [N] or None, [R, K], [N, R], [] or [G] or None, [] or None, [M, N] and [M, R]
-    x_ptr, weight_ptr, bias_ptr, a_ptr, b_ptr, gate_ptr, seed_ptr, y_ptr, h_ptr,
+    # [M, K], [N, K], [N] or None, [R, K], [N, R], [] or [G] or None, [] or None, [N] or None; [M, N], [M, R], and
+    # [M, N] or None
+    x_ptr, weight_ptr, bias_ptr, a_ptr, b_ptr, gate_ptr, seed_ptr, column_scale_ptr, y_ptr, h_ptr, u_ptr,
     M, N, K, R, rows_per_gate,
     stride_x_m, stride_x_k,
     stride_weight_n, stride_weight_k,
@@ -90,7 +115,7 @@ def one_pass_kernel(
         on = tl.load(gate_ptr) != 0
 
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if bias_ptr is not None:
+    if bias_ptr is not None and column_scale_ptr is None:
         # before the K loop: added after it, a thread's share of 256 columns costs 40 registers [compiled, sm_90]
         bias = tl.load(bias_ptr + columns * stride_bias_n, mask=column_ok, other=0.0)
         y += bias.to(tl.float32)[None, :]
@@ -116,35 +141,30 @@ def one_pass_kernel(
     y_ptrs = y_ptr + rows[:, None] * stride_y_m + columns[None, :] * stride_y_n
     if ROW_GATES:
         # rows that are off leave before B comes in: their zeros times its inf would be NaN
-        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(row_ok & ~row_on)[:, None] & column_ok[None, :])
+        store_scaled(
+            y, y_ptrs, u_ptr, column_scale_ptr, bias_ptr, rows, columns, row_ok & ~row_on, column_ok, row_on, N,
+            stride_bias_n, ROW_GATES,
+        )  # fmt: skip
     if on:
-        if h.dtype == tl.float32 and PRECISION == "ieee" and BLOCK_R > 16:
-            # without a matrix instruction a product holds all its ranks in registers: 16 at a time do not spill
-            parts = tl.reshape(h, (BLOCK_M, BLOCK_R // 16, 16))
-            for part in range(0, BLOCK_R // 16):
-                chosen = tl.arange(0, BLOCK_R // 16) == part
-                h_part = tl.sum(tl.where(chosen[None, :, None], parts, 0.0), axis=1)
-                part_ranks = part * 16 + tl.arange(0, 16).to(tl.int64)
-                b_ptrs = b_ptr + part_ranks[:, None] * stride_b_r + columns[None, :] * stride_b_n
-                b = tl.load(b_ptrs, mask=(part_ranks < R)[:, None] & column_ok[None, :], other=0.0)
-                y = tl.dot(h_part, b, y, input_precision=PRECISION)
-        else:
-            b_ptrs = b_ptr + ranks[:, None] * stride_b_r + columns[None, :] * stride_b_n
-            b = tl.load(b_ptrs, mask=rank_ok[:, None] & column_ok[None, :], other=0.0)
-            y = tl.dot(h, b, y, input_precision=PRECISION)
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=row_on[:, None] & column_ok[None, :])
+        y = expanded(y, h, b_ptr, ranks, columns, rank_ok, column_ok, R, stride_b_n, stride_b_r, PRECISION)
+    store_scaled(
+        y, y_ptrs, u_ptr, column_scale_ptr, bias_ptr, rows, columns, row_on, column_ok, row_on, N,
+        stride_bias_n, ROW_GATES,
+    )  # fmt: skip
 
 
 def one_pass(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gate: Tensor | None, scale: float,
-    *, seed: Tensor | None = None, dropout: float = 0.0, tile: Tile | None = None, store_h: bool = True,
+    *, seed: Tensor | None = None, dropout: float = 0.0, column_scale: Tensor | None = None, u: Tensor | None = None,
+    tile: Tile | None = None, store_h: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launches `one_pass_kernel`: ``y = x Wᵀ + bias + h Bᵀ`` with ``h = scale · dropout(x) Aᵀ``, rounded once.
 
     ``x [M, K]``, ``weight [N, K]``, ``bias [N]`` or None, ``a [R, K]``, ``b [N, R]`` → ``y [M, N]``, ``h [M, R]``, of
     one dtype and any strides. `gate`: None (on), ``[]``, or ``[G]`` with row i under gate ``i // (M / G)``. Rows that
     are off have the base in y, whatever A and B hold, and zeros in h. `seed`, an int64 ``[]``, drops out. Without
-    `store_h`, h is ``[M, 0]``.
+    `store_h`, h is ``[M, 0]``. With `column_scale`, contiguous float32 ``[N]``, the rows that are on have
+    ``column_scale ∘ (x Wᵀ + h Bᵀ) + bias`` in y, and `u`, if given, is filled with what is scaled; it is contiguous.
     """
     (m, k), n, rank = x.shape, weight.shape[0], a.shape[0]
     y, h = x.new_empty(m, n), x.new_empty(m, rank if store_h else 0)
@@ -156,13 +176,13 @@ def one_pass(
         ONE_PASS, architecture(x.device), m, n, rank, element_size=x.element_size(), precision=precision,
         # K of x must lie together: the kernel is not specialised on M
         aligned=x.stride(1) == 1 and is_aligned(x) and is_aligned(weight) and is_aligned(a),
-        selects=row_gates is not None or seed is not None,
+        selects=row_gates is not None or seed is not None, scaled=column_scale is not None,
     ).tile  # fmt: skip
     # without columns there is still h to write
     programs = triton.cdiv(m, tile.block_m) * max(1, triton.cdiv(n, tile.block_n))
     with torch.cuda.device_of(x):  # Triton launches on the current device
         one_pass_kernel[(programs,)](
-            x, weight, bias, a, b, gate, seed, y, h,
+            x, weight, bias, a, b, gate, seed, column_scale, y, h, u,
             m, n, k, rank, m if row_gates is None else m // row_gates.shape[0],
             *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), *a.stride(), *b.stride(),
             0 if row_gates is None else row_gates.stride(0), *y.stride(), *h.stride(),

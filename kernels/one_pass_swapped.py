@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale
+from cotolora.kernels.epilogue import store_scaled
 from cotolora.kernels.tiles import ONE_PASS_SWAPPED, Stream, architecture, choose, dot_precision, is_aligned, splits
 
 
@@ -80,8 +81,8 @@ def stacked_kernel(
 
 @triton.jit(do_not_specialize=["M", "S", "rows_per_gate"])
 def finish_kernel(
-    # [S, N + R, M], [N] or None, [N, R], [] or [G] or None, [M, N], [M, R]
-    partials_ptr, bias_ptr, b_ptr, gate_ptr, y_ptr, h_ptr,
+    # [S, N + R, M], [N] or None, [N, R], [] or [G] or None, [N] or None, [M, N], [M, R], [M, N] or None
+    partials_ptr, bias_ptr, b_ptr, gate_ptr, column_scale_ptr, y_ptr, h_ptr, u_ptr,
     S, M, N, R, rows_per_gate,
     stride_bias_n,
     stride_b_n, stride_b_r,
@@ -126,19 +127,23 @@ def finish_kernel(
             y = tl.dot(h, b, y, input_precision=PRECISION)
     # where: rows that are off have the base whatever B holds
     y = tl.where(row_on[:, None], y, 0.0)
-    if bias_ptr is not None:
+    if bias_ptr is not None and column_scale_ptr is None:
         y += tl.load(bias_ptr + columns * stride_bias_n, mask=column_ok, other=0.0).to(tl.float32)[None, :]
     y_parts = partials_ptr + columns[None, :] * M + rows[:, None]
     for _ in range(S):
         y += tl.load(y_parts, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
         y_parts += stride_partials_s
     y_ptrs = y_ptr + rows[:, None] * stride_y_m + columns[None, :] * stride_y_n
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
+    store_scaled(
+        y, y_ptrs, u_ptr, column_scale_ptr, bias_ptr, rows, columns, row_ok, column_ok, row_on, N,
+        stride_bias_n, ROW_GATES,
+    )  # fmt: skip
 
 
 def one_pass_swapped(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gate: Tensor | None, scale: float,
-    *, seed: Tensor | None = None, dropout: float = 0.0, stream: Stream | None = None, split: int | None = None,
+    *, seed: Tensor | None = None, dropout: float = 0.0, column_scale: Tensor | None = None, u: Tensor | None = None,
+    stream: Stream | None = None, split: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launches `stacked_kernel` and `finish_kernel`: ``y = x Wᵀ + bias + h Bᵀ`` with ``h = scale · δ · dropout(x) Aᵀ``.
 
@@ -172,7 +177,7 @@ def one_pass_swapped(
         )  # fmt: skip
         # as many programs as fill a GPU; 16 rows are what tl.dot takes
         finish_kernel[(triton.cdiv(m, 16), max(1, triton.cdiv(n, 32)))](
-            partials, bias, b, gate, y, h,
+            partials, bias, b, gate, column_scale, y, h, u,
             split, m, n, rank, m if row_gates is None else m // row_gates.shape[0],
             0 if bias is None else bias.stride(0), *b.stride(), 0 if row_gates is None else row_gates.stride(0),
             *y.stride(), *h.stride(), partials.stride(0), float(scale) * (1.0 if seed is None else keep_scale(dropout)),
@@ -182,6 +187,7 @@ def one_pass_swapped(
             ROW_GATES=row_gates is not None,
             PRECISION=precision,
             enable_fp_fusion=True,
-            num_warps=4,
+            # a scale and a second result take the registers of 4 more
+            num_warps=4 if column_scale is None else 8,
         )  # fmt: skip
     return y, h

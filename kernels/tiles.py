@@ -73,17 +73,20 @@ class Row(Generic[Launch]):
     precision: str | None = None
     aligned: bool | None = None
     selects: bool | None = None  # whether row gates or dropout leave out entries, which takes registers
+    scaled: bool | None = None  # whether columns are scaled, which does too
 
     def takes(
-        self, m: int, n: int, rank: int, *, element_size: int, precision: str, aligned: bool, selects: bool
-    ) -> bool:
+        self, m: int, n: int, rank: int, *, element_size: int, precision: str, aligned: bool, selects: bool,
+        scaled: bool,
+    ) -> bool:  # fmt: skip
         """Whether the row is for these sizes and operands."""
         sizes = ((m, self.max_m), (n, self.max_n), (rank, self.max_rank))
         kinds = (
             (element_size, self.element_size),
             (precision, self.precision),
             (aligned, self.aligned),
-            (selects, self.selects),
+            (selects or scaled, self.selects),
+            (scaled, self.scaled),
         )
         return (
             rank >= self.min_rank
@@ -136,6 +139,7 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(64, 64, 64, group_m=1, num_warps=8, num_stages=4), max_m=64),
         # too few rows to fill the GPU with 128 x 128
         Row(Tile(64, 128, 32, num_warps=8, num_stages=4), max_m=512),
+        Row(Tile(64, 128, 32, num_warps=8, num_stages=4), scaled=True),
         # the usual tile of this GPU; above rank 32 h does not fit beside y
         Row(Tile(128, 128, 32, num_warps=8, num_stages=4), max_rank=32),
         Row(Tile(128, 64, 32, num_warps=8, num_stages=4)),
@@ -153,6 +157,8 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(64, 32, 128, group_m=1, num_stages=5), max_m=64, max_n=8192, max_rank=32),
         # a large N has programs enough, two to an SM; a large rank wants A read by fewer of them
         Row(Tile(64, 64, 64, group_m=1, num_stages=5), max_m=64),
+        # row gates and a second result beside y: 128 columns of it spill
+        Row(Tile(128, 64, 64, num_warps=8, num_stages=4), scaled=True),
         # 128 programs of [256, 4096], 128 of [512, 4096]
         Row(Tile(64, 128, 64, num_stages=4), max_m=256, max_rank=64),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=512),
@@ -172,6 +178,7 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         # as on sm_90, which has fewer SMs and is the same otherwise
         Row(Tile(64, 32, 128, group_m=1, num_stages=5), max_m=64, max_n=8192, max_rank=32),
         Row(Tile(64, 64, 64, group_m=1, num_stages=5), max_m=64),
+        Row(Tile(128, 64, 32, num_warps=8, num_stages=4), scaled=True),
         Row(Tile(128, 128, 64, num_stages=4), max_m=512, max_rank=64),
         Row(Tile(128, 256, 64, num_warps=8), max_rank=64, selects=False),
         # 4 warps can read y out of tensor memory, but not above rank 64
@@ -204,7 +211,9 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
     "sm_80": (
         *IEEE,
         Row(Tile(64, 32, 32, num_warps=8, programs=2), element_size=4),
+        Row(Tile(64, 64, 32, num_warps=8, programs=2), aligned=False, scaled=True),
         Row(Tile(128, 64, 32, num_warps=8, programs=2), aligned=False),
+        Row(Tile(128, 64, 32, num_warps=8, num_stages=4, programs=2), scaled=True),
         Row(Tile(128, 128, 32, num_warps=8, num_stages=4), max_rank=64),
         Row(Tile(128, 64, 32, num_warps=8, num_stages=4, programs=2)),
     ),
@@ -212,6 +221,7 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
     "sm_90": (
         Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4, precision="ieee"),
         Row(Tile(64, 32, 32, num_warps=8, programs=2), element_size=4),
+        Row(Tile(64, 64, 64, num_warps=8, programs=2), aligned=False, scaled=True),
         Row(Tile(128, 64, 64, num_warps=8, programs=2), aligned=False),
         # too few tiles of 128 x 256 to go round
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=1024),
@@ -222,6 +232,7 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
     "sm_100": (
         Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4, precision="ieee"),
         Row(Tile(64, 32, 32, num_warps=8, programs=2), element_size=4),
+        Row(Tile(64, 64, 64, num_warps=8, programs=2), aligned=False, scaled=True),
         Row(Tile(128, 64, 64, num_warps=8, programs=2), aligned=False),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=1024),
         Row(Tile(128, 256, 64, num_warps=8), selects=False),
@@ -230,10 +241,12 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
     "gfx942": (
         Row(Tile(64, 64, 32, num_stages=2, programs=2), element_size=4),
         Row(Tile(128, 64, 64, num_warps=8, num_stages=2), aligned=False),
+        Row(Tile(128, 64, 64, num_warps=8, num_stages=2), scaled=True),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=2)),
     ),
     "generic": (
         *IEEE,
+        Row(Tile(32, 32, 16, num_warps=8, num_stages=2, programs=2), element_size=4, scaled=True),
         Row(Tile(32, 32, 32, num_warps=8, num_stages=2, programs=2), element_size=4),
         Row(Tile(64, 64, 32, num_warps=8, num_stages=2, programs=2)),
     ),
@@ -272,6 +285,7 @@ PROJECT: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(16, 32, num_warps=8, num_stages=2), element_size=4),
         Row(Stream(32, 64), aligned=False),
+        *((Row(Stream(32, 64), scaled=True),) if arch == "generic" else ()),
         Row(Stream(32, 128, num_warps=4 if arch == "gfx942" else 8)),
     )
     for arch in ONE_PASS
@@ -285,6 +299,50 @@ PRE_EXPAND: dict[str, tuple[Row[Stream], ...]] = {
     for arch in ONE_PASS
 }
 
+# rows of W, columns of K: W is read once, so few rows make many programs and the small A comes from the L2
+ROW_NORM: dict[str, tuple[Row[Stream], ...]] = {
+    arch: (
+        Row(Stream(16, 32, max_ranks=16, num_warps=8, num_stages=2), element_size=4),
+        Row(Stream(16, 64, max_ranks=32, num_warps=8, num_stages=2), aligned=False),
+        Row(Stream(16, 128, max_ranks=64, num_stages=2 if arch in ("gfx942", "generic") else 4), max_rank=64),
+        Row(Stream(16, 64, max_ranks=64, num_stages=2 if arch in ("gfx942", "generic") else 3)),
+    )
+    for arch in ONE_PASS
+}
+# y transposed: its 128 rows are columns of the weight, of which W ∘ B A is made in registers. 64 rows of it are the
+# least that wgmma takes, and make the most programs where few rows of x leave nothing to do but read W
+HIRA_SMALL = (
+    Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4),
+    Row(Tile(32, 64, 16, num_warps=8, num_stages=2), aligned=False),
+    Row(Tile(32, 64, 16, group_m=1, num_warps=8, num_stages=2), max_m=64),
+    Row(Tile(32, 64, 16, num_warps=8, num_stages=2), min_rank=65),
+    Row(Tile(64, 64, 32, num_warps=8, num_stages=2)),
+)
+HIRA_LARGE = (
+    Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4),
+    Row(Tile(32, 64, 16, num_warps=8, num_stages=2), aligned=False),
+    Row(Tile(32, 64, 64, group_m=1, num_warps=8), max_m=64),
+    Row(Tile(64, 64, 64, num_warps=8), min_rank=129, selects=True),
+    Row(Tile(64, 128, 64, num_warps=8), selects=True),
+    Row(Tile(128, 128, 64, num_warps=8, num_stages=2)),
+)
+# block_n by block_k of the weight, block_m rows of x and dy at a time
+HIRA_GRADS_SMALL = (
+    Row(Tile(16, 32, 32, num_warps=8, num_stages=2), element_size=4),
+    Row(Tile(32, 64, 64, num_warps=8, num_stages=2)),
+)
+HIRA_GRADS_LARGE = (
+    Row(Tile(16, 32, 32, num_warps=8, num_stages=2), element_size=4),
+    Row(Tile(32, 64, 64, num_warps=8, num_stages=2), aligned=False),
+    Row(Tile(64, 128, 128, num_warps=8)),
+)
+HIRA: dict[str, tuple[Row[Tile], ...]] = {
+    arch: HIRA_SMALL if arch in ("sm_80", "gfx942", "generic") else HIRA_LARGE for arch in ONE_PASS
+}
+HIRA_GRADS: dict[str, tuple[Row[Tile], ...]] = {
+    arch: HIRA_GRADS_SMALL if arch in ("gfx942", "generic") else HIRA_GRADS_LARGE for arch in ONE_PASS
+}
+
 TABLES: dict[str, dict[str, tuple[Row[Any], ...]]] = {
     "one_pass": ONE_PASS,
     "one_pass_swapped": ONE_PASS_SWAPPED,
@@ -293,18 +351,23 @@ TABLES: dict[str, dict[str, tuple[Row[Any], ...]]] = {
     "gram": GRAM,
     "project": PROJECT,
     "pre_expand": PRE_EXPAND,
+    "row_norm": ROW_NORM,
+    "hira": HIRA,
+    "hira_grads": HIRA_GRADS,
 }
 
 
 def choose(
     table: dict[str, tuple[Row[Launch], ...]], arch: str, m: int, n: int, rank: int,
-    *, element_size: int, precision: str, aligned: bool = True, selects: bool = False,
+    *, element_size: int, precision: str, aligned: bool = True, selects: bool = False, scaled: bool = False,
 ) -> Row[Launch]:  # fmt: skip
     """The row of a table for ``y [m, n]``, of which kernels that read a matrix once take no notice."""
     return next(
         row
         for row in table[arch]
-        if row.takes(m, n, rank, element_size=element_size, precision=precision, aligned=aligned, selects=selects)
+        if row.takes(
+            m, n, rank, element_size=element_size, precision=precision, aligned=aligned, selects=selects, scaled=scaled
+        )
     )
 
 

@@ -12,13 +12,17 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from cotolora.kernels.adapter_grads import gram, project
+from cotolora import reference
+from cotolora.kernels.adapter_grads import Dora, gram, project
 from cotolora.kernels.dropout import keep_mask
+from cotolora.kernels.hira import hira
+from cotolora.kernels.hira_grads import hira_grads
 from cotolora.kernels.low_rank_gemm import fits_tma, low_rank_gemm
 from cotolora.kernels.one_pass import one_pass
 from cotolora.kernels.one_pass_swapped import one_pass_swapped
 from cotolora.kernels.partials import Sum, sum_partials
 from cotolora.kernels.pre_expand import expand, pre_expand
+from cotolora.kernels.row_norm import row_norm
 from cotolora.kernels.shrink import shrink
 from cotolora.kernels.tiles import TABLES, Stream, Tile, choose, splits
 from tests.tolerance import assert_as_accurate_as_torch
@@ -44,6 +48,10 @@ class Call:
     dy: Tensor  # [M, N]
     h: Tensor  # [M, R]
     p: Tensor  # [M, R]
+    magnitude: Tensor  # [N]
+    column_scale: Tensor  # [N], float32
+    norm: Tensor  # [N], float32
+    u: Tensor  # [M, N]
     gate: Tensor | None = None
     seed: Tensor | None = None
     keep: Tensor | bool = True
@@ -55,6 +63,11 @@ class Call:
         m, device = self.x.shape[0], self.x.device
         gate = torch.ones((), device=device) if self.gate is None else self.gate
         return (gate != 0).repeat_interleave(m // gate.numel() if gate.dim() else m)[:, None]
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale of the columns as `row_norm` gives it: where one gate is off for all, 1."""
+        return torch.where(self.on.any(), self.column_scale, 1) if self.gate is not None else self.column_scale
 
     def dropped(self, t: Tensor) -> Tensor:
         """As torch's dropout, given the mask."""
@@ -92,7 +105,58 @@ def bias_only(c):
     return zeros if c.bias is None else zeros + c.bias
 
 
+def scaled(c, t):
+    """DoRA's scale of the columns, on the rows that are on."""
+    return torch.where(c.on, c.scale * t, t).to(c.x.dtype)
+
+
+def plain_scaled(c, h):
+    """y and u; the first from a u that was not rounded, as the kernels have it."""
+    u = plain_y(c, c.x @ c.weight.T, h, c.b)
+    y = scaled(c, u) if c.bias is None else (torch.where(c.on, c.scale * u, u) + c.bias).to(u.dtype)
+    return y, u
+
+
+def with_u(c, launch):
+    """What the launch returns, and the u that it fills."""
+    u = torch.empty(c.x.shape[0], c.weight.shape[0], dtype=c.x.dtype, device=c.x.device)
+    made = launch({"column_scale": c.scale, "u": u})
+    return *(made if isinstance(made, tuple) else (made,)), u
+
+
+def dora(c):
+    return Dora(c.scale, c.norm, c.u, torch.float32)
+
+
+def dora_sums(c, sums):
+    """Finished, the gradient of the magnitude as a vector."""
+    *others, dm = finished(sums)
+    return *others, dm[0]
+
+
+def plain_dora(c):
+    """dB and dm"""
+    dm = torch.where(c.norm == 0, 0, (off_is_zero(c, c.dy).to(c.norm.dtype) * off_is_zero(c, c.u)).sum(0) / c.norm)
+    return (c.scale[:, None] * plain_gram(c, c.dy, c.h)).to(c.x.dtype), dm
+
+
+def plain_norm(c):
+    norm = reference.row_norms(c.weight, c.a, c.b, SCALE)
+    ratio = reference.column_scale(c.magnitude, norm)
+    return tuple(torch.where(c.on.any(), t, 1) for t in (norm, ratio)) if c.gate is not None else (norm, ratio)
+
+
+def update_weight(c):
+    return c.weight * (SCALE * (c.b @ c.a))
+
+
+def plain_hira_grads(c):
+    t = SCALE * c.weight * plain_gram(c, c.dy, c.dropped(c.x))
+    return c.b.T @ t, t @ c.a.T
+
+
 def finished(sums):
+    sums = [one for one in sums if one is not None]
     for one in sums:
         if one.partials.data_ptr() != one.out.data_ptr() and one.out.numel():
             sum_partials(one)
@@ -133,20 +197,74 @@ KERNELS = {  # name → (launch, plain): each a function of the call giving a tu
         lambda c: (plain_h(c),),
     ),
     "gram_a": (
-        lambda c, **tile: finished([gram(c.x, c.p, c.gate, SCALE, torch.float32, **c.dropout, **tile)]),
+        lambda c, **tile: finished(gram(c.x, c.p, c.gate, SCALE, torch.float32, **c.dropout, **tile)),
         lambda c: (plain_gram(c, c.dropped(c.x), c.p, SCALE),),
     ),
     "gram_b": (
-        lambda c, **tile: finished([gram(c.dy, c.h, c.gate, 1.0, c.x.dtype, **tile)]),
+        lambda c, **tile: finished(gram(c.dy, c.h, c.gate, 1.0, c.x.dtype, **tile)),
         lambda c: (plain_gram(c, c.dy, c.h),),
     ),
     "project": (
         lambda c, **tile: finished(project(c.dy, c.h, c.b, c.gate, SCALE, c.x.dtype, **tile)),
         lambda c: (off_is_zero(c, SCALE * (c.dy @ c.b)), plain_gram(c, c.dy, c.h)),
     ),
+    "row_norm": (
+        lambda c, **tile: row_norm(c.weight, c.a, c.b, SCALE, None, c.magnitude, c.gate, **tile),
+        plain_norm,
+    ),
+    "one_pass_dora": (
+        lambda c, **tile: with_u(
+            c, lambda scaling: one_pass(c.x, c.weight, c.bias, c.a, c.b, c.gate, SCALE, **scaling, **tile)
+        ),
+        lambda c: (plain_scaled(c, plain_h(c))[0], plain_h(c), plain_scaled(c, plain_h(c))[1]),
+    ),
+    "one_pass_swapped_dora": (
+        lambda c, **tile: with_u(
+            c, lambda scaling: one_pass_swapped(c.x, c.weight, c.bias, c.a, c.b, c.gate, SCALE, **scaling, **tile)
+        ),
+        lambda c: (plain_scaled(c, plain_h(c))[0], plain_h(c), plain_scaled(c, plain_h(c))[1]),
+    ),
+    "low_rank_gemm_dora": (
+        lambda c, **tile: with_u(
+            c, lambda scaling: low_rank_gemm(c.x, c.weight, c.bias, c.h, c.b, c.gate, **scaling, **tile)
+        ),
+        lambda c: plain_scaled(c, c.h),
+    ),
+    "low_rank_gemm_dx_dora": (
+        lambda c, **tile: (low_rank_gemm(c.dy, c.weight.T, None, c.p, c.a.T, c.gate, x_scale=c.scale, **tile),),
+        lambda c: (scaled(c, c.dy) @ c.weight + off_is_zero(c, c.p @ c.a),),
+    ),
+    "gram_dora": (
+        lambda c, **tile: dora_sums(c, gram(c.dy, c.h, c.gate, 1.0, c.x.dtype, dora=dora(c), **tile)),
+        plain_dora,
+    ),
+    "project_dora": (
+        lambda c, **tile: dora_sums(c, project(c.dy, c.h, c.b, c.gate, SCALE, c.x.dtype, dora=dora(c), **tile)),
+        lambda c: (off_is_zero(c, SCALE * (scaled(c, c.dy) @ c.b)), *plain_dora(c)),
+    ),
+    "hira": (
+        lambda c, **tile: (hira(c.x, c.weight, c.bias, c.a, c.b, c.gate, SCALE, **c.dropout, **tile),),
+        lambda c: (base(c) + off_is_zero(c, c.dropped(c.x) @ update_weight(c).T),),
+    ),
+    "hira_dx": (
+        lambda c, **tile: (
+            hira(c.dy, c.weight.T, None, c.b.T, c.a.T, c.gate, SCALE, **c.dropout, drops_input=False, **tile),
+        ),
+        lambda c: (c.dy @ c.weight + off_is_zero(c, c.dropped(c.dy @ update_weight(c))),),
+    ),
+    "hira_grads": (
+        lambda c, **tile: hira_grads(
+            c.dy, c.x, c.weight, c.a, c.b, c.gate, SCALE, torch.float32, c.x.dtype, **c.dropout, **tile
+        ),
+        plain_hira_grads,
+    ),
 }
 GEMMS = ("one_pass", "low_rank_gemm", "low_rank_gemm_dx")
+GEMMS += ("one_pass_dora", "low_rank_gemm_dora", "low_rank_gemm_dx_dora", "hira", "hira_dx", "hira_grads")
 DROPS = ("one_pass", "one_pass_swapped", "pre_expand", "expand", "expand_add", "low_rank_gemm_dx", "shrink", "gram_a")
+DROPS += ("hira", "hira_dx", "hira_grads")
+# what all rows have a share in: of rows that are off no trace is to be seen
+SHARED = ("gram", "project", "row_norm", "hira_grads")
 
 
 def small(name, **more):
@@ -160,10 +278,14 @@ def operands(m, n, k, r, dtype, device, *, bias=True):
     """A call whose low-rank part is about as large as the base, so that an error in it shows."""
     torch.manual_seed(m + 2 * n + 3 * k + 4 * r)
     sizes = {"x": (m, k), "weight": (n, k), "bias": (n,), "a": (r, k), "b": (n, r), "dy": (m, n), "h": (m, r)}
-    tensors = {name: torch.randn(size) for name, size in {**sizes, "p": (m, r)}.items()}
+    sizes |= {"p": (m, r), "magnitude": (n,), "column_scale": (n,), "norm": (n,), "u": (m, n)}
+    tensors = {name: torch.randn(size) for name, size in sizes.items()}
     tensors["b"] /= r**0.5
     tensors["p"] *= (n / r) ** 0.5
-    tensors = {name: t.to(device, dtype) for name, t in tensors.items()}
+    tensors["norm"] = tensors["norm"].abs() + 0.5
+    tensors["norm"][:1] = 0
+    float32 = ("column_scale", "norm", "magnitude")
+    tensors = {name: t.to(device, torch.float32 if name in float32 else dtype) for name, t in tensors.items()}
     return Call(**tensors if bias else tensors | {"bias": None})
 
 
@@ -241,11 +363,14 @@ def test_what_is_off_does_not_matter(poison, gate, name, device):
     off = ~call.on[:, 0]
     poisoned = {key: getattr(call, key).clone() for key in ("a", "b", "h", "p", "x", "dy")}
     poisoned["h"][off], poisoned["p"][off] = poison, poison
-    if name.startswith(("gram", "project", "shrink")):
+    if name.startswith((*SHARED, "shrink")):
         poisoned["x"][off, 3], poisoned["dy"][off, 5] = poison, poison
     poisoned["a"][1], poisoned["b"][:, 2] = poison, poison
+    if gate.dim() and name.startswith(("one_pass", "low_rank")):
+        poisoned["column_scale"] = call.column_scale.clone()
+        poisoned["column_scale"][4] = poison  # with one gate for all, it is made 1 where that is off
     spoiled = replace(call, **poisoned)
-    if name.startswith(("gram", "project")) and gate.dim():
+    if name.startswith(SHARED) and gate.dim():
         # A and B are shared by the rows: what is asked here is that rows that are off leave no trace
         spoiled = replace(spoiled, a=call.a, b=call.b)
     launch, _ = KERNELS[name]
@@ -321,7 +446,9 @@ def test_dropout_of_everything_is_zero_and_of_nothing_is_nothing(name, device):
     call = operands(20, 40, 32, 8, torch.float32, device)
     launch = KERNELS[name][0]
     off = launch(replace(call, gate=torch.tensor(0, device=device)), **small(name))
-    for probability, expected in ((0.0, launch(call, **small(name))), (1.0, off)):
+    # HiRA sums what can be dropped apart, as it does under row gates
+    on = replace(call, gate=torch.ones(20, dtype=torch.bool, device=device)) if name.startswith("hira") else call
+    for probability, expected in ((0.0, launch(on, **small(name))), (1.0, off)):
         dropped = replace(call, seed=seed, probability=probability)
         for ours, plain in zip(launch(dropped, **small(name)), expected, strict=True):
             assert torch.equal(ours, plain)
@@ -347,7 +474,7 @@ def offset(t):
 @pytest.mark.parametrize("name", KERNELS)
 def test_any_strides(name, layout, device):
     call = operands(37, 70, 45, 8, torch.float32, device)
-    names = ("x", "weight", "bias", "a", "b", "dy", "h", "p")
+    names = ("x", "weight", "bias", "a", "b", "dy", "h", "p", "magnitude")
     expected = KERNELS[name][0](call, **small(name))
     for which in (*((one,) for one in names), names):
         views = {one: layout(getattr(call, one)) for one in which}
@@ -371,12 +498,15 @@ def test_offsets_beyond_int32(name, which, dimension, device):
 
 
 FAMILIES = {
-    "one_pass_swapped": ("one_pass_swapped",),
-    "low_rank_gemm": ("low_rank_gemm", "low_rank_gemm_dx"),
+    "one_pass_swapped": ("one_pass_swapped", "one_pass_swapped_dora"),
+    "low_rank_gemm": ("low_rank_gemm", "low_rank_gemm_dx", "low_rank_gemm_dora", "low_rank_gemm_dx_dora"),
     "shrink": ("shrink",),
-    "gram": ("gram_a", "gram_b"),
-    "project": ("project",),
+    "gram": ("gram_a", "gram_b", "gram_dora"),
+    "project": ("project", "project_dora"),
     "pre_expand": ("pre_expand", "expand", "expand_add"),
+    "row_norm": ("row_norm",),
+    "hira": ("hira", "hira_dx"),
+    "hira_grads": ("hira_grads",),
 }
 
 
@@ -394,7 +524,10 @@ def test_every_tile_in_the_tables(family, tile, device):
         check(name, call, **small(name, **{"tile" if isinstance(tile, Tile) else "stream": tile}))
 
 
-@pytest.mark.parametrize("name", ["one_pass_swapped", "shrink", "gram_a", "gram_b", "project"])
+SPLITS = ["one_pass_swapped", "shrink", "gram_a", "gram_b", "project", "gram_dora", "project_dora", "hira_grads"]
+
+
+@pytest.mark.parametrize("name", SPLITS)
 @pytest.mark.parametrize("split", [1, 2, 3, 5])
 def test_split(split, name, device):
     """Over K or over rows, into parts of equal and of unequal length, and into more parts than there are steps."""
@@ -419,7 +552,7 @@ def test_leaves_its_arguments_alone(name, device):
     assert all(torch.equal(getattr(call, key), t) for key, t in before.items())
 
 
-@pytest.mark.parametrize("name", ["low_rank_gemm", "low_rank_gemm_dx"])
+@pytest.mark.parametrize("name", FAMILIES["low_rank_gemm"])
 @pytest.mark.parametrize("gate", [None, torch.tensor(0), torch.tensor([1, 0, 1])], ids=["none", "off", "rows"])
 @pytest.mark.parametrize("block_n", [32, 256], ids=["stored-whole", "stored-in-halves"])
 def test_tma(block_n, gate, name, device):
@@ -455,10 +588,11 @@ def test_every_row_is_for_something(arch, kernel):
     bounds = {(row.max_m, row.max_n, row.max_rank, row.min_rank - 1) for row in table[arch]}
     sizes = {1, *(size for row in bounds for bound in row if bound for size in (bound, bound + 1))}
     kinds = [
-        {"element_size": size, "precision": precision, "aligned": aligned, "selects": selects}
+        {"element_size": size, "precision": precision, "aligned": aligned, "selects": selects, "scaled": scaled}
         for size, precision in ((2, "ieee"), (4, "ieee"), (4, "tf32"))
         for aligned in (True, False)
         for selects in (True, False)
+        for scaled in (True, False)
     ]
     chosen = {choose(table, arch, *mnr, **kind) for mnr in itertools.product(sizes, repeat=3) for kind in kinds}
     rows = table[arch]

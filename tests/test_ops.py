@@ -142,6 +142,9 @@ def test_opcheck(gate, dropout):
         "low_rank_gemm": (x, weight, bias, h, b, gate, seed, dropout),
         "expand": (h, a, dy @ dy.new_ones(5, 6), gate, seed, dropout),
         "adapter_grads": (dy, x, h, b, gate, seed, SCALE, dropout, torch.float32, torch.float16),
+        "row_norm": (weight, a, b, SCALE, None, bias, gate),
+        "hira": (x, weight, bias, a, b, gate, seed, SCALE, dropout, True),
+        "hira_grads": (dy, x, weight, a, b, gate, seed, SCALE, dropout, torch.float32, torch.float16),
     }
     assert set(calls) == set(ops.SCHEMAS)
     for name, arguments in calls.items():
@@ -149,6 +152,11 @@ def test_opcheck(gate, dropout):
     for x_, h_, b_ in ((None, h, b), (x, None, b), (None, None, b), (None, h, None)):
         arguments = (dy, x_, h_, b_, gate, seed, SCALE, dropout, torch.float32, torch.float32)
         torch.library.opcheck(torch.ops.cotolora.adapter_grads.default, arguments)
+    if not dropout:
+        torch.library.opcheck(torch.ops.cotolora.one_pass.default, (*calls["one_pass"], bias, True))
+        torch.library.opcheck(torch.ops.cotolora.low_rank_gemm.default, (*calls["low_rank_gemm"], None, bias, True))
+        scaling = (bias, bias.abs() + 1, random((4, 5))[0], torch.float32)
+        torch.library.opcheck(torch.ops.cotolora.adapter_grads.default, (*calls["adapter_grads"], *scaling))
 
 
 class Counter:

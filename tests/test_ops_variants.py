@@ -1,0 +1,209 @@
+"""DoRA and HiRA by the fused kernels: numbers, gates, gradients, and which calls they take."""
+
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from cotolora import addmm_dora, dispatch, explain, ops_variants
+from cotolora.functional import coto_lora_linear, row_norms
+from cotolora.kernels import forms
+from cotolora.kernels.forms import VARIANT_FORMS, Sizes
+from tests.test_functional import SCALE, dy_for, operands
+from tests.test_variants import NAMES, double, draw, run
+from tests.tolerance import assert_as_accurate_as_torch
+
+pytestmark = pytest.mark.usefixtures("poison_empty")
+invalid_values = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+FUSED = [(variant, f"triton:{form}") for variant in ("dora", "hira") for form in VARIANT_FORMS[variant]]
+fused = pytest.mark.parametrize(("variant", "backend"), FUSED)
+GATES = [
+    pytest.param(True, id="host"),
+    pytest.param(torch.tensor(1), id="device-on"),
+    pytest.param(torch.tensor(0), id="device-off"),
+    pytest.param(torch.tensor([1, 0, 1]), id="rows"),
+]
+RANKS = [pytest.param(rank, id=f"rank-{rank}") for rank in (1, 3, 8, 16, 64)]
+
+
+def dy_of(named):
+    shape, out, rank = named["x"].shape, *named["lora_b"].shape
+    return dy_for(operands(shape, out, rank, dtype=named["x"].dtype))
+
+
+@fused
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 8), (torch.float16, 8), (torch.float32, 40)], ids=str)
+def test_as_accurate_as_the_reference(dtype, rank, gate, variant, backend):
+    named = draw(variant, (3, 7, 21), 37, rank, dtype)
+    dy = dy_of(named)
+    ours = run(variant, named, dy, set(named), gate=gate, backend=backend)
+    torchs = run(variant, named, dy, set(named), gate=gate, backend="reference")
+    exact = run(variant, double(variant, named), dy.double(), set(named), gate=gate, backend="reference")
+    for name in ours:
+        assert_as_accurate_as_torch(ours[name], torchs[name], exact[name])
+
+
+@fused
+@pytest.mark.parametrize("rank", RANKS)
+def test_every_rank(rank, variant, backend):
+    named = draw(variant, (2, 20, 19), 36, rank, torch.float32)
+    dy = dy_of(named)
+    ours = run(variant, named, dy, set(named), backend=backend)
+    exact = run(variant, double(variant, named), dy.double(), set(named), backend="reference")
+    torchs = run(variant, named, dy, set(named), backend="reference")
+    for name in ours:
+        assert_as_accurate_as_torch(ours[name], torchs[name], exact[name])
+
+
+@invalid_values
+@fused
+@pytest.mark.parametrize("gate", [torch.tensor(0), torch.tensor([0, 0, 0])], ids=["device", "rows"])
+@pytest.mark.parametrize("poison", [float("inf"), float("nan")], ids=str)
+def test_off_is_the_base_whatever_the_adapter_holds(poison, gate, variant, backend):
+    named = draw(variant, (3, 2, 9), 7, 3, torch.float32)
+    dy = dy_of(named)
+    clean = run(variant, named, dy, set(named), gate=gate, backend=backend)
+    for name in named.keys() - {"x", "weight", "bias"}:
+        named[name] = torch.full_like(named[name], poison)
+    spoiled = run(variant, named, dy, set(named), gate=gate, backend=backend)
+    for name, t in spoiled.items():
+        assert torch.equal(t, clean[name]), name
+        if name in ("lora_a", "lora_b", "magnitude"):
+            assert not t.any()
+
+
+@fused
+@pytest.mark.parametrize("gate", [True, torch.tensor([1, 0, 1])], ids=["host", "rows"])
+def test_each_gradient_alone_is_the_one_among_all(gate, variant, backend):
+    named = draw(variant, (3, 2, 9), 7, 3, torch.float32)
+    dy = dy_of(named)
+    together = run(variant, named, dy, set(NAMES[variant]), gate=gate, backend=backend)
+    for name in NAMES[variant]:
+        alone = run(variant, named, dy, {name}, gate=gate, backend=backend)
+        assert torch.equal(alone[name], together[name]), name
+
+
+@fused
+def test_strides_do_not_matter(variant, backend):
+    named = draw(variant, (3, 4, 9), 7, 3, torch.float32)
+    dy = dy_of(named)
+    expected = run(variant, named, dy, set(named), backend=backend)
+    for name, t in named.items():
+        apart = torch.full((*t.shape, 2), float("nan"))[..., 0].copy_(t)
+        views = {**named, name: apart if t.dim() < 2 else apart.mT.contiguous().mT}
+        x, *others = (views[n] for n in NAMES[variant][:5])
+        magnitude = {"magnitude": views["magnitude"]} if variant == "dora" else {}
+        y = coto_lora_linear(x, *others, scale=SCALE, variant=variant, backend=backend, **magnitude)
+        assert torch.equal(y, expected["y"]), name
+
+
+@pytest.mark.parametrize("gate", [True, torch.tensor([1, 0, 1])], ids=["host", "rows"])
+def test_dropout_of_hira_is_one_mask_forward_and_backward(gate):
+    named = draw("hira", (3, 4, 24), 7, 3, torch.float32)
+    dy, leaves = dy_of(named), ("x", "lora_a", "lora_b")
+
+    def drawn(**changed):
+        torch.manual_seed(3)
+        values = {**named, **changed}
+        return run("hira", values, dy, set(leaves), gate=gate, dropout=0.4, backend="triton:hira")
+
+    made = drawn()
+    for name in leaves:
+        # y is affine in each: where nothing of it is left, what it contributed is gone, and no more
+        gone = drawn(**{name: torch.zeros_like(named[name])})["y"]
+        torch.testing.assert_close(
+            ((made["y"] - gone) * dy).sum(), (named[name] * made[name]).sum(), rtol=1e-4, atol=1e-3
+        )
+
+
+def test_a_norm_that_is_given_is_used():
+    named = draw("dora", (3, 2, 9), 7, 3, torch.float32)
+    operands_ = {k: named[k] for k in ("weight", "lora_a", "lora_b")}
+    for backend in ("triton", "triton:one_pass"):
+        norm = row_norms(**operands_, scale=SCALE, backend=backend)
+        torch.testing.assert_close(norm, addmm_dora.row_norms(**operands_, scale=SCALE))
+        options = {"scale": SCALE, "variant": "dora", "backend": backend}
+        y = coto_lora_linear(**named, **options)
+        assert torch.equal(coto_lora_linear(**named, norm=norm, **options), y)
+        doubled = coto_lora_linear(**named, norm=2 * norm, **options) - named["bias"]
+        torch.testing.assert_close(2 * doubled, y - named["bias"])
+
+
+def test_a_row_of_zeros_has_no_direction():
+    named = draw("dora", (3, 2, 9), 7, 3, torch.float32)
+    named["weight"][2], named["lora_b"][2] = 0, 0
+    made = run("dora", named, dy_of(named), {"magnitude", "lora_b"}, backend="triton:one_pass")
+    assert torch.equal(made["y"][..., 2], named["bias"][2].expand(3, 2))
+    assert made["magnitude"][2] == 0
+    assert made["magnitude"].count_nonzero() == 6
+    # its c is 1
+    expected = run("dora", named, dy_of(named), {"lora_b"}, backend="reference")
+    assert expected["lora_b"][2].all()
+    torch.testing.assert_close(made["lora_b"], expected["lora_b"])
+
+
+def test_what_the_fused_forms_refuse():
+    named = draw("dora", (3, 2, 9), 7, 3, torch.float32)
+    for backend in ("triton", "triton:one_pass"):
+        with pytest.raises(RuntimeError, match="DoRA with dropout takes a second product"):
+            coto_lora_linear(**named, scale=SCALE, variant="dora", dropout=0.1, backend=backend)
+    with pytest.raises(RuntimeError, match=r"variant 'dora' are one_pass, low_rank_gemm; got 'pre_expand'"):
+        coto_lora_linear(**named, scale=SCALE, variant="dora", backend="triton:pre_expand")
+    del named["magnitude"]
+    with pytest.raises(RuntimeError, match=r"variant 'lora' are .*; got 'hira'"):
+        coto_lora_linear(**named, scale=SCALE, backend="triton:hira")
+
+
+@fused
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_vendor_gemms_take_over_from_a_kernel_that_cannot_run(where, variant, backend, monkeypatch, caplog):
+    named = draw(variant, (3, 2, 9), 7, 3, torch.float32)
+    dy, gate = dy_of(named), torch.tensor([1, 0, 1])
+    expected = run(variant, named, dy, set(named), gate=gate, backend=backend)
+    monkeypatch.setattr(dispatch, "_failed", {})
+    monkeypatch.setattr(dispatch, "_environment", None)
+    monkeypatch.setattr(dispatch, "auto", lambda call: (backend, "a model says so"))
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(type(ops_variants.FUSED[variant, backend[7:]]), where, broken)
+    with caplog.at_level(logging.WARNING, logger="cotolora"):
+        found = run(variant, named, dy, set(named), gate=gate)
+    assert "out of resource: shared memory" in caplog.text
+    for name, t in found.items():
+        torch.testing.assert_close(t, expected[name], msg=name)
+
+
+def test_the_model_of_the_variants():
+    sizes = Sizes(8192, 4096, 4096, 16)
+    for variant, names in VARIANT_FORMS.items():
+        for captured in (True, False):
+            options = {"captured": captured, "variant": variant}
+            time = {f: forms.seconds(f, sizes, forms.MACHINES["sm_90"], **options) for f in ("addmm", *names)}
+            best = min(names, key=lambda form, time=time: time[form])
+            choice = forms.choose_form(sizes, "sm_90", **options)
+            assert choice.form == (best if time["addmm"] >= 1.1 * time[best] else "addmm")
+    forward, backward = forms.launches("low_rank_gemm", sizes, "dora")
+    assert [launch.kernel for launch in forward] == ["row_norm", "shrink", "low_rank_gemm"]
+    plain_forward, plain_backward = forms.launches("low_rank_gemm", sizes)
+    moved = [sum(launch.bytes for launch in of) for of in (forward, plain_forward, backward, plain_backward)]
+    # W once more for its norm, and u once in each direction
+    assert moved[0] - moved[1] == sizes.bytes("w", "a", "b", "u")
+    assert moved[2] - moved[3] == sizes.bytes("u")
+
+
+def test_explain_tells_the_variants_apart():
+    options = {"backend": "triton", "variant": "dora"}
+    plan = explain((8192, 64, 64, 8), **options)
+    assert plan.form in VARIANT_FORMS["dora"]
+    assert plan.forward[0].kernel == "row_norm"
+    assert plan.saved_bytes == 4 * 8192 * (8 + 64) + 8 * 64
+    assert "DoRA with dropout" in explain((8192, 64, 64, 8), dropout=0.1, **options).reason
+    assert explain((8192, 64, 64, 8), backend="triton", variant="hira").saved_bytes == 0
+    with pytest.raises(ValueError, match=r"variant must be one of .* got 'vera'"):
+        explain((8192, 64, 64, 8), variant="vera")
