@@ -668,4 +668,6 @@ def test_compiled_whole(options):
 def test_explain_says_what_runs_a_variant():
     plan = cotolora.explain(layer_of({"variant": "hira"}), rows=8)
     assert plan.backend == "addmm"
-    assert any("'hira'" in reason for reason in plan.others["triton"])
+    assert str(plan).startswith("hira, rows 8, 12 -> 9")
+    dropping = cotolora.explain(layer_of({"variant": "dora"}, dropout=0.5), rows=8)
+    assert any("DoRA with dropout" in reason for reason in dropping.others["triton"])
