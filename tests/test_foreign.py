@@ -391,6 +391,13 @@ def int8_of_torchao() -> nn.Linear:
     return module
 
 
+def nf4_of_bitsandbytes() -> nn.Module:
+    layers = pytest.importorskip("bitsandbytes.nn", reason="bitsandbytes is not installed")
+    module = layers.Linear4bit(12, 10, quant_type="nf4", compute_dtype=torch.float32)
+    module.load_state_dict(linear().state_dict())
+    return module.to("cpu")  # which quantises
+
+
 BASES = {
     "packed": lambda: Packed(linear()),
     "packed-bfloat16": lambda: Packed(linear(), torch.bfloat16),
@@ -400,6 +407,7 @@ BASES = {
     "sparse": lambda: with_weight(lambda w: w.to_sparse()),
     "same": Same,
     "torchao": int8_of_torchao,
+    "bitsandbytes": nf4_of_bitsandbytes,
 }
 
 
