@@ -44,7 +44,7 @@ def faults(monkeypatch):
     """By form, the fault that it has; the others compute as addmm does, so that no test waits for the interpreter."""
     by_form = {}
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(dispatch, "kernels", lambda name: Faulty(by_form.get(name.removeprefix("triton:"))))
+    monkeypatch.setattr(dispatch, "kernels", lambda name, variant: Faulty(by_form.get(name.removeprefix("triton:"))))
     return by_form
 
 
@@ -124,7 +124,7 @@ def test_a_wrong_contender_is_left_out_with_the_reason(fault, faults, tmp_path, 
 
 @needs_triton
 def test_nothing_right_writes_nothing(faults, tmp_path, monkeypatch):
-    monkeypatch.setattr(dispatch, "kernels", lambda name: Faulty("raises"))
+    monkeypatch.setattr(dispatch, "kernels", lambda name, variant: Faulty("raises"))
     assert tune.main([*TINY, "--out", str(tmp_path / "t.json")]) == 1
     assert not list(tmp_path.iterdir())
 
