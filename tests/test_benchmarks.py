@@ -587,3 +587,27 @@ def test_the_gpu_script_needs_neither_matplotlib_nor_xdist(on_gpu):
     assert "no pictures: matplotlib is not installed" in lines
     assert not any("--plot" in line or " -n " in line for line in asked)
     assert any(" -n " in line for line in on_gpu()[2])
+
+
+def test_variants_are_timed_beside_pefts(monkeypatch, capsys):
+    pytest.importorskip("peft", reason="compares with PEFT")
+    from benchmarks import variants
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(variants, "SIZES", ((16, 8),))
+    assert variants.main(["--rounds", "1", "--threads", str(threads), "--clock", "process"]) == 0
+    text = capsys.readouterr().out
+    for contender in ("frozen", "ours lora", "PEFT dora", "ours dora", "PEFT hira", "ours hira"):
+        assert f"| 16/8 {contender}" in text
+
+    # one that computes something else is not timed
+    right = variants.ours
+
+    def wrong(width, variant):
+        model = right(width, variant)
+        model[0].alpha *= 2
+        return model
+
+    monkeypatch.setattr(variants, "ours", wrong)
+    with pytest.raises(AssertionError, match="not close"):
+        variants.runners(16, 8, "dora")

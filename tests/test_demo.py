@@ -101,3 +101,21 @@ def test_bad_arguments_are_named(arguments, named, capsys):
 class _Silent:
     def update(self):
         pass
+
+
+@pytest.mark.parametrize("kind", demo.KINDS)
+def test_every_kind_of_adapter_learns_with_coto(kind):
+    torch.manual_seed(0)
+    base = demo.VisionTransformer(width=16, depth=2, heads=2)
+    run = demo.start("CoTo", base, 0, 1e-2, 30, kind)
+    x, y = torch.rand(64, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 10
+    losses = []
+    for _ in range(30):
+        losses.append(torch.nn.functional.cross_entropy(run.model(x), y).item())
+        run.step(x, y)
+    assert losses[-1] < losses[0] - 0.1
+    layer = next(iter(cotolora.adapters(run.model).values()))
+    assert (layer.variant, layer.init) == (
+        {"dora": "dora", "hira": "hira"}.get(kind, "lora"),
+        kind if kind in ("pissa", "olora") else "kaiming",
+    )

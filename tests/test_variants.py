@@ -242,6 +242,27 @@ def test_a_row_without_a_norm_keeps_its_length_and_its_magnitude(backend):
     assert (got["magnitude"][[0, 2]] != 0).all()
 
 
+def test_the_norm_is_a_constant_to_the_reference_also_where_it_computes_it():
+    named = {name: t.requires_grad_() for name, t in draw("dora").items()}
+    norm = reference.row_norms(named["weight"], named["lora_a"], named["lora_b"], SCALE)
+    found = []
+    for given in (None, norm.detach()):
+        y = reference.dora_linear(**named, scale=SCALE, norm=given)
+        found.append(torch.autograd.grad(y.square().sum(), list(named.values())))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_small_update_of_hira_is_not_rounded_away(backend, dtype):
+    """Where W is 1, so that W ∘ (1 + 1/4096) is W in bfloat16 and float16, and the base's result is 0."""
+    x = torch.tensor([[1.0, -1.0]], dtype=dtype, requires_grad=True)
+    weight, lora_a, lora_b = (torch.tensor(t) for t in ([[1.0, 1.0]], [[1.0, 0.0]], [[1 / 4096]]))
+    y = coto_lora_linear(x, weight.to(dtype), None, lora_a, lora_b, scale=1.0, variant="hira", backend=backend)
+    assert y.item() == 1 / 4096
+
+
 def test_the_norm_may_be_given():
     named = draw("dora")
     norm = row_norms(named["weight"], named["lora_a"], named["lora_b"], SCALE)
@@ -549,8 +570,10 @@ def test_eval_keeps_the_norm_until_something_may_have_changed_it(monkeypatch, tm
         ),
         "reset_parameters": lambda: layer.reset_parameters(),
     }
-    for change in changes.values():
+    for name, change in changes.items():
         change()
+        # not by the versions alone, which writes through .data leave as they are
+        assert layer._norm is None or name in ("a write",), name
         stays_right(kept=False)
 
 
@@ -589,8 +612,12 @@ def test_small_steps_from_a_start_away_from_zero_are_not_lost(init):
         layer.lora_b.add_(1e-6)
     step = layer.scale * torch.full_like(layer.lora_b, 1e-6, dtype=torch.float64) @ layer.lora_a.double()
     torch.testing.assert_close(layer.delta_weight().double(), step, rtol=0.1, atol=1e-7)
-    for factor in layer.factors():
-        assert factor.dtype == torch.float32
+    # in the forward as well, which casts the factors: seen on a base that makes zeros
+    a, b = layer.factors()
+    x = X.bfloat16()
+    got = coto_lora_linear(x, torch.zeros_like(layer.weight), None, a, b, scale=layer.scale)
+    want = x.double() @ step.T
+    assert (got.double() - want).abs().max() < 0.02 * want.abs().max()
     # and its gradients are those of B A, whatever it started from
     x = X.bfloat16().requires_grad_()
     got = torch.autograd.grad(layer(x).sum(), [layer.lora_a, layer.lora_b])
