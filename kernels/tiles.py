@@ -207,8 +207,14 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
 }
 
 
+# with eight warps ptxas spills for one more block on the multiprocessor
+SCALED_IEEE: Row[Tile] = Row(
+    Tile(32, 32, 16, num_stages=2, programs=2),
+    min_rank=33, max_rank=64, element_size=4, precision="ieee", aligned=False, scaled=True,
+)  # fmt: skip
 LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
     "sm_80": (
+        SCALED_IEEE,
         *IEEE,
         Row(Tile(64, 32, 32, num_warps=8, programs=2), element_size=4),
         Row(Tile(64, 64, 32, num_warps=8, programs=2), aligned=False, scaled=True),
@@ -221,7 +227,7 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
     "sm_90": (
         Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4, precision="ieee"),
         Row(Tile(64, 32, 32, num_warps=8, programs=2), element_size=4),
-        Row(Tile(64, 64, 64, num_warps=8, programs=2), aligned=False, scaled=True),
+        Row(Tile(64, 64, 64, num_warps=8, programs=2), aligned=False, selects=True),
         Row(Tile(128, 64, 64, num_warps=8, programs=2), aligned=False),
         # too few tiles of 128 x 256 to go round
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=1024),
@@ -245,6 +251,7 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(128, 128, 64, num_warps=8, num_stages=2)),
     ),
     "generic": (
+        SCALED_IEEE,
         *IEEE,
         Row(Tile(32, 32, 16, num_warps=8, num_stages=2, programs=2), element_size=4, scaled=True),
         Row(Tile(32, 32, 32, num_warps=8, num_stages=2, programs=2), element_size=4),
@@ -285,7 +292,7 @@ PROJECT: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(16, 32, num_warps=8, num_stages=2), element_size=4),
         Row(Stream(32, 64), aligned=False),
-        *((Row(Stream(32, 64), scaled=True),) if arch == "generic" else ()),
+        *((Row(Stream(32, 64, num_warps=8), scaled=True),) if arch in ("sm_80", "generic") else ()),
         Row(Stream(32, 128, num_warps=4 if arch == "gfx942" else 8)),
     )
     for arch in ONE_PASS

@@ -130,12 +130,12 @@ def test_backward_still_stops_below_the_lowest_active_adapter(results, world):
         for mask, ran in zip(masks, result["ran"], strict=True):
             lowest = mask.nonzero()[0].item()
             assert ran["TanhBackward0"] == BLOCKS - lowest
-            assert ran["_LowRankLinearBackward"] == mask.sum()
+            assert ran["LowRankLinearBackward"] == mask.sum()
             # DDP is told of every parameter: those that are off come from the one node that joins them
             assert ran["AccumulateGrad"] == 2 * BLOCKS
             assert ran.get("_JoinBackward", 0) == (not mask.all())
     for ran in results[2, "without-coto"][0]["ran"]:
-        assert (ran["TanhBackward0"], ran["_LowRankLinearBackward"], "_JoinBackward" in ran) == (BLOCKS, BLOCKS, False)
+        assert (ran["TanhBackward0"], ran["LowRankLinearBackward"], "_JoinBackward" in ran) == (BLOCKS, BLOCKS, False)
 
 
 if __name__ == "__main__":
