@@ -1,0 +1,167 @@
+"""Each claim of the CoTo paper beside what the study saw of it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.report import markdown
+
+Rows = Sequence[dict[str, Any]]
+
+HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable here"
+CONFIDENCE = 0.95
+CURVES = ("sweep", "fused", "dropped", "shapley")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One measure of `method` beside the same of `baseline`, the same seeds; `sign` says which way is better.
+
+    Attributes:
+        says: the claim.
+        measure, at: which rows show it.
+        paper: the paper's own figures, "without → with".
+    """
+
+    says: str
+    measure: str
+    at: str | float | None = None
+    method: str = "CoTo"
+    baseline: str = "LoRA"
+    sign: int = 1
+    paper: str = ""
+    settings: tuple[str, ...] = ("digits", "text")
+
+
+CLAIMS = (
+    Claim("a single task is learned better", "score", paper="ViT 82.95 → 83.48; commonsense 80.79 → 85.02"),
+    Claim("two seeds fused 1:1 are better", "fused", 0.5, paper="commonsense 39 → 79"),
+    Claim("the barrier between two seeds is lower", "barrier", sign=-1),
+    Claim("several tasks fused by factors are better", "merged", "fuse", paper="47.2 → 58.5", settings=("text",)),
+    Claim("… by LoRA-LEGO", "merged", "lego", paper="62.2 → 67.2", settings=("text",)),
+    Claim("… as an ensemble of outputs", "merged", "ensemble", paper="56.8 → 56.7", settings=("text",)),
+    Claim("every other layer pruned, more is left", "kept", "every-other", paper="77.0 → 81.3"),
+    Claim("the low third kept", "kept", "low", paper="72.0 → 75.9"),
+    Claim("the middle third kept", "kept", "middle", paper="71.0 → 76.8"),
+    Claim("the high third kept", "kept", "high", paper="73.2 → 78.4"),
+    Claim("half of the entries pruned, more is left", "sparsity", 0.5, paper="about +10 points"),
+    Claim("random layers dropped, more is left", "dropped, mean", paper="theorem 3.1"),
+    Claim("layers contribute more evenly (spread of Shapley values)", "imbalance", sign=-1),
+    Claim("training takes less time", "time", sign=-1, paper="-7.2 %"),
+    Claim("a rising p is better than a constant one: task", "score", baseline="LoRA, constant p", paper="71.4 → 72.7"),
+    Claim("… fused", "fused", 0.5, baseline="LoRA, constant p", paper="68.9 → 72.0"),
+    Claim("… pruned", "kept", "every-other", baseline="LoRA, constant p", paper="70.1 → 71.1"),
+    Claim("an exponential ramp fuses better than a linear", "fused", 0.5, "CoTo, exponential", "CoTo", paper="+0.5"),
+    Claim("… and prunes better", "kept", "every-other", "CoTo, exponential", "CoTo", paper="+1.7"),
+    Claim("DoRA learns better with CoTo", "score", None, "DoRA, CoTo", "DoRA", 1, "83.45 → 83.93", ("digits",)),
+    Claim("HiRA learns better with CoTo", "score", None, "HiRA, CoTo", "HiRA", 1, "83.98 → 84.34", ("digits",)),
+    Claim("DoRA trains faster with CoTo", "time", None, "DoRA, CoTo", "DoRA", -1, "-23.7 %", ("digits",)),
+    Claim("HiRA trains faster with CoTo", "time", None, "HiRA, CoTo", "HiRA", -1, "-24.2 %", ("digits",)),
+)
+
+
+def values(rows: Rows, setting: str, method: str, measure: str, at: str | float | None = None) -> dict[int, float]:
+    """By seed: the mean over the domains."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        if (row["setting"], row["method"], row["measure"], row["at"]) == (setting, method, measure, at):
+            found.setdefault(row["seed"], []).append(row["value"])
+    return {seed: statistics.fmean(parts) for seed, parts in found.items()}
+
+
+def mean_sd(found: dict[int, float]) -> tuple[float, float]:
+    """Over the seeds."""
+    numbers = list(found.values())
+    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean by Student's t; without end where one number is all there is."""
+    from scipy.stats import t
+
+    middle = statistics.fmean(differences)
+    if len(differences) < 2:
+        return -math.inf, math.inf
+    half = (
+        t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
+    )
+    return middle - half, middle + half
+
+
+def verdict(differences: Sequence[float], sign: int) -> str:
+    """What the interval of the paired differences says: all on the claimed side, all on the other, or neither."""
+    low, high = sorted(sign * end for end in interval(differences))
+    return HOLDS if low > 0 else FAILS if high < 0 else OPEN
+
+
+def judged(rows: Rows, setting: str) -> list[dict[str, Any]]:
+    """Every claim that the setting has rows for, with both means, the paired difference and the verdict."""
+    found = []
+    for claim in CLAIMS:
+        ours = values(rows, setting, claim.method, claim.measure, claim.at)
+        others = values(rows, setting, claim.baseline, claim.measure, claim.at)
+        seeds = sorted(ours.keys() & others.keys())
+        if setting not in claim.settings or not seeds:
+            continue
+        differences = [ours[seed] - others[seed] for seed in seeds]
+        low, high = interval(differences)
+        found.append({
+            "claim": claim, "without": mean_sd(others), "with": mean_sd(ours),
+            "difference": statistics.fmean(differences), "low": low, "high": high,
+            "verdict": verdict(differences, claim.sign),
+        })  # fmt: skip
+    return found
+
+
+def shown(found: tuple[float, float]) -> str:
+    """``mean ± sd``."""
+    digits = 1 if abs(found[0]) >= 10 else 3
+    return f"{found[0]:.{digits}f} ± {found[1]:.{digits}f}"
+
+
+def table(rows: Rows, setting: str) -> str:
+    """The claims and their verdicts, in Markdown."""
+    lines = []
+    for found in judged(rows, setting):
+        claim, digits = found["claim"], 2 if abs(found["difference"]) >= 1 else 3
+        span = f"{found['difference']:+.{digits}f} ({found['low']:+.{digits}f} to {found['high']:+.{digits}f})"
+        beside = f"{claim.method} / {claim.baseline}"
+        lines.append(
+            [claim.says, beside, claim.paper, shown(found["without"]), shown(found["with"]), span, found["verdict"]]
+        )
+    titles = ["claim", "with / without", "paper", "without", "with", "difference (95 %)", "verdict"]
+    return markdown(titles, lines)
+
+
+def overview(rows: Rows, setting: str) -> str:
+    """Every measure of every method but for long curves, in Markdown."""
+    methods = [name for name in dict.fromkeys(row["method"] for row in rows) if name != "base"]
+    lines = []
+    best = {}
+    for method in methods:
+        rates = {
+            at: statistics.fmean(values(rows, setting, method, "sweep", at).values()) for at in rates_of(rows, method)
+        }
+        best[method] = max(rates, key=lambda at: rates[at])
+    edges = {min(rates_of(rows, methods[0])), max(rates_of(rows, methods[0]))}
+    lines.append(["learning rate chosen", *(f"{best[m]:g}{' (edge)' if best[m] in edges else ''}" for m in methods)])
+    base = values(rows, setting, "base", "score")
+    places = dict.fromkeys((row["measure"], row["at"]) for row in rows)
+    # curves are for the pictures
+    for measure, at in (place for place in places if place[0] not in CURVES or place == ("fused", 0.5)):
+        cells = []
+        for method in methods:
+            found = values(rows, setting, method, measure, at)
+            cells.append(shown(mean_sd(found)) if found else "")
+        lines.append([f"{measure}{'' if at is None else f' {at}'}", *cells])
+    lines.append(["score of the base", *[f"{statistics.fmean(base.values()):.3g}"] * len(methods)])
+    return markdown(["measure", *methods], lines)
+
+
+def rates_of(rows: Rows, method: str) -> list[float]:
+    """The learning rates that were tried."""
+    return list(dict.fromkeys(row["at"] for row in rows if row["measure"] == "sweep" and row["method"] == method))

@@ -1,0 +1,97 @@
+"""The study's pictures, one file for each setting and subject."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import figure
+from benchmarks.study.claims import Rows, mean_sd, values
+
+# (file, title, measure, x label, logarithmic)
+CURVES = (
+    ("fused", "two seeds' factors fused", "fused", "weight λ of the first seed", False),
+    ("sparsity", "entries of A and B zeroed by magnitude", "sparsity", "share of zeros", False),
+    ("dropped", "random layers' adapters dropped", "dropped", "layers dropped", False),
+    ("shapley", "Shapley value of each layer", "shapley", "layer", False),
+    ("rates", "sensitivity to the learning rate (validation)", "sweep", "learning rate", True),
+)
+BARS = (("kept", "layers kept", "kept"), ("merged", "tasks merged by", "merged"))
+
+
+def draw(rows: Rows, units: dict[str, str], folder: Path) -> list[Path]:
+    """Writes every picture there are rows for."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    settings = [name for name in units if any(row["setting"] == name for row in rows)]
+    made = []
+    for name, title, measure, label, logarithmic in CURVES:
+        canvas, axes = figure(len(settings), width=5.6, height=4.0)
+        for axis, setting in zip(axes, settings, strict=True):
+            curves(axis, rows, setting, measure)
+            axis.set(title=f"{setting}: {title}", xlabel=label, ylabel=units[setting])
+            if logarithmic:
+                axis.set_xscale("log", base=2)
+        axes[-1].legend(fontsize="small")
+        made.append(folder / f"{name}.png")
+        canvas.savefig(made[-1], dpi=110)
+        pyplot.close(canvas)
+    for name, title, measure in BARS:
+        with_bars = [
+            setting for setting in settings if any(r["measure"] == measure and r["setting"] == setting for r in rows)
+        ]
+        if not with_bars:
+            continue
+        canvas, axes = figure(len(with_bars), width=7.0, height=4.0)
+        for axis, setting in zip(axes, with_bars, strict=True):
+            bars(axis, rows, setting, measure)
+            axis.set(title=f"{setting}: {title}", ylabel=units[setting])
+        axes[-1].legend(fontsize="small")
+        made.append(folder / f"{name}.png")
+        canvas.savefig(made[-1], dpi=110)
+        pyplot.close(canvas)
+    return made
+
+
+def methods_of(rows: Rows, setting: str, measure: str) -> list[str]:
+    """In the order of their first row."""
+    return list(dict.fromkeys(r["method"] for r in rows if (r["setting"], r["measure"]) == (setting, measure)))
+
+
+def places_of(rows: Rows, setting: str, measure: str) -> list[Any]:
+    """The values of "at", in the order of their first row."""
+    return list(dict.fromkeys(r["at"] for r in rows if (r["setting"], r["measure"]) == (setting, measure)))
+
+
+def curves(axis: Any, rows: Rows, setting: str, measure: str) -> None:
+    """Mean and standard deviation over the seeds."""
+    places = places_of(rows, setting, measure)
+    for method in methods_of(rows, setting, measure):
+        points = [mean_sd(values(rows, setting, method, measure, at)) for at in places]
+        middle, spread = zip(*points, strict=True)
+        (line,) = axis.plot(places, middle, marker="o", markersize=3, label=method)
+        low = [m - s for m, s in zip(middle, spread, strict=True)]
+        high = [m + s for m, s in zip(middle, spread, strict=True)]
+        axis.fill_between(places, low, high, color=line.get_color(), alpha=0.15)
+
+
+def bars(axis: Any, rows: Rows, setting: str, measure: str) -> None:
+    """A group of bars for each place."""
+    methods, places = methods_of(rows, setting, measure), places_of(rows, setting, measure)
+    width = 0.8 / len(methods)
+    for index, method in enumerate(methods):
+        points = [mean_sd(values(rows, setting, method, measure, at)) for at in places]
+        where = [place + (index - (len(methods) - 1) / 2) * width for place in range(len(places))]
+        middle, spread = zip(*points, strict=True)
+        axis.bar(where, middle, width, yerr=spread, label=method, error_kw={"linewidth": 0.8})
+    axis.set_xticks(range(len(places)), [str(place) for place in places], rotation=20, ha="right", fontsize="small")
+    lowest, highest = axis.get_ylim()
+    heights = [bar.get_height() for bar in axis.patches]
+    margin = 0.15 * (max(heights) - min(heights))
+    # bars of a negated score hang from zero: show where they differ
+    axis.set_ylim(
+        max(lowest, min(heights) - margin), min(highest, max(heights) + margin) if max(heights) < 0 else highest
+    )

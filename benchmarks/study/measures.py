@@ -1,0 +1,113 @@
+"""What is measured of trained adapters: of one run, of two seeds, of several tasks. All yield (measure, at, value)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+
+from benchmarks.study.runs import Run
+from benchmarks.study.tasks import Domain, Setting
+from cotolora import connectivity, merging, pruning, shapley
+from cotolora.merging import AdapterState
+
+Value = tuple[str, "str | float | None", float]
+
+LAMBDAS = 11
+SPARSITIES = (0.3, 0.5, 0.7, 0.9)
+KEPT = ("every-other", "low", "middle", "high")
+HALF = 0.5
+
+
+def is_product(run: Run) -> bool:
+    """Whether the update is a product of two factors, which is what can be merged."""
+    return run.method.variant == "lora"
+
+
+def of_one(setting: Setting, domain: Domain, run: Run) -> Iterator[Value]:
+    """Of one trained model: how good it is, what it cost, and what is left of it in parts."""
+
+    def score(model: torch.nn.Module) -> float:
+        return setting.score(model, domain.test)
+
+    yield "score", None, score(run.model)
+    yield "skipped", None, 100 * run.skipped / run.multiplied
+    for kept in KEPT:
+        with pruning.prune(run.model, keep=kept):
+            yield "kept", kept, score(run.model)
+    for sparsity in SPARSITIES:
+        with pruning.magnitude(run.model, sparsity):
+            yield "sparsity", sparsity, score(run.model)
+    stability = connectivity.dropout_stability(run.model, score, samples=8, seed=run.seed)
+    for count, value in zip(stability.dropped, stability.means, strict=True):
+        yield "dropped", count, value
+    yield "dropped, mean", None, statistics.fmean(stability.means[1:-1])
+
+
+def contributions(setting: Setting, domain: Domain, run: Run) -> Iterator[Value]:
+    """Exact Shapley values of the layers, and how unequal they are."""
+    values = shapley.shapley_values(run.model, lambda model: setting.score(model, domain.test), method="exact").values
+    for layer, value in enumerate(values.tolist()):
+        yield "shapley", layer, value
+    yield "imbalance", None, (values.std(correction=0) / values.mean().abs()).item()
+
+
+def of_pair(setting: Setting, domain: Domain, run: Run, other: Run) -> Iterator[Value]:
+    """Of two seeds of one task: the way between them."""
+
+    def score(model: torch.nn.Module) -> float:
+        return setting.score(model, domain.test)
+
+    one, two = AdapterState.from_model(run.model), AdapterState.from_model(other.model)
+    curve = connectivity.interpolation_curve(run.model, one, two, score, LAMBDAS)
+    for weight, value in zip(curve.lambdas, curve.scores, strict=True):
+        yield "fused", weight, value
+    yield "barrier", None, curve.barrier
+    for measure, merged in (
+        ("mixed", merging.mix([one, two])),
+        ("aligned", merging.fuse([one, merging.align(two, onto=one)])),
+    ):
+        with merged.applied_to(run.model):
+            yield measure, HALF, score(run.model)
+
+
+def of_tasks(setting: Setting, runs: dict[str, Run]) -> Iterator[Value]:
+    """Of one seed's adapters to all tasks, merged by each operator: the mean score over the tasks."""
+    states = [AdapterState.from_model(run.model) for run in runs.values()]
+    rank = next(iter(states[0].factors.values())).rank
+    aligned = [states[0], *(merging.align(state, onto=states[0]) for state in states[1:])]
+    model = next(iter(runs.values())).model
+    operators = {
+        "fuse": lambda: merging.fuse(states),
+        "align, fuse": lambda: merging.fuse(aligned),
+        "mix": lambda: merging.mix(states),
+        "mix, cut to the rank": lambda: merging.mix(states, rank=rank),
+        "lego": lambda: merging.lego(states, rank),
+        "lego, rank doubled": lambda: merging.lego(states, 2 * rank),
+        "ties": lambda: merging.ties(states, of="products", density=0.5, rank=rank),
+        "dare": lambda: merging.dare(states, of="products", drop=0.5, rank=rank),
+    }
+    for name, merge in operators.items():
+        with merge().applied_to(model):
+            yield "merged", name, mean_over(setting, model)
+    together = merging.ensemble([run.model for run in runs.values()])
+    yield "merged", "ensemble", mean_over(setting, together)
+
+
+def mean_over(setting: Setting, model: torch.nn.Module) -> float:
+    """The mean test score over all tasks."""
+    return statistics.fmean(setting.score(model, domain.test) for domain in setting.domains.values())
+
+
+def times(runs: list[Run], over: str) -> Iterator[tuple[Run, float]]:
+    """Seconds of each run over those of the method `over`, the runs having taken turns in every step."""
+    (reference,) = (sum(run.seconds) for run in runs if run.method.name == over)
+    for run in runs:
+        yield run, sum(run.seconds) / reference
+
+
+def pairs(runs: list[Run]) -> list[tuple[Run, Run]]:
+    """Each seed with the next, round."""
+    return list(pairwise([*runs, runs[0]])) if len(runs) > 2 else [(runs[0], runs[1])]

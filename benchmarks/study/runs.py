@@ -1,0 +1,156 @@
+"""The methods that the study compares, and how each is trained: on the same batches, at its own best learning rate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cotolora
+from benchmarks.study.tasks import Setting, Split, batches
+
+RANK, ALPHA = 4, 8.0
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+SWEEP_SEED = 1000  # seeds from here on are for choosing the rate and for nothing else
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A variant, and how CoTo switches it (None: always on)."""
+
+    name: str
+    coto: dict[str, Any] | None = None
+    variant: str = "lora"
+
+
+# p of the constant schedule is CoTo's mean over a run, so that both skip the same work
+METHODS = (
+    Method("LoRA"),
+    Method("LoRA, constant p", {"shape": "constant", "initial_p": 0.6625}),
+    Method("CoTo", {}),
+    Method("CoTo, exponential", {"shape": "exponential"}),
+    Method("DoRA", variant="dora"),
+    Method("DoRA, CoTo", {}, "dora"),
+    Method("HiRA", variant="hira"),
+    Method("HiRA, CoTo", {}, "hira"),
+)
+
+
+@dataclass
+class Run:
+    """One adaptation, and what was measured on the way."""
+
+    method: Method
+    seed: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    coto: cotolora.CoTo | None
+    seconds: list[float] = field(default_factory=list)
+    multiplied: float = 0.0
+    skipped: float = 0.0
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """One timed optimizer step."""
+        start = time.perf_counter()
+        F.cross_entropy(self.model(x), y).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        if self.coto is not None:
+            self.coto.step()
+        self.seconds.append(time.perf_counter() - start)
+
+    def count(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook: adds the adapter's multiplications to what ran or to what was skipped."""
+        if layer.training:
+            products = layer.rank * (layer.in_features + layer.out_features) * args[0].shape[:-1].numel()
+            self.multiplied += products
+            self.skipped += products if layer.active is False else 0
+
+
+def start(setting: Setting, base: nn.Module, method: Method, seed: int, rate: float, steps: int) -> Run:
+    """A copy of the base with fresh adapters."""
+    torch.manual_seed(seed)
+    model = deepcopy(base)
+    layers = cotolora.inject(
+        model, setting.targets, rank=RANK, alpha=ALPHA, variant=method.variant,
+        exclude=setting.exclude or None, trainable=setting.trainable,
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    coto = None
+    if method.coto is not None:
+        coto = cotolora.CoTo(model, steps, seed=seed, **method.coto)
+        coto.attach(optimizer)
+    run = Run(method, seed, model.train(), optimizer, scheduler, coto)
+    for layer in layers.values():
+        layer.register_forward_pre_hook(run.count)
+    return run
+
+
+def train(
+    setting: Setting,
+    base: nn.Module,
+    split: Split,
+    rates: dict[Method, float],
+    seed: int,
+    steps: int,
+    advance: Callable[[], object],
+) -> list[Run]:
+    """One run of each method, step by step side by side on the same batches, so that their times compare."""
+    runs = [start(setting, base, method, seed, rate, steps) for method, rate in rates.items()]
+    for i, (x, y) in enumerate(batches(split, setting.batch, steps, seed)):
+        first = i % len(runs)
+        for run in runs[first:] + runs[:first]:
+            run.step(x, y)
+            advance()
+    for run in runs:
+        if run.coto is not None:
+            run.coto.finish()
+        run.model.eval()
+    return runs
+
+
+def sweep(
+    setting: Setting,
+    base: nn.Module,
+    methods: Iterable[Method],
+    rates: Iterable[float],
+    seeds: int,
+    steps: int,
+    advance: Callable[[], object],
+) -> list[dict[str, Any]]:
+    """Each method's validation score at each learning rate, a row for each seed: the mean over the domains."""
+    rows = []
+    for rate in rates:
+        for seed in range(SWEEP_SEED, SWEEP_SEED + seeds):
+            scores: dict[Method, list[float]] = {}
+            for domain in setting.domains.values():
+                fixed = dict.fromkeys(methods, rate)
+                for run in train(setting, base, domain.train, fixed, seed, steps, advance):
+                    scores.setdefault(run.method, []).append(setting.score(run.model, domain.validation))
+            rows += [
+                {"setting": setting.name, "domain": "all", "method": method.name, "measure": "sweep", "at": rate,
+                 "seed": seed, "value": sum(found) / len(found)}
+                for method, found in scores.items()
+            ]  # fmt: skip
+    return rows
+
+
+def best_rates(rows: list[dict[str, Any]], methods: Iterable[Method]) -> dict[Method, float]:
+    """The rate of each method whose mean score over the sweep's seeds is highest."""
+    chosen = {}
+    for method in methods:
+        scores: dict[float, list[float]] = {}
+        for row in rows:
+            if row["measure"] == "sweep" and row["method"] == method.name:
+                scores.setdefault(row["at"], []).append(row["value"])
+        chosen[method] = max(scores, key=lambda rate: sum(scores[rate]) / len(scores[rate]))
+    return chosen
