@@ -121,10 +121,10 @@ def text() -> Setting:
         torch.manual_seed(0)
         return learn(CharacterModel(), rows_of(library_code()), 32, steps, 3e-3)
 
-    domains = {"prose": prose(), "names": character_names(), "tables": code_pages()}
+    texts = {"prose": prose(), "names": character_names(), "tables": code_pages()}
+    domains = {name: domain_of(name, told) for name, told in texts.items()}
     return Setting(
-        "text", "bits per character, negated", pretrained, {name: domain_of(name, told) for name, told in domains.items()},
-        minus_bits, "all-linear", 16, exclude=["lm_head"],
+        "text", "bits per character, negated", pretrained, domains, minus_bits, "all-linear", 16, exclude=["lm_head"],
     )  # fmt: skip
 
 
