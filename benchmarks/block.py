@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report, sweep
-from benchmarks.contenders import AUTO, FROZEN, NAMED, NARROW, OFF_BY_DEVICE, OFF_BY_HOST, chosen
+from benchmarks.contenders import AUTO, FROZEN, chosen, ours_in_full
 from benchmarks.report import Result
 from benchmarks.shapes import BLOCKS, title
 
@@ -53,5 +53,5 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shapes", action="extend", nargs="+", choices=BLOCKS, help="whose block; may be repeated")
     options = sweep.settle(parser, arguments, DEFAULTS)
     cases = [(name, BLOCKS[name], m) for name in options.shapes for m in options.rows]
-    ours = [AUTO, *NAMED, *([NARROW] if options.dtype != "float32" else []), OFF_BY_HOST, OFF_BY_DEVICE[0]]
-    return sweep.run("block", options, cases, [FROZEN, *ours, *chosen(options.peers, options.dtype)], plot)
+    contenders = [*ours_in_full(options.variant, options.dtype), *chosen(options.peers, options.dtype, options.variant)]
+    return sweep.run("block", options, cases, contenders, plot)

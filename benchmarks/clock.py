@@ -7,7 +7,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple, TypeVar
 
@@ -60,12 +60,13 @@ def take_turns(clocks: Mapping[Key, Clock], rounds: int) -> dict[Key, list[float
     return seconds
 
 
-def eager(calls: Sequence[Callable[[], object]], device: torch.device) -> Clock:
+def eager(calls: Sequence[Callable[[], object]], device: torch.device, turns: Iterator[int] | None = None) -> Clock:
     """A clock on the wall for calls made one after the other, each with its own data.
 
-    The wall's, because of small calls on a GPU the host is the slower part, which no event sees.
+    The wall's, because of small calls on a GPU the host is the slower part, which no event sees. `turns` says which
+    call is next; several clocks that share it never find in the cache what another has just left there.
     """
-    on_gpu, turns = device.type == "cuda", itertools.cycle(calls)
+    on_gpu, turns = device.type == "cuda", turns or itertools.cycle(range(len(calls)))
     count = math.ceil(CALLS / len(calls)) * len(calls) if on_gpu else 0
 
     def run(n: int) -> float:
@@ -73,7 +74,7 @@ def eager(calls: Sequence[Callable[[], object]], device: torch.device) -> Clock:
             torch.cuda.synchronize(device)
         start = time.perf_counter()
         for _ in range(n):
-            next(turns)()
+            calls[next(turns)]()
         if on_gpu:
             torch.cuda.synchronize(device)
         return (time.perf_counter() - start) / n

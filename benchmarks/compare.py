@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,15 +79,23 @@ def compare(
             refused[contender.name] = str(why)
     del judge  # as large as several layers
     begun = [Comparison(mode, errors=errors, refused=dict(refused)) for mode in modes]
-    return [timed(comparison, runners, rounds, parts) for comparison in begun]
+    turns = itertools.cycle(range(len(workload.copies)))
+    return [timed(comparison, runners, turns, rounds, parts) for comparison in begun]
 
 
-def timed(into: Comparison, runners: dict[str, Runner], rounds: int, parts: Sequence[str]) -> Comparison:
-    """Adds the seconds of those that can be clocked in this mode."""
-    make, clocks = {"eager": clock.eager, "graph": clock.captured}[into.mode], dict[tuple[str, str], Clock]()
+def timed(
+    into: Comparison, runners: dict[str, Runner], turns: Iterator[int], rounds: int, parts: Sequence[str]
+) -> Comparison:
+    """Adds the seconds of those that can be clocked in this mode; `turns` says whose copy is next."""
+    clocks = dict[tuple[str, str], Clock]()
+
+    def clock_of(runner: Runner, part: str) -> Clock:
+        calls, device = runner.calls(part), runner.workload.device
+        return clock.captured(calls, device) if into.mode == "graph" else clock.eager(calls, device, turns)
+
     for name, runner in runners.items():
         try:
-            mine = {(name, part): make(runner.calls(part), runner.workload.device) for part in parts}
+            mine = {(name, part): clock_of(runner, part) for part in parts}
             for run in mine.values():
                 run()
             clocks |= mine

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -18,17 +18,19 @@ from torch import Tensor, nn
 
 import cotolora
 from cotolora import reference
-from cotolora.kernels.forms import FORMS
+from cotolora.kernels.forms import VARIANT_FORMS
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A and B as they are given to every contender, and how they are used."""
+    """A, B and, of DoRA, m as they are given to every contender, and how they are used."""
 
     lora_a: Tensor
     lora_b: Tensor
     scale: float
     dropout: float = 0.0
+    variant: str = "lora"
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -45,6 +47,7 @@ class Contender:
         build: makes the layer from a frozen linear and an adapter; raises with the reason if it cannot be made here.
         peer: what ``--peers`` calls it; None for the frozen linear and for ours.
         adapter: whether the update is computed; without, the frozen linear is what is right.
+        lora: whether LoRA is, of whatever variant the others are.
         context: entered around its calls.
     """
 
@@ -52,6 +55,7 @@ class Contender:
     build: Callable[[nn.Linear, Adapter], nn.Module]
     peer: str | None = None
     adapter: bool = True
+    lora: bool = False
     context: Callable[[], AbstractContextManager] = nullcontext
 
 
@@ -84,10 +88,12 @@ class Adapted(nn.Module):
         self.base, self.scale, self.run = base, adapter.scale, run
         self.lora_a = nn.Parameter(adapter.lora_a.to(base.weight.dtype))
         self.lora_b = nn.Parameter(adapter.lora_b.to(base.weight.dtype))
+        self.magnitude = None if adapter.magnitude is None else nn.Parameter(adapter.magnitude)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``run(x, weight, bias, A, B, scale)``."""
-        return self.run(x, self.base.weight, self.base.bias, self.lora_a, self.lora_b, self.scale)
+        """``run(x, weight, bias, A, B, [m,] scale)``."""
+        factors = [p for p in (self.lora_a, self.lora_b, self.magnitude) if p is not None]
+        return self.run(x, self.base.weight, self.base.bias, *factors, self.scale)
 
 
 def unsloth_order(base: nn.Linear, adapter: Adapter) -> nn.Module:
@@ -104,11 +110,12 @@ def torchtune_order(base: nn.Linear, adapter: Adapter) -> nn.Module:
 
 
 @cache
-def compiled_reference() -> Callable[..., Tensor]:
+def compiled_reference(variant: str) -> Callable[..., Tensor]:
     """`torch.compile` of the definition, for static shapes."""
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        return reference.lora_linear(x, weight, bias, a, b, scale=scale)
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor | float) -> Tensor:
+        *tensors, scale = factors
+        return DEFINITIONS[variant](x, weight, bias, *tensors, scale=scale)
 
     return torch.compile(run, dynamic=False)
 
@@ -124,32 +131,51 @@ def lorafusion(base: nn.Linear, adapter: Adapter) -> nn.Module:
 
 
 def peft(base: nn.Linear, adapter: Adapter, *, as_shipped: bool = True) -> nn.Module:
-    """PEFT's LoRA; as it ships A and B are float32, else of the linear's dtype."""
-    from peft import LoraConfig, inject_adapter_in_model
+    """PEFT's layer; as it ships A and B are float32, else of the linear's dtype."""
+    from peft import HiraConfig, LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.scale * adapter.rank,
-        lora_dropout=adapter.dropout,
-        target_modules=["0"],
-    )
+    config: Any
+    if adapter.variant == "hira":
+        if adapter.scale != 1:
+            raise ValueError(f"PEFT's HiRA has no scale, it must be 1; got {adapter.scale}")
+        config = HiraConfig(r=adapter.rank, hira_dropout=adapter.dropout, target_modules=["0"])
+    else:
+        config = LoraConfig(
+            r=adapter.rank,
+            lora_alpha=adapter.scale * adapter.rank,
+            lora_dropout=adapter.dropout,
+            use_dora=adapter.variant == "dora",
+            target_modules=["0"],
+        )
     layer = inject_adapter_in_model(config, nn.Sequential(base), low_cpu_mem_usage=base.weight.is_meta)[0]
     dtype = torch.float32 if as_shipped else base.weight.dtype
-    for module, factor in ((layer.lora_A, adapter.lora_a), (layer.lora_B, adapter.lora_b)):
-        module["default"].weight = nn.Parameter(factor.detach().to(dtype))
+    factors = (nn.Parameter(factor.detach().to(dtype)) for factor in (adapter.lora_a, adapter.lora_b))
+    if adapter.variant == "hira":
+        layer.hira_A["default"], layer.hira_B["default"] = factors
+    else:
+        layer.lora_A["default"].weight, layer.lora_B["default"].weight = factors
+    if adapter.magnitude is not None:
+        layer.lora_magnitude_vector["default"].weight = nn.Parameter(adapter.magnitude.detach().clone())
     return layer
 
 
 def ours(base: nn.Linear, adapter: Adapter, *, gate: Any = True, as_shipped: bool = True) -> nn.Module:
     """`CoToLoRALinear`; as it ships A and B are float32, else of the linear's dtype. `gate` may make a tensor."""
     layer = cotolora.CoToLoRALinear.from_linear(
-        base, rank=adapter.rank, alpha=adapter.scale * adapter.rank, dropout=adapter.dropout
+        base, rank=adapter.rank, alpha=adapter.scale * adapter.rank, dropout=adapter.dropout, variant=adapter.variant
     )
     dtype = torch.float32 if as_shipped else base.weight.dtype
     layer.lora_a = nn.Parameter(adapter.lora_a.detach().to(dtype))
     layer.lora_b = nn.Parameter(adapter.lora_b.detach().to(dtype))
+    if adapter.magnitude is not None:
+        layer.lora_magnitude = nn.Parameter(adapter.magnitude.detach().clone())
     layer.gate = gate(base.weight.device) if callable(gate) else gate
     return layer
+
+
+def our_lora(base: nn.Linear, adapter: Adapter) -> nn.Module:
+    """Ours, but LoRA."""
+    return ours(base, replace(adapter, variant="lora", magnitude=None))
 
 
 def peft_disabled(base: nn.Linear, adapter: Adapter) -> nn.Module:
@@ -164,7 +190,17 @@ def device_gate(on: bool) -> Callable[[torch.device], Tensor]:
     return lambda device: torch.tensor(int(on), dtype=torch.int32, device=device)
 
 
-BACKENDS = ("reference", "addmm", *(f"triton:{form}" for form in FORMS))
+DEFINITIONS: dict[str, Callable[..., Tensor]] = {
+    "lora": reference.lora_linear,
+    "dora": reference.dora_linear,
+    "hira": reference.hira_linear,
+}
+HAVE_VARIANTS = ("peft", "compile")
+
+
+def backends(variant: str) -> tuple[str, ...]:
+    """Names of everything that computes a variant."""
+    return "reference", "addmm", *(f"triton:{form}" for form in VARIANT_FORMS[variant])
 
 
 def by_name(backend: str) -> Callable[[], AbstractContextManager]:
@@ -174,15 +210,11 @@ def by_name(backend: str) -> Callable[[], AbstractContextManager]:
 
 FROZEN = Contender("frozen", lambda base, _: base, adapter=False)
 AUTO = Contender("ours", ours)
-NAMED = tuple(Contender(f"ours {backend}", ours, context=by_name(backend)) for backend in BACKENDS)
+OUR_LORA = Contender("our LoRA", our_lora, lora=True)
+
 NARROW = Contender("ours, A and B in x's dtype", partial(ours, as_shipped=False))
 OFF_BY_HOST = Contender("ours off by host gate", partial(ours, gate=False), adapter=False)
-OFF_BY_DEVICE = tuple(
-    Contender(
-        f"ours{suffix} off by device gate", partial(ours, gate=device_gate(False)), adapter=False, context=context
-    )
-    for suffix, context in (("", nullcontext), *((f" {name}", by_name(name)) for name in BACKENDS))
-)
+OFF_BY_DEVICE = Contender("ours off by device gate", partial(ours, gate=device_gate(False)), adapter=False)
 ON_BY_DEVICE = Contender("ours on by device gate", partial(ours, gate=device_gate(True)))
 PEFT_OFF = Contender("PEFT disabled", peft_disabled, peer="peft", adapter=False)
 PEERS = (
@@ -192,7 +224,7 @@ PEERS = (
     Contender("torchtune's order", torchtune_order, peer="torchtune"),
     Contender(
         "torch.compile of the reference",
-        lambda base, adapter: Adapted(base, adapter, compiled_reference()),
+        lambda base, adapter: Adapted(base, adapter, compiled_reference(adapter.variant)),
         peer="compile",
     ),
     Contender("LoRAFusion", lorafusion, peer="lorafusion"),
@@ -200,7 +232,31 @@ PEERS = (
 PEER_NAMES = tuple(dict.fromkeys(contender.peer for contender in PEERS))
 
 
-def chosen(peers: list[str], dtype: str) -> list[Contender]:
-    """Those of `PEERS` asked for; where A and B are float32 anyway, PEFT once."""
+def named(variant: str) -> list[Contender]:
+    """Ours by each of its backends."""
+    return [Contender(f"ours {name}", ours, context=by_name(name)) for name in backends(variant)]
+
+
+def off_by_device(variant: str) -> list[Contender]:
+    """Ours with a gate that is off in memory, by itself and by each of its backends."""
+    return [
+        OFF_BY_DEVICE,
+        *(
+            replace(OFF_BY_DEVICE, name=f"ours {name} off by device gate", context=by_name(name))
+            for name in backends(variant)
+        ),
+    ]
+
+
+def ours_in_full(variant: str, dtype: str) -> list[Contender]:
+    """The frozen linear and ours: by itself, by each backend, off; of a variant beside our LoRA."""
+    beside = [] if variant == "lora" else [OUR_LORA]
+    narrow = [] if dtype == "float32" else [NARROW]
+    return [FROZEN, *beside, AUTO, *named(variant), *narrow, OFF_BY_HOST, OFF_BY_DEVICE]
+
+
+def chosen(peers: list[str], dtype: str, variant: str) -> list[Contender]:
+    """Those of `PEERS` asked for that have the variant; where A and B are float32 anyway, PEFT once."""
     twice = dtype == "float32"
-    return [c for c in PEERS if c.peer in peers and not (twice and c.name.startswith("PEFT, "))]
+    able = [c for c in PEERS if variant == "lora" or c.peer in HAVE_VARIANTS]
+    return [c for c in able if c.peer in peers and not (twice and c.name.startswith("PEFT, "))]

@@ -14,7 +14,7 @@ from torch import nn
 
 import cotolora
 from benchmarks import block, linear, report, sweep
-from benchmarks.contenders import AUTO, FROZEN, OFF_BY_DEVICE, OFF_BY_HOST, ON_BY_DEVICE, PEFT_OFF
+from benchmarks.contenders import AUTO, FROZEN, OFF_BY_HOST, ON_BY_DEVICE, PEFT_OFF, off_by_device
 from benchmarks.report import Result
 
 DEFAULTS = {
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     linear.add_shapes(parser)
     options = sweep.settle(parser, arguments, DEFAULTS)
     peers = [PEFT_OFF] if "peft" in options.peers else []
-    contenders = [FROZEN, AUTO, ON_BY_DEVICE, OFF_BY_HOST, *OFF_BY_DEVICE, *peers]
+    contenders = [FROZEN, AUTO, ON_BY_DEVICE, OFF_BY_HOST, *off_by_device(options.variant), *peers]
     result = Result("gates", report.machine(options.device), sweep.settings_of(options))
     sweep.measure(result, options, linear.cases(options.shapes, options.rows), contenders)
     result.rows += [{"contender": what, "graphs": graphs(what)} for what in COMPILED]

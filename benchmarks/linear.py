@@ -1,6 +1,6 @@
 """Times one low-rank linear: ours in every form and with its gate off, beside the frozen linear and every peer.
 
-python -m benchmarks linear [--shapes llama3-8b] [--rows 16 2048] [--rank 16] [--mode graph] [--json F] [--plot F]
+python -m benchmarks linear [--shapes llama3-8b] [--rows 16 2048] [--rank 16] [--variant dora] [--json F] [--plot F]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report, sweep
-from benchmarks.contenders import AUTO, FROZEN, NAMED, NARROW, OFF_BY_DEVICE, OFF_BY_HOST, chosen
+from benchmarks.contenders import AUTO, FROZEN, OFF_BY_DEVICE, OFF_BY_HOST, chosen, ours_in_full
 from benchmarks.report import Result
 from benchmarks.shapes import BLOCKS, Linear, shape
 
@@ -23,13 +23,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 OTHERS = ("C1", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "navy", "0.5", "black")  # C0 and C2 are taken
 
 
-def cases(shapes: list[str], rows: list[int]) -> list[sweep.Case]:
-    """Each linear of the models by itself."""
+def cases(shapes: list[str], rows: list[int], *, bias: bool = True) -> list[sweep.Case]:
+    """Each linear of the models by itself, once."""
     found: dict[tuple[int, int, int], sweep.Case] = {}
     for text in shapes:
         for given, k, n in shape(text):
             for m in [given] if given else rows:
-                found.setdefault((m, k, n), (f"{k} → {n}", (Linear("linear", k, n, "x", bias=True),), m))
+                found.setdefault((m, k, n), (f"{k} → {n}", (Linear("linear", k, n, "x", bias),), m))
     return list(found.values())
 
 
@@ -39,7 +39,7 @@ def style_of(name: str, i: int) -> dict[str, Any]:
         FROZEN.name: {"color": "black"},
         AUTO.name: {"color": "C0", "linewidth": 3.5, "alpha": 0.6},
         OFF_BY_HOST.name: {"color": "C2"},
-        OFF_BY_DEVICE[0].name: {"color": "C2", "linestyle": ":"},
+        OFF_BY_DEVICE.name: {"color": "C2", "linestyle": ":"},
     }
     other = {"color": OTHERS[i % len(OTHERS)], "linestyle": ":" if name.startswith("ours") else "--"}
     return {"marker": "o", "markersize": 3} | special.get(name, other)
@@ -75,9 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = sweep.parser_of("linear", __doc__ or "")
     add_shapes(parser)
     options = sweep.settle(parser, arguments, DEFAULTS)
-    ours = [AUTO, *NAMED, *([NARROW] if options.dtype != "float32" else []), OFF_BY_HOST, OFF_BY_DEVICE[0]]
-    peers = chosen(options.peers, options.dtype)
-    return sweep.run("linear", options, cases(options.shapes, options.rows), [FROZEN, *ours, *peers], plot)
+    contenders = [*ours_in_full(options.variant, options.dtype), *chosen(options.peers, options.dtype, options.variant)]
+    return sweep.run("linear", options, cases(options.shapes, options.rows), contenders, plot)
 
 
 def add_shapes(parser: argparse.ArgumentParser) -> None:

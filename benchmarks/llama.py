@@ -44,6 +44,9 @@ class Size:
 SIZES = {
     "small": Size(8, 256, 688, heads=8, kv_heads=2, vocab=512, batch=4, tokens=64),
     "medium": Size(16, 1024, 2816, heads=16, kv_heads=4, vocab=4096, batch=8, tokens=512),
+    # some blocks of models that no measurement has room or time for in full
+    "llama3-8b": Size(4, 4096, 14336, heads=32, kv_heads=8, vocab=4096, batch=2, tokens=1024),
+    "llama2-7b": Size(4, 4096, 11008, heads=32, kv_heads=32, vocab=4096, batch=2, tokens=1024),
 }
 
 
@@ -239,7 +242,8 @@ Build = Callable[[str, nn.Module, argparse.Namespace], Runner]
 def contenders_of(options: argparse.Namespace) -> dict[str, Build]:
     """Who takes part; where A and B are float32 anyway, PEFT once."""
     narrow = {} if options.dtype == "float32" else {NARROW: partial(peft, as_shipped=False)}
-    return {PEFT: peft, **narrow, ON: ours, COTO: partial(ours, coto=True)}
+    peers = {PEFT: peft, **narrow} if "peft" in options.peers else {}
+    return {**peers, ON: ours, COTO: partial(ours, coto=True)}
 
 
 def factors_of(runner: Runner, dtype: torch.dtype, seed: int) -> dict[str, tuple[Tensor, Tensor]]:

@@ -27,7 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
 from benchmarks import report, sweep
-from benchmarks.contenders import AUTO, FROZEN, NAMED, NARROW, OFF_BY_DEVICE, OFF_BY_HOST, Contender, chosen
+from benchmarks.contenders import FROZEN, OFF_BY_HOST, Contender, chosen, ours_in_full
 from benchmarks.report import Result
 from benchmarks.shapes import BLOCKS, outputs, title
 from benchmarks.workload import Judge, RefusedError, Runner, Workload, reason
@@ -78,7 +78,7 @@ def operands(runner: Runner) -> list[tuple[str, Tensor]]:
     named = [("x", x) for x in copy.inputs.values()]
     for base, adapter in zip(copy.bases, copy.adapters, strict=True):
         named += [("W", base.weight), ("A", adapter.lora_a), ("B", adapter.lora_b)]
-        named += [] if base.bias is None else [("bias", base.bias)]
+        named += [(name, t) for name, t in (("bias", base.bias), ("m", adapter.magnitude)) if t is not None]
     return [*named, *(("a parameter", p) for layer in runner.layers[0] for p in layer.parameters())]
 
 
@@ -290,8 +290,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def contenders_of(options: argparse.Namespace) -> list[Contender]:
     """The frozen linear, ours, and the peers asked for."""
-    ours = [AUTO, *NAMED, *([NARROW] if options.dtype != "float32" else []), OFF_BY_HOST, OFF_BY_DEVICE[0]]
-    return [FROZEN, *ours, *chosen(options.peers, options.dtype)]
+    return [*ours_in_full(options.variant, options.dtype), *chosen(options.peers, options.dtype, options.variant)]
 
 
 def main(arguments: list[str] | None = None) -> int:

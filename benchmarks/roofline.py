@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import clock, linear, report, sweep
 from benchmarks.compare import Comparison, compare
-from benchmarks.contenders import FROZEN, NAMED, Contender
+from benchmarks.contenders import FROZEN, Contender, named
 from benchmarks.report import Result
 from benchmarks.workload import Workload
 from cotolora.kernels import forms
@@ -192,14 +192,14 @@ def plot(result: Result, path: Path) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, with the defaults of the device."""
-    parser = sweep.parser_of("roofline", __doc__ or "", without=("peers",))  # of whom there is no model
+    parser = sweep.parser_of("roofline", __doc__ or "", without=("peers", "variant"))  # of whom there is no model
     linear.add_shapes(parser)
     return sweep.settle(parser, arguments, DEFAULTS)
 
 
 def contenders() -> list[Contender]:
     """Whoever there is a model of."""
-    return [contender for contender in (FROZEN, *NAMED) if contender.name in FORM_OF]
+    return [contender for contender in (FROZEN, *named("lora")) if contender.name in FORM_OF]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,12 +19,23 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.compare import PARTS, Comparison, compare
-from benchmarks.contenders import AUTO, FROZEN, NAMED, OFF_BY_HOST, PEER_NAMES, PEERS, PEFT_OFF, Contender
+from benchmarks.contenders import (
+    AUTO,
+    DEFINITIONS,
+    FROZEN,
+    OFF_BY_HOST,
+    PEER_NAMES,
+    PEERS,
+    PEFT_OFF,
+    Contender,
+    named,
+)
 from benchmarks.report import Result
 from benchmarks.shapes import Linear, number, title
 from benchmarks.workload import Workload, reason
 
 DTYPES, MODES, PICTURES = ("bfloat16", "float16", "float32"), ("eager", "graph"), (".png", ".pdf", ".svg")
+VARIANTS = tuple(DEFINITIONS)
 NOISY = 1.5  # p80 over p20 of the frozen linear, which a quiet machine keeps under 1.1
 CHOSE_WORSE = "ours chose worse than"
 ENOUGH = 10  # rounds, before a choice is judged
@@ -57,6 +68,7 @@ def parser_of(
         "device": {"type": device_of, "help": "cpu, cuda or cuda:N (default: a GPU if there is one)"},
         "rows": {"type": number(int), **several, "metavar": "M", "help": "rows of x, for shapes that do not say"},
         "rank": {"type": number(int), **several, "help": "of the adapters; may be repeated"},
+        "variant": {"choices": VARIANTS, "default": "lora", "help": "what the adapters are (default: lora)"},
         "dtype": {"choices": DTYPES, "help": "of x and W (default: bfloat16, on a CPU float32)"},
         "mode": {"choices": MODES, **several, "help": "eager, or captured in a CUDA graph (the default on a GPU)"},
         "peers": {"choices": ("none", *peers), **several, "help": "whom to compare with (default: all)"},
@@ -111,7 +123,7 @@ def check_files(parser: argparse.ArgumentParser, json: Path | None, plot: Path |
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     """What was asked to be measured, as JSON has it."""
-    aside = ("device", "json", "plot", "minutes")
+    aside = ("device", "json", "plot", "minutes", "out", "dry_run")
     return {k: v if k != "shapes" else list(v) for k, v in vars(options).items() if k not in aside}
 
 
@@ -180,7 +192,8 @@ def noise(comparison: Comparison, where: str) -> list[str]:
 def losses(comparison: Comparison, where: str) -> list[str]:
     """Lines for what ours lost: against each peer, and for what it chose against each of its own backends."""
     enough = len(comparison.seconds.get(AUTO.name, {}).get("both", ())) >= ENOUGH
-    pairs = [(AUTO.name, c.name, BEHIND, CHOSE_WORSE) for c in NAMED if enough]
+    own = dict.fromkeys(c.name for variant in VARIANTS for c in named(variant))
+    pairs = [(AUTO.name, name, BEHIND, CHOSE_WORSE) for name in own if enough]
     pairs += [(AUTO.name, c.name, 1.0, "ours loses to") for c in PEERS]
     pairs += [(OFF_BY_HOST.name, PEFT_OFF.name, 1.0, "ours off loses to")]
     lines = []
@@ -208,7 +221,7 @@ def each(
             return
         bar.set_description(where)
         try:
-            workload = Workload(linears, rows, rank, dtype, options.device)
+            workload = Workload(linears, rows, rank, dtype, options.device, getattr(options, "variant", "lora"))
             measure(workload, where, {"shape": name, "rows": rows, "rank": rank})
         except torch.OutOfMemoryError as error:
             result.refused.append({"contender": "all", "where": where, "reason": reason(error)})

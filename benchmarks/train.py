@@ -1,6 +1,6 @@
 """Times whole steps of a small Llama over a CoTo run: PEFT, ours with every adapter on, and ours with CoTo.
 
-    python -m benchmarks train [--steps 100] [--rank 16] [--size medium] [--repeats 3] [--json F] [--plot F]
+    python -m benchmarks train [--steps 100] [--rank 16] [--shapes medium] [--repeats 3] [--json F] [--plot F]
 
 A step is forward, backward, AdamW on A and B (fused, as transformers' Trainer has it) and `zero_grad`; what CoTo does
 between two steps counts as the optimizer's. The contenders share the frozen weights, see the same tokens, and take
@@ -269,7 +269,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add, positive = parser.add_argument, number(int)
     add("--steps", type=positive, help="of the run (default: 100, on a CPU 60)")
     add("--rank", type=positive, help="of the adapters (default: 16, on a CPU 8)")
-    add("--size", choices=SIZES, help="of the model and the batch (default: medium, on a CPU small)")
+    add("--shapes", choices=SIZES, dest="size", help="of the model and its batch (default: medium, on a CPU small)")
+    add("--peers", choices=("none", "peft"), nargs="+", default=["peft"], help="whom to compare with (default: peft)")
     for name in ("layers", "hidden", "batch", "tokens"):
         add(f"--{name}", type=positive, help="in place of the size's own")
     add("--dtype", choices=("bfloat16", "float32"), help="of the base (default: bfloat16, on a CPU float32)")
@@ -279,9 +280,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="add the result to this file")
     add("--plot", type=Path, metavar="FILE", help="draw it here")
     # what only a table of single layers has
-    parser.set_defaults(mode=["eager"], rounds=1, peers=["peft"])
+    parser.set_defaults(mode=["eager"], rounds=1)
     options = sweep.settle(parser, arguments, DEFAULTS)
-    del options.mode, options.rounds, options.peers
+    del options.mode, options.rounds
     size = SIZES[options.size]
     for name in ("layers", "hidden", "batch", "tokens"):
         if getattr(options, name) is None:
@@ -294,7 +295,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.vocab = size.vocab
     for package in ("peft", "transformers"):
         if report.version_of(package) == "absent":
-            parser.error(f'{package} is not installed, and train compares with PEFT: pip install "{package}"')
+            parser.error(f'{package} is not installed, and train holds everyone to PEFT: pip install "{package}"')
     return options
 
 

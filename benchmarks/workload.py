@@ -1,8 +1,7 @@
 """The linears of a block on random data, run by one contender after the other, each held to the truth before a clock.
 
-Operands lie in as many copies as fill a GPU's cache three times, which calls take in turn: in a model, other layers'
-weights pass through the cache between two calls of one. On a CPU, where a virtual machine does not tell what its cache
-holds, there are two copies, and what stays in the cache stays there for everyone.
+Operands lie in as many copies as fill the largest cache three times, at most `MAX_COPIES`, which calls take in turn,
+whoever's they are: in a model, other layers' weights pass through the cache between two calls of one.
 """
 
 from __future__ import annotations
@@ -11,18 +10,21 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contenders import Adapter, Contender
+from benchmarks.contenders import DEFINITIONS, Adapter, Contender
 from benchmarks.shapes import Linear, inputs, outputs
-from cotolora import reference
 
-MAX_COPIES = 64
+MAX_COPIES = 64  # of the smallest shapes, which stay in a CPU's cache, as a model of 64 such layers would
+UNKNOWN_CACHE = 32 << 20  # bytes, where neither the driver nor the system tells
+CACHES, UNITS = Path("/sys/devices/system/cpu/cpu0/cache"), {"K": 10, "M": 20, "G": 30}
 UPDATE = 0.1  # norm of the low-rank update, over that of the base's output
 SCALE = 2.0  # alpha = 2 rank, as most recipes have it
+FACTORS = {"base": (), "lora": ("A", "B"), "dora": ("A", "B", "m"), "hira": ("A", "B")}
 SLACK = 4.0  # times the reference's own error that a contender may err; a wrong one errs by tenths
 
 
@@ -34,6 +36,15 @@ def reason(error: BaseException) -> str:
     """An exception in one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, RefusedError) else f"{type(error).__name__}: {text[:300]}"
+
+
+def cache_bytes(device: torch.device) -> int:
+    """What the largest cache holds: a GPU's L2, or of the caches that Linux names for the first core."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    named = (path.read_text().strip() for path in CACHES.glob("index*/size"))
+    sizes = [int(text[:-1]) << UNITS[text[-1]] for text in named if text[:-1].isdecimal() and text[-1] in UNITS]
+    return max(sizes, default=UNKNOWN_CACHE)
 
 
 @dataclass(frozen=True)
@@ -50,19 +61,32 @@ class Workload:
     """`linears` on `rows` rows: y of each from its input, then gradients of inputs, A and B from random dy.
 
     The factors are rounded to `dtype` before anyone takes them, so that float32 A and B and those in `dtype` are equal
-    and there is one truth.
+    and there is one truth. HiRA's scale is 1, as PEFT has no other.
     """
 
     def __init__(
-        self, linears: Sequence[Linear], rows: int, rank: int, dtype: torch.dtype, device: torch.device
+        self,
+        linears: Sequence[Linear],
+        rows: int,
+        rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        variant: str = "lora",
     ) -> None:
         self.linears, self.rows, self.rank, self.dtype, self.device = tuple(linears), rows, rank, dtype, device
+        self.variant, self.scale = variant, 1.0 if variant == "hira" else SCALE
         draw = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
 
-        def adapter(linear: Linear) -> Adapter:
-            a = draw(rank, linear.in_features) / math.sqrt(linear.in_features)
-            b = draw(linear.out_features, rank) * (UPDATE / SCALE / math.sqrt(rank))
-            return Adapter(a.to(dtype).float(), b.to(dtype).float(), SCALE)
+        def adapter(linear: Linear, base: nn.Linear) -> Adapter:
+            # of HiRA the product is measured by 1, not by W
+            size = 1 if variant == "hira" else math.sqrt(linear.in_features)
+            a = draw(rank, linear.in_features) / size
+            b = draw(linear.out_features, rank) * (UPDATE / self.scale / math.sqrt(rank))
+            m = base.weight.norm(dim=1, dtype=torch.float32) * (1 + UPDATE * draw(linear.out_features))
+            return Adapter(
+                a.to(dtype).float(), b.to(dtype).float(), self.scale, variant=variant,
+                magnitude=m.to(dtype).float() if variant == "dora" else None,
+            )  # fmt: skip
 
         def base(linear: Linear) -> nn.Linear:
             layer = nn.Linear(linear.in_features, linear.out_features, linear.bias, device="meta", dtype=dtype)
@@ -75,16 +99,21 @@ class Workload:
         def copy() -> Copy:
             xs = {name: draw(rows, n).to(dtype).requires_grad_() for name, n in inputs(self.linears).items()}
             dys = [draw(rows, self.linears[i].out_features).to(dtype) for i in outputs(self.linears)]
-            return Copy(xs, [base(linear) for linear in self.linears], [adapter(x) for x in self.linears], dys)
+            bases = [base(linear) for linear in self.linears]
+            return Copy(xs, bases, list(map(adapter, self.linears, bases)), dys)
 
-        l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-        self.copies = [copy() for _ in range(min(MAX_COPIES, max(2, math.ceil(3 * l2 / self.bytes()))))]
+        wanted = math.ceil(3 * cache_bytes(device) / self.bytes())
+        self.copies = [copy() for _ in range(min(MAX_COPIES, max(2, wanted)))]
 
     def bytes(self) -> int:
         """Of one copy, but for the adapters."""
         weights = sum(x.in_features * x.out_features for x in self.linears)
         rows = self.rows * (sum(inputs(self.linears).values()) + sum(x.out_features for x in self.linears))
         return self.dtype.itemsize * (weights + rows)
+
+    def right(self, contender: Contender) -> str:
+        """What a contender computes: "base" or a variant."""
+        return "base" if not contender.adapter else "lora" if contender.lora else self.variant
 
     def runner(self, contender: Contender) -> Runner:
         """The contender's layers around every copy; RefusedError if they cannot be made."""
@@ -131,16 +160,17 @@ class Runner:
         return [functools.partial(run, copy) for copy in range(len(self.layers))]
 
     def results(self) -> dict[str, list[Tensor]]:
-        """y, dx and, of an adapter that is on, dA and dB, of the first copy's linears or inputs."""
+        """y, dx and, of an adapter that is on, dA, dB and DoRA's dm, of the first copy's linears or inputs."""
         try:
             ys = self.forward()
             torch.autograd.backward([ys[i] for i in outputs(self.workload.linears)], self.workload.copies[0].dys)
             found = {"y": [y.detach() for y in ys], "dx": [t.grad for t in self.workload.copies[0].inputs.values()]}
-            if self.contender.adapter:
+            names = FACTORS[self.workload.right(self.contender)]
+            if names:
                 factors = [[p for p in layer.parameters() if p.requires_grad] for layer in self.layers[0]]
-                if any(len(both) != 2 for both in factors):
-                    raise RefusedError(f"trains {len(factors[0])} tensors, must be A and B")
-                found |= {name: [both[i].grad for both in factors] for i, name in enumerate(("dA", "dB"))}
+                if any(len(trained) != len(names) for trained in factors):
+                    raise RefusedError(f"trains {len(factors[0])} tensors, must be {' and '.join(names)}")
+                found |= {f"d{name}": [trained[i].grad for trained in factors] for i, name in enumerate(names)}
             return found
         finally:
             self.forget(0)  # or the next contender's gradients would be added to
@@ -157,23 +187,23 @@ def chained(
     return ys
 
 
-def truth(workload: Workload, dtype: torch.dtype, *, adapter: bool) -> dict[str, list[Tensor]]:
-    """What is right on the first copy, by the reference in `dtype`."""
-    copy = workload.copies[0]
+def truth(workload: Workload, dtype: torch.dtype, what: str) -> dict[str, list[Tensor]]:
+    """What is right on the first copy, of the base or of a variant, by the reference in `dtype`."""
+    copy, names = workload.copies[0], FACTORS[what]
     leaf = lambda t: t.detach().to(dtype).requires_grad_()  # noqa: E731
     xs = {name: leaf(t) for name, t in copy.inputs.items()}
-    factors = [(leaf(a.lora_a), leaf(a.lora_b)) for a in copy.adapters]
+    factors = [[leaf(t) for t in (a.lora_a, a.lora_b, a.magnitude)[: len(names)]] for a in copy.adapters]
 
-    def layer(base: nn.Linear, a: Tensor, b: Tensor) -> Callable[[Tensor], Tensor]:
+    def layer(base: nn.Linear, factors: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
         weight, bias = base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype)
-        if not adapter:
+        if not factors:
             return lambda x: F.linear(x, weight, bias)
-        return lambda x: reference.lora_linear(x, weight, bias, a, b, scale=SCALE)
+        return lambda x: DEFINITIONS[what](x, weight, bias, *factors, scale=workload.scale)
 
-    ys = chained(workload.linears, xs, [layer(base, a, b) for base, (a, b) in zip(copy.bases, factors, strict=True)])
+    ys = chained(workload.linears, xs, list(map(layer, copy.bases, factors)))
     torch.autograd.backward([ys[i] for i in outputs(workload.linears)], [dy.to(dtype) for dy in copy.dys])
     found = {"y": [y.detach() for y in ys], "dx": [t.grad for t in xs.values()]}
-    return found | ({"dA": [a.grad for a, _ in factors], "dB": [b.grad for _, b in factors]} if adapter else {})
+    return found | {f"d{name}": [of[i].grad for of in factors] for i, name in enumerate(names)}
 
 
 def error(found: Sequence[Tensor], true: Sequence[Tensor]) -> float:
@@ -188,12 +218,11 @@ class Judge:
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
-        self.exact: dict[bool, dict[str, list[Tensor]]] = {}
-        self.own: dict[bool, dict[str, float]] = {}
-        for adapter in (True, False):
-            exact = truth(workload, torch.float64, adapter=adapter)
-            plain = truth(workload, workload.dtype, adapter=adapter)
-            self.exact[adapter], self.own[adapter] = exact, {n: error(plain[n], exact[n]) for n in exact}
+        self.exact: dict[str, dict[str, list[Tensor]]] = {}
+        self.own: dict[str, dict[str, float]] = {}
+        for what in dict.fromkeys(("base", "lora", workload.variant)):
+            exact, plain = (truth(workload, dtype, what) for dtype in (torch.float64, workload.dtype))
+            self.exact[what], self.own[what] = exact, {n: error(plain[n], exact[n]) for n in exact}
 
     def check(self, runner: Runner) -> float:
         """The error of y over that of `F.linear`'s own y; RefusedError if anything is wrong or does not run."""
@@ -201,13 +230,13 @@ class Judge:
             found = runner.results()
         except Exception as failure:
             raise RefusedError(reason(failure)) from failure
-        adapter = runner.contender.adapter
+        what = self.workload.right(runner.contender)
         errors = {}
-        for name, exact in self.exact[adapter].items():
+        for name, exact in self.exact[what].items():
             if any(t is None for t in found[name]):
                 raise RefusedError(f"gives no {name}")
             errors[name] = error(found[name], exact)
-            allowed = SLACK * self.own[adapter][name] + torch.finfo(self.workload.dtype).eps
+            allowed = SLACK * self.own[what][name] + torch.finfo(self.workload.dtype).eps
             if not errors[name] <= allowed:  # so put, NaN is wrong too
                 raise RefusedError(f"{name} is off by {errors[name]:.3g} of its norm, allowed is {allowed:.3g}")
-        return errors["y"] / self.own[False]["y"]
+        return errors["y"] / self.own["base"]["y"]

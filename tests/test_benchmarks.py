@@ -1,5 +1,6 @@
 """The benchmark runner: its clock, its judge, its tables and files, and what it says when ours loses."""
 
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from benchmarks.__main__ import COMMANDS
 from benchmarks.compare import Comparison
 from benchmarks.report import Result
 from benchmarks.shapes import BLOCKS, Linear, distinct, title
-from benchmarks.workload import Judge, RefusedError, Workload
+from benchmarks.workload import MAX_COPIES, Judge, RefusedError, Workload, cache_bytes
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -36,11 +37,11 @@ def workload(**changes):
 
 
 def test_sleeps_are_timed_as_long_as_they_are():
-    clocks = {ms: clock.eager([partial(time.sleep, ms / 1e3)], CPU) for ms in (2, 6)}
-    medians = {ms: clock.median(seconds).median for ms, seconds in clock.take_turns(clocks, 5).items()}
+    clocks = {ms: clock.eager([partial(time.sleep, ms / 1e3)], CPU) for ms in (20, 60)}
+    medians = {ms: clock.median(seconds).median for ms, seconds in clock.take_turns(clocks, 3).items()}
     for ms, took in medians.items():
         assert ms / 1e3 <= took < 1.5 * ms / 1e3
-    assert 2 < medians[6] / medians[2] < 4
+    assert 2 < medians[60] / medians[20] < 4
 
 
 def test_a_short_call_is_repeated_and_its_copies_take_turns():
@@ -49,6 +50,29 @@ def test_a_short_call_is_repeated_and_its_copies_take_turns():
     assert 100 < len(seen) <= 1002  # two to find out how long one takes
     assert seen[:6] == [0, 1, 2, 0, 1, 2]
     assert 0 < took < 1e-4
+
+
+def test_clocks_that_share_their_turns_never_run_on_what_another_left():
+    seen, turns = [], itertools.cycle(range(3))
+    calls = [partial(seen.append, copy) for copy in range(3)]
+    for clock_of in [clock.eager(calls, CPU, turns) for _ in range(2)]:
+        clock_of()
+        clock_of()
+    assert seen == [i % 3 for i in range(len(seen))]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "holds"), [(["32K", "1024K", "8M"], 8 << 20), (["big"], 32 << 20), ([], 32 << 20)], ids=str
+)
+def test_copies_fill_the_largest_cache_three_times(sizes, holds, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.workload.CACHES", tmp_path)
+    for i, size in enumerate(sizes):
+        (tmp_path / f"index{i}").mkdir()
+        (tmp_path / f"index{i}" / "size").write_text(f"{size}\n")
+    assert cache_bytes(CPU) == holds
+    load = workload(linears=(Linear("wide", 1024, 1024, "x"),), rows=1)
+    assert 3 * holds <= load.bytes() * len(load.copies) < 3 * holds + load.bytes()
+    assert len(workload().copies) == MAX_COPIES
 
 
 def test_everyone_has_a_turn_in_every_round_and_nobody_is_always_first():
@@ -139,14 +163,29 @@ def test_what_cannot_be_made_is_refused_with_the_reason():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_peer_and_every_gate_of_ours_is_right(dtype):
+@pytest.mark.parametrize("variant", sweep.VARIANTS)
+def test_every_peer_and_every_gate_of_ours_is_right(variant, dtype):
     pytest.importorskip("peft")
-    right = [c for c in (*contenders.PEERS, contenders.PEFT_OFF) if c.peer not in ("lorafusion", "compile")]
-    ours = [contenders.AUTO, contenders.NARROW, contenders.OFF_BY_HOST, contenders.ON_BY_DEVICE]
-    load = workload(linears=BLOCKS["three-64"], dtype=dtype)
+    peers = contenders.chosen(["peft", "unsloth", "torchtune"], str(dtype)[6:], variant)
+    ours = [contenders.AUTO, contenders.NARROW, contenders.OUR_LORA, contenders.OFF_BY_HOST, contenders.ON_BY_DEVICE]
+    ours += [*contenders.named(variant)[:2], *contenders.off_by_device(variant)[:3]]
+    load = workload(linears=BLOCKS["three-64"], dtype=dtype, variant=variant)
     judge = Judge(load)
-    for contender in (contenders.FROZEN, *ours, *contenders.NAMED[:2], *contenders.OFF_BY_DEVICE[:3], *right):
+    for contender in (contenders.FROZEN, contenders.PEFT_OFF, *ours, *peers):
         assert judge.check(load.runner(contender)) < 4, contender.name
+    assert {c.peer for c in peers} == ({"peft", "unsloth", "torchtune"} if variant == "lora" else {"peft"})
+
+
+@pytest.mark.parametrize(("variant", "pretends"), [("dora", "lora"), ("hira", "lora"), ("dora", "frozen length")])
+def test_another_variant_is_refused(variant, pretends):
+    def build(base, adapter):
+        if pretends == "lora":
+            return contenders.our_lora(base, adapter)
+        return contenders.ours(base, replace(adapter, magnitude=base.weight.norm(dim=1)))
+
+    load = workload(variant=variant)
+    with pytest.raises(RefusedError, match=r"is off by|trains 2 tensors, must be A and B and m"):
+        Judge(load).check(load.runner(contenders.Contender("pretends", build)))
 
 
 def test_float32_factors_and_rounded_ones_are_equal():

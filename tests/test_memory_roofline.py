@@ -11,7 +11,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 from benchmarks import memory, report, roofline
 from benchmarks.compare import Comparison
-from benchmarks.contenders import FROZEN, NAMED, OFF_BY_HOST, Adapted, Contender
+from benchmarks.contenders import FROZEN, OFF_BY_HOST, Adapted, Contender, named
 from benchmarks.roofline import Rates
 from benchmarks.shapes import Linear, three_linears
 from benchmarks.workload import Workload
@@ -20,7 +20,7 @@ from cotolora.kernels.forms import Machine, Sizes
 
 CPU, M, RANK = torch.device("cpu"), 24, 4
 LINEARS = (*three_linears(16), Linear("again", 16, 16, "x0"))
-ADDMM = next(contender for contender in NAMED if contender.name == "ours addmm")
+ADDMM = next(contender for contender in named("lora") if contender.name == "ours addmm")
 
 
 def measured(*contenders, dtype=torch.float32, linears=LINEARS, rank=RANK):
@@ -114,7 +114,7 @@ def test_peft_as_shipped_keeps_x_again_in_float32():
 
 
 def test_factors_in_the_dtype_of_x_are_named_though_transposed():
-    reference = next(contender for contender in NAMED if contender.name == "ours reference")
+    reference = next(contender for contender in named("lora") if contender.name == "ours reference")
     found = measured(reference, dtype=torch.bfloat16, linears=(Linear("one", 32, 96, "x"),))
     h, a, b = f"bfloat16 [{M}, {RANK}]", f"A again in bfloat16 [32, {RANK}]", f"B again in bfloat16 [{RANK}, 96]"
     assert found.kinds == f"1 of {b}, 1 of {a}, 1 of {h}"

@@ -88,6 +88,14 @@ def test_what_is_written_reads_as_it_was_printed(tmp_path, capsys):
     assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
+def test_without_peers_ours_is_timed_alone(capsys):
+    assert train.main([*TINY, "--peers", "none"]) == 0
+    printed = capsys.readouterr().out
+    assert f"| {PEFT}" not in printed
+    assert f"| {ON}" in printed
+    assert "nothing is said about the paper's saving" in printed
+
+
 def test_whoever_is_wrong_is_refused_and_not_timed(monkeypatch, capsys):
     right = cotolora.CoToLoRALinear.scale.fget
     monkeypatch.setattr(cotolora.CoToLoRALinear, "scale", property(lambda layer: 1.001 * right(layer)))
@@ -232,14 +240,15 @@ def test_where_the_saving_comes_from_is_in_percent_of_pefts_step():
         (["--rank", "x"], "argument --rank: must be a positive integer; got 'x'"),
         (["--repeats", "1.5"], "argument --repeats: must be a positive integer; got '1.5'"),
         (["--seed", "-1"], "argument --seed: must be an integer of at least 0; got '-1'"),
-        (["--size", "huge"], "argument --size: invalid choice: 'huge'"),
+        (["--shapes", "huge"], "argument --shapes: invalid choice: 'huge'"),
         (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
         (["--device", "tpu"], "argument --device: must be cpu, cuda or cuda:N; got 'tpu'"),
         (["--device", "cpu", "--hidden", "20"], "argument --hidden: must be a multiple of 16; got 20"),
         (["--tokens", "1"], "argument --tokens: must be at least 2, one to predict from the other; got 1"),
         (["--json", "no/such/folder.json"], "argument --json: "),
         (["--plot", "no/such/folder.png"], "argument --plot: "),
-        (["--peers", "peft"], "unrecognized arguments: --peers peft"),
+        (["--peers", "unsloth"], "argument --peers: invalid choice: 'unsloth'"),
+        (["--peers", "none", "peft"], "argument --peers: none goes with no other; got none peft"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message, capsys):
@@ -253,4 +262,4 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setattr(report, "version_of", lambda module: "absent" if module == "peft" else "1")
     with pytest.raises(SystemExit):
         train.main(TINY)
-    assert 'peft is not installed, and train compares with PEFT: pip install "peft"' in capsys.readouterr().err
+    assert 'peft is not installed, and train holds everyone to PEFT: pip install "peft"' in capsys.readouterr().err

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import shapes, tune
+from benchmarks import report, shapes, show, sweep, tune
 from cotolora import addmm, dispatch
 from cotolora.kernels import forms
 from cotolora.kernels.forms import Sizes
@@ -63,7 +63,7 @@ def test_dry_run_writes_a_table_that_choose_form_follows(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "tune", "--dry-run", "--out", str(out)]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    assert "left out" not in process.stderr
+    assert "not measured" not in process.stdout
     assert "shape" not in process.stderr, "a progress bar where there is no terminal"
     assert f"torch {torch.__version__}" in process.stdout.splitlines()[0]
     table = forms.load_table(out)
@@ -119,7 +119,22 @@ def test_a_wrong_contender_is_left_out_with_the_reason(fault, faults, tmp_path, 
     (measured,) = forms.load_table(tmp_path / "t.json")
     assert set(measured["seconds"]) == {"addmm", "one_pass", "low_rank_gemm"}
     why = "RuntimeError: out of shared memory" if fault == "raises" else f"{fault} is off by"
-    assert f"4x8x6 rank 2: ours triton:pre_expand left out: {why}" in capsys.readouterr().err
+    assert f"ours triton:pre_expand (8 → 6, 4 rows, rank 2, eager): {why}" in capsys.readouterr().out
+
+
+@needs_triton
+def test_peers_are_timed_when_asked_for_and_never_chosen(faults, tmp_path, capsys):
+    out, written = tmp_path / "t.json", tmp_path / "r.json"
+    assert tune.main([*TINY, "--out", str(out), "--peers", "torchtune", "--json", str(written)]) == 0
+    printed = capsys.readouterr().out
+    (measured,) = forms.load_table(out)
+    assert set(measured["seconds"]) == {"addmm", *forms.FORMS}
+    (found,) = report.read(written)
+    assert {row["contender"] for row in found.rows} >= {"frozen", "ours addmm", "torchtune's order"}
+    assert show.main([str(written)]) == 0
+    (again,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("4 × 8 → 6, rank 2, eager"))
+    assert again in printed
+    assert "torchtune's order" in again
 
 
 @needs_triton
@@ -132,12 +147,12 @@ def test_nothing_right_writes_nothing(faults, tmp_path, monkeypatch):
 @needs_triton
 def test_minutes_stop_new_shapes_and_keep_what_was_measured(faults, tmp_path, monkeypatch, capsys):
     clock = iter(range(0, 1000, 40))
-    monkeypatch.setattr(tune.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: next(clock))
     out = tmp_path / "t.json"
     # begun at 0; the shapes would start at 40, 80 and 120 seconds
     assert tune.main([*TINY, "--shapes", "5,8,6", "6,8,6", "--minutes", "1", "--out", str(out)]) == 0
     assert [r["m"] for r in forms.load_table(out)] == [4]
-    assert "--minutes 1" in capsys.readouterr().err
+    assert "stopped before 8 → 6, 5 rows, rank 2: 1 minutes are over" in capsys.readouterr().out
 
 
 @needs_triton
@@ -167,7 +182,7 @@ def test_rows_and_ranks_multiply_a_models_shapes_once(faults, tmp_path, monkeypa
         pytest.param(["--dtype", "float64"], "--dtype", "bfloat16", id="dtype"),
         pytest.param(["--device", "abacus"], "--device", "cuda:N; got 'abacus'", id="no-such-device"),
         pytest.param(["--device", "cpu"], "--device", "--dry-run", id="cpu"),
-        pytest.param(["--dry-run", "--device", "cuda"], "--device", "for the CPU; got 'cuda'", id="dry-run-on-a-gpu"),
+        pytest.param(["--dry-run", "--device", "cuda"], "--device", "got 'cuda'", id="dry-run-on-a-gpu"),
         pytest.param(["--dry-run"], "--dry-run", "--out", id="dry-run-into-the-cache"),
     ],
 )
