@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cotolora.combining import StateLike, as_state
 from cotolora.groups import Unit, group_names, unmerged_adapters
 from cotolora.masks import adapter_mask
 from cotolora.merging import fuse, mix
-from cotolora.states import AdapterState
+from cotolora.merging.combining import StateLike, as_state
+from cotolora.merging.states import AdapterState
 
 Score = Callable[[nn.Module], float]
 

@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cotolora import adapters, inject, load_adapter, save_adapter
-from cotolora.alignment import Misfit, best_basis
-from cotolora.kmeans import kmeans
 from cotolora.merging import AdapterState, Factors, align, dare, ensemble, fuse, lego, mix, ties
+from cotolora.merging.alignment import Misfit, best_basis
+from cotolora.merging.kmeans import kmeans
 from tests.tolerance import assert_as_accurate_as_torch
 
 SIZES = {"q": (7, 9), "blocks.0.up": (12, 5)}  # out, in

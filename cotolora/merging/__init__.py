@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cotolora.alignment import Misfit, best_basis
-from cotolora.combining import (
+from cotolora.merging.alignment import Misfit, best_basis
+from cotolora.merging.combining import (
     StateLike,
     Weights,
     as_state,
@@ -22,9 +22,9 @@ from cotolora.combining import (
     prepared,
     weighted_sum,
 )
-from cotolora.ensembles import ensemble
-from cotolora.kmeans import kmeans, means
-from cotolora.states import AdapterState, Factors
+from cotolora.merging.ensembles import ensemble
+from cotolora.merging.kmeans import kmeans, means
+from cotolora.merging.states import AdapterState, Factors
 
 __all__ = ["AdapterState", "Factors", "align", "as_state", "dare", "ensemble", "fuse", "lego", "mix", "ties"]
 

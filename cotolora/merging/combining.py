@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cotolora.states import AdapterState, Factors
+from cotolora.merging.states import AdapterState, Factors
 
 StateLike = AdapterState | str | os.PathLike[str] | nn.Module
 Weights = Sequence[float] | None

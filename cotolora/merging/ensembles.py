@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cotolora.combining import Weights, checked_weights, weighted_sum
+from cotolora.merging.combining import Weights, checked_weights, weighted_sum
 
 
 def ensemble(models: Sequence[nn.Module], weights: Weights = None) -> Ensemble:
