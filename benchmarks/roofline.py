@@ -7,12 +7,13 @@ come the floor, which nothing that computes a low-rank layer can beat, and the m
 The floor: forward and backward each take as long as their bytes or their products, whichever is more, if every operand
 is read once, every result written once, and nothing else touches memory. h = x Aᵀ counts in the forward alone: to keep
 it costs bytes and to make it again costs products, so a floor has neither. The frozen linear does less and may lie
-below. On a CPU so may anything that its caches hold.
+below. On a CPU so may anything that its caches hold. Peers, of whom there is no model, are timed only if asked for.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 
 from benchmarks import clock, linear, report, sweep
 from benchmarks.compare import Comparison, compare
-from benchmarks.contenders import FROZEN, Contender, named
+from benchmarks.contenders import FROZEN, Contender, chosen, named
 from benchmarks.report import Result
 from benchmarks.workload import Workload
 from cotolora.kernels import forms
@@ -97,7 +98,7 @@ def rows_of(
     least, made = floor(sizes, measured), []
     for name in comparison.seconds:
         captured = comparison.mode == "graph"
-        model = forms.seconds(FORM_OF[name], sizes, machine, captured=captured)
+        model = forms.seconds(FORM_OF[name], sizes, machine, captured=captured) if name in FORM_OF else math.nan
         took = comparison.median(name, "both").median
         made.append({
             "shape": shape, "rows": sizes.m, "rank": sizes.rank, "mode": comparison.mode, "contender": name,
@@ -111,17 +112,20 @@ def rows_of(
 WHERE = ("shape", "rank", "mode")
 
 
+def kinds(row: dict[str, Any]) -> tuple[str, ...]:
+    """What there is of a contender: a model and what was measured, of a peer the latter alone."""
+    return ("model", "measured") if math.isfinite(sweep.value(row, "model_s")) else ("measured",)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Of one linear: a line for each M, for each contender what is modelled and what was measured, over the floor."""
-    names = list(dict.fromkeys(row["contender"] for row in rows))
-    titles = ["rows", "floor", *(f"{name} {what}" for name in names for what in ("model", "measured"))]
+    shown = dict.fromkeys((row["contender"], what) for row in rows for what in kinds(row))
+    titles = ["rows", "floor", *(f"{name} {what}" for name, what in shown)]
     lines = []
     for m in dict.fromkeys(row["rows"] for row in rows):
         mine = {row["contender"]: row for row in rows if row["rows"] == m}
         cells = [
-            report.ratio(mine[name][f"{what}_over_floor"]) if name in mine else "-"
-            for name in names
-            for what in ("model", "measured")
+            report.ratio(sweep.value(mine[name], f"{what}_over_floor")) if name in mine else "-" for name, what in shown
         ]
         lines.append([str(m), report.duration(next(iter(mine.values()))["floor_s"]), *cells])
     return report.markdown(titles, lines)
@@ -149,7 +153,7 @@ def wrong(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each contender whose model is wrong somewhere, naming the shapes."""
     found: dict[str, dict[tuple, list[str]]] = {}
     for row in rows:
-        if row["measured_over_model"] > WRONG:
+        if sweep.value(row, "measured_over_model") > WRONG:
             at = f"{row['rows']} rows ({report.ratio(row['measured_over_model'])} times)"
             where = tuple(row[name] for name in WHERE)
             found.setdefault(row["contender"], {}).setdefault(where, []).append(at)
@@ -170,7 +174,7 @@ def plot(result: Result, path: Path) -> None:
             line = [row for row in rows if row["contender"] == name]
             color = "black" if name == FROZEN.name else f"C{i}"
             styles = {"model": {"linestyle": "--", "markerfacecolor": "white"}, "measured": {"linestyle": "-"}}
-            for what, style in styles.items():
+            for what, style in ((what, styles[what]) for what in (kinds(line[0]) if line else ())):
                 over = [row[f"{what}_over_floor"] for row in line]
                 style |= {"label": f"{name}, {what}", "color": color, "marker": "o", "markersize": 3}
                 axis.plot([row["rows"] for row in line], over, **style)
@@ -192,14 +196,15 @@ def plot(result: Result, path: Path) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, with the defaults of the device."""
-    parser = sweep.parser_of("roofline", __doc__ or "", without=("peers", "variant"))  # of whom there is no model
+    parser = sweep.parser_of("roofline", __doc__ or "", without=("variant",))
     linear.add_shapes(parser)
-    return sweep.settle(parser, arguments, DEFAULTS)
+    return sweep.settle(parser, arguments, {name: {"peers": ["none"], **d} for name, d in DEFAULTS.items()})
 
 
-def contenders() -> list[Contender]:
-    """Whoever there is a model of."""
-    return [contender for contender in (FROZEN, *named("lora")) if contender.name in FORM_OF]
+def contenders(options: argparse.Namespace) -> list[Contender]:
+    """Whoever there is a model of, and the peers asked for."""
+    modelled = [contender for contender in (FROZEN, *named("lora")) if contender.name in FORM_OF]
+    return [*modelled, *chosen(options.peers, options.dtype, "lora")]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -213,7 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
     def one(workload: Workload, where: str, keys: dict[str, Any]) -> None:
         (it,) = workload.linears
         sizes = Sizes(workload.rows, it.out_features, it.in_features, workload.rank, dtype.itemsize)
-        for found in compare(workload, contenders(), options.mode, options.rounds, ("both",)):
+        for found in compare(workload, contenders(options), options.mode, options.rounds, ("both",)):
             result.rows += rows_of(found, sizes, measured, machine, keys["shape"])
             at = f"{where}, {found.mode}"
             result.refused += [{"contender": n, "where": at, "reason": why} for n, why in found.refused.items()]

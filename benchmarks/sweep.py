@@ -71,7 +71,11 @@ def parser_of(
         "variant": {"choices": VARIANTS, "default": "lora", "help": "what the adapters are (default: lora)"},
         "dtype": {"choices": DTYPES, "help": "of x and W (default: bfloat16, on a CPU float32)"},
         "mode": {"choices": MODES, **several, "help": "eager, or captured in a CUDA graph (the default on a GPU)"},
-        "peers": {"choices": ("none", *peers), **several, "help": "whom to compare with (default: all)"},
+        "peers": {
+            "choices": ("none", *peers),
+            **several,
+            "help": "whom to compare with (default: all; tune and roofline: none)",
+        },
         "rounds": {"type": number(int), "help": "times of each contender (default: 30)"},
         "minutes": {"type": number(float), "default": math.inf, "help": "start no new shape after this long"},
         "json": {"type": Path, "metavar": "FILE", "help": "add the result to this file"},

@@ -92,7 +92,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     linear.add_shapes(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="the table (default: where cotolora looks for it)")
     parser.add_argument("--dry-run", action="store_true", help="try it all on the CPU, in Triton's interpreter")
-    parser.set_defaults(peers=None)
     options = sweep.settle(parser, arguments, {name: {"peers": ["none"], **d} for name, d in DEFAULTS.items()})
     on_gpu = options.device.type == "cuda"
     if options.dry_run:

@@ -260,7 +260,11 @@ def small(monkeypatch):
             ["--shapes", "three-64", "--peers", "unsloth", "lorafusion"],
             ["Unsloth's order", "not measured: LoRAFusion"],
         ),
-        (roofline, ["--shapes", "8,32,48", "--rounds", "2"], ["This machine: ", "ours addmm measured", "32 → 48"]),
+        (
+            roofline,
+            ["--shapes", "8,32,48", "--rounds", "2", "--peers", "torchtune"],
+            ["This machine: ", "ours addmm model", "ours addmm measured", "| torchtune's order measured", "32 → 48"],
+        ),
     ],
 )
 def test_what_is_written_reads_as_it_was_printed(module, arguments, told, small, tmp_path, capsys, monkeypatch):
@@ -277,7 +281,7 @@ def test_what_is_written_reads_as_it_was_printed(module, arguments, told, small,
     for words in told:
         assert words in printed
     assert drawn.read_bytes().startswith(b"\x89PNG")
-    assert set(result.settings).isdisjoint({"peers", "minutes"} if module is roofline else {"mode", "rounds"})
+    assert set(result.settings).isdisjoint({"minutes"} if module is roofline else {"mode", "rounds"})
     for row in result.rows:
         assert row.get("saved_bytes", 0) >= 0
         assert row.get("measured_s", 1) > 0
@@ -295,7 +299,7 @@ def test_what_is_written_reads_as_it_was_printed(module, arguments, told, small,
         (roofline, ["--shapes", "1,2"], "argument --shapes: must be llama3-8b"),
         (roofline, ["--rank", "x"], "argument --rank: must be a positive integer; got 'x'"),
         (roofline, ["--device", "cpu", "--mode", "graph"], "argument --mode: graph needs --device cuda"),
-        (roofline, ["--peers", "peft"], "unrecognized arguments: --peers peft"),
+        (roofline, ["--peers", "none", "peft"], "argument --peers: none goes with no other"),
         (roofline, ["--plot", "no/such/folder.png"], "argument --plot: "),
     ],
 )
