@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.report import figure
 from benchmarks.study.claims import Rows, mean_sd, values
+from benchmarks.study.runs import METHODS
 
 # (file, title, measure, x label, logarithmic)
 CURVES = (
@@ -24,8 +25,6 @@ def draw(rows: Rows, units: dict[str, str], folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     settings = [name for name in units if any(row["setting"] == name for row in rows)]
     made = []
     for name, title, measure, label, logarithmic in CURVES:
@@ -35,25 +34,35 @@ def draw(rows: Rows, units: dict[str, str], folder: Path) -> list[Path]:
             axis.set(title=f"{setting}: {title}", xlabel=label, ylabel=units[setting])
             if logarithmic:
                 axis.set_xscale("log", base=2)
-        axes[-1].legend(fontsize="small")
-        made.append(folder / f"{name}.png")
-        canvas.savefig(made[-1], dpi=110)
-        pyplot.close(canvas)
+        made.append(save(canvas, axes, folder / f"{name}.png"))
     for name, title, measure in BARS:
         with_bars = [
             setting for setting in settings if any(r["measure"] == measure and r["setting"] == setting for r in rows)
         ]
         if not with_bars:
             continue
-        canvas, axes = figure(len(with_bars), width=7.0, height=4.0)
+        canvas, axes = figure(len(with_bars), width=6.4, height=4.0)
         for axis, setting in zip(axes, with_bars, strict=True):
             bars(axis, rows, setting, measure)
             axis.set(title=f"{setting}: {title}", ylabel=units[setting])
-        axes[-1].legend(fontsize="small")
-        made.append(folder / f"{name}.png")
-        canvas.savefig(made[-1], dpi=110)
-        pyplot.close(canvas)
+        made.append(save(canvas, axes, folder / f"{name}.png"))
     return made
+
+
+def save(canvas: Any, axes: list[Any], path: Path) -> Path:
+    """Writes a picture with one legend for all its panels."""
+    from matplotlib import pyplot
+
+    labelled = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    canvas.legend(labelled.values(), labelled, loc="outside lower center", ncols=4, fontsize="small")
+    canvas.savefig(path, dpi=110)
+    pyplot.close(canvas)
+    return path
+
+
+def color_of(method: str) -> str:
+    """The same in every picture."""
+    return f"C{[known.name for known in METHODS].index(method)}"
 
 
 def methods_of(rows: Rows, setting: str, measure: str) -> list[str]:
@@ -72,7 +81,7 @@ def curves(axis: Any, rows: Rows, setting: str, measure: str) -> None:
     for method in methods_of(rows, setting, measure):
         points = [mean_sd(values(rows, setting, method, measure, at)) for at in places]
         middle, spread = zip(*points, strict=True)
-        (line,) = axis.plot(places, middle, marker="o", markersize=3, label=method)
+        (line,) = axis.plot(places, middle, marker="o", markersize=3, label=method, color=color_of(method))
         low = [m - s for m, s in zip(middle, spread, strict=True)]
         high = [m + s for m, s in zip(middle, spread, strict=True)]
         axis.fill_between(places, low, high, color=line.get_color(), alpha=0.15)
@@ -86,7 +95,7 @@ def bars(axis: Any, rows: Rows, setting: str, measure: str) -> None:
         points = [mean_sd(values(rows, setting, method, measure, at)) for at in places]
         where = [place + (index - (len(methods) - 1) / 2) * width for place in range(len(places))]
         middle, spread = zip(*points, strict=True)
-        axis.bar(where, middle, width, yerr=spread, label=method, error_kw={"linewidth": 0.8})
+        axis.bar(where, middle, width, yerr=spread, label=method, color=color_of(method), error_kw={"linewidth": 0.8})
     axis.set_xticks(range(len(places)), [str(place) for place in places], rotation=20, ha="right", fontsize="small")
     lowest, highest = axis.get_ylim()
     heights = [bar.get_height() for bar in axis.patches]
