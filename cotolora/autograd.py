@@ -62,9 +62,6 @@ class LowRankLinear(torch.autograd.Function):
                 raise
             dispatch.note_failure(backend, error)
             backend, fall_back = "addmm", False
-            if variant == "dora" and norm is None:
-                norm = dispatch.kernels("addmm", variant).row_norms(weight, lora_a, lora_b, scale)
-                operands = (*operands[:6], norm, needs)
             y, saved = dispatch.kernels("addmm", variant).forward(*operands, **options)
         if backend.startswith("triton") and not torch.compiler.is_compiling():
             dispatch.note_run(backend, x.dtype, lora_a.shape[0], variant)

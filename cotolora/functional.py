@@ -114,7 +114,8 @@ def coto_lora_linear(
         variant,
     )  # fmt: skip
     name = dispatch.choose(backend, call)
-    if variant == "dora" and norm is None and not name.startswith("triton"):  # whose forward makes it on the way to c
+    if variant == "dora" and norm is None and autocast and not name.startswith("triton"):
+        # of W as it was; without autocast the forward computes it
         norm = _row_norms(uncast, lora_a, lora_b, scale, name)
     if name == "reference":
         return _reference(
