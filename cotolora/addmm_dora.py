@@ -70,8 +70,8 @@ def forward(
         base = rows
         out = rows * c if bias is None else torch.addcmul(torch.addcmul(bias, bias, c, value=-1), rows, c)
     # in c's dtype to the end: one rounding, the last
-    out = out.addmm_(cast(h, c.dtype), _columns(c, lora_b, whole, c.dtype).T)
-    out = cast(out, x.dtype).view(y.shape)
+    out = cast(out.addmm_(cast(h, c.dtype), _columns(c, lora_b, whole, c.dtype).T), x.dtype)
+    out = out if y.dim() == 2 else out.view(y.shape)
     if by_row is not None:
         out = torch.where(by_row, out, y)
     of_magnitude = (norm, base, None if dropout else bias) if needs.magnitude else (None, None, None)
@@ -126,8 +126,8 @@ def backward(
         if keep is not None:
             dw = rows.T @ flat(x) + cast(on_rows * (c - 1), dy.dtype).T @ flat(dropped)
     if needs.x and p is not None and weight is not None and lora_a is not None:
-        dx = _for_x(dy, weight, select(whole, cast(lora_a, dy.dtype)), p, c, on, saved.keep, dropout)
-        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+        dx = _for_x(dy, weight, select(whole, cast(lora_a, dy.dtype)), p, c, b, scale, by_row, saved.keep, dropout)
+        dx = dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], weight.shape[1])
     return dx, dw, dbias, da, db, dm
 
 
@@ -137,11 +137,13 @@ def _for_x(
     lora_a: Tensor,
     p: Tensor,
     c: Tensor,
-    on: Tensor | None,
+    b: Tensor,
+    scale: float,
+    by_row: Tensor | None,
     keep: Tensor | None,
     dropout: float,
 ) -> Tensor:
-    rows, by_row = flat(dy), None if on is None or on.dim() == 0 else on
+    rows = flat(dy)
     if keep is not None:
         update = (cast(select(by_row, rows) * (c - 1), rows.dtype) @ weight).add_(select(by_row, p @ lora_a))
         return (rows @ weight).add_(masked(update, flat(keep), dropout))
@@ -150,7 +152,10 @@ def _for_x(
     # c is put onto the smaller operand; a number of rows that is not known is taken for small
     if torch.compiler.is_compiling() or rows.shape[0] <= weight.shape[1]:
         return (_scaled(dy, c, None) @ weight).addmm_(p, lora_a)
-    return (rows @ cast(weight * c.unsqueeze(1), rows.dtype)).addmm_(p, lora_a)
+    scaled = cast(weight * c.unsqueeze(1), rows.dtype)
+    if rows.shape[0] > weight.shape[0] and weight.dtype.itemsize >= 4:
+        return rows @ scaled.addmm_(b, lora_a, alpha=scale)
+    return (rows @ scaled).addmm_(p, lora_a)
 
 
 def _for_magnitude(on_rows: Tensor, across: Tensor, lora_b: Tensor, saved: Saved, on: Tensor | None) -> Tensor:
