@@ -10,7 +10,7 @@ from cotolora.addmm import Needs, Saved, cast, flat, masked, scaled_mm, select, 
 from cotolora.reference import Gate, rows_on
 
 # entries of W + scale · B A that are made at a time
-BLOCK_CPU, BLOCK_DEVICE = 1 << 20, 1 << 22
+BLOCK_CPU, BLOCK_DEVICE = 1 << 18, 1 << 22
 
 
 def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
