@@ -9,7 +9,7 @@ from torch import Tensor
 from cotolora.addmm import Needs, Saved, cast, flat, masked, scaled_mm, select, short_first
 from cotolora.reference import Gate, rows_on
 
-# entries of W + scale · B A that are made at a time
+# entries of W + scale · B A that are made at a time: on a CPU what its cache holds
 BLOCK_CPU, BLOCK_DEVICE = 1 << 18, 1 << 22
 
 
@@ -18,7 +18,8 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> T
 
     In float32, or float64 if `weight` is. Where B = 0 it is ``‖W‖`` exactly.
 
-    On a CPU two thirds of the time of ``‖W‖² + 2 s · W Aᵀ · B + s² · B A Aᵀ · B`` by rows, whose terms may cancel besides.
+    Not by ``‖W_i‖² + 2 s · W_i · (B A)_i + s² · ‖(B A)_i‖²`` from W Aᵀ and A Aᵀ, which needs no sum of W and B A: the
+    terms may cancel, and a CPU takes as long for a product of so few columns as for the whole sum, or longer.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     lora_a, lora_b = cast(lora_a, dtype), cast(lora_b, dtype)
@@ -26,7 +27,9 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> T
     def norms(weight: Tensor, lora_b: Tensor) -> Tensor:
         return torch.linalg.vector_norm(torch.addmm(cast(weight, dtype), lora_b, lora_a, alpha=scale), dim=1)
 
-    size = max(1, (BLOCK_CPU if weight.device.type == "cpu" else BLOCK_DEVICE) // max(1, weight.shape[1]))
+    # a trace holds every block
+    small = weight.device.type == "cpu" and not torch.compiler.is_compiling()
+    size = max(1, (BLOCK_CPU if small else BLOCK_DEVICE) // max(1, weight.shape[1]))
     if weight.shape[0] <= size:
         return norms(weight, lora_b)
     return torch.cat([norms(*block) for block in zip(weight.split(size), lora_b.split(size), strict=True)])
@@ -126,7 +129,7 @@ def backward(
         if keep is not None:
             dw = rows.T @ flat(x) + cast(on_rows * (c - 1), dy.dtype).T @ flat(dropped)
     if needs.x and p is not None and weight is not None and lora_a is not None:
-        dx = _for_x(dy, weight, select(whole, cast(lora_a, dy.dtype)), p, c, b, scale, by_row, saved.keep, dropout)
+        dx = _for_x(dy, weight, select(whole, cast(lora_a, dy.dtype)), b, p, saved, by_row, scale, dropout)
         dx = dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], weight.shape[1])
     return dx, dw, dbias, da, db, dm
 
@@ -135,15 +138,16 @@ def _for_x(
     dy: Tensor,
     weight: Tensor,
     lora_a: Tensor,
+    columns: Tensor,
     p: Tensor,
-    c: Tensor,
-    b: Tensor,
-    scale: float,
+    saved: Saved,
     by_row: Tensor | None,
-    keep: Tensor | None,
+    scale: float,
     dropout: float,
 ) -> Tensor:
-    rows = flat(dy)
+    """``(c ∘ dy) W + p A``, or with dropout ``dy W + D ∘ (((c − 1) ∘ dy) W + p A)``; `columns` is ``c ∘ B``."""
+    rows, c, keep = flat(dy), saved.column, saved.keep
+    assert c is not None
     if keep is not None:
         update = (cast(select(by_row, rows) * (c - 1), rows.dtype) @ weight).add_(select(by_row, p @ lora_a))
         return (rows @ weight).add_(masked(update, flat(keep), dropout))
@@ -153,8 +157,9 @@ def _for_x(
     if torch.compiler.is_compiling() or rows.shape[0] <= weight.shape[1]:
         return (_scaled(dy, c, None) @ weight).addmm_(p, lora_a)
     scaled = cast(weight * c.unsqueeze(1), rows.dtype)
+    # and the update too where it is smaller there, unless small ones would be rounded away
     if rows.shape[0] > weight.shape[0] and weight.dtype.itemsize >= 4:
-        return rows @ scaled.addmm_(b, lora_a, alpha=scale)
+        return rows @ scaled.addmm_(columns, lora_a, alpha=scale)
     return (rows @ scaled).addmm_(p, lora_a)
 
 
