@@ -241,6 +241,10 @@ def test_a_row_without_a_norm_keeps_its_length_and_its_magnitude(backend):
     assert torch.equal(got["y"][..., 1], named["bias"][1].expand(3, 2))
     assert got["magnitude"][1] == 0
     assert (got["magnitude"][[0, 2]] != 0).all()
+    # its c is 1, as what leaves the row tells; each row of dy is 1
+    x = named["x"].reshape(-1, 4)
+    torch.testing.assert_close(got["lora_b"][1], SCALE * (x @ named["lora_a"].T).sum(0))
+    torch.testing.assert_close(got["weight"][1], x.sum(0))
 
 
 def test_the_norm_is_a_constant_to_the_reference_also_where_it_computes_it():
