@@ -1,6 +1,7 @@
 """Counts what one low-rank linear launches, moves and saves in forward and backward, without a GPU.
 
-    python -m benchmarks launches [--rows M] [--in-features K] [--out-features N] [--rank R] [--dropout P] [--verbose]
+    python -m benchmarks launches [--variant dora] [--rows M] [--in-features K] [--out-features N] [--rank R]
+        [--dropout P] [--verbose]
 
 Nothing is timed. Layers run on meta tensors: an operator of torch that computes is one kernel, however many a vendor's
 library makes of it, and our launchers' Triton launches are intercepted, as they would be on an H200. A kernel's bytes
@@ -33,12 +34,26 @@ from benchmarks.aot import intercept
 from benchmarks.contenders import Adapter, ours, peft, unsloth_order
 from benchmarks.shapes import number
 from cotolora import dispatch
-from cotolora.kernels import adapter_grads, low_rank_gemm, one_pass, one_pass_swapped, pre_expand, shrink
-from cotolora.kernels.forms import FORMS
+from cotolora.functional import VARIANTS
+from cotolora.kernels import (
+    adapter_grads,
+    hira,
+    hira_grads,
+    low_rank_gemm,
+    one_pass,
+    one_pass_swapped,
+    pre_expand,
+    row_norm,
+    shrink,
+)
+from cotolora.kernels.forms import VARIANT_FORMS
 
 ARCHITECTURE = "sm_90"  # an H200's: what the launchers split and load by TMA depends on it
-LAUNCHERS = (adapter_grads, low_rank_gemm, one_pass, one_pass_swapped, pre_expand, shrink)
-DTYPE, SCALE = torch.bfloat16, 2.0
+LAUNCHERS = (
+    adapter_grads, hira, hira_grads, low_rank_gemm, one_pass, one_pass_swapped, pre_expand, row_norm, shrink
+)  # fmt: skip
+DTYPE = torch.bfloat16
+SCALES = {"lora": 2.0, "dora": 2.0, "hira": 1.0}  # PEFT's HiRA has none
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
 OVERWRITING = ("copy_", "fill_", "zero_")  # in place, and yet without reading what was there
 
@@ -128,10 +143,11 @@ def native_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bo
 
 def contenders(options: argparse.Namespace) -> dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]]:
     """By name, a layer and its parameters."""
-    n, k, r = options.out_features, options.in_features, options.rank
+    n, k, r, variant = options.out_features, options.in_features, options.rank, options.variant
     base = nn.Linear(k, n, device="meta", dtype=DTYPE).requires_grad_(False)
     factors = (torch.empty(size, device="meta", dtype=torch.float32) for size in ((r, k), (n, r)))
-    adapter = Adapter(*factors, SCALE, options.dropout)
+    magnitude = torch.empty(n, device="meta") if variant == "dora" else None
+    adapter = Adapter(*factors, SCALES[variant], options.dropout, variant, magnitude)
 
     def named(backend: str, layer: nn.Module) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
@@ -144,11 +160,13 @@ def contenders(options: argparse.Namespace) -> dict[str, tuple[Callable[[Tensor]
     for name, as_shipped in (("PEFT as shipped", True), ("PEFT, bf16 A and B", False)):
         layer = peft(base, adapter, as_shipped=as_shipped)
         rows[name] = layer, layer
-    if not options.dropout:  # which Unsloth's kernels do not have
+    if variant == "lora" and not options.dropout:  # Unsloth's kernels have neither
         layer = unsloth_order(base, adapter)
         rows["Unsloth's order"] = layer, layer
+    # the fused forms of DoRA refuse dropout
+    forms = () if variant == "dora" and options.dropout else VARIANT_FORMS[variant]
     for as_shipped, suffix in ((False, ""), (True, ", f32 A and B")):
-        for backend in ("addmm", *(f"triton:{form}" for form in FORMS)):
+        for backend in ("addmm", *(f"triton:{form}" for form in forms)):
             layer = ours(base, adapter, as_shipped=as_shipped)
             rows[f"ours {backend}{suffix}"] = named(backend, layer), layer
     layer = ours(base, adapter, gate=False)
@@ -214,6 +232,7 @@ def table(counts: dict[str, Count], verbose: bool) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks launches", description=__doc__.splitlines()[0])
+    parser.add_argument("--variant", choices=VARIANTS, default="lora")
     for name, default in (("rows", 8192), ("in-features", 4096), ("out-features", 4096), ("rank", 16)):
         parser.add_argument(f"--{name}", type=number(int), default=default)
     parser.add_argument("--dropout", type=float, default=0.0, help="probability in [0, 1)")
@@ -238,9 +257,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     counts = {name: count(*row, options) for name, row in contenders(options).items()}
     modules = " · ".join(f"{module.__name__} {module.__version__}" for module in (torch, triton, peft, cotolora))
+    sizes = f"rows {options.rows}, {options.in_features} -> {options.out_features}, rank {options.rank}"
     head = (
-        f"rows {options.rows}, {options.in_features} -> {options.out_features}, rank {options.rank}, dropout "
-        f"{options.dropout:g}, {str(DTYPE).removeprefix('torch.')} · counted for {ARCHITECTURE} · {modules}"
+        f"{options.variant}, {sizes}, dropout {options.dropout:g}, {str(DTYPE).removeprefix('torch.')} · "
+        f"counted for {ARCHITECTURE} · {modules}"
     )
     print(head)
     print(table(counts, options.verbose))

@@ -25,7 +25,9 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> T
     lora_a, lora_b = cast(lora_a, dtype), cast(lora_b, dtype)
 
     def norms(weight: Tensor, lora_b: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(torch.addmm(cast(weight, dtype), lora_b, lora_a, alpha=scale), dim=1)
+        wide = cast(weight, dtype)
+        add = wide.addmm if wide is weight else wide.addmm_
+        return torch.linalg.vector_norm(add(lora_b, lora_a, alpha=scale), dim=1)
 
     # a trace holds every block
     small = weight.device.type == "cpu" and not torch.compiler.is_compiling()

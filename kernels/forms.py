@@ -180,13 +180,15 @@ def dora_launches(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[La
     # a float32 entry moves as many bytes as `wide` of the dtype of x
     wide = ["y"] * (4 // sizes.element_size)
     narrow = [Launch("cast", bytes_of(*wide, "y"))] if sizes.element_size < 4 else []
-    weight = [Launch("cast", bytes_of("w", "w", "w"))] if sizes.element_size < 4 else []
+    wide_w = ["w"] * (4 // sizes.element_size)
+    weight = [Launch("cast", bytes_of("w", *wide_w))] if sizes.element_size < 4 else []
     in_float32 = Launch("mul", bytes_of("dy", *wide))
     return (
         (
             *weight,
-            Launch("mm", bytes_of("w", "a", "b")),
-            Launch("norm", bytes_of("w")),
+            # by blocks, which a cache may hold from one launch to the next
+            Launch("addmm", bytes_of(*wide_w, *wide_w)),
+            Launch("norm", bytes_of(*wide_w)),
             Launch("linear", bytes_of("x", "w", "y"), products),
             Launch("addmm", bytes_of("x", "a", "h")),
             Launch("addcmul", bytes_of("y", *wide)),
