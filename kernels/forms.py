@@ -170,43 +170,52 @@ def _adding(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch, 
 
 def dora_launches(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
     """As `launches`, which a fused form has with one kernel more, and u besides y."""
+    if form == "addmm":
+        return _dora_by_vendor(sizes)
+    bytes_of, ((*before, last), (first, *rest)) = sizes.bytes, launches(form, sizes)
+    scaled = Launch(last.kernel, last.bytes + bytes_of("u"), last.flops, last.speed)
+    first = Launch(first.kernel, first.bytes + bytes_of("u"))
+    return (Launch("row_norm", bytes_of("w", "a", "b")), *before, scaled), (first, *rest)
+
+
+def _dora_by_vendor(sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
     bytes_of, products = sizes.bytes, 2 * sizes.m * sizes.n * sizes.k
-    forward, backward = launches(form, sizes)
-    if form != "addmm":
-        *before, last = forward
-        scaled = Launch(last.kernel, last.bytes + bytes_of("u"), last.flops, last.speed)
-        first = Launch(backward[0].kernel, backward[0].bytes + bytes_of("u"))
-        return (Launch("row_norm", bytes_of("w", "a", "b")), *before, scaled), (first, *backward[1:])
-    # a float32 entry moves as many bytes as `wide` of the dtype of x
-    wide = ["y"] * (4 // sizes.element_size)
-    narrow = [Launch("cast", bytes_of(*wide, "y"))] if sizes.element_size < 4 else []
-    wide_w = ["w"] * (4 // sizes.element_size)
-    weight = [Launch("cast", bytes_of("w", *wide_w))] if sizes.element_size < 4 else []
-    in_float32 = Launch("mul", bytes_of("dy", *wide))
+
+    def wide(name: str) -> list[str]:
+        return [name] * (4 // sizes.element_size)  # moves as many bytes as a float32 entry
+
+    def cast(name: str) -> list[Launch]:
+        return [Launch("cast", bytes_of(name, *wide(name)))] if sizes.element_size < 4 else []
+
+    # c goes onto the smaller operand, and the update there too if it may
+    smaller = "dy" if sizes.m <= sizes.k else "w"
+    merged = sizes.m > max(sizes.n, sizes.k) and sizes.element_size >= 4
     return (
         (
-            *weight,
+            *cast("w"),
             # by blocks, which a cache may hold from one launch to the next
-            Launch("addmm", bytes_of(*wide_w, *wide_w)),
-            Launch("norm", bytes_of(*wide_w)),
+            Launch("addmm", bytes_of(*wide("w"), *wide("w"))),
+            Launch("norm", bytes_of(*wide("w"))),
             Launch("linear", bytes_of("x", "w", "y"), products),
             Launch("addmm", bytes_of("x", "a", "h")),
-            Launch("addcmul", bytes_of("y", *wide)),
-            *narrow,
-            Launch("addmm_", bytes_of("h", "b", "y", "y")),
+            Launch("addcmul", bytes_of("y", *wide("y"))),
+            Launch("addmm_", bytes_of("h", "b", *wide("y"), *wide("y"))),
+            *cast("y"),
         ),
         (
             Launch("mm", bytes_of("h", "dy", "b")),
-            Launch("mul", bytes_of("dy", "u", *wide)),
-            Launch("sum", bytes_of(*wide)),
+            *cast("u"),
+            Launch("sub", bytes_of(*wide("u"), *wide("u"))),
+            Launch("mul_", bytes_of("dy", *wide("u"), *wide("u"))),
+            Launch("sum", bytes_of(*wide("u"))),
             Launch("addmm", bytes_of("b", "dy", "p")),
             Launch("mm", bytes_of("p", "x", "a")),
-            in_float32,
-            *narrow,
+            Launch("mul", bytes_of(smaller, *wide(smaller))),
+            *cast(smaller),
+            Launch("addmm_", bytes_of("a", "b", "w", "w") if merged else bytes_of("p", "a", "dx", "dx")),
             Launch("mm", bytes_of("dy", "w", "dx"), products),
-            Launch("addmm_", bytes_of("p", "a", "dx", "dx")),
         ),
-    )  # fmt: skip
+    )
 
 
 def hira_launches(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
@@ -242,7 +251,7 @@ def hira_launches(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[La
     )  # fmt: skip
 
 
-VENDOR = ("linear", "mm", "addmm", "addmm_", "mul", "mul_", "add_", "addcmul", "cast", "norm", "sum")
+VENDOR = ("linear", "mm", "addmm", "addmm_", "mul", "mul_", "add_", "addcmul", "cast", "norm", "sub", "sum")
 
 
 def seconds(

@@ -754,13 +754,6 @@ def test_meta_tensors_give_shapes(backend, gate):
 # compilation and checkpointing
 
 
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("gate", [False, *(p.values[0] for p in GATES)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,11 +7,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from cotolora import addmm_dora, dispatch, explain, ops_variants
+from cotolora import CoToLoRALinear, addmm_dora, dispatch, explain, ops_variants, set_backend
 from cotolora.functional import coto_lora_linear, row_norms
 from cotolora.kernels import forms
 from cotolora.kernels.forms import VARIANT_FORMS, Sizes
 from tests.test_functional import SCALE, dy_for, operands
+from tests.test_ops import Counter, assert_same_step, train_step
 from tests.test_variants import NAMES, double, draw, run
 from tests.tolerance import assert_as_accurate_as_torch
 
@@ -177,6 +178,55 @@ def test_vendor_gemms_take_over_from_a_kernel_that_cannot_run(where, variant, ba
     assert "out of resource: shared memory" in caplog.text
     for name, t in found.items():
         torch.testing.assert_close(t, expected[name], msg=name)
+
+
+def layer_of(variant, gate):
+    torch.manual_seed(0)
+    layer = CoToLoRALinear(6, 5, rank=2, variant=variant)
+    layer.gate = gate
+    with torch.no_grad():
+        for parameter in layer.adapter_parameters:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return layer
+
+
+@fused
+@pytest.mark.parametrize("gate", [True, torch.tensor(0), torch.tensor([1, 0, 1, 1])], ids=["host", "off", "rows"])
+def test_a_layer_trains_as_by_the_reference(gate, variant, backend):
+    """Several steps, which change what the norm is of; then eval() without gradients, which keeps it."""
+    ends = []
+    for name in ("reference", backend):
+        layer, x = layer_of(variant, gate), torch.linspace(-1, 1, 4 * 3 * 6).view(4, 3, 6)
+        optimizer = torch.optim.SGD(layer.adapter_parameters, lr=0.1)
+        with set_backend(name):
+            for _ in range(3):
+                layer(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            layer.eval()
+            with torch.no_grad():
+                kept = [layer(x) for _ in range(2)]
+        ends.append([*layer.adapter_parameters, *kept])
+    for ours, theirs in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@fused
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_a_layer_compiles_to_one_graph(variant, backend):
+    layer, x, counter = layer_of(variant, torch.tensor(1, dtype=torch.int32)), torch.randn(4, 6), Counter()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    with set_backend(backend):
+        for value in (True, False, True):
+            layer.gate = value
+            assert_same_step(compiled, layer, x)
+            y, grads = train_step(compiled, x)
+            with set_backend("reference"):
+                wanted_y, wanted = train_step(layer, x)
+            torch.testing.assert_close(y, wanted_y)
+            torch.testing.assert_close([g for g in grads if g is not None], [g for g in wanted if g is not None])
+            assert all(g.any() == value for g in grads if g is not None)
+    assert counter.graphs == 1
 
 
 def test_the_model_of_the_variants():
