@@ -199,14 +199,16 @@ def test_a_layer_trains_as_by_the_reference(gate, variant, backend):
         layer, x = layer_of(variant, gate), torch.linspace(-1, 1, 4 * 3 * 6).view(4, 3, 6)
         optimizer = torch.optim.SGD(layer.adapter_parameters, lr=0.1)
         with set_backend(name):
+            made = []
             for _ in range(3):
-                layer(x).square().mean().backward()
+                made.append(layer(x))
+                made[-1].square().mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
             layer.eval()
             with torch.no_grad():
-                kept = [layer(x) for _ in range(2)]
-        ends.append([*layer.adapter_parameters, *kept])
+                made += [layer(x) for _ in range(2)]
+        ends.append([*layer.adapter_parameters, *made])
     for ours, theirs in zip(*ends, strict=True):
         torch.testing.assert_close(ours, theirs)
 
