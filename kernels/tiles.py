@@ -292,7 +292,7 @@ PROJECT: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(16, 32, num_warps=8, num_stages=2), element_size=4),
         Row(Stream(32, 64), aligned=False),
-        *((Row(Stream(32, 64, num_warps=8), scaled=True),) if arch in ("sm_80", "generic") else ()),
+        *((Row(Stream(32, 64, num_warps=8), scaled=True),) if arch in ("sm_80", "sm_100", "generic") else ()),
         Row(Stream(32, 128, num_warps=4 if arch == "gfx942" else 8)),
     )
     for arch in ONE_PASS
@@ -318,20 +318,35 @@ ROW_NORM: dict[str, tuple[Row[Stream], ...]] = {
 }
 # y transposed: its 128 rows are columns of the weight, of which W ∘ B A is made in registers. 64 rows of it are the
 # least that wgmma takes, and make the most programs where few rows of x leave nothing to do but read W
-HIRA_SMALL = (
+HIRA_ODD = (
     Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4),
     Row(Tile(32, 64, 16, num_warps=8, num_stages=2), aligned=False),
+)
+HIRA_SMALL = (
+    *HIRA_ODD,
     Row(Tile(32, 64, 16, group_m=1, num_warps=8, num_stages=2), max_m=64),
     Row(Tile(32, 64, 16, num_warps=8, num_stages=2), min_rank=65),
     Row(Tile(64, 64, 32, num_warps=8, num_stages=2)),
 )
+HIRA_FEW_ROWS = Row(Tile(32, 64, 64, group_m=1, num_warps=8), max_m=64)
 HIRA_LARGE = (
-    Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4),
-    Row(Tile(32, 64, 16, num_warps=8, num_stages=2), aligned=False),
-    Row(Tile(32, 64, 64, group_m=1, num_warps=8), max_m=64),
-    Row(Tile(64, 64, 64, num_warps=8), min_rank=129, selects=True),
     Row(Tile(64, 128, 64, num_warps=8), selects=True),
     Row(Tile(128, 128, 64, num_warps=8, num_stages=2)),
+)
+HIRA_SM_90 = (
+    *HIRA_ODD,
+    HIRA_FEW_ROWS,
+    Row(Tile(64, 64, 64, num_warps=8), min_rank=129, selects=True),
+    *HIRA_LARGE,
+)
+# of rank 256 Triton 3.6 takes up to twice the shared memory of 3.9: 64 columns and two stages fit in both [compiled]
+HIRA_SM_100 = (
+    *HIRA_ODD,
+    Row(Tile(32, 64, 64, group_m=1, num_warps=8, num_stages=2), max_m=64, min_rank=129),
+    Row(Tile(64, 64, 64, num_warps=8, num_stages=2), min_rank=129, selects=True),
+    Row(Tile(128, 64, 64, num_warps=8, num_stages=2), min_rank=129),
+    HIRA_FEW_ROWS,
+    *HIRA_LARGE,
 )
 # block_n by block_k of the weight, block_m rows of x and dy at a time
 HIRA_GRADS_SMALL = (
@@ -344,7 +359,7 @@ HIRA_GRADS_LARGE = (
     Row(Tile(64, 128, 128, num_warps=8)),
 )
 HIRA: dict[str, tuple[Row[Tile], ...]] = {
-    arch: HIRA_SMALL if arch in ("sm_80", "gfx942", "generic") else HIRA_LARGE for arch in ONE_PASS
+    arch: {"sm_90": HIRA_SM_90, "sm_100": HIRA_SM_100}.get(arch, HIRA_SMALL) for arch in ONE_PASS
 }
 HIRA_GRADS: dict[str, tuple[Row[Tile], ...]] = {
     arch: HIRA_GRADS_SMALL if arch in ("gfx942", "generic") else HIRA_GRADS_LARGE for arch in ONE_PASS

@@ -1,4 +1,4 @@
-"""Numbers of the one-pass kernel: through Triton's interpreter where there is no GPU, on the GPU where there is one."""
+"""What the one-pass kernel has beside what tests/test_kernels.py asks of every kernel, itself among them."""
 
 import pytest
 import torch
@@ -71,11 +71,6 @@ def test_as_accurate_as_torch(m, n, k, r, with_bias, dtype, device):
     check((x, weight, bias if with_bias else None, a, b), tile=SMALL)
 
 
-@pytest.mark.parametrize(("m", "n", "k", "r"), [(1, 70, 100, 8), (70, 70, 100, 20)])
-def test_takes_a_tile_of_its_own_accord(m, n, k, r, dtype, device):
-    check(operands(m, n, k, r, dtype, device))
-
-
 @pytest.mark.parametrize(
     "tile", sorted({row.tile for rows in ONE_PASS.values() for row in rows}, key=str), ids=lambda tile: str(tile)[5:-1]
 )
@@ -110,7 +105,7 @@ ROW_GATES = [  # for 48 rows, in tiles of 16
 
 @pytest.mark.parametrize("gates", ROW_GATES)
 def test_row_gates(gates, dtype, device):
-    tensors = operands(48, 70, 45, 8, dtype, device)
+    tensors = operands(48, 33, 17, 8, dtype, device)
     gate = torch.tensor(gates, device=device)
     rows_on = gate.bool().repeat_interleave(48 // len(gates))
     _, h = check(tensors, gate, rows_on, tile=SMALL)
@@ -125,21 +120,18 @@ def test_row_gates_over_rows_that_no_tile_divides(device):
 
 
 @invalid_values
-@pytest.mark.parametrize("poison", [float("inf"), float("-inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("poison", [float("inf"), float("nan")], ids=str)
 @pytest.mark.parametrize(
     "gate",
     [torch.tensor(0), torch.tensor([0, 0, 0]), torch.tensor([0, 1, 0, 0, 1, 0, 0, 0])],
     ids=["device", "rows-off", "rows-mixed"],
 )
-@pytest.mark.parametrize("where", ["a", "b", "both"])
+@pytest.mark.parametrize("where", ["a", "b"])
 @pytest.mark.parametrize("rank", [8, 40])
 def test_off_is_the_base_whatever_a_and_b_hold(rank, where, gate, poison, dtype, device):
-    x, weight, bias, a, b = operands(48, 70, 45, rank, dtype, device)
+    x, weight, bias, a, b = operands(48, 33, 17, rank, dtype, device)
     base, _ = one_pass(x, weight, bias, torch.zeros_like(a), torch.zeros_like(b), None, SCALE, tile=SMALL)
-    if where != "b":
-        a[1] = poison
-    if where != "a":
-        b[:, 2] = poison
+    (a[1] if where == "a" else b[:, 2]).fill_(poison)
     y, h = one_pass(x, weight, bias, a, b, gate.to(device), SCALE, tile=SMALL)
     off = gate.expand(48) == 0 if gate.dim() == 0 else (gate == 0).repeat_interleave(48 // len(gate))
     assert torch.equal(y[off], base[off])
@@ -174,19 +166,9 @@ def test_without_h(device):
     assert h.shape == (37, 0)
 
 
-def transposed(t):
-    return t.mT.contiguous().mT if t.dim() == 2 else t
-
-
 def sliced(t):
     wide = torch.full([2 * size + 3 for size in t.shape], float("nan"), dtype=t.dtype, device=t.device)
     view = wide[tuple(slice(1, 1 + 2 * size, 2) for size in t.shape)]
-    return view.copy_(t)
-
-
-def offset(t):
-    wide = torch.full([size + 5 for size in t.shape], float("nan"), dtype=t.dtype, device=t.device)
-    view = wide[tuple(slice(3, 3 + size) for size in t.shape)]
     return view.copy_(t)
 
 
@@ -195,15 +177,13 @@ def reversed_storage(t):
     return sliced(t.mT).mT if t.dim() == 2 else sliced(t)
 
 
-@pytest.mark.parametrize("layout", [transposed, sliced, offset, reversed_storage])
 @pytest.mark.parametrize("which", ["x", "weight", "bias", "a", "b", "all"])
-def test_any_strides(which, layout, device):
-    tensors = dict(zip(["x", "weight", "bias", "a", "b"], operands(37, 70, 45, 8, torch.float32, device), strict=True))
+def test_strides_in_descending_order(which, device):
+    tensors = dict(zip(["x", "weight", "bias", "a", "b"], operands(17, 33, 17, 8, torch.float32, device), strict=True))
     expected = one_pass(*tensors.values(), None, SCALE, tile=SMALL)
-    views = {name: layout(t) if which in (name, "all") else t for name, t in tensors.items()}
+    views = {name: reversed_storage(t) if which in (name, "all") else t for name, t in tensors.items()}
     for view, contiguous in zip(one_pass(*views.values(), None, SCALE, tile=SMALL), expected, strict=True):
         assert torch.equal(view, contiguous)
-    check(views.values(), tile=SMALL)
 
 
 def test_expanded_operands(device):
@@ -221,20 +201,6 @@ def test_expanded_operands(device):
     check((x, weight, bias, a, b), gate, gate.bool().repeat_interleave(12), tile=SMALL)
 
 
-@pytest.mark.parametrize("which", ["x-rows", "x-k", "weight-rows", "weight-k", "a-rows", "a-k", "b-rows", "b-ranks"])
-def test_offsets_beyond_int32(which, device):
-    far = 2**30 + 16
-    x, weight, bias, a, b = operands(3, 3, 3, 3, torch.float16, device)
-    # four gigabytes that nothing writes but the three rows: on a CPU the rest never becomes memory
-    storage = torch.UntypedStorage(2 * (2 * far + 16), device=device)
-    name, dimension = which.split("-")
-    strides = (far, 1) if dimension == "rows" else (1, far)
-    view = torch.tensor([], dtype=torch.float16, device=device).set_(storage, 0, (3, 3), strides)
-    view.copy_({"x": x, "weight": weight, "a": a, "b": b}[name])
-    x, weight, a, b = (view if name == other else t for other, t in (("x", x), ("weight", weight), ("a", a), ("b", b)))
-    check((x, weight, bias, a, b), tile=SMALL)
-
-
 @pytest.mark.gpu
 def test_output_beyond_int32():
     if not torch.cuda.is_available():
@@ -244,13 +210,6 @@ def test_output_beyond_int32():
     y, _ = one_pass(x, weight, bias, a, b, None, SCALE)
     y_tail, _ = one_pass(x[-100:], weight, bias, a, b, None, SCALE)
     assert torch.equal(y[-100:], y_tail)
-
-
-def test_leaves_its_arguments_alone(device):
-    tensors = [*operands(37, 70, 45, 8, torch.float32, device), torch.tensor(1, device=device)]
-    before = [t.clone() for t in tensors]
-    one_pass(*tensors, SCALE, tile=SMALL)
-    assert all(map(torch.equal, tensors, before))
 
 
 def test_a_cpu_has_the_generic_rows():
