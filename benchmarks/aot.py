@@ -1,9 +1,10 @@
 """Compiles every row of the tile tables for its GPU, with no GPU present, and says which kernels break their budget.
 
-    python -m benchmarks aot [--target sm_90]... [--json FILE]
+    python -m benchmarks aot [--quick] [--target sm_90]... [--kernel one_pass]... [--json FILE]
 
-Launchers are called on meta tensors and their launches intercepted, so that what is compiled has the arguments, the
-specialisations and the options that a launch on that GPU would have.
+Without --quick it is what to run after a change to kernels or tiles, under each Triton (a quarter of an hour on two
+cores); with it, it is what the tests run. Launchers are called on meta tensors and their launches intercepted, so that
+what is compiled has the arguments, the specialisations and the options that a launch on that GPU would have.
 """
 
 from __future__ import annotations
@@ -67,6 +68,12 @@ GENERIC_TARGETS = ("sm_80", "gfx942")
 GENERIC_SHARED_LIMIT = 64 * 1024
 SCALED = ("one_pass", "one_pass_swapped", "low_rank_gemm", "gram", "project")  # the kernels that DoRA takes as well
 GATES = ("none", "device", "rows")  # by the registers they take
+# --quick: of this target every kind of case, of any other the first kind that a row takes. In NUMBERS
+QUICK_TARGET = "sm_90"
+KINDS = ("dropout", "plain", "scaled")
+HEAVIEST = dict.fromkeys(("low_rank_gemm", "gram", "project"), ("scaled", "dropout", "plain")) | {
+    "hira": ("plain", "dropout")
+}
 BARRIER = r"(?m)^\s*(gpu|ttg)\.barrier"
 SPILLS = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
 
@@ -118,8 +125,13 @@ class Case:
     tma: bool
 
     def launch(self) -> None:
-        """Calls the launcher."""
-        launch(self.kernel, self.tile, self.tma, self.operands)
+        """Calls the launcher, with torch's switch for float32 as the case has it."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if self.dtype == "float32 tf32" else "highest")
+        try:
+            launch(self.kernel, self.tile, self.tma, self.operands)
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 @dataclass
@@ -200,8 +212,8 @@ def launch(kernel: str, tile: Tile | Stream, tma: bool, operands: Operands) -> N
                 low_rank_gemm(t.dy, t.weight.T, None, t.p, t.a.T, t.gate, x_scale=column_scale, tile=tile, tma=tma)
 
 
-def all_cases(target: str) -> Iterator[Case]:
-    """Every row of every table for a target, with operands that come to it."""
+def all_cases(target: str, quick: bool = False) -> Iterator[Case]:
+    """Every row of every table for a target, with operands that come to it: all that matter, or few if `quick`."""
     for kernel, table in TABLES.items():
         for arch in (target, "generic") if target in GENERIC_TARGETS else (target,):
             for row in table[arch]:
@@ -210,16 +222,17 @@ def all_cases(target: str) -> Iterator[Case]:
                     floats = [f"float32 {precision}" for precision in precisions]
                     dtypes = {2: ["bfloat16"], 4: floats, None: ["bfloat16", *floats]}[row.element_size]
                     for dtype in dtypes:
-                        yield from row_cases(kernel, arch, target, row, dtype)
-                    if row is table[arch][-1]:
+                        yield from row_cases(kernel, arch, target, row, dtype, quick)
+                    # which is as bfloat16, or within a few registers of it
+                    if row is table[arch][-1] and (not quick or target == QUICK_TARGET):
                         yield list(row_cases(kernel, arch, target, row, "float16"))[-1]
     # an argument that is 1 is a constant to Triton, with operations of its own
     ones = Operands(1, 1, 1, torch.bfloat16, "rows", "ones", dropout=False)
     yield Case("one_pass", target, target, UNALIGNED.tile, "bfloat16", ones, tma=False)
 
 
-def row_cases(kernel: str, arch: str, target: str, row: Row, dtype: str) -> Iterator[Case]:
-    """The cases of one row in one dtype, those that take most registers last."""
+def row_cases(kernel: str, arch: str, target: str, row: Row, dtype: str, quick: bool = False) -> Iterator[Case]:
+    """The cases of one row in one dtype, light ones before the heaviest of each kind; if `quick`, few of them."""
     m, n = row.max_m or (64 if kernel == "one_pass_swapped" else 8192), row.max_n or 16384
     scalar, precision = getattr(torch, dtype.split()[0]), dtype.partition(" ")[2] or "ieee"
     ranks = [rank for rank in (8, 32, 64, 128, 256) if kernel != "project" or rank <= PROJECT_MAX_RANK]
@@ -232,20 +245,33 @@ def row_cases(kernel: str, arch: str, target: str, row: Row, dtype: str) -> Iter
 
     with_scale = (False, True) if kernel in SCALED else (False,)
     operands = [o for o in product(ranks, GATES, ("aligned", "odd"), (False, True), with_scale) if comes_to_row(*o)]
-    scaled, operands = [o for o in operands if o[4]], [o for o in operands if not o[4]]
-    chosen = {scaled[0], scaled[-1]} if scaled else set()
-    if operands:
-        smallest, plain = operands[0][0], [o for o in operands if not o[3]]
-        light = next(o for o in plain if o[0] == smallest and o[1] != "none") if len(plain) > 1 else plain[0]
-        chosen |= {light, plain[-1], operands[-1]}
-        if kernel == "one_pass" and dtype == "bfloat16":
-            chosen |= {o for o in plain if o[0] == smallest and o[1] != "rows"}
-        if kernel == "one_pass" and scalar == torch.float32:
-            # ptxas spills float32 for one more block on the SM, at any rank
-            chosen |= {o for o in plain if o[1] == plain[-1][1]}
-    for rank, gate, layout, *options in sorted(chosen, key=[*operands, *scaled].index):
+    kinds = {
+        "plain": [o for o in operands if not o[3] and not o[4]],
+        "dropout": [o for o in operands if o[3]],
+        "scaled": [o for o in operands if o[4]],
+    }
+    heaviest = {name: kind[-1] for name, kind in kinds.items() if kind}  # largest rank, row gates, odd strides
+    if quick and target != QUICK_TARGET:
+        chosen = [heaviest[name] for name in HEAVIEST.get(kernel, KINDS) if name in heaviest][:1]
+    else:
+        chosen = [*light(kernel, dtype, kinds["plain"], kinds["scaled"], quick), *heaviest.values()]
+    for rank, gate, layout, *options in dict.fromkeys(chosen):
         tma = kernel == "low_rank_gemm" and arch in TMA_ARCHITECTURES and layout == "aligned"
         yield Case(kernel, target, arch, row.tile, dtype, Operands(m, n, rank, scalar, gate, layout, *options), tma)
+
+
+def light(kernel: str, dtype: str, plain: list[tuple], scaled: list[tuple], quick: bool) -> Iterator[tuple]:
+    """What else is worth compiling of a row beside its heaviest cases."""
+    smallest = [o for o in plain if o[0] == plain[0][0]]
+    if kernel == "one_pass" and dtype == "bfloat16":
+        yield from (o for o in smallest if o[1] != "rows")  # which a test compares
+    if quick:
+        return
+    yield from scaled[:1]
+    yield from [o for o in smallest if o[1] != "none"][:1] if len(plain) > 1 else plain
+    if kernel == "one_pass" and dtype.startswith("float32"):
+        # ptxas spills float32 for one more block on the SM, at any rank
+        yield from (o for o in plain if o[1] == plain[-1][1])
 
 
 def intercept(launch: Callable[[], object]) -> list[tuple[JITFunction, tuple, dict[str, Any]]]:
@@ -285,7 +311,6 @@ def distinct(cases: Iterable[Case]) -> Iterator[tuple[Case, int]]:
     seen = set()
     for case in cases:
         for position, (kernel, args, kwargs) in enumerate(intercept(case.launch)):
-            kwargs = with_precision(case, kwargs)
             same = (
                 case.target,
                 case.rows,
@@ -295,11 +320,6 @@ def distinct(cases: Iterable[Case]) -> Iterator[tuple[Case, int]]:
             if same not in seen:
                 seen.add(same)
                 yield case, position
-
-
-def with_precision(case: Case, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a launch, with the case's precision for that of this machine."""
-    return kwargs | {"PRECISION": case.dtype.partition(" ")[2] or "ieee"} if "PRECISION" in kwargs else kwargs
 
 
 def measure_one(case_and_position: tuple[Case, int]) -> Result:
@@ -318,7 +338,7 @@ def measure_kernel(case: Case, kernel: JITFunction, args: tuple, kwargs: dict[st
     target, result = TARGETS[case.target], Result(case, kernel.__name__.removesuffix("_kernel"))
     start = time.perf_counter()
     try:
-        compiled, log = compile_for(target.gpu, kernel, args, with_precision(case, kwargs))
+        compiled, log = compile_for(target.gpu, kernel, args, kwargs)
     except Exception as error:  # whatever a compiler raises is the finding
         result.broken = [f"does not compile: {error!r}"]
         return result
@@ -382,6 +402,7 @@ def table(results: list[Result]) -> str:
 def main(arguments: list[str]) -> int:
     """Compiles, prints the table, and returns 1 if anything breaks its budget."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="of most rows only the case that takes most registers")
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
     parser.add_argument("--kernel", action="append", choices=TABLES, help="only this family; may be repeated")
     parser.add_argument("--json", type=Path, help="also write the results here")
@@ -392,7 +413,7 @@ def main(arguments: list[str]) -> int:
         distinct(
             case
             for target in options.target or TARGETS
-            for case in all_cases(target)
+            for case in all_cases(target, options.quick)
             if not options.kernel or case.kernel in options.kernel
         )
     )

@@ -175,6 +175,9 @@ def one_pass_swapped(
             PRECISION=precision,
             **stream.meta(),
         )  # fmt: skip
+        # float32 takes more registers if it has no matrix instruction, or a scale and a second result. With 16 ranks at
+        # a time ptxas then spills a few bytes for one more block on the SM, in Triton 3.6 or in 3.9 [compiled]
+        wide = x.dtype == torch.float32 and (precision == "ieee" or column_scale is not None)
         # as many programs as fill a GPU; 16 rows are what tl.dot takes
         finish_kernel[(triton.cdiv(m, 16), max(1, triton.cdiv(n, 32)))](
             partials, bias, b, gate, column_scale, y, h, u,
@@ -183,11 +186,10 @@ def one_pass_swapped(
             *y.stride(), *h.stride(), partials.stride(0), float(scale) * (1.0 if seed is None else keep_scale(dropout)),
             BLOCK_M=16,
             BLOCK_N=32,
-            BLOCK_R=16,
+            BLOCK_R=32 if wide else 16,
             ROW_GATES=row_gates is not None,
             PRECISION=precision,
             enable_fp_fusion=True,
-            # a scale and a second result take the registers of 4 more
-            num_warps=4 if column_scale is None else 8,
+            num_warps=8 if wide else 4,
         )  # fmt: skip
     return y, h
