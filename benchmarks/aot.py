@@ -68,9 +68,9 @@ GENERIC_TARGETS = ("sm_80", "gfx942")
 GENERIC_SHARED_LIMIT = 64 * 1024
 SCALED = ("one_pass", "one_pass_swapped", "low_rank_gemm", "gram", "project")  # the kernels that DoRA takes as well
 GATES = ("none", "device", "rows")  # by the registers they take
-# --quick: for this target the heaviest case of every kind, for any other of the first kind here that a row takes. So
-# compiled are the most registers of all cases in 189 of 222 rows under Triton 3.9, in 191 under 3.6, which broke 6
-# rows when it was first tried: --quick finds each. Which is heaviest cannot be told beforehand
+# --quick compiles for this target the heaviest case of every kind, for any other that of the first kind here which a
+# row takes. It meets the most registers that any case has in 189 of 222 rows under Triton 3.9, in 191 under 3.6, and
+# met each of the 6 rows that 3.6 broke when it was first tried; no simple rule tells the heaviest beforehand
 QUICK_TARGET = "sm_90"
 KINDS = ("dropout", "plain", "scaled")
 HEAVIEST = dict.fromkeys(("low_rank_gemm", "gram", "project"), ("scaled", "dropout", "plain"))
