@@ -175,18 +175,19 @@ def one_pass_swapped(
             PRECISION=precision,
             **stream.meta(),
         )  # fmt: skip
-        # float32 takes more registers if it has no matrix instruction, or a scale and a second result. With 16 ranks at
-        # a time ptxas then spills a few bytes for one more block on the SM, in Triton 3.6 or in 3.9 [compiled]
+        # ptxas may spill a few bytes to fit one more block on the SM: more where float32 has no matrix instruction, or
+        # there are a scale and a second result. These shapes it leaves alone, in Triton 3.6 and 3.9 alike [compiled]
         wide = x.dtype == torch.float32 and (precision == "ieee" or column_scale is not None)
+        block_n, block_r = (32, 32) if wide else (32, 16) if column_scale is None else (16, 16)
         # as many programs as fill a GPU; 16 rows are what tl.dot takes
-        finish_kernel[(triton.cdiv(m, 16), max(1, triton.cdiv(n, 32)))](
+        finish_kernel[(triton.cdiv(m, 16), max(1, triton.cdiv(n, block_n)))](
             partials, bias, b, gate, column_scale, y, h, u,
             split, m, n, rank, m if row_gates is None else m // row_gates.shape[0],
             0 if bias is None else bias.stride(0), *b.stride(), 0 if row_gates is None else row_gates.stride(0),
             *y.stride(), *h.stride(), partials.stride(0), float(scale) * (1.0 if seed is None else keep_scale(dropout)),
             BLOCK_M=16,
-            BLOCK_N=32,
-            BLOCK_R=32 if wide else 16,
+            BLOCK_N=block_n,
+            BLOCK_R=block_r,
             ROW_GATES=row_gates is not None,
             PRECISION=precision,
             enable_fp_fusion=True,
