@@ -177,8 +177,8 @@ def one_pass_swapped(
         )  # fmt: skip
         # ptxas may spill a few bytes to fit one more block on the SM: more where float32 has no matrix instruction, or
         # there are a scale and a second result. These shapes it leaves alone, in Triton 3.6 and 3.9 alike [compiled]
-        wide = x.dtype == torch.float32 and (precision == "ieee" or column_scale is not None)
-        block_n, block_r = (32, 32) if wide else (32, 16) if column_scale is None else (16, 16)
+        scaled, full_float32 = column_scale is not None, x.dtype == torch.float32 and precision == "ieee"
+        block_n = 16 if scaled or full_float32 else 32
         # as many programs as fill a GPU; 16 rows are what tl.dot takes
         finish_kernel[(triton.cdiv(m, 16), max(1, triton.cdiv(n, block_n)))](
             partials, bias, b, gate, column_scale, y, h, u,
@@ -187,10 +187,10 @@ def one_pass_swapped(
             *y.stride(), *h.stride(), partials.stride(0), float(scale) * (1.0 if seed is None else keep_scale(dropout)),
             BLOCK_M=16,
             BLOCK_N=block_n,
-            BLOCK_R=block_r,
+            BLOCK_R=16,
             ROW_GATES=row_gates is not None,
             PRECISION=precision,
             enable_fp_fusion=True,
-            num_warps=8 if wide else 4,
+            num_warps=4 if not full_float32 else 8 if scaled else 2,
         )  # fmt: skip
     return y, h
