@@ -1,6 +1,6 @@
 """Times DoRA and HiRA: ours beside PEFT's and our own LoRA, over the frozen linears; and what each holds at most.
 
-    python -m benchmarks variants [--variant dora hira] [--rounds 40] [--threads 2] [--clock wall]
+    python -m benchmarks variants [--variant dora hira] [--rounds 40] [--threads 2] [--clock wall] [--json F]
 
 Three linears d → d → 4d → d, forward and backward in float32 with rank 8. The contenders take turns in every round; an
 AdamW step, which is not timed, follows each, so that nothing stays true from one round to the next. Times are medians
@@ -15,13 +15,16 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import cotolora
-from benchmarks import clock, memory, report
+from benchmarks import clock, memory, report, sweep
 from benchmarks.report import Result
 from benchmarks.shapes import number
 
@@ -130,7 +133,8 @@ def measured(width: int, rows: int, variant: str, rounds: int, now: Callable[[],
 
     return [
         {
-            "variant": variant, "width": width, "rows": rows, "contender": name,
+            "shape": f"{variant}, {width} → {width} → {4 * width} → {width}", "rows": rows, "rank": RANK,
+            "contender": name,
             "median_s": statistics.median(seconds[name]), "over_frozen": over(name, "frozen"),
             "over_lora": over(name, "ours lora"), "peak_bytes": memory.allocated(runner.both, runner.x.device)[1],
         }
@@ -138,27 +142,38 @@ def measured(width: int, rows: int, variant: str, rounds: int, now: Callable[[],
     ]  # fmt: skip
 
 
+def text(result: Result) -> str:
+    """Everything that was measured, as it is printed."""
+    titles, sections = ["", "median", "over frozen", "over our LoRA", "peak"], [report.head(result)]
+    for (shape, rows), members in report.groups(result.rows, ("shape", "rows")).items():
+        lines = [
+            [
+                row["contender"], report.duration(row["median_s"]),
+                *(report.ratio(row[name]) for name in ("over_frozen", "over_lora")), memory.amount(row["peak_bytes"]),
+            ]
+            for row in members
+        ]  # fmt: skip
+        sections.append(f"### {shape}, {rows} rows\n\n{report.markdown(titles, lines)}\n")
+    return "\n".join(sections)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints a table."""
+    """Prints the tables."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m benchmarks variants", description=__doc__, formatter_class=formatter)
     parser.add_argument("--variant", choices=("dora", "hira"), nargs="+", default=["dora", "hira"])
     parser.add_argument("--rounds", type=number(int), default=40)
     parser.add_argument("--threads", type=number(int), default=torch.get_num_threads())
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the result to this file")
     options = parser.parse_args(arguments)
+    sweep.check_files(parser, options.json, None)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", module="peft")
-    result = Result("variants", report.machine(torch.device("cpu")), vars(options))
-    print(report.head(result))
-    lines = []
-    for variant in options.variant:
-        for width, rows in SIZES:
-            for row in measured(width, rows, variant, options.rounds, CLOCKS[options.clock]):
-                lines.append([
-                    f"{width}/{rows} {row['contender']}", report.duration(row["median_s"]),
-                    *(report.ratio(row[name]) for name in ("over_frozen", "over_lora")),
-                    memory.amount(row["peak_bytes"]),
-                ])  # fmt: skip
-    print(report.markdown(["d/rows", "median", "over frozen", "over our LoRA", "peak"], lines))
+    result = Result("variants", report.machine(torch.device("cpu")), sweep.settings_of(options))
+    for variant, (width, rows) in tqdm(list(product(options.variant, SIZES)), disable=None):
+        result.rows += measured(width, rows, variant, options.rounds, CLOCKS[options.clock])
+    print(text(result), flush=True)
+    if options.json:
+        report.write(options.json, result)
     return 0

@@ -628,16 +628,22 @@ def test_the_gpu_script_needs_neither_matplotlib_nor_xdist(on_gpu):
     assert any(" -n " in line for line in on_gpu()[2])
 
 
-def test_variants_are_timed_beside_pefts(monkeypatch, capsys):
+def test_variants_are_timed_beside_pefts(tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft", reason="compares with PEFT")
     from benchmarks import variants
 
     threads = torch.get_num_threads()
     monkeypatch.setattr(variants, "SIZES", ((16, 8),))
-    assert variants.main(["--rounds", "1", "--threads", str(threads), "--clock", "process"]) == 0
+    path = tmp_path / "r.json"
+    asked = ["--rounds", "1", "--threads", str(threads), "--clock", "process", "--json", str(path)]
+    assert variants.main(asked) == 0
     text = capsys.readouterr().out
-    for contender in ("frozen", "ours lora", "PEFT dora", "ours dora", "PEFT hira", "ours hira"):
-        assert f"| 16/8 {contender}" in text
+    for words in ("frozen", "ours lora", "PEFT dora", "ours dora", "PEFT hira", "ours hira", "64 → 16, 8 rows"):
+        assert words in text
+    assert show.main([str(path)]) == 0
+    assert capsys.readouterr().out == text
+    assert show.main([str(path), "--brief"]) == 0
+    assert "hira, 16 → 16 → 64 → 16, 8 rows, rank 8: frozen 1.00 · ours lora " in capsys.readouterr().out
 
     # one that computes something else is not timed
     right = variants.ours
