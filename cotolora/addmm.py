@@ -67,11 +67,11 @@ def scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
 def short_first(rows: Tensor, rank: int) -> bool:
     """Whether ``rows b`` and ``rowsᵀ h``, of `rank` columns, are faster as ``(bᵀ rowsᵀ)ᵀ`` and ``(hᵀ rows)ᵀ``.
 
-    Measured on a CPU at widths 256 to 3072: below rank 16 half the time and less, from 16 rows on; else it costs up to
+    Measured on a CPU at widths 256 to 3072: below rank 16 half the time and less, from 64 rows on; else it costs up to
     nine times as much, most of it for the copy that turns the gradient as B lies.
     """
     # under torch.compile the number of rows may be a symbol, which a comparison would pin down
-    return rank < 16 and rows.device.type == "cpu" and (torch.compiler.is_compiling() or rows.shape[0] >= 16)
+    return rank < 16 and rows.device.type == "cpu" and (torch.compiler.is_compiling() or rows.shape[0] >= 64)
 
 
 def select(on: Tensor | None, t: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def auto(call: Call) -> tuple[str, str]:
     if call.dtype == torch.float64:
         return "reference", "float64 is for checking, and the reference is what to check with"
     if call.device.type != "cuda":
-        return "addmm", f"vendor GEMMs are the fastest there is on {call.device.type}"
+        return "addmm", "vendor GEMMs are the fastest there is but on a GPU"
     if reasons := why_not("triton", call):
         return "addmm", "the fused kernels cannot run: " + "; ".join(reasons)
     choice = _form(call)

@@ -227,8 +227,10 @@ class CoToLoRALinear(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The factors of the update ``s · B A``: A and B, or with "pissa" and "olora" those of ``B A − B0 A0``."""
-        if self.lora_a0 is None or self.lora_b0 is None:
+        if self.init not in FROM_WEIGHT:  # no attribute of a module's own is looked up as fast
             return self.lora_a, self.lora_b
+        assert self.lora_a0 is not None
+        assert self.lora_b0 is not None
         return since_start(self.lora_a, self.lora_b, self.lora_a0, self.lora_b0)
 
     @property
@@ -293,10 +295,14 @@ class CoToLoRALinear(nn.Module):
         if self._original_weight is not None:
             return F.linear(x, weight, self.bias)
         lora_a, lora_b = (self.lora_a, self.lora_b) if gate is False else self.factors()
+        if self.variant != "dora":
+            return coto_lora_linear(
+                x, weight, self.bias, lora_a, lora_b, scale=self.scale, gate=gate, dropout=dropout, variant=self.variant
+            )
         return coto_lora_linear(
             x, weight, self.bias, lora_a, lora_b, scale=self.scale, gate=gate, dropout=dropout,
-            variant=self.variant, magnitude=self.lora_magnitude,
-            norm=None if self.lora_magnitude is None or gate is False else self._kept_norm(weight, lora_a, lora_b),
+            variant="dora", magnitude=self.lora_magnitude,
+            norm=None if gate is False else self._kept_norm(weight, lora_a, lora_b),
         )  # fmt: skip
 
     def _kept_norm(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor | None:
