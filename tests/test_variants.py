@@ -1,6 +1,7 @@
 """DoRA, HiRA and the inits taken from W: their numbers, gates, gradients and layers."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -11,7 +12,18 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cotolora
-from cotolora import CoToLoRALinear, coto, coto_lora_linear, functional, inject, linear, reference, set_backend
+from cotolora import (
+    CoToLoRALinear,
+    addmm_dora,
+    coto,
+    coto_lora_linear,
+    functional,
+    inject,
+    linear,
+    reference,
+    set_backend,
+)
+from cotolora.addmm import Needs
 from cotolora.functional import row_norms
 from tests.test_functional import BACKENDS, DTYPES, GATES, SCALE, SHAPES, dy_for, fits, operands
 from tests.tolerance import assert_as_accurate_as_torch
@@ -141,6 +153,54 @@ def test_addmm_is_as_accurate_as_the_reference(variant, shape, out, rank, dtype,
         # dyᵀ h, of which a part of dm is made, has been rounded to the dtype of x
         slack = 4.0 if name == "magnitude" and dtype != torch.float32 else 2.0
         assert_as_accurate_as_torch(ours[name], torchs[name], truth, slack)
+
+
+@pytest.fixture
+def merges(monkeypatch):
+    """Has W and DoRA's update merged at every size, and says how often the gradients were taken so."""
+    taken, right = [], addmm_dora._of_merged
+    monkeypatch.setattr(addmm_dora, "MANY", 0)
+    monkeypatch.setattr(addmm_dora, "MERGED", math.inf)
+    monkeypatch.setattr(addmm_dora, "_of_merged", lambda *args: taken.append(args) or right(*args))
+    return taken
+
+
+MERGED = {
+    "gradients": lambda: test_gradients_are_those_of_the_function("dora", "addmm", 0.0, True),
+    "no-norm": lambda: test_a_row_without_a_norm_keeps_its_length_and_its_magnitude("addmm"),
+    "output": lambda: test_what_is_done_to_the_output_leaves_the_gradients_alone("dora"),
+    **{
+        str(shape.values[0]): lambda shape=shape: test_addmm_is_as_accurate_as_the_reference(
+            "dora", *shape.values, torch.float32, True
+        )
+        for shape in (*SHAPES[1:2], *SHAPES[3:7], *SHAPES[9:], TALL)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MERGED)
+def test_merged_dora_holds_what_dora_holds(what, merges):
+    MERGED[what]()
+    assert merges
+
+
+def test_merged_dora_starts_as_the_linear(merges):
+    test_a_fresh_layer_and_one_that_is_off_are_the_linear({"variant": "dora"}, torch.float32)
+
+
+@pytest.mark.parametrize("change", [{"rows": 63}, {"in_features": 257}, {"dtype": torch.bfloat16}, {"dropout": 0.1}])
+def test_only_small_weights_and_many_rows_are_merged(change):
+    asked = {"rows": 64, "in_features": 256, "dtype": torch.float32, "dropout": 0.0}
+    needs = Needs(*[torch.float32] * 6)
+
+    def merged(rows, in_features, dtype, dropout, **more):
+        x, weight = torch.ones(rows, in_features, dtype=dtype), torch.ones(64, in_features, dtype=dtype)
+        return addmm_dora._merges(x, weight, more.get("needs", needs), more.get("gate", True), dropout)
+
+    assert merged(**asked)
+    assert not merged(**asked | change)
+    assert not merged(**asked, gate=torch.tensor(1))
+    assert not merged(**asked, needs=needs._replace(lora_a=None))
 
 
 # off
