@@ -52,7 +52,7 @@ SIZES = {
 }
 QUICK = {
     "digits": Size(2, 100, 150, (8e-3, 1.6e-2), 1, (runs.METHODS[0], runs.METHODS[2]), 1),
-    "text": Size(2, 40, 150, (8e-3, 1.6e-2), 1, (runs.METHODS[0], runs.METHODS[2]), 1),
+    "text": Size(2, 30, 100, (8e-3, 1.6e-2), 1, (runs.METHODS[0], runs.METHODS[2]), 1),
 }
 
 
@@ -139,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
         "--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="which of them (default: both)"
     )
     made.add_argument("--seeds", type=number(int), help="of each method, at least 2 (default: 5 and 4; 2 with --quick)")
-    made.add_argument("--steps", type=number(int), help="of each run (default: 400 and 200; 100 and 40 with --quick)")
+    made.add_argument("--steps", type=number(int), help="of each run (default: 400 and 200; 100 and 30 with --quick)")
     return made
 
 
