@@ -132,10 +132,12 @@ def lorafusion(base: nn.Linear, adapter: Adapter) -> nn.Module:
 
 def peft(base: nn.Linear, adapter: Adapter, *, as_shipped: bool = True) -> nn.Module:
     """PEFT's layer; as it ships A and B are float32, else of the linear's dtype."""
-    from peft import HiraConfig, LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig, inject_adapter_in_model
 
     config: Any
     if adapter.variant == "hira":
+        from peft import HiraConfig  # which no PEFT before 0.21 has
+
         if adapter.scale != 1:
             raise ValueError(f"PEFT's HiRA has no scale, it must be 1; got {adapter.scale}")
         config = HiraConfig(r=adapter.rank, hira_dropout=adapter.dropout, target_modules=["0"])

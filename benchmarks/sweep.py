@@ -70,13 +70,17 @@ def parser_of(
         "rank": {"type": number(int), **several, "help": "of the adapters; may be repeated"},
         "variant": {"choices": VARIANTS, "default": "lora", "help": "what the adapters are (default: lora)"},
         "dtype": {"choices": DTYPES, "help": "of x and W (default: bfloat16, on a CPU float32)"},
-        "mode": {"choices": MODES, **several, "help": "eager, or captured in a CUDA graph (the default on a GPU)"},
+        "mode": {
+            "choices": MODES,
+            **several,
+            "help": "eager, or in a CUDA graph (default on a GPU: graph; tune: both)",
+        },
         "peers": {
             "choices": ("none", *peers),
             **several,
             "help": "whom to compare with (default: all; tune and roofline: none)",
         },
-        "rounds": {"type": number(int), "help": "times of each contender (default: 30)"},
+        "rounds": {"type": number(int), "help": "times of each contender (default: 30; tune: 20)"},
         "minutes": {"type": number(float), "default": math.inf, "help": "start no new shape after this long"},
         "json": {"type": Path, "metavar": "FILE", "help": "add the result to this file"},
         "plot": {"type": Path, "metavar": "FILE", "help": "draw it here"},
@@ -92,7 +96,8 @@ def settle(
 ) -> argparse.Namespace:
     """The options, with the defaults of the device; bad ones end the program."""
     options = parser.parse_args(arguments)
-    options.device = options.device or device_of("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu = getattr(options, "dry_run", False) or not torch.cuda.is_available()
+    options.device = options.device or device_of("cpu" if on_cpu else "cuda")
     on_gpu = options.device.type == "cuda"
     common = {"peers": list(PEER_NAMES), "rounds": 30, "rank": [16 if on_gpu else 8]}
     common |= {"dtype": "bfloat16" if on_gpu else "float32", "mode": ["graph" if on_gpu else "eager"]}

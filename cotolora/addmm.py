@@ -27,6 +27,8 @@ class Saved(NamedTuple):
     norm: ``‖W + scale · B A‖`` by rows, ``[out_features]``.
     base: what c multiplies, ``[rows, out_features]``, before h Bᵀ: ``x Wᵀ + bias``, or ``dropout(x) Wᵀ``.
     bias: what `base` has too much.
+
+    Of DoRA merged with a small W h is None, though dB may be asked for, and base is ``W + scale · B A``.
     """
 
     h: Tensor | None

@@ -21,7 +21,8 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> T
     In float32, or float64 if `weight` is. Where B = 0 it is ``‖W‖`` exactly.
 
     Not by ``‖W_i‖² + 2 s · W_i · (B A)_i + s² · ‖(B A)_i‖²`` from W Aᵀ and A Aᵀ, which needs no sum of W and B A: the
-    terms may cancel, and a CPU takes as long for a product of so few columns as for the whole sum, or longer.
+    terms may cancel, and a CPU takes as long for a product of so few columns as for the whole sum, or longer. It has
+    not been timed on a GPU, where it is the fallback of the fused kernels, which have their own.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     lora_a, lora_b = cast(lora_a, dtype), cast(lora_b, dtype)
@@ -56,14 +57,15 @@ def forward(
     r"""``y = c ∘ base + (1 − c) ∘ bias + h (c ∘ B)ᵀ`` with ``base = x Wᵀ + bias`` and ``h = δ · scale · x Aᵀ``.
 
     With dropout D, ``y = x Wᵀ + bias + (c − 1) ∘ (D x) Wᵀ + h (c ∘ B)ᵀ`` with ``h = δ · scale · D x Aᵀ``.
-    Where c = 1 and B = 0, so also where the gate is off, both are the base's own result, bit for bit.
+    A small W that many rows meet on a CPU is merged with its update: ``y = x (c ∘ (W + scale · B A))ᵀ + bias``.
+    Where c = 1 and B = 0, so also where the gate is off, all are the base's own result, bit for bit.
     Shapes as in `cotolora.reference.dora_linear`; `gate` is True or a tensor. A norm of None is computed.
     """
     if _merges(x, weight, needs, gate, dropout):
         total = weight.addmm(cast(lora_b, x.dtype), cast(lora_a, x.dtype), alpha=scale)
         norm = torch.linalg.vector_norm(total, dim=1) if norm is None else norm
         c = (magnitude / norm).masked_fill_(norm.logical_not(), 1)
-        return F.linear(x, total * c.unsqueeze(1), bias), Saved(None, None, c, norm, total)
+        return F.linear(x, cast(total * c.unsqueeze(1), x.dtype), bias), Saved(None, None, c, norm, total)
     if norm is None:
         norm = row_norms(weight, lora_a, lora_b, scale)
     y = F.linear(x, weight, bias).contiguous()
@@ -109,7 +111,8 @@ def backward(
 
         dx = (c ∘ dy) W + p A      dA = pᵀ x      dB = c ∘ dyᵀ h      dm = Σ_rows dy ∘ (x Wᵀ + h Bᵀ) / norm
 
-    Only what `needs` asks for is computed; operands that the rest would need may be None.
+    Only what `needs` asks for is computed; operands that the rest would need may be None. Of a merged weight, which is
+    told by dB asked for without h, see `_of_merged`.
     """
     dx = dw = dbias = da = db = dm = p = None
     c, keep = saved.column, saved.keep
@@ -148,16 +151,22 @@ def backward(
     return dx, dw, dbias, da, db, dm
 
 
+def merges(device: torch.device, element_size: int, rows: int | None, entries: int, dropout: float) -> bool:
+    """Whether an adapter that is on and trains is merged with a W of so many entries; see `_merges`."""
+    many = rows is not None and rows >= MANY
+    return device.type == "cpu" and element_size >= 4 and many and entries <= MERGED and not dropout
+
+
 def _merges(x: Tensor, weight: Tensor, needs: Needs, gate: Gate, dropout: float) -> bool:
     """Whether ``c ∘ (W + scale · B A)`` is made, and all gradients are taken from ``dyᵀ x``.
 
     It takes one product of the size of W's more and no pass over what is ``[rows, out_features]``: faster where W is
     small, by measurement on a CPU. Not in low precision, which would round small updates away.
     """
-    small = weight.numel() <= MERGED and x.numel() >= MANY * weight.shape[1]
-    plain = gate is True and not dropout and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    trains = needs.lora_a is not None and needs.lora_b is not None
-    return small and plain and trains and weight.dtype.itemsize >= 4
+    if gate is not True or needs.lora_a is None or needs.lora_b is None or torch.compiler.is_compiling():
+        return False
+    rows = x.numel() // max(1, weight.shape[1])
+    return merges(x.device, weight.dtype.itemsize, rows, weight.numel(), dropout)
 
 
 def _of_merged(
@@ -170,10 +179,10 @@ def _of_merged(
     assert c is not None
     across, column = rows.T @ flat(x), c.unsqueeze(1)
     dm = (across * total).sum(1).div_(norm).masked_fill_(norm.logical_not(), 0) if needs.magnitude else None
-    across *= column
+    across = cast(across * column, rows.dtype)
     da = scaled_mm(cast(lora_b, dy.dtype).T, across, scale)
     db = scaled_mm(across, cast(lora_a, dy.dtype).T, scale)
-    dx = rows @ (total * column) if needs.x else None
+    dx = rows @ cast(total * column, rows.dtype) if needs.x else None
     return (
         dx if dx is None or dy.dim() == 2 else dx.view(x.shape),
         across if needs.weight else None,

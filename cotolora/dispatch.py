@@ -138,7 +138,7 @@ def auto(call: Call) -> tuple[str, str]:
     if call.dtype == torch.float64:
         return "reference", "float64 is for checking, and the reference is what to check with"
     if call.device.type != "cuda":
-        return "addmm", "vendor GEMMs are the fastest there is but on a GPU"
+        return "addmm", "off a GPU there are only vendor GEMMs"
     if reasons := why_not("triton", call):
         return "addmm", "the fused kernels cannot run: " + "; ".join(reasons)
     choice = _form(call)
@@ -374,8 +374,12 @@ def explain(
     sizes = call.sizes
     if sizes is None or ran_by == "reference":
         return Plan(shown, ran_by, reason, others, form or None)
-    forward, backward = forms.launches(form or runs, sizes, call.variant)
+    merged = variant == "dora" and ran_by == "addmm"
+    merged = merged and addmm_dora.merges(place, dtype.itemsize, sizes.m, sizes.n * sizes.k, dropout)
+    forward, backward = forms.launches("merged" if merged else form or runs, sizes, call.variant)
     mask = 0 if not dropout else sizes.m * sizes.k if runs == "addmm" else 8
     # DoRA keeps what c multiplies, c and the norm; HiRA nothing but what it is given
     kept = {"lora": sizes.bytes("h"), "dora": sizes.bytes("h", "u") + 8 * sizes.n, "hira": 0}[variant]
+    if merged:
+        kept = sizes.bytes("w") + 8 * sizes.n
     return Plan(shown, ran_by, reason, others, form or None, forward, backward, kept + mask)

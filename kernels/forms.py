@@ -84,9 +84,9 @@ class Sizes:
 def launches(form: str, sizes: Sizes, variant: str = "lora") -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
     """The kernels of a form's forward and of its backward, which makes the gradients of x, A, B and the magnitude.
 
-    `form` is one of `VARIANT_FORMS[variant]`, "addmm", or "frozen": the base linear alone. Of the addmm of a variant,
-    launches that move no more than a row or a factor are not listed. Where the low-rank part is added to an output it
-    is one of `ADDING`, or "addmm".
+    `form` is one of `VARIANT_FORMS[variant]`, "addmm", "merged" (what addmm does with DoRA where W is small), or
+    "frozen": the base linear alone. Of the addmm of a variant, launches that move no more than a row or a factor are
+    not listed. Where the low-rank part is added to an output it is one of `ADDING`, or "addmm".
     """
     if sizes.adds:
         return _adding(form, sizes)
@@ -172,10 +172,35 @@ def dora_launches(form: str, sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[La
     """As `launches`, which a fused form has with one kernel more, and u besides y."""
     if form == "addmm":
         return _dora_by_vendor(sizes)
+    if form == "merged":
+        return _dora_merged(sizes)
     bytes_of, ((*before, last), (first, *rest)) = sizes.bytes, launches(form, sizes)
     scaled = Launch(last.kernel, last.bytes + bytes_of("u"), last.flops, last.speed)
     first = Launch(first.kernel, first.bytes + bytes_of("u"))
     return (Launch("row_norm", bytes_of("w", "a", "b")), *before, scaled), (first, *rest)
+
+
+def _dora_merged(sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:
+    """Of a small W that is merged with its update, all gradients from dyᵀ x."""
+    bytes_of, products = sizes.bytes, 2 * sizes.m * sizes.n * sizes.k
+    return (
+        (
+            Launch("addmm", bytes_of("w", "a", "b", "w")),
+            Launch("norm", bytes_of("w")),
+            Launch("mul", bytes_of("w", "w")),
+            Launch("linear", bytes_of("x", "w", "y"), products),
+        ),
+        (
+            Launch("mm", bytes_of("dy", "x", "w"), products),
+            Launch("mul", bytes_of("w", "w", "w")),
+            Launch("sum", bytes_of("w")),
+            Launch("mul", bytes_of("w", "w")),
+            Launch("addmm", bytes_of("w", "b", "a")),
+            Launch("addmm", bytes_of("w", "a", "b")),
+            Launch("mul", bytes_of("w", "w")),
+            Launch("mm", bytes_of("dy", "w", "dx"), products),
+        ),
+    )
 
 
 def _dora_by_vendor(sizes: Sizes) -> tuple[tuple[Launch, ...], tuple[Launch, ...]]:

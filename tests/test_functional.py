@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from cotolora import CoToLoRALinear, coto_lora_linear, set_backend
+from cotolora.autograd import autocasts
 from tests.tolerance import assert_as_accurate_as_torch
 
 SCALE = 0.75  # neither 1 nor a power of two: lost, squared or inverted it shows
@@ -943,3 +944,14 @@ def test_saved_tensors_do_not_keep_copies_of_x():
     kept = [t for t in saved if t.shape == x.shape]
     assert len(kept) == 3
     assert set(storages(kept)) == set(storages([x]))
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_autocast_is_seen_on_every_device(device):
+    assert not autocasts(torch.device(device))
+    before = torch.is_autocast_enabled(device)
+    torch.set_autocast_enabled(device, True)
+    try:
+        assert autocasts(torch.device(device))
+    finally:
+        torch.set_autocast_enabled(device, before)

@@ -203,6 +203,26 @@ def test_only_small_weights_and_many_rows_are_merged(change):
     assert not merged(**asked, needs=needs._replace(lora_a=None))
 
 
+@pytest.mark.parametrize("wide", ["magnitude", "norm"])
+def test_merged_dora_takes_a_magnitude_and_a_norm_of_any_dtype(wide, merges):
+    named = draw("dora", dtype=torch.float32)
+    named["norm"] = row_norms(named["weight"], named["lora_a"], named["lora_b"], SCALE)
+    dy, needs = torch.ones(3, 2, 3), set(named) - {"norm"}
+    plain = run("dora", named, dy, needs, backend="reference")
+    got = run("dora", named | {wide: named[wide].double()}, dy, needs, backend="addmm")
+    for name, value in plain.items():
+        assert got[name].dtype == (torch.float64 if name == wide else torch.float32)
+        torch.testing.assert_close(got[name].float(), value)
+    assert merges
+
+
+def test_explain_knows_what_is_merged():
+    merged, plain = (cotolora.explain((rows, 64, 64, 8), variant="dora", dtype=torch.float32) for rows in (64, 63))
+    assert [len(half) for half in (merged.forward, merged.backward)] == [4, 8]
+    assert merged.saved_bytes == 4 * 64 * 64 + 8 * 64
+    assert len(plain.backward) == 9
+
+
 # off
 
 
