@@ -5,6 +5,7 @@ A label names what stays, as in the CoTo paper (Zhuang et al. 2025, arXiv:2506.0
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,7 +25,7 @@ SCOPES = ("global", "layer")
 Keep = str | Iterable[str] | Callable[[str], object]
 
 
-class Pruning:
+class Pruning(ABC):
     """What one call took out of a model, and the way back; a context manager that undoes on leaving.
 
     Attributes:
@@ -54,8 +55,9 @@ class Pruning:
         self._restore()
         self._undone = True
 
+    @abstractmethod
     def _restore(self) -> None:
-        raise NotImplementedError
+        """Puts back what was there before, or raises."""
 
     def __enter__(self) -> Pruning:
         return self
