@@ -108,11 +108,19 @@ def tiny():
     )
 
 
+def test_settings_run_side_by_side_and_one_that_fails_loses_no_other():
+    found = study.each(math.sqrt, [4.0, -1.0, 9.0])
+    assert {next(found), next(found)} == {2.0, 3.0}
+    with pytest.raises(ValueError, match=r"math domain|nonnegative"):
+        next(found)
+
+
 def test_the_whole_course_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     methods = (runs.METHODS[0], runs.METHODS[2])
     monkeypatch.setitem(study.SETTINGS, "text", tiny)
-    monkeypatch.setitem(study.QUICK, "text", study.Size(2, 20, 20, (1e-2, 2e-2), 1, methods, 1))
-    assert study.main(["--quick", "--settings", "text", "--out", str(tmp_path)]) == 0
+    monkeypatch.setitem(study.QUICK, "text", study.Size(2, 20, 20, (1e-2, 2e-2), 1, runs.METHODS, 1))
+    chosen = ["--methods", *(method.name for method in methods)]
+    assert study.main(["--quick", "--settings", "text", "--out", str(tmp_path), *chosen]) == 0
     told = capsys.readouterr().out
     assert told.startswith((tmp_path / "study.md").read_text())
     assert "| a single task is learned better" in told
@@ -121,6 +129,7 @@ def test_the_whole_course_on_a_tiny_model(tmp_path, monkeypatch, capsys):
         "merged.png",
     }  # fmt: skip
     rows = json.loads((tmp_path / "study.json").read_text())["results"][0]["rows"]
+    assert {r["method"] for r in rows} == {"base", "LoRA", "CoTo"}
     ours = {(r["measure"], r["at"]) for r in rows if r["method"] == "CoTo"}
     assert {
         ("merged", "lego"),
@@ -142,7 +151,11 @@ def test_the_whole_course_on_a_tiny_model(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--seeds", "1"], "--seeds must be at least 2"), (["--steps", "5"], "--steps must be at least 20")],
+    [
+        (["--seeds", "1"], "--seeds must be at least 2"),
+        (["--steps", "5"], "--steps must be at least 20"),
+        (["--methods", "CoTo"], "--methods must hold LoRA, which the others are timed against; got CoTo"),
+    ],
 )
 def test_bad_options_are_named(arguments, says, capsys):
     with pytest.raises(SystemExit):

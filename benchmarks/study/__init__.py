@@ -1,11 +1,12 @@
 """Checks the CoTo paper's claims on two small tasks that every machine has.
 
-    python -m benchmarks study [--quick] [--out DIR] [--settings digits text]
+    python -m benchmarks study [--quick] [--out DIR] [--settings digits text] [--methods LoRA CoTo]
 
 Setting "digits": a vision transformer that knows the handwritten digits 0 to 4, adapted to all ten. Setting "text": a
 small Llama over characters that has read Python's library, adapted to English prose, to names of Unicode characters and
 to code pages. Each method gets the same batches, steps and adapters, and the best of the same learning rates by its
 own validation score. Scores are larger for the better: accuracy in percent, or bits per character, negated.
+Settings run side by side, a process and a thread each, where the machine has a core for each.
 A claim holds if the 95 % interval of the paired differences over the seeds lies on its side, does not hold if it
 lies on the other, and is not decidable here otherwise.
 """
@@ -13,11 +14,14 @@ lies on the other, and is not decidable here otherwise.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -29,6 +33,9 @@ from benchmarks.study import claims, figures, measures, runs, tasks
 from benchmarks.study.measures import Value
 from benchmarks.study.runs import Method, Run
 from benchmarks.study.tasks import Setting
+
+T = TypeVar("T")
+S = TypeVar("S")
 
 SETTINGS: dict[str, Callable[[], Setting]] = {"digits": tasks.digits, "text": tasks.text}
 
@@ -44,24 +51,23 @@ class Size:
     sweep_seeds: int
     methods: tuple[Method, ...]
     shapley_seeds: int
-    samples: int = 8  # of layers dropped at random, of each number
 
 
 SIZES = {
     "digits": Size(5, 400, 300, runs.RATES, 1, runs.METHODS, 5),
-    "text": Size(4, 200, 1000, runs.RATES, 1, runs.METHODS[:4], 4),
+    "text": Size(4, 200, 1000, runs.RATES, 1, runs.METHODS, 4),
 }
 QUICK = {
-    "digits": Size(2, 100, 150, (8e-3, 1.6e-2), 1, (runs.METHODS[0], runs.METHODS[2]), 1, samples=2),
-    "text": Size(2, 30, 100, (8e-3, 1.6e-2), 1, (runs.METHODS[0], runs.METHODS[2]), 1, samples=2),
+    "digits": Size(2, 100, 150, (8e-3, 1.6e-2), 1, (runs.METHODS[0], runs.METHODS[2]), 1),
+    "text": Size(2, 30, 100, (8e-3, 1.6e-2), 1, (runs.METHODS[0], runs.METHODS[2]), 1),
 }
 
 
-def study(setting: Setting, size: Size) -> list[dict[str, Any]]:
-    """All rows of one setting."""
+def study(setting: Setting, size: Size, line: int = 0) -> list[dict[str, Any]]:
+    """All rows of one setting; progress is shown on that line of the terminal."""
     base = setting.pretrained(size.pretrain)
     each = size.steps * len(size.methods) * len(setting.domains)
-    with tqdm(total=each * size.sweep_seeds * len(size.rates), disable=None, desc=f"{setting.name}: sweep") as bar:
+    with progress(setting, "sweep", each * size.sweep_seeds * len(size.rates), line) as bar:
         rows = runs.sweep(setting, base, size.methods, size.rates, size.sweep_seeds, size.steps, bar.update)
     rates = runs.best_rates(rows, size.methods)
     for name, domain in setting.domains.items():
@@ -79,14 +85,19 @@ def study(setting: Setting, size: Size) -> list[dict[str, Any]]:
         )
 
     trained: dict[str, list[list[Run]]] = {name: [] for name in setting.domains}  # by domain and seed: a run a method
-    with tqdm(total=each * size.seeds, disable=None, desc=f"{setting.name}: runs") as bar:
+    with progress(setting, "runs", each * size.seeds, line) as bar:
         for seed in range(size.seeds):
             for name, domain in setting.domains.items():
                 trained[name].append(runs.train(setting, base, domain.train, rates, seed, size.steps, bar.update))
-    return rows + measured(setting, size, trained)
+    return rows + measured(setting, size, trained, line)
 
 
-def measured(setting: Setting, size: Size, trained: dict[str, list[list[Run]]]) -> list[dict[str, Any]]:
+def progress(setting: Setting, part: str, total: int, line: int) -> tqdm:
+    """A bar, where there is a terminal to see it."""
+    return tqdm(total=total, disable=None, desc=f"{setting.name}: {part}", position=line, leave=False)
+
+
+def measured(setting: Setting, size: Size, trained: dict[str, list[list[Run]]], line: int) -> list[dict[str, Any]]:
     """Everything that is measured of trained runs."""
     rows: list[dict[str, Any]] = []
 
@@ -95,7 +106,7 @@ def measured(setting: Setting, size: Size, trained: dict[str, list[list[Run]]]) 
         rows.extend({**told, "measure": measure, "at": at, "value": value} for measure, at, value in found)
 
     total = len(trained) * size.seeds * len(size.methods)
-    with tqdm(total=total, disable=None, desc=f"{setting.name}: measures") as bar:
+    with progress(setting, "measures", total, line) as bar:
         for name, seeds in trained.items():
             domain = setting.domains[name]
             for of_seeds in zip(*seeds, strict=True):  # the runs of one method
@@ -103,7 +114,7 @@ def measured(setting: Setting, size: Size, trained: dict[str, list[list[Run]]]) 
                     if measures.is_product(run):
                         keep(run, measures.of_pair(setting, domain, run, other), name)
                 for run in of_seeds:
-                    keep(run, measures.of_one(setting, domain, run, size.samples), name)
+                    keep(run, measures.of_one(setting, domain, run), name)
                     if run.seed < size.shapley_seeds:
                         keep(run, measures.contributions(setting, domain, run), name)
                     bar.update()
@@ -134,11 +145,16 @@ def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     formatter = argparse.RawDescriptionHelpFormatter
     made = argparse.ArgumentParser(prog="python -m benchmarks study", description=__doc__, formatter_class=formatter)
-    made.add_argument("--quick", action="store_true", help="two methods, two seeds, few steps: under five minutes")
+    made.add_argument("--quick", action="store_true", help="two methods, two seeds, few steps: some two minutes")
     made.add_argument("--out", type=Path, default=Path("study-out"), help="folder for results (default: %(default)s)")
     made.add_argument(
         "--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="which of them (default: both)"
     )
+    names = [method.name for method in runs.METHODS]
+    made.add_argument(
+        "--methods", nargs="+", choices=names, metavar="METHOD",
+        help=f"LoRA and which others of {', '.join(map(repr, names[1:]))} (default: all; LoRA and CoTo with --quick)",
+    )  # fmt: skip
     made.add_argument("--seeds", type=number(int), help="of each method, at least 2 (default: 5 and 4; 2 with --quick)")
     made.add_argument("--steps", type=number(int), help="of each run (default: 400 and 200; 100 and 30 with --quick)")
     return made
@@ -151,6 +167,9 @@ def main(arguments: Sequence[str]) -> int:
         parser().error(f"--seeds must be at least 2, to fuse two of them; got {options.seeds}")
     if options.steps is not None and options.steps < 20:
         parser().error(f"--steps must be at least 20, for the rate to warm up; got {options.steps}")
+    if options.methods is not None and "LoRA" not in options.methods:
+        parser().error(f"--methods must hold LoRA, which the others are timed against; got {' '.join(options.methods)}")
+    methods = options.methods and tuple(method for method in runs.METHODS if method.name in options.methods)
     try:
         import matplotlib  # noqa: F401
         import scipy  # noqa: F401
@@ -158,29 +177,59 @@ def main(arguments: Sequence[str]) -> int:
         import transformers  # noqa: F401
     except ImportError as error:
         parser().error(f'the study needs {error.name}; install it with: pip install "cotolora[bench]"')
-    # matrices this small gain nothing from a second thread
-    torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in dict.fromkeys(options.settings):
-        began = time.perf_counter()
-        setting, size = SETTINGS[name](), (QUICK if options.quick else SIZES)[name]
-        changes = {"seeds": options.seeds, "steps": options.steps}
-        size = replace(size, **{key: value for key, value in changes.items() if value is not None})
-        asked = {
-            "setting": name, "unit": setting.unit, "seeds": size.seeds, "steps": size.steps, "batch": setting.batch,
-            "rank": runs.RANK, "alpha": runs.ALPHA, "pretraining": size.pretrain, "sweep seeds": size.sweep_seeds,
-            "data": [f"{key} {domain.digest}".strip() for key, domain in setting.domains.items()],
-        }  # fmt: skip
-        result = Result("study", report.machine(torch.device("cpu")), asked, study(setting, size))
-        result.notes.append(f"made in {time.perf_counter() - began:.0f} s")
+    jobs = []
+    for line, name in enumerate(dict.fromkeys(options.settings)):
+        changes = {"seeds": options.seeds, "steps": options.steps, "methods": methods}
+        size = replace((QUICK if options.quick else SIZES)[name], **{k: v for k, v in changes.items() if v is not None})
+        jobs.append((name, size, line))
+    for result in each(result_of, jobs):
         report.write(options.out / "study.json", result)
     publish(options.out)
     return 0
 
 
+def result_of(job: tuple[str, Size, int]) -> Result:
+    """The study of one setting, with what it was asked."""
+    name, size, line = job
+    # matrices this small gain nothing from a second thread
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    setting = SETTINGS[name]()
+    asked = {
+        "setting": name, "unit": setting.unit, "seeds": size.seeds, "steps": size.steps, "batch": setting.batch,
+        "rank": runs.RANK, "alpha": runs.ALPHA, "pretraining": size.pretrain, "sweep seeds": size.sweep_seeds,
+        "data": [f"{key} {domain.digest}".strip() for key, domain in setting.domains.items()],
+    }  # fmt: skip
+    result = Result("study", report.machine(torch.device("cpu")), asked, study(setting, size, line))
+    result.notes.append(f"made in {time.perf_counter() - began:.0f} s")
+    return result
+
+
+def each(function: Callable[[T], S], arguments: Sequence[T]) -> Iterator[S]:
+    """What a function makes of each argument, as it is done, in processes side by side; an error when all are done."""
+    if len(arguments) == 1:
+        yield function(arguments[0])
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # forked, a child would inherit torch's threads without their having been forked
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(cores, len(arguments)), context) as pool:
+        errors = []
+        for future in as_completed([pool.submit(function, argument) for argument in arguments]):
+            error = future.exception()
+            if error is None:
+                yield future.result()
+            else:
+                errors.append(error)
+    if errors:
+        raise errors[0]
+
+
 def publish(folder: Path) -> None:
     """Prints and writes what the results in `folder` say, and draws them."""
-    results = report.read(folder / "study.json")
+    order = list(SETTINGS)
+    results = sorted(report.read(folder / "study.json"), key=lambda result: order.index(result.settings["setting"]))
     told = tables(results)
     (folder / "study.md").write_text(told)
     rows = [row for result in results for row in result.rows]

@@ -57,10 +57,10 @@ CLAIMS = (
     Claim("… pruned", "kept", "every-other", baseline="LoRA, constant p", paper="70.1 → 71.1"),
     Claim("an exponential ramp fuses better than a linear", "fused", 0.5, "CoTo, exponential", "CoTo", paper="+0.5"),
     Claim("… and prunes better", "kept", "every-other", "CoTo, exponential", "CoTo", paper="+1.7"),
-    Claim("DoRA learns better with CoTo", "score", None, "DoRA, CoTo", "DoRA", 1, "83.45 → 83.93", ("digits",)),
-    Claim("HiRA learns better with CoTo", "score", None, "HiRA, CoTo", "HiRA", 1, "83.98 → 84.34", ("digits",)),
-    Claim("DoRA trains faster with CoTo", "time", None, "DoRA, CoTo", "DoRA", -1, "-23.7 %", ("digits",)),
-    Claim("HiRA trains faster with CoTo", "time", None, "HiRA, CoTo", "HiRA", -1, "-24.2 %", ("digits",)),
+    Claim("DoRA learns better with CoTo", "score", None, "DoRA, CoTo", "DoRA", 1, "83.45 → 83.93"),
+    Claim("HiRA learns better with CoTo", "score", None, "HiRA, CoTo", "HiRA", 1, "83.98 → 84.34"),
+    Claim("DoRA trains faster with CoTo", "time", None, "DoRA, CoTo", "DoRA", -1, "-23.7 %"),
+    Claim("HiRA trains faster with CoTo", "time", None, "HiRA, CoTo", "HiRA", -1, "-24.2 %"),
 )
 
 

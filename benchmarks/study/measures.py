@@ -19,6 +19,7 @@ LAMBDAS = 11
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
 KEPT = ("every-other", "low", "middle", "high")
 HALF = 0.5
+SAMPLES = 8  # of layers dropped at random, of each number
 
 
 def is_product(run: Run) -> bool:
@@ -26,8 +27,8 @@ def is_product(run: Run) -> bool:
     return run.method.variant == "lora"
 
 
-def of_one(setting: Setting, domain: Domain, run: Run, samples: int) -> Iterator[Value]:
-    """Of one trained model: how good it is, what it cost, and what is left of it in parts, `samples` of each size."""
+def of_one(setting: Setting, domain: Domain, run: Run) -> Iterator[Value]:
+    """Of one trained model: how good it is, what it cost, and what is left of it in parts."""
 
     def score(model: torch.nn.Module) -> float:
         return setting.score(model, domain.test)
@@ -40,7 +41,7 @@ def of_one(setting: Setting, domain: Domain, run: Run, samples: int) -> Iterator
     for sparsity in SPARSITIES:
         with pruning.magnitude(run.model, sparsity):
             yield "sparsity", sparsity, score(run.model)
-    stability = connectivity.dropout_stability(run.model, score, samples=samples, seed=run.seed)
+    stability = connectivity.dropout_stability(run.model, score, samples=SAMPLES, seed=run.seed)
     for count, value in zip(stability.dropped, stability.means, strict=True):
         yield "dropped", count, value
     yield "dropped, mean", None, statistics.fmean(stability.means[1:-1])

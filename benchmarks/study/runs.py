@@ -16,7 +16,7 @@ import cotolora
 from benchmarks.study.tasks import Setting, Split, batches
 
 RANK, ALPHA = 4, 8.0
-RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)
 SWEEP_SEED = 1000  # seeds from here on are for choosing the rate and for nothing else
 
 
