@@ -9,6 +9,8 @@ if not torch.cuda.is_available():
     # before anything imports triton: kernels decorated earlier would be compiled for a GPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+pytest.register_assert_rewrite("tests.saving", "tests.training")
+
 # the sizes are small, and threads that wait for one another cost more than they save on a shared machine
 torch.set_num_threads(1)
 
@@ -29,6 +31,16 @@ def poison_empty(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned(empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """An adapter on blocks.0.fc, blocks.1.fc and fc of `tests.saving.Net`, rank 2, alpha 16."""
+    from cotolora import save_adapter
+    from tests.saving import base, tuned
+
+    save_adapter(tuned(base(), ["fc"], rank=2), tmp_path)
+    return tmp_path
 
 
 @pytest.fixture
