@@ -126,7 +126,7 @@ def test_the_whole_course_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     assert "| a single task is learned better" in told
     assert {path.name for path in tmp_path.iterdir()} == {
         "study.md", "study.json", "fused.png", "sparsity.png", "dropped.png", "shapley.png", "rates.png", "kept.png",
-        "merged.png",
+        "merged.png", "score.png", "time.png", "skipped.png",
     }  # fmt: skip
     rows = json.loads((tmp_path / "study.json").read_text())["results"][0]["rows"]
     assert {r["method"] for r in rows} == {"base", "LoRA", "CoTo"}

@@ -17,7 +17,14 @@ CURVES = (
     ("shapley", "Shapley value of each layer", "shapley", "layer", False),
     ("rates", "sensitivity to the learning rate (validation)", "sweep", "learning rate", True),
 )
-BARS = (("kept", "layers kept", "kept"), ("merged", "tasks merged by", "merged"))
+# (file, title, measure, unit where it is not the setting's)
+POINTS = (
+    ("score", "one task, all layers", "score", ""),
+    ("kept", "layers kept", "kept", ""),
+    ("merged", "tasks merged by", "merged", ""),
+    ("time", "training time", "time", "of LoRA's, side by side"),
+    ("skipped", "adapter work skipped", "skipped", "% of the multiplications"),
+)
 
 
 def draw(rows: Rows, units: dict[str, str], folder: Path) -> list[Path]:
@@ -35,16 +42,16 @@ def draw(rows: Rows, units: dict[str, str], folder: Path) -> list[Path]:
             if logarithmic:
                 axis.set_xscale("log", base=2)
         made.append(save(canvas, axes, folder / f"{name}.png"))
-    for name, title, measure in BARS:
-        with_bars = [
+    for name, title, measure, unit in POINTS:
+        shown = [
             setting for setting in settings if any(r["measure"] == measure and r["setting"] == setting for r in rows)
         ]
-        if not with_bars:
+        if not shown:
             continue
-        canvas, axes = figure(len(with_bars), width=6.4, height=4.0)
-        for axis, setting in zip(axes, with_bars, strict=True):
-            bars(axis, rows, setting, measure)
-            axis.set(title=f"{setting}: {title}", ylabel=units[setting])
+        canvas, axes = figure(len(shown), width=6.4, height=4.0)
+        for axis, setting in zip(axes, shown, strict=True):
+            points(axis, rows, setting, measure)
+            axis.set(title=f"{setting}: {title}", ylabel=unit or units[setting])
         made.append(save(canvas, axes, folder / f"{name}.png"))
     return made
 
@@ -66,8 +73,12 @@ def color_of(method: str) -> str:
 
 
 def methods_of(rows: Rows, setting: str, measure: str) -> list[str]:
-    """In the order of their first row."""
-    return list(dict.fromkeys(r["method"] for r in rows if (r["setting"], r["measure"]) == (setting, measure)))
+    """In the order of their first row, without the base."""
+    return [
+        method
+        for method in dict.fromkeys(r["method"] for r in rows if (r["setting"], r["measure"]) == (setting, measure))
+        if method != "base"
+    ]
 
 
 def places_of(rows: Rows, setting: str, measure: str) -> list[Any]:
@@ -79,28 +90,21 @@ def curves(axis: Any, rows: Rows, setting: str, measure: str) -> None:
     """Mean and standard deviation over the seeds."""
     places = places_of(rows, setting, measure)
     for method in methods_of(rows, setting, measure):
-        points = [mean_sd(values(rows, setting, method, measure, at)) for at in places]
-        middle, spread = zip(*points, strict=True)
+        middle, spread = zip(*(mean_sd(values(rows, setting, method, measure, at)) for at in places), strict=True)
         (line,) = axis.plot(places, middle, marker="o", markersize=3, label=method, color=color_of(method))
         low = [m - s for m, s in zip(middle, spread, strict=True)]
         high = [m + s for m, s in zip(middle, spread, strict=True)]
         axis.fill_between(places, low, high, color=line.get_color(), alpha=0.15)
 
 
-def bars(axis: Any, rows: Rows, setting: str, measure: str) -> None:
-    """A group of bars for each place."""
+def points(axis: Any, rows: Rows, setting: str, measure: str) -> None:
+    """A group of points for each place, mean and standard deviation."""
     methods, places = methods_of(rows, setting, measure), places_of(rows, setting, measure)
     width = 0.8 / len(methods)
     for index, method in enumerate(methods):
-        points = [mean_sd(values(rows, setting, method, measure, at)) for at in places]
         where = [place + (index - (len(methods) - 1) / 2) * width for place in range(len(places))]
-        middle, spread = zip(*points, strict=True)
-        axis.bar(where, middle, width, yerr=spread, label=method, color=color_of(method), error_kw={"linewidth": 0.8})
-    axis.set_xticks(range(len(places)), [str(place) for place in places], rotation=20, ha="right", fontsize="small")
-    lowest, highest = axis.get_ylim()
-    heights = [bar.get_height() for bar in axis.patches]
-    margin = 0.15 * (max(heights) - min(heights))
-    # bars of a negated score hang from zero: show where they differ
-    axis.set_ylim(
-        max(lowest, min(heights) - margin), min(highest, max(heights) + margin) if max(heights) < 0 else highest
-    )
+        middle, spread = zip(*(mean_sd(values(rows, setting, method, measure, at)) for at in places), strict=True)
+        axis.errorbar(where, middle, spread, fmt="o", label=method, color=color_of(method))
+    names = ["" if place is None else str(place) for place in places]
+    axis.set_xticks(range(len(places)), names, rotation=20, ha="right", fontsize="small")
+    axis.grid(axis="y", color="0.9")
