@@ -128,7 +128,7 @@ class CoTo:
         self.mask = torch.ones(len(self.groups), dtype=torch.bool, device="cpu")
         self._warned = self._told = False
         self._model = unwrap(model)
-        self._handle: RemovableHandle | None = None
+        self._handles: list[RemovableHandle] = []
         self._check_every, self._calls = check_every, 0
         if check_every:
             self._check_ranks()
@@ -205,11 +205,14 @@ class CoTo:
         )
         self.current_step, self.p = step, p
         self._apply(mask)
-        if self._handle is None:
-            self._handle = self._model.register_forward_hook(self._join_graph)
-        for layer in self._layers.values():
-            if isinstance(layer, PeftSwitch):
-                layer.hold()  # each time: an earlier CoTo that finishes late lets go of it
+        peft = [layer for layer in self._layers.values() if isinstance(layer, PeftSwitch)]
+        if not self._handles:
+            self._handles = [self._model.register_forward_hook(self._join_graph)]
+            if peft:
+                # also where a forward raises. Here and not on each layer: torch.compile would trace a graph for each
+                self._handles.append(self._model.register_forward_hook(self._restore, always_call=True))
+        for layer in peft:
+            layer.hold()  # each time: an earlier CoTo that finishes late lets go of it
 
     def _tilted(self, p: float, index: int) -> float:
         count = len(self.groups)
@@ -230,9 +233,8 @@ class CoTo:
         """Switches every adapter on and takes the hooks off: the end of the run, until another step is set."""
         self.p = 1.0
         self._apply(torch.ones_like(self.mask))
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        while self._handles:
+            self._handles.pop().remove()
         for layer in self._layers.values():
             if isinstance(layer, PeftSwitch):
                 layer.release()
@@ -303,6 +305,12 @@ class CoTo:
                     used.update(layer.adapter_parameters)
         # some of PEFT's methods share parameters among layers
         return [parameter for parameter in idle if parameter not in used]
+
+    def _restore(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Leaves no layer of PEFT's switched by a forward that raised."""
+        for layer in self._layers.values():
+            if isinstance(layer, PeftSwitch):
+                layer.restore()
 
     def _join_graph(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Under DDP, ties parameters that no forward used to the output, so that the reducer sees them."""

@@ -45,27 +45,28 @@ class PeftSwitch:
         if not self._handles:
             self._handles = [
                 self.layer.register_forward_pre_hook(self._before),
-                self.layer.register_forward_hook(self._after, always_call=True),  # also where the forward raises
+                self.layer.register_forward_hook(self._after),
             ]
 
     def release(self) -> None:
         """Takes the hooks off again: the layer is PEFT's alone."""
         while self._handles:
             self._handles.pop().remove()
-        self._restore(self.layer)
+        self.restore()
 
     def _before(self, layer: Any, args: Any) -> None:
-        self._restore(layer)  # from a forward that a KeyboardInterrupt ended, after which torch calls no hook
+        self.restore()  # from a forward that a KeyboardInterrupt ended, after which torch calls no hook
         # a merged layer that is disabled would unmerge itself, which changes weights
         if not self.gate and layer.training and not layer._disable_adapters and not layer.merged:
             layer._disable_adapters = self._acted = True
 
     def _after(self, layer: Any, args: Any, output: Any) -> None:
-        self._restore(layer)
+        self.restore()
 
-    def _restore(self, layer: Any) -> None:
+    def restore(self) -> None:
+        """Takes back what a forward has set, also one that raised."""
         if self._acted:
-            layer._disable_adapters = self._acted = False
+            self.layer._disable_adapters = self._acted = False
 
     @property
     def training(self) -> bool:

@@ -99,14 +99,15 @@ class Row(Generic[Launch]):
 UNALIGNED = Row(Tile(64, 64, 32, num_warps=8, num_stages=2), element_size=2, aligned=False)
 # NVIDIA has no matrix instruction for full float32: a product holds 16 operands a row in registers. Among tiles of this
 # size ptxas may spill a few bytes to fit one more block on the SM; these it leaves alone, for every BLOCK_R, gate and
-# layout, in Triton 3.6 and 3.9 alike [compiled]
+# layout, in Triton 3.6 to 3.9 alike [compiled]
 IEEE = (
     Row(Tile(16, 32, 16, num_warps=8, num_stages=2), min_rank=129, element_size=4, precision="ieee"),
     Row(Tile(16, 64, 16, num_stages=2), max_rank=32, element_size=4, precision="ieee"),
     Row(Tile(16, 64, 16, num_stages=1), max_rank=64, element_size=4, precision="ieee", aligned=True),
     Row(Tile(32, 32, 16, num_warps=8, num_stages=2), max_rank=64, element_size=4, precision="ieee"),
-    Row(Tile(16, 32, 16, num_stages=2), element_size=4, precision="ieee"),
 )
+IEEE_ONE_PASS = (*IEEE, Row(Tile(16, 32, 16, num_stages=1), element_size=4, precision="ieee"))
+IEEE_LOW_RANK_GEMM = (*IEEE, Row(Tile(16, 32, 16, num_warps=8, num_stages=2), element_size=4, precision="ieee"))
 IEEE_SM_90 = (Row(Tile(32, 32, 16, num_warps=8), element_size=4, precision="ieee"),)
 IEEE_SM_100 = (
     Row(Tile(32, 32, 32, num_warps=8, num_stages=2), max_rank=32, element_size=4, precision="ieee"),
@@ -128,7 +129,7 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
     "sm_80": (
         *WIDE,
         UNALIGNED,
-        *IEEE,
+        *IEEE_ONE_PASS,
         # 8 bytes of spills with 32 of K and odd strides, or with 16 of K and 16-byte loads
         Row(Tile(64, 64, 32, num_warps=8, num_stages=4), element_size=4, precision="tf32", aligned=True),
         Row(Tile(64, 64, 16, num_warps=8), element_size=4, precision="tf32"),
@@ -174,11 +175,13 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(64, 64, 32), max_m=64, element_size=4, precision="tf32", aligned=True),
         Row(Tile(128, 64, 32, num_warps=8), element_size=4, precision="tf32", aligned=True, selects=False),
         Row(Tile(64, 64, 64, num_warps=8, num_stages=2), element_size=4, precision="tf32", aligned=True),
-        TF32,
+        # a third stage spills 8 bytes in Triton 3.8
+        Row(Tile(64, 64, 32, num_warps=8, num_stages=2), element_size=4, precision="tf32"),
         # as on sm_90, which has fewer SMs and is the same otherwise
         Row(Tile(64, 32, 128, group_m=1, num_stages=5), max_m=64, max_n=8192, max_rank=32),
         Row(Tile(64, 64, 64, group_m=1, num_stages=5), max_m=64),
-        Row(Tile(128, 64, 32, num_warps=8, num_stages=4), scaled=True),
+        # 128 rows spill 8 bytes in Triton 3.7 and 3.8
+        Row(Tile(64, 64, 64, num_warps=8), scaled=True),
         Row(Tile(128, 128, 64, num_stages=4), max_m=512, max_rank=64),
         Row(Tile(128, 256, 64, num_warps=8), max_rank=64, selects=False),
         # 4 warps can read y out of tensor memory, but not above rank 64
@@ -199,7 +202,7 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
     "generic": (
         WIDE_SMALL,
         UNALIGNED,
-        *IEEE,
+        *IEEE_ONE_PASS,
         Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4, precision="tf32"),
         Row(Tile(16, 64, 64, group_m=1, num_stages=2), max_m=16),
         Row(Tile(64, 64, 32, num_stages=2)),
@@ -215,7 +218,7 @@ SCALED_IEEE: Row[Tile] = Row(
 LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
     "sm_80": (
         SCALED_IEEE,
-        *IEEE,
+        *IEEE_LOW_RANK_GEMM,
         Row(Tile(64, 32, 32, num_warps=8, programs=2), element_size=4),
         Row(Tile(64, 64, 32, num_warps=8, programs=2), aligned=False, scaled=True),
         Row(Tile(128, 64, 32, num_warps=8, programs=2), aligned=False),
@@ -242,7 +245,8 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(64, 64, 64, num_warps=8, programs=2), aligned=False, scaled=True),
         Row(Tile(128, 64, 64, num_warps=8, programs=2), aligned=False),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=1024),
-        Row(Tile(128, 256, 64, num_warps=8), selects=False),
+        # 8 warps spill for a device gate in Triton 3.8, and 16 above rank 64 in all
+        Row(Tile(128, 256, 64, num_warps=16), max_rank=64, selects=False),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
     ),
     "gfx942": (
@@ -253,7 +257,7 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
     ),
     "generic": (
         SCALED_IEEE,
-        *IEEE,
+        *IEEE_LOW_RANK_GEMM,
         Row(Tile(32, 32, 16, num_warps=8, num_stages=2, programs=2), element_size=4, scaled=True),
         Row(Tile(32, 32, 32, num_warps=8, num_stages=2, programs=2), element_size=4),
         Row(Tile(64, 64, 32, num_warps=8, num_stages=2, programs=2)),
@@ -283,7 +287,7 @@ SHRINK: dict[str, tuple[Row[Stream], ...]] = {
 }
 GRAM: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
-        Row(Stream(16, 32, max_ranks=32, num_warps=8, num_stages=2), element_size=4),
+        Row(Stream(16, 32, max_ranks=32, num_warps=4 if arch == "sm_100" else 8, num_stages=2), element_size=4),
         Row(Stream(64, 64, max_ranks=64, num_warps=8)),
     )
     for arch in ONE_PASS
@@ -292,7 +296,7 @@ GRAM: dict[str, tuple[Row[Stream], ...]] = {
 PROJECT: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(16, 32, num_warps=8, num_stages=2), element_size=4),
-        Row(Stream(32, 64), aligned=False),
+        Row(Stream(32, 64, num_warps=8 if arch == "sm_100" else 4), aligned=False),
         *((Row(Stream(32, 64, num_warps=8), scaled=True),) if arch in ("sm_80", "sm_100", "generic") else ()),
         Row(Stream(32, 128, num_warps=4 if arch == "gfx942" else 8)),
     )
@@ -301,7 +305,7 @@ PROJECT: dict[str, tuple[Row[Stream], ...]] = {
 PRE_EXPAND: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(16, 16, max_ranks=16, num_stages=2), element_size=4, precision="ieee"),
-        Row(Stream(16, 16 if arch == "sm_80" else 32, max_ranks=16, num_stages=2), element_size=4),
+        Row(Stream(16, 16 if arch in ("sm_80", "sm_90") else 32, max_ranks=16, num_stages=2), element_size=4),
         Row(Stream(64, 32 if arch == "sm_100" else 64, max_ranks=64, num_warps=8)),
     )
     for arch in ONE_PASS
