@@ -126,7 +126,7 @@ def low_rank_gemm_kernel(
 
         # the low-rank term comes first, while it can be selected from without a second accumulator
         y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        # not for tiles whose rows are all off: with a branch on row gates ptxas may serialise every wgmma
+        # also for tiles whose rows are all off: behind a branch on row gates ptxas may serialise every wgmma
         if gate:
             y = low_rank_term(
                 y, h_ptr, b_ptr, rows, columns, row_on, column_ok, R, stride_h_m, stride_h_r, stride_b_n, stride_b_r,
