@@ -120,19 +120,19 @@ def low_rank_gemm_kernel(
         rows = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
         row_ok, column_ok = rows < M, columns < N
-        row_on = row_ok
+        on, row_on = gate, row_ok
         if ROW_GATES:
             row_on = tl.load(gate_ptr + rows // rows_per_gate * stride_gate_g, mask=row_ok, other=0) != 0
+            on = tl.max(row_on.to(tl.int32), axis=0) != 0
 
         # the low-rank term comes first, while it can be selected from without a second accumulator
         y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        # also for tiles whose rows are all off: behind a branch on row gates ptxas may serialise every wgmma
-        if gate:
+        if on:
             y = low_rank_term(
                 y, h_ptr, b_ptr, rows, columns, row_on, column_ok, R, stride_h_m, stride_h_r, stride_b_n, stride_b_r,
                 BLOCK_R, RANK_STEPS, TMA, PRECISION,
             )  # fmt: skip
-        # selections outside of the branch: in it they make ptxas serialise every wgmma after it
+        # selections for tiles that are off as well: in the branch they make ptxas serialise every wgmma after it
         if ROW_GATES:
             y = tl.where(row_on[:, None], y, 0.0)
         if seed_ptr is not None:

@@ -145,8 +145,7 @@ def one_pass_kernel(
             y, y_ptrs, u_ptr, column_scale_ptr, bias_ptr, rows, columns, row_ok & ~row_on, column_ok, row_on, N,
             stride_bias_n, ROW_GATES,
         )  # fmt: skip
-    # of rows that are off h is zero and nothing is stored below: a branch here may make ptxas serialise every wgmma
-    if on or ROW_GATES:
+    if on:
         y = expanded(y, h, b_ptr, ranks, columns, rank_ok, column_ok, R, stride_b_n, stride_b_r, PRECISION)
     store_scaled(
         y, y_ptrs, u_ptr, column_scale_ptr, bias_ptr, rows, columns, row_on, column_ok, row_on, N,

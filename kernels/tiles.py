@@ -245,8 +245,7 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(64, 64, 64, num_warps=8, programs=2), aligned=False, scaled=True),
         Row(Tile(128, 64, 64, num_warps=8, programs=2), aligned=False),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=1024),
-        # 8 warps spill for a device gate in Triton 3.8, and 16 above rank 64 in all
-        Row(Tile(128, 256, 64, num_warps=16), max_rank=64, selects=False),
+        Row(Tile(128, 256, 64, num_warps=8), selects=False),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
     ),
     "gfx942": (
