@@ -66,6 +66,12 @@ def scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
+def add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``y + a b``, written over y where nothing traces."""
+    # torch 2.11's compiler takes the gradient of an output that is written in place for zero
+    return torch.addmm(y, a, b) if torch.compiler.is_compiling() else y.addmm_(a, b)
+
+
 def short_first(rows: Tensor, rank: int) -> bool:
     """Whether ``rows b`` and ``rowsᵀ h``, of `rank` columns, are faster as ``(bᵀ rowsᵀ)ᵀ`` and ``(hᵀ rows)ᵀ``.
 
@@ -119,13 +125,11 @@ def forward(
         # contiguous() costs nothing on what F.linear makes today; without it a layout that cannot be
         # viewed as a matrix would lose the in-place update
         y = F.linear(x, weight, bias).contiguous()
-        rows = flat(y)
-        add = rows.addmm_
     else:
         assert base is not None
         # never in place: the base's own backward, or the base itself, may need what it has returned
-        y, rows = base, flat(base)
-        add = rows.addmm
+        y = base
+    rows = flat(y)
     lora_a, lora_b = cast(lora_a, x.dtype), cast(lora_b, y.dtype)
     dropped, keep = torch.native_dropout(x, dropout, True) if dropout else (x, None)
     h = scaled_mm(flat(dropped), lora_a.T, scale)
@@ -133,8 +137,8 @@ def forward(
     h = cast(select(on, h), y.dtype)
     if on is None or on.dim() == 0 or _all_finite(lora_b):
         factor = lora_b if on is None or on.dim() > 0 else select(on, lora_b)
-        total = add(h, factor.T)
-        y = y if base is None else total.view(y.shape)
+        total = (add_product if base is None else torch.addmm)(rows, h, factor.T)
+        y = y if total is rows else total.view(y.shape)
     else:
         # a row that is off must not meet a non-finite B, so here the selection comes after the product
         y = torch.where(on, torch.addmm(rows, h, lora_b.T).view(y.shape), y)

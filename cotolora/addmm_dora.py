@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cotolora.addmm import Needs, Saved, cast, flat, masked, scaled_mm, select, short_first
+from cotolora.addmm import Needs, Saved, add_product, cast, flat, masked, scaled_mm, select, short_first
 from cotolora.reference import Gate, rows_on
 
 # entries of W + scale · B A that are made at a time: on a CPU what its cache holds
@@ -84,7 +84,7 @@ def forward(
         base = rows
         out = rows * c if bias is None else torch.addcmul(torch.addcmul(bias, bias, c, value=-1), rows, c)
     # in c's dtype to the end: one rounding, the last
-    out = cast(out.addmm_(cast(h, c.dtype), _columns(c, lora_b, whole, c.dtype).T), x.dtype)
+    out = cast(add_product(out, cast(h, c.dtype), _columns(c, lora_b, whole, c.dtype).T), x.dtype)
     out = out if y.dim() == 2 else out.view(y.shape)
     if by_row is not None:
         out = torch.where(by_row, out, y)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cotolora.addmm import Needs, Saved, cast, flat, masked, scaled_mm, select
+from cotolora.addmm import Needs, Saved, add_product, cast, flat, masked, scaled_mm, select
 from cotolora.reference import Gate, rows_on
 
 # entries of a block of W's gradient: on a CPU what a cache holds, else what keeps a device busy
@@ -37,7 +37,7 @@ def forward(
     dropped, keep = torch.native_dropout(x, dropout, True) if dropout else (x, None)
     update = _update(weight, lora_a, lora_b, scale)
     if on is None:
-        flat(y).addmm_(flat(dropped), update.T)
+        y = add_product(flat(y), flat(dropped), update.T).view(y.shape)
     else:
         y = torch.where(on, torch.addmm(flat(y), flat(dropped), update.T).view(y.shape), y)
     return y, Saved(None, keep)
