@@ -715,8 +715,9 @@ def test_small_steps_from_a_start_away_from_zero_are_not_lost(init):
     a, b = layer.factors()
     x = X.bfloat16()
     got = coto_lora_linear(x, torch.zeros_like(layer.weight), None, a, b, scale=layer.scale)
-    want = x.double() @ step.T
-    assert (got.double() - want).abs().max() < 0.02 * want.abs().max()
+    # what rounding may do goes with the sum of magnitudes, of which some torch's own start cancels more
+    most = (x.double().abs() @ step.abs().T).max()
+    assert (got.double() - x.double() @ step.T).abs().max() < 0.005 * most
     # and its gradients are those of B A, whatever it started from
     x = X.bfloat16().requires_grad_()
     got = torch.autograd.grad(layer(x).sum(), [layer.lora_a, layer.lora_b])
