@@ -792,6 +792,23 @@ def test_compiled_whole(options):
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("variant", ["lora", "dora", "hira"])
+def test_a_traced_forward_writes_no_product_in_place(variant, dropout, monkeypatch):
+    """The compiler of torch 2.11 takes the gradient of an output that is written in place for zero."""
+    layer = layer_of({"variant": variant}, dropout=dropout)
+
+    def forbidden(*_):
+        raise AssertionError("written in place")
+
+    monkeypatch.setattr(torch.Tensor, "addmm_", forbidden)
+    if variant != "hira" or dropout:
+        with pytest.raises(AssertionError, match="written in place"):
+            layer(X)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    layer(X)
+
+
 def test_explain_says_what_runs_a_variant():
     plan = cotolora.explain(layer_of({"variant": "hira"}), rows=8)
     assert plan.backend == "addmm"
