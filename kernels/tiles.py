@@ -99,7 +99,7 @@ class Row(Generic[Launch]):
 UNALIGNED = Row(Tile(64, 64, 32, num_warps=8, num_stages=2), element_size=2, aligned=False)
 # NVIDIA has no matrix instruction for full float32: a product holds 16 operands a row in registers. Among tiles of this
 # size ptxas may spill a few bytes to fit one more block on the SM; these it leaves alone, for every BLOCK_R, gate and
-# layout, in Triton 3.6 to 3.9 alike [compiled]
+# layout, in Triton 3.6 and 3.9 alike, and the last of each kernel in 3.7 and 3.8 as well [compiled]
 IEEE = (
     Row(Tile(16, 32, 16, num_warps=8, num_stages=2), min_rank=129, element_size=4, precision="ieee"),
     Row(Tile(16, 64, 16, num_stages=2), max_rank=32, element_size=4, precision="ieee"),

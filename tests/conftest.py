@@ -34,6 +34,16 @@ def poison_empty(monkeypatch):
 
 
 @pytest.fixture
+def tf():
+    return pytest.importorskip("transformers", reason="compares with transformers' models")
+
+
+@pytest.fixture
+def peft():
+    return pytest.importorskip("peft", reason="compares with PEFT")
+
+
+@pytest.fixture
 def saved(tmp_path):
     """An adapter on blocks.0.fc, blocks.1.fc and fc of `tests.saving.Net`, rank 2, alpha 16."""
     from cotolora import save_adapter

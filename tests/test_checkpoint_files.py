@@ -21,12 +21,6 @@ from torch import nn
 from cotolora import CoToLoRALinear, adapters, load_adapter, save_adapter
 from tests.saving import CONFIG, PREFIX, WEIGHTS, base, config_of, logits, picture, refused, rewrite, train, tuned
 
-
-@pytest.fixture
-def peft():
-    return pytest.importorskip("peft", reason="compares with PEFT")
-
-
 # settings that are not supported, and configs that make no sense
 
 

@@ -9,17 +9,6 @@ import torch
 from cotolora import adapters, load_adapter, save_adapter
 from tests.saving import Inner, Many, Net, Odd, X, assert_few_ulps, base, keys, logits, refused, train, trained, tuned
 
-
-@pytest.fixture
-def tf():
-    return pytest.importorskip("transformers", reason="compares with transformers' models")
-
-
-@pytest.fixture
-def peft():
-    return pytest.importorskip("peft", reason="compares with PEFT")
-
-
 IDS = {"input_ids": torch.tensor([[1, 5, 2, 7], [3, 4, 8, 6]])}
 
 

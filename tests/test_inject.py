@@ -27,16 +27,6 @@ from cotolora import (
 from cotolora.inject import compile_patterns, first_match, match_linears, matches
 
 
-@pytest.fixture
-def tf():
-    return pytest.importorskip("transformers", reason="compares with transformers' models")
-
-
-@pytest.fixture
-def peft():
-    return pytest.importorskip("peft", reason="compares with PEFT")
-
-
 class Block(nn.Module):
     def __init__(self):
         super().__init__()

@@ -504,16 +504,6 @@ def test_kmeans_settles_with_every_cluster_inhabited(copies):
 # PEFT
 
 
-@pytest.fixture
-def peft():
-    return pytest.importorskip("peft", reason="compares with PEFT")
-
-
-@pytest.fixture
-def tf():
-    return pytest.importorskip("transformers", reason="compares with transformers' models")
-
-
 WEIGHTS = [0.7, -0.4]
 PEFTS = {
     # PEFT gives the root of each weight to A and to B

@@ -109,7 +109,7 @@ def tiny():
 
 
 def test_settings_run_side_by_side_and_one_that_fails_loses_no_other():
-    found = study.each(math.sqrt, [4.0, -1.0, 9.0])
+    found = study.in_processes(math.sqrt, [4.0, -1.0, 9.0])
     assert {next(found), next(found)} == {2.0, 3.0}
     with pytest.raises(ValueError, match=r"math domain|nonnegative"):
         next(found)

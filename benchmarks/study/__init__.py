@@ -145,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     formatter = argparse.RawDescriptionHelpFormatter
     made = argparse.ArgumentParser(prog="python -m benchmarks study", description=__doc__, formatter_class=formatter)
-    made.add_argument("--quick", action="store_true", help="two methods, two seeds, few steps: some two minutes")
+    made.add_argument("--quick", action="store_true", help="two methods, two seeds, few steps: two and a half minutes")
     made.add_argument("--out", type=Path, default=Path("study-out"), help="folder for results (default: %(default)s)")
     made.add_argument(
         "--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="which of them (default: both)"
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str]) -> int:
         changes = {"seeds": options.seeds, "steps": options.steps, "methods": methods}
         size = replace((QUICK if options.quick else SIZES)[name], **{k: v for k, v in changes.items() if v is not None})
         jobs.append((name, size, line))
-    for result in each(result_of, jobs):
+    for result in in_processes(result_of, jobs):
         report.write(options.out / "study.json", result)
     publish(options.out)
     return 0
@@ -206,7 +206,7 @@ def result_of(job: tuple[str, Size, int]) -> Result:
     return result
 
 
-def each(function: Callable[[T], S], arguments: Sequence[T]) -> Iterator[S]:
+def in_processes(function: Callable[[T], S], arguments: Sequence[T]) -> Iterator[S]:
     """What a function makes of each argument, as it is done, in processes side by side; an error when all are done."""
     if len(arguments) == 1:
         yield function(arguments[0])
