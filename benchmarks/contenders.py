@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import cotolora
 from cotolora import reference
-from cotolora.kernels.forms import VARIANT_FORMS
+from cotolora.backends.cost import VARIANT_FORMS
 
 
 @dataclass(frozen=True)

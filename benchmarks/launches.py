@@ -33,7 +33,8 @@ import cotolora
 from benchmarks.aot import intercept
 from benchmarks.contenders import Adapter, ours, peft, unsloth_order
 from benchmarks.shapes import number
-from cotolora import dispatch
+from cotolora.backends import choice as dispatch
+from cotolora.backends.cost import VARIANT_FORMS
 from cotolora.functional import VARIANTS
 from cotolora.kernels import (
     adapter_grads,
@@ -46,7 +47,6 @@ from cotolora.kernels import (
     row_norm,
     shrink,
 )
-from cotolora.kernels.forms import VARIANT_FORMS
 
 ARCHITECTURE = "sm_90"  # an H200's: what the launchers split and load by TMA depends on it
 LAUNCHERS = (

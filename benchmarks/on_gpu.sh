@@ -97,7 +97,7 @@ else
         tests/test_kernels.py tests/test_one_pass.py tests/test_gpu.py tests/test_tune.py
     part tune 35 "${prefix[@]}" "$python" -m benchmarks tune --minutes {} \
         --shapes llama3-8b vit-b --rows 16 64 512 2048 8192
-    table='import torch; from cotolora.kernels import forms; print(forms.cache_path(torch.cuda.get_device_name()))'
+    table='import torch; from cotolora.backends import cost as forms; print(forms.cache_path(torch.cuda.get_device_name()))'
     [[ -n "$only" && "$only" != tune ]] || cp "$("$python" -c "$table")" "$out/tune.json"
     plain=(--peers peft unsloth torchtune lorafusion)
     bench block 25 "${plain[@]}" "${plot[@]}"

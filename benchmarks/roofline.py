@@ -26,8 +26,8 @@ from benchmarks.compare import Comparison, compare
 from benchmarks.contenders import FROZEN, Contender, chosen, named
 from benchmarks.report import Result
 from benchmarks.workload import Workload
-from cotolora.kernels import forms
-from cotolora.kernels.forms import Machine, Sizes
+from cotolora.backends import cost as forms
+from cotolora.backends.cost import Machine, Sizes
 from cotolora.kernels.tiles import architecture
 
 DEFAULTS: dict[str, dict[str, Any]] = {

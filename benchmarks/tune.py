@@ -1,4 +1,4 @@
-"""Times every form of a low-rank layer on this GPU and keeps the table that `cotolora.kernels.forms.choose_form` reads.
+"""Times every form of a low-rank layer on this GPU and keeps the table that `cotolora.backends.cost.choose_form` reads.
 
     python -m benchmarks tune [--shapes llama3-8b] [--rows 16 512] [--rank 16] [--dtype bfloat16] [--minutes 20]
 
@@ -24,8 +24,8 @@ from benchmarks.compare import compare
 from benchmarks.contenders import FROZEN, chosen, named
 from benchmarks.report import Result
 from benchmarks.workload import Workload
-from cotolora.kernels import forms
-from cotolora.kernels.forms import Sizes
+from cotolora.backends import cost as forms
+from cotolora.backends.cost import Sizes
 from cotolora.kernels.tiles import architecture
 
 # what may be chosen, by the name that the table has for it

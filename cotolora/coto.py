@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from cotolora.agreement import check_agreement
 from cotolora.groups import Unit, group_names, is_enabled, unwrap
-from cotolora.optimizer_state import keep_whole
 from cotolora.schedule import activation_probability, sample_mask
-from cotolora.stepping import Together, before_each_step, unwrapped
-from cotolora.switches import PeftSwitch, Switch, module_of, switches
+from cotolora.training.agreement import check_agreement
+from cotolora.training.optimizer_state import keep_whole
+from cotolora.training.stepping import Together, before_each_step, unwrapped
+from cotolora.training.switches import PeftSwitch, Switch, module_of, switches
 
 logger = logging.getLogger("cotolora")
 

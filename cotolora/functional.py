@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cotolora import dispatch, reference
-from cotolora.autograd import LowRankLinear, autocasts, without_autocast
+from cotolora import reference
+from cotolora.backends import choice as dispatch
+from cotolora.backends.autograd import LowRankLinear, autocasts, without_autocast
 from cotolora.reference import Gate
 
 VARIANTS = ("lora", "dora", "hira")

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cotolora.autograd import without_autocast
+from cotolora.backends.autograd import without_autocast
 from cotolora.bases import check_foreign, features, is_conv1d, is_dense, keep_keys, place_of, why_not_adaptable
 from cotolora.functional import add_low_rank, coto_lora_linear, row_norms
 from cotolora.reference import Gate
-from cotolora.variants import FROM_WEIGHT, check, delta, since_start, start
+from cotolora.variants.starts import FROM_WEIGHT, check, delta, since_start, start
 
 
 class CoToLoRALinear(nn.Module):
@@ -42,8 +42,8 @@ class CoToLoRALinear(nn.Module):
             `coto_lora_linear`.
         init: of A: "kaiming" (uniform with a = √5, as nn.Linear) or "gaussian" (standard
             deviation 1 / rank), where B is zero; or of both from W: "pissa" (its largest singular values) or "olora"
-            (its QR factors), see `cotolora.variants.start`. Then what the layer adds is ``s · (B A − B0 A0)``, so
-            that a fresh layer and one that is off compute what W does, the original.
+            (its QR factors), see `cotolora.variants.starts.start`. Then what the layer adds is ``s · (B A − B0 A0)``,
+            so that a fresh layer and one that is off compute what W does, the original.
         device, dtype: of the base weight. A and B are float32, or float64 if the base is.
 
     Attributes:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cotolora.groups import adapters
-from cotolora.stepping import before_each_step
+from cotolora.training.stepping import before_each_step
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from cotolora import CoToLoRALinear, adapters, checkpoint, eject, inject, load_adapter, save_adapter
+from cotolora import CoToLoRALinear, adapters, eject, inject, load_adapter, save_adapter
+from cotolora.saving import adapter as checkpoint
 from tests.saving import (
     CONFIG,
     PREFIX,

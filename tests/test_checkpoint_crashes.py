@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from cotolora import adapters, files, load_adapter, save_adapter
+from cotolora import adapters, load_adapter, save_adapter
+from cotolora.saving import files
 from tests.ranks import ROOT
 from tests.saving import CONFIG, WEIGHTS, base, logits, tuned
 

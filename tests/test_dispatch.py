@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cotolora import CoToLoRALinear, coto_lora_linear, dispatch, explain, set_backend
-from cotolora.dispatch import Call
+from cotolora import CoToLoRALinear, coto_lora_linear, explain, set_backend
+from cotolora.backends import choice as dispatch
+from cotolora.backends.choice import Call
 from tests.tolerance import assert_as_accurate_as_torch
 
 ROOT = Path(__file__).parent.parent
@@ -296,41 +297,49 @@ def test_importing_cotolora_loads_nothing_heavy():
     done = python(
         "import sys, torch\n"
         "torchs = set(sys.modules)\n"  # its hub takes tqdm where there is one
-        "heavy = {'triton', 'transformers', 'matplotlib', 'sklearn', 'tqdm', 'peft', 'lightning', 'cotolora.ops'}\n"
+        "heavy = {'triton', 'transformers', 'matplotlib', 'sklearn', 'tqdm', 'peft', 'lightning'}\n"
+        "heavy.add('cotolora.backends.fused.ops')\n"
         "import cotolora\n"
         "loaded = set(sys.modules) - torchs\n"
         "assert not loaded & heavy, loaded & heavy\n"
         # what chooses among kernels is data: the kernels themselves import triton
         "kernels = {name for name in loaded if name.startswith('cotolora.kernels.')}\n"
-        "assert kernels == {'cotolora.kernels.forms', 'cotolora.kernels.tiles'}, kernels\n"
+        "assert kernels == {'cotolora.kernels.tiles'}, kernels\n"
         "x, a, b = torch.ones(3, 4), torch.ones(2, 4), torch.ones(5, 2)\n"
         "cotolora.coto_lora_linear(x, torch.ones(5, 4), None, a, b, scale=1.0)\n"
         "assert cotolora.explain((3, 4, 5, 2)).backend == 'addmm'\n"
-        "assert not (set(sys.modules) - torchs) & {'triton', 'cotolora.ops'}\n"
+        "assert not (set(sys.modules) - torchs) & {'triton', 'cotolora.backends.fused.ops'}\n"
         "assert not torch.cuda.is_initialized()\n"
     )
     assert done.returncode == 0, done.stderr
 
 
 # lower levels first; a module may import from its own level and below
-LEVELS = [
-    {"reference", "schedule", "stepping", "agreement", "optimizer_state"},
-    {"addmm"},
-    {"addmm_dora", "addmm_hira"},
-    {"ops", "ops_variants"},
-    {"dispatch"},
-    {"autograd"},
+FLOORS = [
+    {"reference", "schedule", "training.stepping", "training.agreement", "training.optimizer_state"},
+    {"backends.cost"},
+    {"backends.addmm.lora"},
+    {"backends.addmm.dora", "backends.addmm.hira"},
+    {"backends.fused.ops"},
+    {"backends.fused.dora"},
+    {"backends.choice"},
+    {"backends.autograd"},
     {"functional"},
-    {"bases", "variants"},
+    {"bases", "variants.starts"},
     {"linear"},
-    {"groups"},
-    {"masks", "switches"},
-    {"files"},
-    {
-        *{"inject", "checkpoint", "peft_config", "peft_layers", "coto", "lora_pro"},
-        *{"merging", "pruning", "shapley", "connectivity", "states", "combining", "ensembles", "alignment", "kmeans"},
-    },
-    {"demo", "integrations", "__main__", "__init__"},
+    {"groups", "variants.base"},
+    {"masks", "training.switches", "inject", "coto", "lora_pro"},
+    {"saving.files"},
+    {"saving.peft_config"},
+    {"saving.adapter"},
+    {"merging.kmeans", "merging.states"},
+    {"merging.combining"},
+    {"merging.alignment", "merging.ensembles"},
+    {"merging", "shapley"},
+    {"pruning", "connectivity"},
+    {"integrations.peft", "integrations.transformers", "integrations.lightning"},
+    {"__init__", "demo", "__main__", "integrations", "backends", "backends.addmm", "backends.fused", "saving"},
+    {"training", "variants"},
 ]
 MODULES = sorted(p for p in (ROOT / "cotolora").rglob("*.py") if "kernels" not in p.relative_to(ROOT).parts)
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
@@ -353,45 +362,31 @@ def imported(path: Path) -> set[str]:
 
 
 def own(names: set[str]) -> set[str]:
-    """The modules of cotolora among `names`, by the component after it; "__init__" for the package itself."""
-    return {([*name.split("."), "__init__"])[1] for name in names if name.split(".")[0] == "cotolora"}
+    """The modules of cotolora among `names`, without the package's name; "__init__" for the package itself."""
+    return {name.partition(".")[2] or "__init__" for name in names if name.split(".")[0] == "cotolora"}
 
 
-def level(module: str) -> int:
-    (found,) = (i for i, names in enumerate(LEVELS) if module in names)
+def floor(module: str) -> int:
+    (found,) = (i for i, names in enumerate(FLOORS) if module in names)
     return found
 
 
 def name_of(path: Path) -> str:
-    return path.relative_to(ROOT / "cotolora").parts[0].removesuffix(".py")
+    parts = path.relative_to(ROOT / "cotolora").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_run_one_way(path):
     name, names = name_of(path), own(imported(path))
-    if name in ("schedule", "stepping", "agreement", "optimizer_state"):
-        assert names == set()
-    if name != "dispatch":
-        assert names & {"ops", "ops_variants"} <= ({"ops"} if name == "ops_variants" else set())
-    if name not in ("ops", "ops_variants"):
-        # the demo and the command line report on the package; nothing else knows of the kernels
-        kernels = {full for full in imported(path) if full.startswith("cotolora.kernels")}
-        # what dispatch chooses by is data and imports no triton
-        allowed = (
-            {"cotolora.kernels", "cotolora.kernels.forms", "cotolora.kernels.tiles"} if name == "dispatch" else set()
-        )
-        assert kernels <= allowed or level(name) == len(LEVELS) - 1
-    for other in names - {"kernels"}:
-        assert level(other) <= level(name), f"{name} imports {other}"
-        assert other not in {"demo", "integrations", "__main__"} or other == name, f"{name} imports {other}"
-
-
-def test_imports_have_no_cycle():
-    graph = {name_of(p): own(imported(p)) - {name_of(p), "kernels"} for p in MODULES if p.parent.name == "cotolora"}
-    while graph:
-        leaves = {name for name, names in graph.items() if not names & set(graph)}
-        assert leaves, f"a cycle among {sorted(graph)}"
-        graph = {name: names for name, names in graph.items() if name not in leaves}
+    for other in names:
+        if other.startswith("kernels"):
+            # what chooses reads tiles, which are data; the demo and the command line report on the package
+            assert name.startswith("backends.fused.") or other in ("kernels", "kernels.tiles"), (
+                f"{name} imports {other}"
+            )
+        elif other != name:
+            assert floor(other) < floor(name), f"{name} imports {other}"
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)

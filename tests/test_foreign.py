@@ -15,20 +15,10 @@ from torch.autograd import gradcheck
 from torch.nn.utils import parametrizations
 
 import cotolora
-from cotolora import (
-    CoTo,
-    CoToLoRALinear,
-    adapter_mask,
-    adapters,
-    coto_lora_linear,
-    dispatch,
-    eject,
-    explain,
-    inject,
-    set_backend,
-)
+from cotolora import CoTo, CoToLoRALinear, adapter_mask, adapters, coto_lora_linear, eject, explain, inject, set_backend
+from cotolora.backends import choice as dispatch
+from cotolora.backends import cost as forms
 from cotolora.functional import add_low_rank
-from cotolora.kernels import forms
 from tests.tolerance import assert_as_accurate_as_torch
 
 SCALE = 0.75  # neither 1 nor a power of two: lost, squared or inverted it shows

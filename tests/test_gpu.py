@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cotolora import CoToLoRALinear, coto_lora_linear, set_backend
-from cotolora.kernels.forms import FORMS
+from cotolora.backends.cost import FORMS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 FUSED = [f"triton:{form}" for form in FORMS]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cotolora.kernels.forms import VARIANT_FORMS, Sizes, launches
+from cotolora.backends.cost import VARIANT_FORMS, Sizes, launches
 
 pytest.importorskip("triton")
 pytest.importorskip("peft")

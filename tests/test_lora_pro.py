@@ -7,7 +7,7 @@ from torch import nn
 import cotolora
 from cotolora import CoTo
 from cotolora.lora_pro import adjusted, attach
-from cotolora.stepping import before_each_step
+from cotolora.training.stepping import before_each_step
 
 SCALE = 0.7
 

@@ -15,8 +15,8 @@ from benchmarks.contenders import FROZEN, OFF_BY_HOST, Adapted, Contender, named
 from benchmarks.roofline import Rates
 from benchmarks.shapes import Linear, three_linears
 from benchmarks.workload import Workload
-from cotolora.kernels import forms
-from cotolora.kernels.forms import Machine, Sizes
+from cotolora.backends import cost as forms
+from cotolora.backends.cost import Machine, Sizes
 
 CPU, M, RANK = torch.device("cpu"), 24, 4
 LINEARS = (*three_linears(16), Linear("again", 16, 16, "x0"))

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import cotolora
-from cotolora import CoTo, CoToLoRALinear, coto_lora_linear, dispatch, set_backend
+from cotolora import CoTo, CoToLoRALinear, coto_lora_linear, set_backend
+from cotolora.backends import choice as dispatch
 from tests.tolerance import assert_as_accurate_as_torch
 
 pytest.importorskip("triton")
 
-from cotolora import ops
-from cotolora.kernels import forms
+from cotolora.backends import cost as forms
+from cotolora.backends.fused import ops
 from cotolora.kernels.dropout import drawn_mask
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")

@@ -7,10 +7,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from cotolora import CoToLoRALinear, addmm_dora, dispatch, explain, ops_variants, set_backend
+from cotolora import CoToLoRALinear, explain, set_backend
+from cotolora.backends import choice as dispatch
+from cotolora.backends import cost as forms
+from cotolora.backends.addmm import dora as addmm_dora
+from cotolora.backends.cost import VARIANT_FORMS, Sizes
+from cotolora.backends.fused import dora as ops_variants
 from cotolora.functional import coto_lora_linear, row_norms
-from cotolora.kernels import forms
-from cotolora.kernels.forms import VARIANT_FORMS, Sizes
 from tests.test_functional import SCALE, dy_for, operands
 from tests.test_ops import Counter, assert_same_step, train_step
 from tests.test_variants import NAMES, double, draw, run

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from cotolora import CoTo, activation_probability, sample_mask, set_backend, switches
+from cotolora import CoTo, activation_probability, sample_mask, set_backend
+from cotolora.training import switches
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

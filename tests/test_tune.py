@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from benchmarks import report, shapes, show, sweep, tune
-from cotolora import addmm, dispatch
-from cotolora.kernels import forms
-from cotolora.kernels.forms import Sizes
+from cotolora.backends import choice as dispatch
+from cotolora.backends import cost as forms
+from cotolora.backends.addmm import lora as addmm
+from cotolora.backends.cost import Sizes
 
 ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(not dispatch.has_triton(), reason="needs triton")

@@ -12,18 +12,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cotolora
-from cotolora import (
-    CoToLoRALinear,
-    addmm_dora,
-    coto,
-    coto_lora_linear,
-    functional,
-    inject,
-    linear,
-    reference,
-    set_backend,
-)
-from cotolora.addmm import Needs
+from cotolora import CoToLoRALinear, coto, coto_lora_linear, functional, inject, linear, reference, set_backend
+from cotolora.backends.addmm import dora as addmm_dora
+from cotolora.backends.addmm.lora import Needs
 from cotolora.functional import row_norms
 from tests.test_functional import BACKENDS, DTYPES, GATES, SCALE, SHAPES, dy_for, fits, operands
 from tests.tolerance import assert_as_accurate_as_torch
@@ -269,7 +260,7 @@ def test_rows_have_their_own_gates(variant, backend):
 def test_the_norm_by_blocks_is_the_norm(dtype, monkeypatch):
     ops = operands((1, 70), 50, 4, dtype=dtype, factors=torch.float64 if dtype == torch.float64 else torch.float32)
     exact = torch.linalg.vector_norm(ops.weight.double() + 2.5 * ops.lora_b.double() @ ops.lora_a.double(), dim=1)
-    monkeypatch.setattr("cotolora.addmm_dora.BLOCK_CPU", 70 * 7)
+    monkeypatch.setattr("cotolora.backends.addmm.dora.BLOCK_CPU", 70 * 7)
     got = row_norms(ops.weight, ops.lora_a, ops.lora_b, 2.5, "addmm")
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(got.double(), exact, rtol=8 * torch.finfo(got.dtype).eps, atol=0)
@@ -303,7 +294,7 @@ class Sizes(TorchDispatchMode):
 
 
 def test_dora_never_makes_a_matrix_of_the_size_of_the_weight(monkeypatch):
-    monkeypatch.setattr("cotolora.addmm_dora.BLOCK_CPU", 64 * 7)
+    monkeypatch.setattr("cotolora.backends.addmm.dora.BLOCK_CPU", 64 * 7)
     named = draw("dora", (8, 64), 96, 3, torch.float32)
     needing = [named[name].requires_grad_() for name in ("x", "lora_a", "lora_b", "magnitude")]
     with Sizes() as sizes:

@@ -11,13 +11,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from cotolora.checkpoint import trained_besides
 from cotolora.coto import CoTo
 from cotolora.groups import adapters, is_enabled, unwrap
 from cotolora.inject import HOOKS, block_fast_path, move_hooks, replace_module, why_forward_is_not_its_own
 from cotolora.linear import CoToLoRALinear, is_conv1d, why_not_adaptable
-from cotolora.peft_config import describe
-from cotolora.switches import PeftSwitch
+from cotolora.saving.adapter import trained_besides
+from cotolora.saving.peft_config import describe
+from cotolora.training.switches import PeftSwitch
 
 logger = logging.getLogger("cotolora")
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from cotolora.checkpoint import save_adapter
 from cotolora.coto import CoTo, check_settings
 from cotolora.groups import Unit, adapters
+from cotolora.saving.adapter import save_adapter
 
 
 class CoToCallback(TrainerCallback):

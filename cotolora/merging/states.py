@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cotolora.checkpoint import LoadResult, Saved, collect, place, read
-from cotolora.files import write
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.linear import CoToLoRALinear
-from cotolora.peft_config import Scaling, just, lora_fields, parse
+from cotolora.saving.adapter import LoadResult, Saved, collect, place, read
+from cotolora.saving.files import write
+from cotolora.saving.peft_config import Scaling, just, lora_fields, parse
 
 # fields of a config that no adapter decides and that a merged one keeps
 KEPT = ("base_model_name_or_path", "fan_in_fan_out", "lora_dropout", "modules_to_save", "task_type")

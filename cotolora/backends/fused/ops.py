@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cotolora.addmm import Needs, Saved, flat
+from cotolora.backends.addmm.lora import Needs, Saved, flat
+from cotolora.backends.cost import ADDING, FORMS
 from cotolora.kernels import adapter_grads as grads
 from cotolora.kernels import hira as hiras
 from cotolora.kernels import hira_grads as hira_gradients
@@ -21,7 +22,6 @@ from cotolora.kernels import pre_expand as expands
 from cotolora.kernels import row_norm as norms
 from cotolora.kernels import shrink as shrinks
 from cotolora.kernels.dropout import drawn_mask
-from cotolora.kernels.forms import ADDING, FORMS
 from cotolora.reference import Gate
 
 __all__ = ["FUSED", "Fused", "drawn_mask", "drawn_seed"]
@@ -155,7 +155,7 @@ def drawn_seed(device: torch.device, dropout: float) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Fused:
-    """The Triton backend by one of the forms of `cotolora.kernels.forms`; `forward` and `backward` as in `addmm`."""
+    """The Triton backend by one of the forms of `cotolora.backends.cost`; `forward` and `backward` as in `addmm`."""
 
     form: str
 

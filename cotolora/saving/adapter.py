@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from cotolora.bases import features, place_of, why_not_adaptable
-from cotolora.files import CONFIG, WEIGHTS, read_config, read_weights, write
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.inject import inject, match_linears, matches
 from cotolora.linear import CoToLoRALinear
-from cotolora.peft_config import PeftConfig, describe, exactly, is_alone, just, parse
-from cotolora.peft_layers import KEYS, fill, plain_key, shapes, why_not
-from cotolora.peft_layers import tensors as tensors_of
+from cotolora.saving.files import CONFIG, WEIGHTS, read_config, read_weights, write
+from cotolora.saving.peft_config import PeftConfig, describe, exactly, is_alone, just, parse
+from cotolora.variants.base import KEYS, fill, plain_key, shapes, why_not
+from cotolora.variants.base import tensors as tensors_of
 
 logger = logging.getLogger("cotolora")
 

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from cotolora import addmm, addmm_dora, addmm_hira
-from cotolora.kernels import forms
-from cotolora.kernels.forms import VARIANT_FORMS, Choice, Launch, Sizes
+from cotolora.backends import cost as forms
+from cotolora.backends.addmm import dora as addmm_dora
+from cotolora.backends.addmm import hira as addmm_hira
+from cotolora.backends.addmm import lora as addmm
+from cotolora.backends.cost import VARIANT_FORMS, Choice, Launch, Sizes
 from cotolora.kernels.tiles import architecture
 
 _ADDMM = {"lora": addmm, "dora": addmm_dora, "hira": addmm_hira}
@@ -209,7 +211,7 @@ def note_failure(backend: str, error: Exception) -> None:
 
 def drawn_mask(seed: Tensor, shape: torch.Size, dropout: float) -> Tensor:
     """The dropout mask that a fused kernel drew for an x of `shape`, for vendor GEMMs to go on with."""
-    from cotolora import ops
+    from cotolora.backends.fused import ops
 
     return ops.drawn_mask(seed, math.prod(shape[:-1]), shape[-1], dropout).view(shape)
 
@@ -257,7 +259,8 @@ def kernels(backend: str, variant: str = "lora") -> Any:
     """What has the `forward` and `backward`, and of DoRA the `row_norms`, of a name that `choose` gave."""
     if backend == "addmm":
         return _ADDMM[variant]
-    from cotolora import ops, ops_variants
+    from cotolora.backends.fused import dora as ops_variants
+    from cotolora.backends.fused import ops
 
     form = backend.removeprefix("triton:")
     return ops.FUSED[form] if variant == "lora" else ops_variants.FUSED[variant, form]

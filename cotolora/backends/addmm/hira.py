@@ -1,4 +1,4 @@
-"""HiRA as vendor GEMMs with a hand-written backward; `cotolora.addmm` has the plain form and what both share."""
+"""HiRA as vendor GEMMs with a hand-written backward; `lora.py` beside it has the plain form and what both share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cotolora.addmm import Needs, Saved, add_product, cast, flat, masked, scaled_mm, select
+from cotolora.backends.addmm.lora import Needs, Saved, add_product, cast, flat, masked, scaled_mm, select
 from cotolora.reference import Gate, rows_on
 
 # entries of a block of W's gradient: on a CPU what a cache holds, else what keeps a device busy

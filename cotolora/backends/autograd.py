@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cotolora import dispatch
-from cotolora.addmm import Needs, Saved
+from cotolora.backends import choice as dispatch
+from cotolora.backends.addmm.lora import Needs, Saved
 from cotolora.reference import Gate
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cotolora.linear import CoToLoRALinear
-from cotolora.variants import since_start
+from cotolora.variants.starts import since_start
 
 # what follows the module's name, in the order A, B, m
 KEYS = {

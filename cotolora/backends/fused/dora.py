@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cotolora import addmm_dora, addmm_hira
-from cotolora.addmm import Needs, Saved, flat
-from cotolora.kernels.forms import VARIANT_FORMS
-from cotolora.ops import drawn_mask, drawn_seed
+from cotolora.backends.addmm import dora as addmm_dora
+from cotolora.backends.addmm import hira as addmm_hira
+from cotolora.backends.addmm.lora import Needs, Saved, flat
+from cotolora.backends.cost import VARIANT_FORMS
+from cotolora.backends.fused.ops import drawn_mask, drawn_seed
 from cotolora.reference import Gate
 
 

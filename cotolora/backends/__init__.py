@@ -1,0 +1,1 @@
+"""How a call is computed: types, the choice of a backend, and the backends."""

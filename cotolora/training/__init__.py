@@ -1,0 +1,1 @@
+"""What CoTo does to a training loop."""

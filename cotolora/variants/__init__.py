@@ -1,0 +1,1 @@
+"""What a variant of the low-rank update must say, one file each."""
