@@ -1,6 +1,7 @@
 """LoRA fine-tuning in which adapters come together step by step (CoTo, arXiv:2506.05713)."""
 
-from cotolora.backends.choice import explain, set_backend
+from cotolora.backends.choice import set_backend
+from cotolora.backends.explain import explain
 from cotolora.coto import CoTo
 from cotolora.functional import coto_lora_linear
 from cotolora.groups import adapters

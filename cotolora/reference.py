@@ -83,12 +83,14 @@ def add_low_rank(
 def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """``‖W + scale · B A‖`` of every row ``[out_features]``, a constant to autograd.
 
-    In float32, float64 if `weight` is; of A and B as they are, not as cast to the dtype of x, as PEFT.
+    In float32, float64 if `weight` is; of A and B as cast to the dtype of `weight`, as they meet x where W does. PEFT
+    takes them as they are. Under autocast `weight` is W before the cast, in both.
 
     Source: DoRA, Liu et al. 2024, eq. 5 and section 4.3, "treating ‖V + ΔV‖ as a constant" (arXiv:2402.09353).
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    weight, lora_a, lora_b = weight.detach().to(dtype), lora_a.detach().to(dtype), lora_b.detach().to(dtype)
+    lora_a, lora_b = (factor.detach().to(weight.dtype).to(dtype) for factor in (lora_a, lora_b))
+    weight = weight.detach().to(dtype)
     return torch.linalg.vector_norm(weight + scale * (lora_b @ lora_a), dim=1)
 
 
@@ -104,11 +106,11 @@ def dora_linear(
     lora_a: Tensor,
     lora_b: Tensor,
     magnitude: Tensor,
+    norm: Tensor | None = None,
     *,
     scale: float,
     gate: Gate = True,
     dropout: float = 0.0,
-    norm: Tensor | None = None,
 ) -> Tensor:
     r"""Gated DoRA, which learns the lengths of the rows of W apart: ``y = c ∘ (x Wᵀ + scale · (x Aᵀ) Bᵀ) + bias``.
 

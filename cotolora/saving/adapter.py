@@ -18,9 +18,9 @@ from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.inject import inject, match_linears, matches
 from cotolora.linear import CoToLoRALinear
 from cotolora.saving.files import CONFIG, WEIGHTS, read_config, read_weights, write
+from cotolora.saving.layers import KEYS, fill, plain_key, shapes, why_not
+from cotolora.saving.layers import tensors as tensors_of
 from cotolora.saving.peft_config import PeftConfig, describe, exactly, is_alone, just, parse
-from cotolora.variants.base import KEYS, fill, plain_key, shapes, why_not
-from cotolora.variants.base import tensors as tensors_of
 
 logger = logging.getLogger("cotolora")
 

@@ -15,7 +15,7 @@ from torch import nn
 from cotolora.groups import plain_name
 from cotolora.inject import Patterns, compile_patterns, compiled, first_match, matches
 from cotolora.linear import CoToLoRALinear
-from cotolora.variants.base import settings
+from cotolora.saving.layers import settings
 
 # PEFT fields that do not change what the adapter computes once its weights are loaded
 _HARMLESS = frozenset((
