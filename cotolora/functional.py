@@ -104,7 +104,7 @@ def coto_lora_linear(
     """
     if torch.compiler.is_compiling() or not surely_right(x, weight, bias, lora_a, lora_b):
         check_operands(x, weight, bias, lora_a, lora_b)
-    kind = VARIANTS[variant] if variant in VARIANTS else VARIANTS[one_of("variant", variant, VARIANTS)]
+    kind = VARIANTS[one_of("variant", variant, VARIANTS)]
     extra = _with_magnitude(kind, magnitude, extra)
     if extra or kind.extra:
         check_extra(kind, extra, lora_a.shape[0], weight.shape[1], weight.shape[0], x.device)

@@ -867,8 +867,8 @@ BAD = [
     ("dropout", -0.1, ValueError, r"dropout must be a probability in \[0, 1\]; got -0.1"),
     ("dropout", 1.5, ValueError, r"dropout must be a probability in \[0, 1\]; got 1.5"),
     ("dropout", float("nan"), ValueError, r"dropout must be a probability in \[0, 1\]; got nan"),
-    ("backend", "cuda", ValueError, r"backend must be 'auto', 'reference', 'addmm' or 'triton'; got 'cuda'"),
-    ("backend", 3, ValueError, r"backend must be 'auto', 'reference', 'addmm' or 'triton'; got 3"),
+    ("backend", "cuda", ValueError, r"'triton:pre_expand', 'triton:hira'; got 'cuda'"),
+    ("backend", 3, ValueError, r"'triton:pre_expand', 'triton:hira'; got 3"),
 ]
 
 

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from cotolora import CoToLoRALinear, coto_lora_linear, set_backend
-from cotolora.backends.cost import FORMS
+from cotolora.variants import VARIANTS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-FUSED = [f"triton:{form}" for form in FORMS]
+FUSED = [f"triton:{form}" for form in VARIANTS["lora"].fused]
 BACKENDS = ["addmm", *FUSED]
 SCALE = 0.75
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from cotolora.backends.cost import VARIANT_FORMS, Sizes, launches
+from cotolora.backends.types import Sizes
+from cotolora.variants import VARIANTS
 
 pytest.importorskip("triton")
 pytest.importorskip("peft")
 ROOT = Path(__file__).parent.parent
-FUSED = [(variant, form) for variant, forms in VARIANT_FORMS.items() for form in forms]
+SIZES = Sizes(8192, 4096, 4096, 16)
+FUSED = [(variant, form) for variant in VARIANTS for form in VARIANTS[variant].fused]
 fused = pytest.mark.parametrize(("variant", "form"), FUSED)
 
 
@@ -26,7 +28,7 @@ def run(*command):
 def counts(tmp_path_factory):
     """By variant and rows of x, what every contender does at the default sizes."""
     folder = tmp_path_factory.mktemp("launches")
-    paths = {(v, rows): folder / f"{v}-{rows}.json" for v, rows in (("lora", 16), *((v, 8192) for v in VARIANT_FORMS))}
+    paths = {(v, rows): folder / f"{v}-{rows}.json" for v, rows in (("lora", 16), *((v, 8192) for v in VARIANTS))}
     # in one process, which imports everything once
     every = [["--variant", v, "--rows", str(rows), "--json", str(path)] for (v, rows), path in paths.items()]
     process = run("-c", f"from benchmarks.launches import main\nfor arguments in {every}: assert main(arguments) == 0")
@@ -38,7 +40,7 @@ def moved(count):
     return sum(kernel["bytes"] for kernel in count["forward"] + count["backward"])
 
 
-@pytest.mark.parametrize("variant", VARIANT_FORMS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_frozen_and_off_are_one_product_each_way(variant, counts):
     frozen, off = counts[variant, 8192]["frozen"], counts[variant, 8192]["ours off"]
     assert len(frozen["forward"]) == len(frozen["backward"]) == 1
@@ -74,8 +76,9 @@ def test_one_pass_is_one_launch_or_split_two(counts):
 
 @pytest.mark.parametrize(("variant", "form"), [("lora", "addmm"), *FUSED])
 def test_the_model_launches_what_is_launched(variant, form, counts):
-    modelled = launches(form, Sizes(8192, 4096, 4096, 16), variant)
-    counted = counts[variant, 8192]["ours addmm" if form == "addmm" else f"ours triton:{form}"]
+    name = form if form == "addmm" else f"triton:{form}"
+    modelled = VARIANTS[variant].backends[name].launches(SIZES.call(VARIANTS[variant]))[:2]
+    counted = counts[variant, 8192][f"ours {name}"]
     for model, kernels in zip(modelled, (counted["forward"], counted["backward"]), strict=True):
         assert len(model) == len(kernels)
         # the model leaves out what splits write and read again, and counts what a product in place reads as well
@@ -86,8 +89,9 @@ def test_the_model_launches_what_is_launched(variant, form, counts):
 @pytest.mark.parametrize("variant", ["dora", "hira"])
 def test_the_model_of_a_variants_vendor_gemms_moves_what_is_moved(variant, counts):
     """Of which it leaves out the launches that move little, and takes those of W by blocks for one."""
-    modelled, counted = launches("addmm", Sizes(8192, 4096, 4096, 16), variant), counts[variant, 8192]["ours addmm"]
-    for model, kernels in zip(modelled, (counted["forward"], counted["backward"]), strict=True):
+    modelled = VARIANTS[variant].addmm.launches(SIZES.call(VARIANTS[variant]))
+    counted = counts[variant, 8192]["ours addmm"]
+    for model, kernels in zip(modelled[:2], (counted["forward"], counted["backward"]), strict=True):
         assert 0.9 < sum(m.bytes for m in model) / sum(k["bytes"] for k in kernels) < 1.02
 
 

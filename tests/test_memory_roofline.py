@@ -15,8 +15,10 @@ from benchmarks.contenders import FROZEN, OFF_BY_HOST, Adapted, Contender, named
 from benchmarks.roofline import Rates
 from benchmarks.shapes import Linear, three_linears
 from benchmarks.workload import Workload
-from cotolora.backends import cost as forms
-from cotolora.backends.cost import Machine, Sizes
+from cotolora.backends import cost
+from cotolora.backends.cost import Machine
+from cotolora.backends.types import Sizes
+from cotolora.variants import VARIANTS
 
 CPU, M, RANK = torch.device("cpu"), 24, 4
 LINEARS = (*three_linears(16), Linear("again", 16, 16, "x0"))
@@ -193,24 +195,24 @@ def test_the_floor_takes_the_slower_of_bytes_and_products_in_each_pass():
     assert roofline.floor(sizes, even) == pytest.approx(1 + backward)
 
 
-@pytest.mark.parametrize("form", ["addmm", *forms.FORMS])
-def test_no_model_goes_below_the_floor(form):
+@pytest.mark.parametrize("name", VARIANTS["lora"].backends)
+def test_no_model_goes_below_the_floor(name):
     for dtype in (torch.bfloat16, torch.float32):
         machine = roofline.machine_of(Rates(4e12, 8e14), CPU, dtype)
         for m in (1, 64, 512, 8192):
             for n, k in ((4096, 4096), (768, 3072)):
                 sizes = Sizes(m, n, k, 16, dtype.itemsize)
                 # a rank's products are too few for the model to count
-                assert forms.seconds(form, sizes, machine, captured=True) > 0.95 * roofline.floor(
-                    sizes, Rates(4e12, 8e14)
-                )
+                launches = roofline.launches_of(f"ours {name}", sizes)
+                took = cost.seconds(launches, sizes.element_size, machine, captured=True)
+                assert took > 0.95 * roofline.floor(sizes, Rates(4e12, 8e14))
 
 
 def test_the_model_has_the_rate_of_the_dtype():
     for dtype in (torch.bfloat16, torch.float32):
         machine = roofline.machine_of(Rates(1e30, 1e9), CPU, dtype)
         sizes = Sizes(64, 128, 256, 4, dtype.itemsize)
-        took = forms.seconds("frozen", sizes, machine, captured=True)
+        took = cost.seconds(cost.frozen(sizes), sizes.element_size, machine, captured=True)
         assert took == pytest.approx(2 * 2 * 64 * 128 * 256 / 1e9, rel=0.01)
 
 
@@ -230,7 +232,7 @@ def test_rates_are_positive_and_finite_and_count_both_ways():
 
 def test_rows_hold_the_ratios_and_a_wrong_model_is_named():
     sizes, machine = Sizes(16, 64, 32, 4, 4), Machine(1e12, 1e9, gemm=1.0)
-    model = forms.seconds("addmm", sizes, machine, captured=False)
+    model = cost.seconds(roofline.launches_of("ours addmm", sizes), 4, machine, captured=False)
     seconds = {"both": [3 * model] * 3, "forward": [model] * 3, "backward": [2 * model] * 3}
     (row,) = roofline.rows_of(Comparison("eager", {"ours addmm": seconds}), sizes, RATES, machine, "32 → 64")
     assert row["model_s"] == model

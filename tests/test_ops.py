@@ -16,13 +16,17 @@ from tests.tolerance import assert_as_accurate_as_torch
 
 pytest.importorskip("triton")
 
-from cotolora.backends import cost as forms
+from cotolora.backends import cost, measured
 from cotolora.backends.fused import ops
+from cotolora.backends.fused.lora import FusedLora
+from cotolora.backends.types import Sizes
 from cotolora.kernels.dropout import drawn_mask
+from cotolora.variants import VARIANTS
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 
-FUSED = [f"triton:{form}" for form in forms.FORMS]
+LORA = VARIANTS["lora"]
+FUSED = [f"triton:{form}" for form in LORA.fused]
 SCALE, DROPOUT = 0.75, 0.3
 
 
@@ -294,6 +298,7 @@ def on_gpu(monkeypatch):
     """Makes auto choose a fused form for a CPU, as on a GPU whose model says so."""
     monkeypatch.setattr(dispatch, "_failed", {})
     monkeypatch.setattr(dispatch, "_ran", set())
+    monkeypatch.setattr(dispatch, "plans", {})
     monkeypatch.setattr(dispatch, "_environment", None)
     auto = dispatch.auto
     monkeypatch.setattr(
@@ -314,7 +319,7 @@ def test_a_kernel_that_cannot_run_is_replaced_once_and_logged(where, dropout, mo
     def broken(*args, **kwargs):
         raise RuntimeError("out of resource: shared memory")
 
-    monkeypatch.setattr(ops.Fused, where, broken)
+    monkeypatch.setattr(FusedLora, where, broken)
     with caplog.at_level(logging.WARNING, logger="cotolora"):
         for _ in range(3):
             torch.manual_seed(2)
@@ -348,16 +353,22 @@ def test_the_model_takes_a_fused_form_only_for_a_clear_win():
     for captured in (True, False):
         for m in (1, 64, 2048, 8192):
             for n, k in ((4096, 4096), (768, 768), (1024, 4096), (14336, 4096)):
-                sizes = forms.Sizes(m, n, k, 16)
-                choice = forms.choose_form(sizes, "sm_90", captured=captured)
-                machine, names = forms.MACHINES["sm_90"], ("addmm", *forms.FORMS)
-                time = {name: forms.seconds(name, sizes, machine, captured=captured) for name in names}
-                best = min(forms.FORMS, key=lambda form: time[form])
-                assert choice.form == (best if time["addmm"] >= 1.1 * time[best] else "addmm")
-                assert "modelled, not measured" in choice.reason
-    assert forms.choose_form(forms.Sizes(16, 768, 768, 16), "sm_90", captured=False).form == "addmm"
-    assert forms.choose_form(forms.Sizes(16, 768, 768, 16), "sm_90", captured=True).form != "addmm"
-    assert forms.choose_form(forms.Sizes(8192, 768, 768, 16), "generic", captured=True).form == "addmm"
+                call, machine = Sizes(m, n, k, 16).call(LORA), cost.MACHINES["sm_90"]
+                name, reason = dispatch.fastest(call, "sm_90", captured=captured)
+                time = {
+                    name: cost.seconds(backend.launches(call), 2, machine, captured=captured)
+                    for name, backend in LORA.backends.items()
+                }
+                best = min(FUSED, key=time.get)
+                assert name == (best if time["addmm"] >= 1.1 * time[best] else "addmm")
+                assert "modelled, not measured" in reason
+    assert fastest(16, 768, 768, 16)[0] == "addmm"
+    assert fastest(16, 768, 768, 16, captured=True)[0] != "addmm"
+    assert fastest(8192, 768, 768, 16, arch="generic", captured=True)[0] == "addmm"
+
+
+def fastest(*sizes, arch="sm_90", captured=False, **options):
+    return dispatch.fastest(Sizes(*sizes).call(LORA), arch, captured=captured, **options)
 
 
 ROW = {"m": 100, "n": 64, "k": 64, "rank": 8, "element_size": 2, "captured": False}
@@ -365,13 +376,13 @@ ROW = {"m": 100, "n": 64, "k": 64, "rank": 8, "element_size": 2, "captured": Fal
 
 def test_a_measured_row_goes_before_the_model():
     table = ({**ROW, "seconds": {"addmm": 2.0, "pre_expand": 1.0}}, {**ROW, "m": 150, "seconds": {"addmm": 1.0}})
-    near = forms.choose_form(forms.Sizes(110, 64, 64, 8), "sm_90", captured=False, table=table)
-    assert near.form == "pre_expand"
-    assert "measured fastest" in near.reason
-    assert forms.choose_form(forms.Sizes(140, 64, 64, 8), "sm_90", captured=False, table=table).form == "addmm"
-    for far in (forms.Sizes(400, 64, 64, 8), forms.Sizes(100, 64, 64, 8, element_size=4)):
-        assert "modelled" in forms.choose_form(far, "sm_90", captured=False, table=table).reason
-    assert "modelled" in forms.choose_form(forms.Sizes(100, 64, 64, 8), "sm_90", captured=True, table=table).reason
+    name, reason = fastest(110, 64, 64, 8, table=table)
+    assert name == "triton:pre_expand"
+    assert "measured fastest" in reason
+    assert fastest(140, 64, 64, 8, table=table)[0] == "addmm"
+    for far in ((400, 64, 64, 8), (100, 64, 64, 8, 4)):
+        assert "modelled" in fastest(*far, table=table)[1]
+    assert "modelled" in fastest(100, 64, 64, 8, captured=True, table=table)[1]
 
 
 @pytest.mark.parametrize(
@@ -392,16 +403,16 @@ def test_a_measured_row_goes_before_the_model():
 def test_a_damaged_table_is_ignored_with_one_line(text, tmp_path, caplog):
     path = tmp_path / "table.json"
     path.write_text(text)
-    assert forms.load_table(path) == ()
+    assert measured.load_table(path, {"addmm", *LORA.fused}) == ()
     assert len(caplog.records) == 1
     assert str(path) in caplog.text
 
 
 def test_a_table_that_is_not_there_is_no_news(tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = forms.cache_path("NVIDIA H200/../x")
+    path = measured.cache_path("NVIDIA H200/../x")
     assert path.parent == tmp_path / "cotolora"
-    assert forms.load_table(path) == ()
+    assert measured.load_table(path, {"addmm"}) == ()
     assert caplog.records == []
 
 

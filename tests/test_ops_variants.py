@@ -9,20 +9,20 @@ pytest.importorskip("triton")
 
 from cotolora import CoToLoRALinear, explain, set_backend
 from cotolora.backends import choice as dispatch
-from cotolora.backends import cost as forms
+from cotolora.backends import cost
 from cotolora.backends.addmm import dora as addmm_dora
-from cotolora.backends.cost import VARIANT_FORMS, Sizes
-from cotolora.backends.fused import dora as ops_variants
-from cotolora.functional import coto_lora_linear, row_norms
+from cotolora.backends.types import Sizes
+from cotolora.functional import coto_lora_linear
+from cotolora.variants import VARIANTS
 from tests.test_functional import SCALE, dy_for, operands
 from tests.test_ops import Counter, assert_same_step, train_step
-from tests.test_variants import NAMES, double, draw, run
+from tests.test_variants import NAMES, apply, double, draw, run
 from tests.tolerance import assert_as_accurate_as_torch
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 invalid_values = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
-FUSED = [(variant, f"triton:{form}") for variant in ("dora", "hira") for form in VARIANT_FORMS[variant]]
+FUSED = [(variant, f"triton:{form}") for variant in ("dora", "hira") for form in VARIANTS[variant].fused]
 fused = pytest.mark.parametrize(("variant", "backend"), FUSED)
 GATES = [
     pytest.param(True, id="host"),
@@ -126,14 +126,13 @@ def test_dropout_of_hira_is_one_mask_forward_and_backward(gate):
 
 def test_a_norm_that_is_given_is_used():
     named = draw("dora", (3, 2, 9), 7, 3, torch.float32)
-    operands_ = {k: named[k] for k in ("weight", "lora_a", "lora_b")}
-    for backend in ("triton", "triton:one_pass"):
-        norm = row_norms(**operands_, scale=SCALE, backend=backend)
-        torch.testing.assert_close(norm, addmm_dora.row_norms(**operands_, scale=SCALE))
-        options = {"scale": SCALE, "variant": "dora", "backend": backend}
-        y = coto_lora_linear(**named, **options)
-        assert torch.equal(coto_lora_linear(**named, norm=norm, **options), y)
-        doubled = coto_lora_linear(**named, norm=2 * norm, **options) - named["bias"]
+    factors = [named[k] for k in ("weight", "lora_a", "lora_b")]
+    for form in ("one_pass", "low_rank_gemm"):
+        norm = VARIANTS["dora"].fused[form].row_norms(*factors, SCALE)
+        torch.testing.assert_close(norm, addmm_dora.row_norms(*factors, SCALE))
+        y = apply("dora", named, backend=f"triton:{form}")
+        assert torch.equal(apply("dora", named, norm, backend=f"triton:{form}"), y)
+        doubled = apply("dora", named, 2 * norm, backend=f"triton:{form}") - named["bias"]
         torch.testing.assert_close(2 * doubled, y - named["bias"])
 
 
@@ -169,13 +168,14 @@ def test_vendor_gemms_take_over_from_a_kernel_that_cannot_run(where, variant, ba
     dy, gate = dy_of(named), torch.tensor([1, 0, 1])
     expected = run(variant, named, dy, set(named), gate=gate, backend=backend)
     monkeypatch.setattr(dispatch, "_failed", {})
+    monkeypatch.setattr(dispatch, "plans", {})
     monkeypatch.setattr(dispatch, "_environment", None)
     monkeypatch.setattr(dispatch, "auto", lambda call: (backend, "a model says so"))
 
     def broken(*args, **kwargs):
         raise RuntimeError("out of resource: shared memory")
 
-    monkeypatch.setattr(type(ops_variants.FUSED[variant, backend[7:]]), where, broken)
+    monkeypatch.setattr(type(VARIANTS[variant].backends[backend]), where, broken)
     with caplog.at_level(logging.WARNING, logger="cotolora"):
         found = run(variant, named, dy, set(named), gate=gate)
     assert "out of resource: shared memory" in caplog.text
@@ -236,16 +236,20 @@ def test_a_layer_compiles_to_one_graph(variant, backend):
 
 def test_the_model_of_the_variants():
     sizes = Sizes(8192, 4096, 4096, 16)
-    for variant, names in VARIANT_FORMS.items():
+    for variant in VARIANTS.values():
+        call = sizes.call(variant)
         for captured in (True, False):
-            options = {"captured": captured, "variant": variant}
-            time = {f: forms.seconds(f, sizes, forms.MACHINES["sm_90"], **options) for f in ("addmm", *names)}
-            best = min(names, key=lambda form, time=time: time[form])
-            choice = forms.choose_form(sizes, "sm_90", **options)
-            assert choice.form == (best if time["addmm"] >= 1.1 * time[best] else "addmm")
-    forward, backward = forms.launches("low_rank_gemm", sizes, "dora")
+            time = dispatch.modelled(call, "sm_90", captured)
+            assert time["addmm"] == cost.seconds(
+                variant.addmm.launches(call), 2, cost.MACHINES["sm_90"], captured=captured
+            )
+            best = min(time.keys() - {"addmm"}, key=time.get)
+            name, _ = dispatch.fastest(call, "sm_90", captured=captured)
+            assert name == (best if time["addmm"] >= 1.1 * time[best] else "addmm")
+    dora, lora = (VARIANTS[name] for name in ("dora", "lora"))
+    forward, backward, _ = dora.fused["low_rank_gemm"].launches(sizes.call(dora))
     assert [launch.kernel for launch in forward] == ["row_norm", "shrink", "low_rank_gemm"]
-    plain_forward, plain_backward = forms.launches("low_rank_gemm", sizes)
+    plain_forward, plain_backward, _ = lora.fused["low_rank_gemm"].launches(sizes.call(lora))
     moved = [sum(launch.bytes for launch in of) for of in (forward, plain_forward, backward, plain_backward)]
     # W once more for its norm, and u once in each direction
     assert moved[0] - moved[1] == sizes.bytes("w", "a", "b", "u")
@@ -255,7 +259,7 @@ def test_the_model_of_the_variants():
 def test_explain_tells_the_variants_apart():
     options = {"backend": "triton", "variant": "dora"}
     plan = explain((8192, 64, 64, 8), **options)
-    assert plan.form in VARIANT_FORMS["dora"]
+    assert plan.form in VARIANTS["dora"].fused
     assert plan.forward[0].kernel == "row_norm"
     assert plan.saved_bytes == 4 * 8192 * (8 + 64) + 8 * 64
     assert "DoRA with dropout" in explain((8192, 64, 64, 8), dropout=0.1, **options).reason

@@ -10,34 +10,51 @@ import pytest
 import torch
 
 from benchmarks import report, shapes, show, sweep, tune
-from cotolora.backends import choice as dispatch
-from cotolora.backends import cost as forms
+from cotolora.backends import choice, measured
 from cotolora.backends.addmm import lora as addmm
-from cotolora.backends.cost import Sizes
+from cotolora.backends.fused.common import has_triton
+from cotolora.backends.types import Sizes
+from cotolora.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent
-needs_triton = pytest.mark.skipif(not dispatch.has_triton(), reason="needs triton")
+needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 TINY = ("--dry-run", "--shapes", "4,8,6", "--rounds", "1", "--rank", "2")
 
 
-class Faulty:
+LORA = VARIANTS["lora"]
+FORMS = {"addmm", *LORA.fused}
+
+
+class Faulty(addmm.LoraByAddmm):
     """The vendor's GEMMs under the name of a fused form, with a fault in one result."""
 
     def __init__(self, fault):
         self.fault = fault
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args):
         if self.fault == "raises":
             raise RuntimeError("out of\nshared memory")
-        y, saved = addmm.forward(*args, **kwargs)
+        y, saved = super().forward(*args)
         return (y + 1e-3 if self.fault == "y" else y), saved
 
-    def backward(self, *args, **kwargs):
-        gradients = list(addmm.backward(*args, **kwargs))
+    def backward(self, *args):
+        gradients = super().backward(*args)
         if self.fault in ("dx", "dA", "dB"):
-            wrong = gradients[{"dx": 0, "dA": 3, "dB": 4}[self.fault]]
+            wrong = {"dx": gradients.x, "dA": gradients.a, "dB": gradients.b}[self.fault]
             wrong[-1, -1] += float("nan") if self.fault == "dB" else 1e-3
-        return tuple(gradients)
+        return gradients
+
+
+class Backends(dict):
+    """The backends of LoRA; of a fused form, one with the fault that `by_form` says."""
+
+    def __init__(self, by_form):
+        super().__init__(LORA.backends)
+        self.by_form = by_form
+
+    def get(self, name, default=None):
+        fused = name.startswith("triton:")
+        return Faulty(self.by_form.get(name.removeprefix("triton:"))) if fused else super().get(name, default)
 
 
 @pytest.fixture
@@ -45,7 +62,8 @@ def faults(monkeypatch):
     """By form, the fault that it has; the others compute as addmm does, so that no test waits for the interpreter."""
     by_form = {}
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(dispatch, "kernels", lambda name, variant: Faulty(by_form.get(name.removeprefix("triton:"))))
+    monkeypatch.setattr(LORA, "backends", Backends(by_form))
+    monkeypatch.setattr(choice, "plans", {})
     return by_form
 
 
@@ -67,24 +85,25 @@ def test_dry_run_writes_a_table_that_choose_form_follows(tmp_path):
     assert "not measured" not in process.stdout
     assert "shape" not in process.stderr, "a progress bar where there is no terminal"
     assert f"torch {torch.__version__}" in process.stdout.splitlines()[0]
-    table = forms.load_table(out)
+    table = measured.load_table(out, FORMS)
     assert [(r["m"], r["k"], r["n"], r["rank"]) for r in table] == [(16, 32, 48, 16), (80, 48, 32, 16)]
-    for measured in table:
-        assert set(measured["seconds"]) == {"addmm", *forms.FORMS}
-        sizes = Sizes(*(measured[name] for name in ("m", "n", "k", "rank", "element_size")))
-        choice = forms.choose_form(sizes, "sm_90", captured=False, table=table)
-        assert choice.form == min(measured["seconds"], key=measured["seconds"].get)
-        assert "measured" in choice.reason
+    for found in table:
+        assert set(found["seconds"]) == FORMS
+        sizes = Sizes(*(found[name] for name in ("m", "n", "k", "rank", "element_size")))
+        name, reason = choice.fastest(sizes.call(LORA), "sm_90", captured=False, table=table)
+        assert name.removeprefix("triton:") == min(found["seconds"], key=found["seconds"].get)
+        assert "measured" in reason
     assert not (tmp_path / "cache").exists()
     assert [path.name for path in out.parent.iterdir()] == ["table.json"]
 
 
-@pytest.mark.parametrize("fastest", ["addmm", *forms.FORMS])
+@pytest.mark.parametrize("fastest", sorted(FORMS))
 def test_the_fastest_of_a_saved_row_is_chosen(fastest, tmp_path):
-    seconds = {name: 1.0 if name == fastest else 2.0 for name in ("addmm", *forms.FORMS)}
+    seconds = {name: 1.0 if name == fastest else 2.0 for name in FORMS}
     tune.save(tmp_path / "t.json", MACHINE, [row(seconds=seconds, captured=True)])
-    table = forms.load_table(tmp_path / "t.json")
-    assert forms.choose_form(Sizes(4, 6, 8, 2, 4), "sm_90", captured=True, table=table).form == fastest
+    table = measured.load_table(tmp_path / "t.json", FORMS)
+    name, _ = choice.fastest(Sizes(4, 6, 8, 2, 4).call(LORA), "sm_90", captured=True, table=table)
+    assert name.removeprefix("triton:") == fastest
 
 
 def test_merging_replaces_a_key_and_keeps_the_others(tmp_path):
@@ -92,7 +111,7 @@ def test_merging_replaces_a_key_and_keeps_the_others(tmp_path):
     others = [row(captured=True), row(rank=4), row(m=5), row(element_size=2)]
     tune.save(path, MACHINE, [row(), *others])
     tune.save(path, MACHINE | {"torch": "3"}, [again, row(n=7)])
-    assert list(forms.load_table(path)) == [again, *others, row(n=7)]
+    assert list(measured.load_table(path, FORMS)) == [again, *others, row(n=7)]
     assert {name: json.loads(path.read_text())[name] for name in MACHINE} == MACHINE | {"torch": "3"}
 
 
@@ -117,8 +136,8 @@ def test_an_interrupted_write_leaves_the_old_table(error, tmp_path, monkeypatch)
 def test_a_wrong_contender_is_left_out_with_the_reason(fault, faults, tmp_path, capsys):
     faults["pre_expand"] = fault
     assert tune.main([*TINY, "--out", str(tmp_path / "t.json")]) == 0
-    (measured,) = forms.load_table(tmp_path / "t.json")
-    assert set(measured["seconds"]) == {"addmm", "one_pass", "low_rank_gemm"}
+    (row_,) = measured.load_table(tmp_path / "t.json", FORMS)
+    assert set(row_["seconds"]) == {"addmm", "one_pass", "low_rank_gemm"}
     why = "RuntimeError: out of shared memory" if fault == "raises" else f"{fault} is off by"
     assert f"ours triton:pre_expand (8 → 6, 4 rows, rank 2, eager): {why}" in capsys.readouterr().out
 
@@ -128,8 +147,8 @@ def test_peers_are_timed_when_asked_for_and_never_chosen(faults, tmp_path, capsy
     out, written = tmp_path / "t.json", tmp_path / "r.json"
     assert tune.main([*TINY, "--out", str(out), "--peers", "torchtune", "--json", str(written)]) == 0
     printed = capsys.readouterr().out
-    (measured,) = forms.load_table(out)
-    assert set(measured["seconds"]) == {"addmm", *forms.FORMS}
+    (row_,) = measured.load_table(out, FORMS)
+    assert set(row_["seconds"]) == FORMS
     (found,) = report.read(written)
     assert {row["contender"] for row in found.rows} >= {"frozen", "ours addmm", "torchtune's order"}
     assert show.main([str(written)]) == 0
@@ -140,7 +159,8 @@ def test_peers_are_timed_when_asked_for_and_never_chosen(faults, tmp_path, capsy
 
 @needs_triton
 def test_nothing_right_writes_nothing(faults, tmp_path, monkeypatch):
-    monkeypatch.setattr(dispatch, "kernels", lambda name, variant: Faulty("raises"))
+    faults |= dict.fromkeys(FORMS, "raises")
+    monkeypatch.setattr(LORA.backends["addmm"], "forward", Faulty("raises").forward)
     assert tune.main([*TINY, "--out", str(tmp_path / "t.json")]) == 1
     assert not list(tmp_path.iterdir())
 
@@ -152,7 +172,7 @@ def test_minutes_stop_new_shapes_and_keep_what_was_measured(faults, tmp_path, mo
     out = tmp_path / "t.json"
     # begun at 0; the shapes would start at 40, 80 and 120 seconds
     assert tune.main([*TINY, "--shapes", "5,8,6", "6,8,6", "--minutes", "1", "--out", str(out)]) == 0
-    assert [r["m"] for r in forms.load_table(out)] == [4]
+    assert [r["m"] for r in measured.load_table(out, FORMS)] == [4]
     assert "stopped before 8 → 6, 5 rows, rank 2: 1 minutes are over" in capsys.readouterr().out
 
 
@@ -166,7 +186,7 @@ def test_rows_and_ranks_multiply_a_models_shapes_once(faults, tmp_path, monkeypa
     out = tmp_path / "t.json"
     arguments = ["--shapes", "vit-b", "--shapes", "2,8,6", "--rows", "2", "3", "--rank", "1", "--rank", "2"]
     assert tune.main(["--dry-run", "--rounds", "1", *arguments, "--dtype", "float16", "--out", str(out)]) == 0
-    keys = [(r["m"], r["k"], r["n"], r["rank"], r["element_size"]) for r in forms.load_table(out)]
+    keys = [(r["m"], r["k"], r["n"], r["rank"], r["element_size"]) for r in measured.load_table(out, FORMS)]
     assert keys == [(m, k, n, r, 2) for k, n in ((8, 6), (6, 8)) for m in (2, 3) for r in (1, 2)]
 
 
@@ -212,7 +232,7 @@ def test_a_file_that_is_no_table_of_this_device_stays(content, tmp_path, monkeyp
 def test_the_dry_run_never_writes_where_cotolora_reads(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(SystemExit):
-        tune.main([*TINY, "--out", str(forms.cache_path("a GPU"))])
+        tune.main([*TINY, "--out", str(measured.cache_path("a GPU"))])
     assert "--out" in capsys.readouterr().err
 
 
@@ -233,6 +253,6 @@ def test_without_a_gpu_the_reason_is_named(capsys):
 def test_on_a_gpu_eager_and_captured_are_measured(tmp_path):
     out = tmp_path / "t.json"
     assert tune.main(["--shapes", "64,256,128", "--rounds", "2", "--out", str(out)]) == 0
-    measured = forms.load_table(out)
+    rows = measured.load_table(out, FORMS)
     assert [r["captured"] for r in measured] == [False, True]
-    assert all(set(r["seconds"]) == {"addmm", *forms.FORMS} for r in measured)
+    assert all(set(r["seconds"]) == FORMS for r in rows)

@@ -12,10 +12,13 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cotolora
-from cotolora import CoToLoRALinear, coto, coto_lora_linear, functional, inject, linear, reference, set_backend
+from cotolora import CoToLoRALinear, coto, coto_lora_linear, inject, reference, set_backend
 from cotolora.backends.addmm import dora as addmm_dora
-from cotolora.backends.addmm.lora import Needs
-from cotolora.functional import row_norms
+from cotolora.backends.addmm.dora import row_norms
+from cotolora.backends.types import Needs, Operands, Options
+from cotolora.functional import planned
+from cotolora.functional import run as run_plan
+from cotolora.variants import VARIANTS
 from tests.test_functional import BACKENDS, DTYPES, GATES, SCALE, SHAPES, dy_for, fits, operands
 from tests.tolerance import assert_as_accurate_as_torch
 
@@ -95,6 +98,17 @@ def test_the_reference_is_pefts(variant, dropout, bias):
         torch.testing.assert_close(got, want)
 
 
+def apply(variant, named, norm=None, *, gate=True, dropout=0.0, backend=None, scale=SCALE):
+    """The operation, of DoRA with a constant for its norm if there is one."""
+    if norm is None:
+        options = {"scale": scale, "gate": gate, "dropout": dropout, "variant": variant, "backend": backend}
+        return coto_lora_linear(**named, **options)
+    (out_features, in_features), rank = named["weight"].shape, named["lora_a"].shape[0]
+    plan = planned(VARIANTS[variant], named["x"], rank, in_features, out_features, scale, dropout, backend)
+    x, weight, bias, a, b, magnitude = (named[name] for name in NAMES[variant])
+    return run_plan(plan, x, weight, bias, a, b, (magnitude, norm), None if gate is True else gate)
+
+
 @variants
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("dropout", [0.0, 0.4, 1.0])
@@ -102,12 +116,12 @@ def test_the_reference_is_pefts(variant, dropout, bias):
 def test_gradients_are_those_of_the_function(variant, backend, dropout, gate):
     named = draw(variant)
     # numerical differentiation would go through the norm, which is a constant
-    norm = {"norm": row_norms(*(named[k] for k in ("weight", "lora_a", "lora_b")), SCALE)} if variant == "dora" else {}
+    norm = row_norms(*(named[k] for k in ("weight", "lora_a", "lora_b")), SCALE) if variant == "dora" else None
 
     def function(*tensors):
         torch.manual_seed(0)
-        options = {"scale": SCALE, "gate": gate, "dropout": dropout, "variant": variant, "backend": backend, **norm}
-        return coto_lora_linear(**dict(zip(named, tensors, strict=True)), **options)
+        given = dict(zip(named, tensors, strict=True))
+        return apply(variant, given, norm, gate=gate, dropout=dropout, backend=backend)
 
     assert gradcheck(function, tuple(t.requires_grad_() for t in named.values()))
 
@@ -149,10 +163,10 @@ def test_addmm_is_as_accurate_as_the_reference(variant, shape, out, rank, dtype,
 @pytest.fixture
 def merges(monkeypatch):
     """Has W and DoRA's update merged at every size, and says how often the gradients were taken so."""
-    taken, right = [], addmm_dora._of_merged
-    monkeypatch.setattr(addmm_dora, "MANY", 0)
-    monkeypatch.setattr(addmm_dora, "MERGED", math.inf)
-    monkeypatch.setattr(addmm_dora, "_of_merged", lambda *args: taken.append(args) or right(*args))
+    taken, right = [], addmm_dora._backward_of_merged
+    monkeypatch.setattr(addmm_dora, "MERGED_ROWS", 0)
+    monkeypatch.setattr(addmm_dora, "MERGED_ENTRIES", math.inf)
+    monkeypatch.setattr(addmm_dora, "_backward_of_merged", lambda *args: taken.append(args) or right(*args))
     return taken
 
 
@@ -182,28 +196,35 @@ def test_merged_dora_starts_as_the_linear(merges):
 @pytest.mark.parametrize("change", [{"rows": 63}, {"in_features": 257}, {"dtype": torch.bfloat16}, {"dropout": 0.1}])
 def test_only_small_weights_and_many_rows_are_merged(change):
     asked = {"rows": 64, "in_features": 256, "dtype": torch.float32, "dropout": 0.0}
-    needs = Needs(*[torch.float32] * 6)
+    needs = Needs(*[True] * 5, (True,))
 
-    def merged(rows, in_features, dtype, dropout, **more):
-        x, weight = torch.ones(rows, in_features, dtype=dtype), torch.ones(64, in_features, dtype=dtype)
-        return addmm_dora._merges(x, weight, more.get("needs", needs), more.get("gate", True), dropout)
+    def merged(rows, in_features, dtype, dropout, gate=None, needs=needs):
+        tensors = (torch.ones(*size, dtype=dtype) for size in ((rows, in_features), (64, in_features), (64,)))
+        factors = (torch.ones(*size) for size in ((2, in_features), (64, 2)))
+        operands = Operands(*tensors, *factors, (torch.ones(64),))
+        _, saved = addmm_dora.BACKEND.forward(operands, Options(SCALE, dropout, gate), needs)
+        return isinstance(saved, addmm_dora.SavedMerged)
 
     assert merged(**asked)
     assert not merged(**asked | change)
     assert not merged(**asked, gate=torch.tensor(1))
-    assert not merged(**asked, needs=needs._replace(lora_a=None))
+    assert not merged(**asked, needs=needs._replace(a=False))
 
 
 @pytest.mark.parametrize("wide", ["magnitude", "norm"])
 def test_merged_dora_takes_a_magnitude_and_a_norm_of_any_dtype(wide, merges):
     named = draw("dora", dtype=torch.float32)
-    named["norm"] = row_norms(named["weight"], named["lora_a"], named["lora_b"], SCALE)
-    dy, needs = torch.ones(3, 2, 3), set(named) - {"norm"}
-    plain = run("dora", named, dy, needs, backend="reference")
-    got = run("dora", named | {wide: named[wide].double()}, dy, needs, backend="addmm")
-    for name, value in plain.items():
-        assert got[name].dtype == (torch.float64 if name == wide else torch.float32)
-        torch.testing.assert_close(got[name].float(), value)
+    norm = row_norms(named["weight"], named["lora_a"], named["lora_b"], SCALE)
+    wider = {"norm": norm, **named} | {wide: {"norm": norm, **named}[wide].double()}
+    norm = wider.pop("norm")
+    plain = run("dora", named, torch.ones(3, 2, 3), set(named), backend="reference")
+    leaves = {name: t.clone().requires_grad_() for name, t in wider.items()}
+    y = apply("dora", leaves, norm, backend="addmm")
+    y.backward(torch.ones(3, 2, 3))
+    torch.testing.assert_close(y, plain["y"])
+    for name, leaf in leaves.items():
+        assert leaf.grad.dtype == (torch.float64 if name == wide else torch.float32)
+        torch.testing.assert_close(leaf.grad.float(), plain[name])
     assert merges
 
 
@@ -259,21 +280,22 @@ def test_rows_have_their_own_gates(variant, backend):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_norm_by_blocks_is_the_norm(dtype, monkeypatch):
     ops = operands((1, 70), 50, 4, dtype=dtype, factors=torch.float64 if dtype == torch.float64 else torch.float32)
-    exact = torch.linalg.vector_norm(ops.weight.double() + 2.5 * ops.lora_b.double() @ ops.lora_a.double(), dim=1)
+    lora_a, lora_b = (factor.to(dtype).double() for factor in (ops.lora_a, ops.lora_b))
+    exact = torch.linalg.vector_norm(ops.weight.double() + 2.5 * lora_b @ lora_a, dim=1)
     monkeypatch.setattr("cotolora.backends.addmm.dora.BLOCK_CPU", 70 * 7)
-    got = row_norms(ops.weight, ops.lora_a, ops.lora_b, 2.5, "addmm")
+    got = row_norms(ops.weight, ops.lora_a, ops.lora_b, 2.5)
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(got.double(), exact, rtol=8 * torch.finfo(got.dtype).eps, atol=0)
     zero = torch.zeros_like(ops.lora_b)
     assert torch.equal(
-        row_norms(ops.weight, ops.lora_a, zero, 2.5, "addmm"), reference.row_norms(ops.weight, ops.lora_a, zero, 2.5)
+        row_norms(ops.weight, ops.lora_a, zero, 2.5), reference.row_norms(ops.weight, ops.lora_a, zero, 2.5)
     )
 
 
 def test_a_row_that_the_update_cancels_has_a_small_norm_and_not_nan():
     ops = operands((1, 64), 40, 3)
     weight = -2.0 * ops.lora_b @ ops.lora_a
-    norm = row_norms(weight, ops.lora_a, ops.lora_b, 2.0, "addmm")
+    norm = row_norms(weight, ops.lora_a, ops.lora_b, 2.0)
     assert norm.isfinite().all()
     assert (norm <= 8 * torch.finfo(norm.dtype).eps * torch.linalg.vector_norm(weight, dim=1)).all()
 
@@ -346,22 +368,10 @@ def test_a_small_update_of_dora_is_not_rounded_away_from_the_gradient_of_x(backe
     x = torch.ones(5, 1, dtype=dtype, requires_grad=True)
     weight, lora_a, lora_b = (torch.tensor(t) for t in ([[1.0], [1.0]], [[1.0]], [[1 / 4096], [0.0]]))
     named = {"weight": weight.to(dtype), "bias": None, "lora_a": lora_a, "lora_b": lora_b}
-    options = {"scale": 1.0, "variant": "dora", "magnitude": torch.ones(2), "norm": torch.ones(2), "backend": backend}
-    y = coto_lora_linear(x, **named, **options)
+    named |= {"x": x, "magnitude": torch.ones(2)}
+    y = apply("dora", named, torch.ones(2), backend=backend, scale=1.0)
     y.backward(torch.tensor([[1.0, -1.0]], dtype=dtype).expand(5, 2))
     assert torch.equal(x.grad, torch.full_like(x, 1 / 4096))
-
-
-def test_the_norm_may_be_given():
-    named = draw("dora")
-    norm = row_norms(named["weight"], named["lora_a"], named["lora_b"], SCALE)
-    for backend in BACKENDS:
-        y = coto_lora_linear(**named, scale=SCALE, variant="dora", backend=backend)
-        torch.testing.assert_close(
-            coto_lora_linear(**named, scale=SCALE, variant="dora", norm=norm, backend=backend), y
-        )
-        halved = coto_lora_linear(**named, scale=SCALE, variant="dora", norm=norm / 2, backend=backend)
-        torch.testing.assert_close(halved - named["bias"], 2 * (y - named["bias"]))
 
 
 # as the plain operation
@@ -382,11 +392,10 @@ def test_what_is_done_to_the_output_leaves_the_gradients_alone(variant):
 @variants
 def test_only_the_reference_differentiates_twice(variant):
     named = {k: t.requires_grad_() for k, t in draw(variant).items()}
-    norm = {"norm": torch.ones(3, dtype=torch.float64)} if variant == "dora" else {}
+    norm = torch.ones(3, dtype=torch.float64) if variant == "dora" else None
 
     def call(backend):
-        options = {"scale": SCALE, "variant": variant, "backend": backend, **norm}
-        return lambda *tensors: coto_lora_linear(**dict(zip(named, tensors, strict=True)), **options)
+        return lambda *tensors: apply(variant, dict(zip(named, tensors, strict=True)), norm, backend=backend)
 
     assert gradgradcheck(call("reference"), tuple(named.values()))
     y = call("addmm")(*named.values())
@@ -429,10 +438,18 @@ def test_autocast_decides_the_dtype_and_not_the_norm(variant, backend):
             ValueError,
             "magnitude must be on the device of x, cpu; got meta",
         ),
-        ({"norm": torch.ones(2)}, ValueError, r"norm must be \[3\] to fit weight"),
-        ({"norm": 1.0}, TypeError, "norm must be a tensor"),
+        (
+            {"magnitude": None, "extra": (torch.ones(3), torch.ones(3))},
+            ValueError,
+            "extra must hold .*magnitude; got 2",
+        ),
+        ({"extra": (torch.ones(3),)}, ValueError, "magnitude and extra must not both be given"),
         ({"variant": "hira"}, ValueError, "magnitude belongs to variant='dora'; got one with variant='hira'"),
-        ({"variant": "lora", "magnitude": None, "norm": torch.ones(3)}, ValueError, "norm belongs to variant='dora'"),
+        (
+            {"variant": "lora", "magnitude": None, "extra": (torch.ones(3),)},
+            ValueError,
+            "extra must hold .*none; got 1",
+        ),
     ],
     ids=str,
 )
@@ -586,7 +603,7 @@ def test_meta():
     [
         ({"variant": "vera"}, r"variant must be one of .*; got 'vera'"),
         ({"init": "eva"}, "init must be one of .*; got 'eva'"),
-        ({"init": "pissa", "variant": "hira"}, "init must be 'kaiming' or 'gaussian' with variant='hira'.*'pissa'"),
+        ({"init": "pissa", "variant": "hira"}, "init must be one of .*'gaussian'.* with variant='hira'; got 'pissa'"),
         ({"init": "pissa", "rank": 10}, "rank must be at most 9 with init='pissa'.*got 10"),
         ({"init": "olora", "rank": 10}, "rank must be at most 9 with init='olora'.*got 10"),
         ({"init": "pissa", "alpha": -1.0}, r"alpha must be positive with init='pissa'; got -1\.0"),
@@ -606,64 +623,40 @@ def test_a_layer_that_cannot_be(options, match):
     assert model[0].weight.requires_grad
 
 
-# the norm that eval() keeps
+# DoRA's norm in eval()
 
 
-def test_eval_keeps_the_norm_until_something_may_have_changed_it(monkeypatch, tmp_path):
-    model = nn.Sequential(layer_of({"variant": "dora"}))
-    layer, count = model[0], 0
-
-    def counted(*args):
-        nonlocal count
-        count += 1
-        return functional.row_norms(*args)
-
-    monkeypatch.setattr(linear, "row_norms", counted)
-
-    def stays_right(kept):
-        nonlocal count
-        count = 0
-        with torch.no_grad():
-            y = [model(X) for _ in range(2)]
-        assert count == (0 if kept else 1)
-        with set_backend("reference"):
-            for got in y:
-                torch.testing.assert_close(got, layer(X))  # recorded, so computed anew
-        with torch.no_grad():
-            model(X)
-
-    model.eval()
-    stays_right(kept=False)
-    with torch.no_grad():
-        model(X)
-    count = 0
-    with torch.no_grad():
-        model(X)
-    assert count == 0
+def test_the_norm_is_that_of_the_tensors_however_they_were_written(tmp_path):
+    model = nn.Sequential(layer_of({"variant": "dora"})).eval()
+    layer = model[0]
     changes = {
         "an optimizer": lambda: train_a_step(model),
-        "train": lambda: (
-            model.train(),
-            [setattr(p, "data", p.data + 0.1) for p in layer.adapter_parameters],
-            model.eval(),
+        "a write": lambda: move(layer),
+        "data": lambda: setattr(layer.lora_b, "data", layer.lora_b.data + 0.1),
+        "vector_to_parameters": lambda: nn.utils.vector_to_parameters(
+            nn.utils.parameters_to_vector(model.parameters()) + 0.1, model.parameters()
         ),
         "load_state_dict": lambda: model.load_state_dict({k: v + 0.1 for k, v in model.state_dict().items()}),
-        "a write": lambda: move(layer),
-        "forget_norm": lambda: (setattr(layer.lora_b, "data", layer.lora_b.data + 0.1), layer.forget_norm()),
+        "assign": lambda: model.load_state_dict({k: v + 0.1 for k, v in model.state_dict().items()}, assign=True),
         "to": lambda: model.double().float(),
         "merge": lambda: (layer.merge(), setattr(layer.lora_b, "data", layer.lora_b.data + 0.1), layer.unmerge()),
-        "load_adapter": lambda: (
-            setattr(layer.lora_a, "data", layer.lora_a.data + 0.1),
-            cotolora.save_adapter(model, tmp_path),
-            cotolora.load_adapter(model, tmp_path),
-        ),
         "reset_parameters": lambda: layer.reset_parameters(),
     }
     for name, change in changes.items():
+        with torch.no_grad():
+            model(X)
         change()
-        # not by the versions alone, which writes through .data leave as they are
-        assert layer._norm is None or name in ("a write",), name
-        stays_right(kept=False)
+        with torch.no_grad():
+            got = model(X)
+            with set_backend("reference"):
+                torch.testing.assert_close(got, model(X), msg=name)
+    # other tensors in their places, for one call
+    given = {name: p.detach() + 0.2 for name, p in model.named_parameters()}
+    with torch.no_grad():
+        model(X)
+        got = torch.func.functional_call(model, given, (X,))
+        model.load_state_dict(given)
+        torch.testing.assert_close(got, model(X))
 
 
 def train_a_step(model):

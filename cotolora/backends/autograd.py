@@ -37,7 +37,7 @@ class LowRankLinear(torch.autograd.Function):
         ctx.needs = needs = Needs(for_x, for_weight, for_bias, for_a, for_b, tuple(for_extra))
         operands = Operands(x, weight, bias, a, b, extra, base)
         ctx.gate_is_open = False
-        if gate is not None and readable(gate):
+        if gate is not None and not plan.fused and readable(gate):
             if gate:
                 ctx.gate_is_open = True
             else:

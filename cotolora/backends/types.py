@@ -28,7 +28,7 @@ class Operands(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The rest of a call. `gate` is None where the adapter is on, or a bool or integer tensor, ``[]`` or ``[batch]``."""
+    """The rest of a call. `gate` is None where the adapter is on, or a bool or int tensor, ``[]`` or ``[batch]``."""
 
     scale: float
     dropout: float = 0.0
@@ -104,6 +104,14 @@ class Sizes(NamedTuple):
     def products(self) -> int:
         """Floating-point operations of ``x Wᵀ``."""
         return 2 * self.m * self.n * self.k
+
+    def call(self, variant: Variant, device: torch.device | str = "cuda", *, adds: bool = False) -> Call:
+        """A call of these sizes, in bfloat16 or, by the size of its elements, another dtype; `adds` as `Call.adds`."""
+        dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[self.element_size]
+        return Call(
+            variant, torch.device(device), dtype, self.rank, 0.0, self.m, self.k, self.n,
+            base_dtype=dtype if adds else None,
+        )  # fmt: skip
 
 
 class Launch(NamedTuple):
