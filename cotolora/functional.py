@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cotolora.backends import choice
-from cotolora.backends.autograd import LowRankLinear, autocasts, compute, without_autocast
+from cotolora.backends.autograd import LowRankLinear, apply_directly, autocasts, compute, without_autocast
 from cotolora.backends.choice import Plan
 from cotolora.backends.types import NOTHING, Call, Operands, Options, transforming
 from cotolora.checks import (
@@ -114,7 +114,8 @@ def coto_lora_linear(
         if backend is not None:
             choice.check_name(backend, "backend")
         return F.linear(x, weight, bias)
-    plan = planned(kind, x, lora_a.shape[0], weight.shape[1], weight.shape[0], scale, dropout, backend)
+    plan_for = planned_anew if torch.compiler.is_compiling() else planned
+    plan = plan_for(kind, x, lora_a.shape[0], weight.shape[1], weight.shape[0], scale, dropout, backend, None)
     return run(plan, x, weight, bias, lora_a, lora_b, extra, None if gate is True else gate)
 
 
@@ -170,7 +171,8 @@ def add_low_rank(
         if backend is not None:
             choice.check_name(backend, "backend")
         return y
-    plan = planned(kind, x, lora_a.shape[0], x.shape[-1], y.shape[-1], scale, dropout, backend, y.dtype)
+    plan_for = planned_anew if torch.compiler.is_compiling() else planned
+    plan = plan_for(kind, x, lora_a.shape[0], x.shape[-1], y.shape[-1], scale, dropout, backend, y.dtype)
     return run(plan, x, None, None, lora_a, lora_b, extra, None if gate is True else gate, y)
 
 
@@ -207,32 +209,52 @@ def planned(
     backend: str | None = None,
     base_dtype: torch.dtype | None = None,
 ) -> Plan:
-    """The plan for such a call, made at the first of its kind.
+    """The plan for such a call, made at the first of its kind. Not for a trace, which makes one for itself.
 
     Raises:
         ValueError, RuntimeError: as `coto_lora_linear`, of `backend`.
     """
-    device, dtype = x.device, x.dtype
-    compiling = torch.compiler.is_compiling()
-    cast_to = torch.get_autocast_dtype(device.type) if autocasts(device) else None
-    asked = choice.requested(backend)[0]
-    on_gpu = device.type == "cuda"
-    # off a GPU vendor GEMMs run whatever the sizes; under torch.compile a choice by rows would compile for each number
-    rows = math.prod(x.shape[:-1]) if (on_gpu or asked.startswith("triton")) and not compiling else None
-    key = (
-        kind, device, dtype, rank, in_features, out_features, scale, dropout, rows, torch.is_grad_enabled(), cast_to,
-        base_dtype, asked, backend is None, transforming(), on_gpu and torch.cuda.is_current_stream_capturing(),
+    usual = (
+        backend is None and x.is_cpu and not choice.ever_set and not torch._C._is_any_autocast_enabled()
+        and not transforming()
     )  # fmt: skip
-    if not compiling and (found := choice.plans.get(key)) is not None:
-        return found
-    computes_in = dtype if cast_to is None or dtype == torch.float64 else cast_to
-    call = Call(
-        kind, device, computes_in, rank, dropout, rows, in_features, out_features, torch.is_grad_enabled(), base_dtype
-    )
-    plan = choice.plan(backend, call, Options(scale, dropout), cast_to)
-    if not compiling:
-        choice.keep(key, plan)
-    return plan
+    # off a GPU vendor GEMMs run whatever the number of rows
+    key: tuple[object, ...] = (
+        kind, x.dtype, x.device, rank, in_features, out_features, scale, dropout, torch.is_grad_enabled(), base_dtype
+    )  # fmt: skip
+    if not usual:
+        key += (
+            None if x.is_cpu and not choice.requested(backend)[0].startswith("triton") else math.prod(x.shape[:-1]),
+            torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else None,
+            choice.requested(backend),
+            transforming(),
+            x.is_cuda and torch.cuda.is_current_stream_capturing(),
+        )
+    found = choice.plans.get(key)
+    if found is None:
+        found = planned_anew(kind, x, rank, in_features, out_features, scale, dropout, backend, base_dtype)
+        choice.keep(key, found)
+    return found
+
+
+def planned_anew(
+    kind: Variant,
+    x: Tensor,
+    rank: int,
+    in_features: int,
+    out_features: int,
+    scale: float,
+    dropout: float,
+    backend: str | None,
+    base_dtype: torch.dtype | None,
+) -> Plan:
+    """The plan for such a call. In a trace the number of rows, which may be a symbol, has no part in it."""
+    cast_to = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else None
+    rows = None if torch.compiler.is_compiling() else math.prod(x.shape[:-1])
+    dtype = x.dtype if cast_to is None or x.dtype == torch.float64 else cast_to
+    grad = torch.is_grad_enabled()
+    call = Call(kind, x.device, dtype, rank, dropout, rows, in_features, out_features, grad, base_dtype)
+    return choice.plan(backend, call, Options(scale, dropout), cast_to)
 
 
 def run(
@@ -248,21 +270,16 @@ def run(
 ) -> Tensor:
     """Applies a plan to the operands of a call of its kind, which are not checked. A `gate` of None is on."""
     if plan.cast_to is not None:
-        variant = plan.call.variant
-        with without_autocast(x.device):
-            if weight is None:
-                x = _autocast(x, plan.cast_to)
-            else:
-                if weight.dtype != plan.call.dtype:
-                    extra = (*extra, *variant.constants(plan.backend, weight, a, b, plan.options.scale))
-                x, weight = _autocast(x, plan.cast_to), _autocast(weight, plan.cast_to)
-                bias = None if bias is None else _autocast(bias, plan.cast_to)
-                check_dtypes(x, weight, bias)
-            return _apply(plan, x, weight, bias, a, b, extra, gate, base)
-    return _apply(plan, x, weight, bias, a, b, extra, gate, base)
+        return _run_cast(plan, x, weight, bias, a, b, extra, gate, base)
+    if plan.backend is None:
+        return _run_reference(plan, x, weight, bias, a, b, extra, gate, base)
+    if not plan.call.backward:
+        return compute(plan, Operands(x, weight, bias, a, b, tuple(extra), base), gate, NOTHING)[0]
+    function = LowRankLinear.apply if plan.traced else apply_directly
+    return function(plan, x, weight, bias, a, b, base, gate, *extra)
 
 
-def _apply(
+def _run_cast(
     plan: Plan,
     x: Tensor,
     weight: Tensor | None,
@@ -273,16 +290,37 @@ def _apply(
     gate: Tensor | None,
     base: Tensor | None,
 ) -> Tensor:
-    if plan.backend is None:
-        variant, (scale, dropout, _) = plan.call.variant, plan.options
-        options = {"scale": scale, "gate": True if gate is None else gate, "dropout": dropout}
-        if base is None:
-            return variant.definition(x, weight, bias, a, b, *extra, **options)
-        assert variant.addition is not None
-        return variant.addition(base, x, a, b, *extra, **options)
-    if not plan.call.backward:
-        return compute(plan, Operands(x, weight, bias, a, b, tuple(extra), base), gate, NOTHING)[0]
-    return LowRankLinear.apply(plan, x, weight, bias, a, b, base, gate, *extra)
+    """As autocast would have it; of the sum with a base's output it leaves the dtype as it is."""
+    cast_to, variant = plan.cast_to, plan.call.variant
+    assert cast_to is not None
+    with without_autocast(x.device):
+        if weight is not None:
+            if weight.dtype != plan.call.dtype:
+                extra = (*extra, *variant.constants(plan.backend, weight, a, b, plan.options.scale))
+            weight, bias = _autocast(weight, cast_to), None if bias is None else _autocast(bias, cast_to)
+        x = _autocast(x, cast_to)
+        if weight is not None:
+            check_dtypes(x, weight, bias)
+        return run(plan._replace(cast_to=None), x, weight, bias, a, b, extra, gate, base)
+
+
+def _run_reference(
+    plan: Plan,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    extra: Sequence[Tensor],
+    gate: Tensor | None,
+    base: Tensor | None,
+) -> Tensor:
+    variant, (scale, dropout, _) = plan.call.variant, plan.options
+    options = {"scale": scale, "gate": True if gate is None else gate, "dropout": dropout}
+    if base is None:
+        return variant.definition(x, weight, bias, a, b, *extra, **options)
+    assert variant.addition is not None
+    return variant.addition(base, x, a, b, *extra, **options)
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,11 +4,13 @@ import ast
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from cotolora import CoToLoRALinear, coto_lora_linear, explain, set_backend
 from cotolora.backends import choice as dispatch
@@ -162,6 +164,73 @@ def test_set_backend_holds_in_the_threads_of_autograd():
     with set_backend("reference"):
         layer(x).sum().backward()
     assert seen == ["reference"]
+
+
+def test_an_object_entered_twice_restores_what_was_in_force_each_time():
+    choice = set_backend("reference")
+    with choice:
+        with set_backend("addmm"):
+            with choice:
+                assert dispatch.requested(None)[0] == "reference"
+            assert dispatch.requested(None)[0] == "addmm"
+        assert dispatch.requested(None)[0] == "reference"
+    assert dispatch.requested(None) == ("auto", "default")
+
+
+def test_a_block_ends_in_its_own_thread_when_blocks_overlap():
+    entered, left, seen = threading.Event(), threading.Event(), {}
+
+    def other():
+        seen["before"] = dispatch.requested(None)[0]
+        with set_backend("addmm"):
+            entered.set()
+            left.wait(10)
+            seen["inside"] = dispatch.requested(None)[0]
+        seen["after"] = dispatch.requested(None)[0]
+
+    thread = threading.Thread(target=other)
+    with set_backend("reference"):
+        thread.start()
+        assert entered.wait(10)
+        assert dispatch.requested(None)[0] == "reference"
+    assert dispatch.requested(None) == ("auto", "default")
+    left.set()
+    thread.join()
+    assert seen == {"before": "auto", "inside": "addmm", "after": "auto"}
+    assert dispatch.requested(None) == ("auto", "default")
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_takes_the_backend_in_force_where_backward_is_called(ran, use_reentrant):
+    layer, x = CoToLoRALinear(6, 4, rank=2), torch.ones(3, 6, requires_grad=True)
+    with set_backend("reference"):
+        checkpoint(layer, x, use_reentrant=use_reentrant).sum().backward()
+    assert ran == ["reference"] * 2
+
+
+class Nested(torch.autograd.Function):
+    """Calls backward in its backward, `depth` times over: deep down the engine goes on in threads of its own."""
+
+    @staticmethod
+    def forward(ctx, x, depth, seen):
+        ctx.depth, ctx.seen = depth, seen
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, dy):
+        ctx.seen.add((threading.get_ident(), dispatch.requested(None)[0]))
+        if ctx.depth:
+            with torch.enable_grad():
+                Nested.apply(torch.ones(1, requires_grad=True), ctx.depth - 1, ctx.seen).backward()
+        return dy, None, None
+
+
+def test_the_choice_reaches_the_threads_of_the_autograd_engine():
+    seen = set()
+    with set_backend("reference"):
+        Nested.apply(torch.ones(1, requires_grad=True), 100, seen).backward()
+    assert len({thread for thread, _ in seen}) > 1
+    assert {name for _, name in seen} == {"reference"}
 
 
 @pytest.mark.parametrize("name", ["cuda", "Reference", "", 1, True])

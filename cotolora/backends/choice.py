@@ -26,7 +26,7 @@ _environment = os.environ.get("COTOLORA_BACKEND")
 # recompute checkpoints: neither a global nor a context variable is both a thread's own and there.
 _KEY = "cotolora_backend"
 # whether set_backend was ever called: until then nobody needs to look
-_ever_set = False
+ever_set = False
 # what was set last in any thread, for what torch.compile traces: it cannot look into a thread's state
 _set_last: str | None = None
 
@@ -80,7 +80,7 @@ class _Stack(threading.local):
 
 def _set_here() -> str | None:
     """What `set_backend` has chosen in this thread."""
-    if not _ever_set:
+    if not ever_set:
         return None
     if torch.compiler.is_compiling():
         return _set_last
@@ -88,8 +88,8 @@ def _set_here() -> str | None:
 
 
 def _set(backend: str | None) -> None:
-    global _ever_set, _set_last
-    _ever_set, _set_last = True, backend
+    global ever_set, _set_last
+    ever_set, _set_last = True, backend
     torch._C._stash_obj_in_tls(_KEY, backend)
 
 
@@ -126,6 +126,8 @@ class Plan(NamedTuple):
     options: with the gate left open.
     call: the kind of call; of its sizes, those that the choice was made for.
     cast_to: what autocast casts x, W and bias to, None where it casts nothing.
+    fused: whether Triton kernels run.
+    traced: whether torch.compile traces the call.
     instead: the plan to follow where this one's kernels cannot run, None where a backend was asked for by name.
     """
 
@@ -134,12 +136,9 @@ class Plan(NamedTuple):
     options: Options
     call: Call
     cast_to: torch.dtype | None = None
+    fused: bool = False
+    traced: bool = False
     instead: Plan | None = None
-
-    @property
-    def fused(self) -> bool:
-        """Whether Triton kernels run."""
-        return self.name.startswith("triton")
 
     @property
     def launched(self) -> tuple[Any, ...]:
@@ -155,11 +154,11 @@ def plan(backend: str | None, call: Call, options: Options, cast_to: torch.dtype
         RuntimeError: a backend asked for by name cannot run this call; the message lists every reason.
     """
     name = choose(backend, call)
-    backends = call.variant.backends_for(call)
+    backends, fused = call.variant.backends_for(call), name.startswith("triton")
     instead = None
-    if name.startswith("triton") and requested(backend)[0] == "auto":
+    if fused and requested(backend)[0] == "auto":
         instead = Plan("addmm", backends["addmm"], options, call, cast_to)
-    return Plan(name, backends.get(name), options, call, cast_to, instead)
+    return Plan(name, backends.get(name), options, call, cast_to, fused, torch.compiler.is_compiling(), instead)
 
 
 def choose(backend: str | None, call: Call) -> str:

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cotolora.backends.addmm.products import (
+    ALWAYS_ON,
     add_product,
-    cast,
     dropped_out,
     flat,
     masked,
-    scaled_product,
     select,
     shaped_like,
     switch,
@@ -22,14 +21,14 @@ from cotolora.backends.addmm.products import (
     transposed_times,
     zero_times_is_zero,
 )
-from cotolora.backends.types import Call, Gradients, Launch, Launches, Needs, Operands, Options, kept_by_lora
+from cotolora.backends.types import Call, Gradients, Launch, Launches, Needs, Operands, Options
 
 
 class Saved(NamedTuple):
     """What the backward reads, None where it will not.
 
     x, weight, a, b: of the operands.
-    h: ``δ · scale · dropout(x) Aᵀ [rows, rank]``, in the dtype of y.
+    h: ``δ · dropout(x) Aᵀ [rows, rank]``, in the dtype of y.
     keep: boolean dropout mask, of the shape of x.
     """
 
@@ -42,7 +41,7 @@ class Saved(NamedTuple):
 
 
 class LoraByAddmm:
-    """``y = x Wᵀ + bias + h Bᵀ`` or ``y = base + h Bᵀ``, with ``h = δ · scale · dropout(x) Aᵀ``."""
+    """``y = x Wᵀ + bias + scale · h Bᵀ`` or ``y = base + scale · h Bᵀ``, with ``h = δ · dropout(x) Aᵀ``."""
 
     def why_not(self, call: Call) -> list[str]:
         """It takes every call."""
@@ -52,6 +51,7 @@ class LoraByAddmm:
         """``h Bᵀ`` is added in place to the base's result, except to that of a module, which may need it itself."""
         x, weight, bias, a, b, _, base = operands
         scale, dropout, gate = options
+        # the conditions here and below spare tiny layers, whose products take no longer than a call of Python's, a call
         if weight is not None:
             # contiguous() costs nothing on what F.linear makes today; without it a layout that cannot be
             # viewed as a matrix would lose the in-place update
@@ -59,26 +59,40 @@ class LoraByAddmm:
         else:
             assert base is not None
             y = base
-        rows = flat(y)
-        b_cast = cast(b, y.dtype)
-        dropped, keep = dropped_out(x, dropout)
-        on, one, by_row = switch(gate, y)
-        h = cast(select(on, scaled_product(flat(dropped), cast(a, x.dtype).T, scale)), y.dtype)
-        if by_row is None or zero_times_is_zero(b_cast):
-            total = (add_product if base is None else torch.addmm)(rows, h, select(one, b_cast).T)
-            y = y if total is rows else total.view(y.shape)
-        else:
+        dtype = x.dtype
+        a_cast, b_cast = a if a.dtype is dtype else a.to(dtype), b if b.dtype is y.dtype else b.to(y.dtype)
+        dropped, keep = (x, None) if not dropout else dropped_out(x, dropout)
+        h = F.linear(dropped, a_cast)
+        rows, h = (y, h) if y.dim() == 2 else (flat(y), flat(h))
+        by_row = None
+        if h.dtype is not y.dtype:
+            h = h.to(y.dtype)
+        if gate is not None:
+            on, one, by_row = switch(gate, y)
+            h, b_cast = select(on, h), select(one, b_cast)
+        if by_row is not None and not zero_times_is_zero(b_cast):
             # a row that is off must not meet a non-finite B, so here the selection comes after the product
-            y = torch.where(by_row, torch.addmm(rows, h, b_cast.T).view(y.shape), y)
-        keep = keep if needs.a or needs.x else None
-        return y, Saved(*kept_by_lora(operands, needs), h if needs.b else None, keep)
+            y = torch.where(by_row, torch.addmm(rows, h, b_cast.T, alpha=scale).view(y.shape), y)
+        elif base is not None:
+            y = torch.addmm(rows, h, b_cast.T, alpha=scale).view(y.shape)
+        elif (total := add_product(rows, h, b_cast.T, scale)) is not rows:
+            y = total.view(y.shape)
+        return y, Saved(
+            x if needs.a or needs.weight else None,
+            weight if needs.x else None,
+            # the gradient of B has h for it, but a second differentiation is noticed by the presence of A
+            a if needs.x or needs.b else None,
+            b if needs.x or needs.a else None,
+            h if needs.b else None,
+            keep if needs.a or needs.x else None,
+        )
 
     def backward(self, dy: Tensor, saved: Saved, options: Options, needs: Needs) -> Gradients:
         r"""H is as the forward saved it.
 
         With ``p = δ · scale · dy B`` and D the dropout mask times ``1 / (1 - dropout)``:
 
-            dx = dy W + D ∘ (p A)      dA = pᵀ (D ∘ x)      dB = dyᵀ h
+            dx = dy W + D ∘ (p A)      dA = pᵀ (D ∘ x)      dB = scale · dyᵀ h
             dW = dyᵀ x                 dbias = Σ_rows dy
 
         Without a weight, dx is of the low-rank part alone, and p is cast to the dtype of x.
@@ -86,25 +100,30 @@ class LoraByAddmm:
         x, weight, a, b, h, keep = saved
         scale, dropout, gate = options
         dx = dw = dbias = da = db = None
-        rows = flat(dy)
+        rows = dy if dy.dim() == 2 else flat(dy)
         # what is off adds zero to A's and B's gradients even where x or dy is not finite: with one gate
         # for all the product is selected, with row gates its operands
-        on, one, by_row = switch(gate, dy)
+        on, one, by_row = ALWAYS_ON if gate is None else switch(gate, dy)
         if needs.weight and x is not None:
             dw = rows.T @ flat(x)
         if needs.bias:
             dbias = rows.sum(0)
         if needs.b and h is not None:
-            db = select(one, transposed_times(select(by_row, rows), h))
+            db = transposed_times(rows if by_row is None else select(by_row, rows), h, scale)
+            db = db if one is None else select(one, db)
         if (needs.x or needs.a) and b is not None:
-            p = select(on, times(rows, cast(b, dy.dtype), scale))
+            p = times(rows, b if b.dtype is dy.dtype else b.to(dy.dtype), scale)
+            p = p if on is None else select(on, p)
             # the dtype of x and A as they met, which that of a base's output, and so of dy, need not be
-            p = cast(p, x.dtype if x is not None else dy.dtype)
+            p = p if x is None or p.dtype is x.dtype else p.to(x.dtype)
             if needs.a and x is not None:
-                dropped = x if keep is None else masked(x, keep, dropout)
-                da = select(one, p.T @ select(by_row, flat(dropped)))
+                dropped = flat(x if keep is None else masked(x, keep, dropout))
+                da = p.T @ (dropped if by_row is None else select(by_row, dropped))
+                da = da if one is None else select(one, da)
             if needs.x and a is not None:
-                dx = shaped_like(_of_x(rows, weight, select(one, cast(a, p.dtype)), p, by_row, keep, dropout), dy)
+                a_cast = a if a.dtype is p.dtype else a.to(p.dtype)
+                dx = _of_x(rows, weight, select(one, a_cast), p, by_row, keep, dropout)
+                dx = dx if dy.dim() == 2 else shaped_like(dx, dy)
         return Gradients(dx, dw, dbias, da, db)
 
     def launches(self, call: Call) -> Launches:

@@ -31,20 +31,21 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``scale · a b``, rounded once."""
-    if torch.compiler.is_compiling():
-        return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
-    ignored = _IGNORED.get((a.dtype, a.device))
+    ignored = None if torch.compiler.is_compiling() else _IGNORED.get((a.dtype, a.device))
     if ignored is None:
-        if type(a) is not Tensor and type(a) is not torch.nn.Parameter:  # of a mode that must not outlive itself
-            return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
-        ignored = _IGNORED[a.dtype, a.device] = torch.empty((), dtype=a.dtype, device=a.device)
+        ignored = a.new_empty(())
+        # what a mode or a subclass makes must not outlive it
+        if type(a) in (Tensor, torch.nn.Parameter) and type(ignored) is Tensor and not torch.compiler.is_compiling():
+            _IGNORED[a.dtype, a.device] = ignored
     return torch.addmm(ignored, a, b, beta=0, alpha=scale)
 
 
-def add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``y + a b``, written over y where nothing traces."""
+def add_product(y: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """``y + scale · a b``, written over y where nothing traces."""
     # torch 2.11's compiler takes the gradient of an output that is written in place for zero
-    return torch.addmm(y, a, b) if torch.compiler.is_compiling() else y.addmm_(a, b)
+    if torch.compiler.is_compiling():
+        return torch.addmm(y, a, b, alpha=scale)
+    return y.addmm_(a, b, alpha=scale)
 
 
 def transposing_is_faster(rows: Tensor, rank: int) -> bool:
@@ -53,8 +54,10 @@ def transposing_is_faster(rows: Tensor, rank: int) -> bool:
     Measured on a CPU at widths 256 to 3072: below rank 16 half the time and less, from 64 rows on; else it costs up to
     nine times as much, most of it for the copy that turns the gradient as B lies.
     """
+    if rank >= 16 or not rows.is_cpu:
+        return False
     # under torch.compile the number of rows may be a symbol, which a comparison would pin down
-    return rank < 16 and rows.device.type == "cpu" and (torch.compiler.is_compiling() or rows.shape[0] >= 64)
+    return torch.compiler.is_compiling() or rows.shape[0] >= 64
 
 
 def times(rows: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -64,9 +67,11 @@ def times(rows: Tensor, b: Tensor, scale: float) -> Tensor:
     return scaled_product(rows, b, scale)
 
 
-def transposed_times(rows: Tensor, h: Tensor) -> Tensor:
-    """``rowsᵀ h [features, rank]`` in the faster of two orders."""
-    return (h.T @ rows).T if transposing_is_faster(rows, h.shape[1]) else rows.T @ h
+def transposed_times(rows: Tensor, h: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale · rowsᵀ h [features, rank]``, rounded once, in the faster of two orders."""
+    if transposing_is_faster(rows, h.shape[1]):
+        return scaled_product(h.T, rows, scale).T
+    return scaled_product(rows.T, h, scale)
 
 
 class Switch(NamedTuple):

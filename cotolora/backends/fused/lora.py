@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from cotolora.backends.addmm import lora as addmm
@@ -135,8 +136,8 @@ class FusedLora:
         )
 
     def saved_elsewhere(self, saved: Saved, dy: Tensor, options: Options) -> addmm.Saved:
-        """With the mask that the kernels drew."""
-        return addmm.Saved(*saved[:5], mask_of_x(saved.seed, dy, saved.a, options.dropout))
+        """See `saved_by_addmm`."""
+        return saved_by_addmm(saved, dy, options)
 
 
 class FusedAdding:
@@ -178,8 +179,8 @@ class FusedAdding:
         )
 
     def saved_elsewhere(self, saved: Saved, dy: Tensor, options: Options) -> addmm.Saved:
-        """With the mask that the kernels drew."""
-        return addmm.Saved(*saved[:5], mask_of_x(saved.seed, dy, saved.a, options.dropout))
+        """See `saved_by_addmm`."""
+        return saved_by_addmm(saved, dy, options)
 
 
 def gradients_of_factors(
@@ -209,6 +210,13 @@ def launches_of_factors(sizes: Sizes) -> tuple[Launch, ...]:
         Launch("gram", sizes.bytes("x", "p", "a")),
         Launch("sum_partials", sizes.bytes("a", "b")),
     )
+
+
+def saved_by_addmm(saved: Saved, dy: Tensor, options: Options) -> addmm.Saved:
+    """As vendor GEMMs keep it: h without the scale, and the mask that the kernels drew."""
+    x, weight, a, b, h, seed = saved
+    h = None if h is None else h / options.scale if options.scale else torch.zeros_like(h)
+    return addmm.Saved(x, weight, a, b, h, mask_of_x(seed, dy, a, options.dropout))
 
 
 BACKENDS = {form: FusedLora(form) for form in ("one_pass", "low_rank_gemm", "pre_expand")}
