@@ -23,7 +23,7 @@ from cotolora import (
     inject,
     sample_mask,
 )
-from tests import training
+from tests.support import training
 
 WIDTH, BLOCKS = 6, 5
 

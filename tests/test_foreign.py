@@ -21,7 +21,7 @@ from cotolora.backends.fused.common import has_triton
 from cotolora.backends.types import Sizes
 from cotolora.functional import add_low_rank
 from cotolora.variants import VARIANTS
-from tests.tolerance import assert_as_accurate_as_torch
+from tests.support.tolerance import assert_as_accurate_as_torch
 
 SCALE = 0.75  # neither 1 nor a power of two: lost, squared or inverted it shows
 LORA = VARIANTS["lora"]

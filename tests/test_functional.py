@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cotolora import CoToLoRALinear, coto_lora_linear, set_backend
 from cotolora.backends.autograd import autocasts
-from tests.tolerance import assert_as_accurate_as_torch
+from tests.support.tolerance import assert_as_accurate_as_torch
 
 SCALE = 0.75  # neither 1 nor a power of two: lost, squared or inverted it shows
 BACKENDS = ["reference", "addmm"]

@@ -19,8 +19,8 @@ from torch import nn
 
 from cotolora import adapters, load_adapter, save_adapter
 from cotolora.saving import files
-from tests.ranks import ROOT
-from tests.saving import CONFIG, WEIGHTS, base, logits, tuned
+from tests.support.repository import ROOT, module_of
+from tests.support.saving import CONFIG, WEIGHTS, base, logits, tuned
 
 # kills and full disks
 
@@ -201,7 +201,7 @@ def main_limit(directory):
 def in_a_process(*args):
     """Runs a `main_…` of this file by itself: a process that forks must not have threads."""
     return subprocess.Popen(
-        [sys.executable, "-m", f"tests.{Path(__file__).stem}", *map(str, args)],
+        [sys.executable, "-m", module_of(__file__), *map(str, args)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip

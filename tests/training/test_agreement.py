@@ -13,7 +13,7 @@ from torch import nn
 import cotolora
 from cotolora import CoTo
 from cotolora.training.agreement import check_agreement
-from tests.ranks import results_of, serve
+from tests.support.ranks import results_of, serve
 
 ODD = 1  # the rank that differs
 

@@ -14,10 +14,10 @@ from cotolora.backends.addmm import dora as addmm_dora
 from cotolora.backends.types import Sizes
 from cotolora.functional import coto_lora_linear
 from cotolora.variants import VARIANTS
+from tests.backends.test_ops import Counter, assert_same_step, train_step
+from tests.support.tolerance import assert_as_accurate_as_torch
 from tests.test_functional import SCALE, dy_for, operands
-from tests.test_ops import Counter, assert_same_step, train_step
-from tests.test_variants import NAMES, apply, double, draw, run
-from tests.tolerance import assert_as_accurate_as_torch
+from tests.variants.test_variants import NAMES, apply, double, draw, run
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 invalid_values = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

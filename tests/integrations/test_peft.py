@@ -13,7 +13,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from cotolora.integrations.peft import from_peft, to_peft  # noqa: E402
-from tests.peft_models import (  # noqa: E402
+from tests.support.peft_models import (  # noqa: E402
     CONVERSIBLE,
     Net,
     assert_unchanged,
@@ -27,7 +27,7 @@ from tests.peft_models import (  # noqa: E402
     two_adapters,
     with_tokens,
 )
-from tests.tolerance import assert_as_accurate_as_torch  # noqa: E402
+from tests.support.tolerance import assert_as_accurate_as_torch  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 

@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.nn.parallel import DistributedDataParallel
 
 from cotolora import CoTo, adapter_parameters, set_backend
-from tests.ranks import results_of, serve
-from tests.training import BATCH, WIDTH, Case, make, shard, whole
+from tests.support.ranks import results_of, serve
+from tests.support.training import BATCH, WIDTH, Case, make, shard, whole
 
 STEPS, CUT, TOTAL = 12, 5, 20  # at the cut, one adapter has never been on and has no optimizer state
 SEED = 3

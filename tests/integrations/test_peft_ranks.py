@@ -7,13 +7,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from cotolora import CoTo
-from tests.ranks import results_of, serve
-from tests.training import assert_equal_on_every_rank, shard, whole
+from tests.support.ranks import results_of, serve
+from tests.support.training import assert_equal_on_every_rank, shard, whole
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from tests.peft_models import METHODS, SEED, Net, shaken, trained  # noqa: E402
+from tests.support.peft_models import METHODS, SEED, Net, shaken, trained  # noqa: E402
 
 WORLD, PER_RANK = 2, 3
 # a method, options of DDP or what of the model is sharded, and which kind of checkpoint lies around the blocks

@@ -19,7 +19,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cotolora import CoToLoRALinear, adapters, load_adapter, save_adapter
-from tests.saving import CONFIG, PREFIX, WEIGHTS, base, config_of, logits, picture, refused, rewrite, train, tuned
+from tests.support.saving import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    base,
+    config_of,
+    logits,
+    picture,
+    refused,
+    rewrite,
+    train,
+    tuned,
+)
 
 # settings that are not supported, and configs that make no sense
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cotolora import CoTo, adapter_parameters, load_adapter, save_adapter, set_backend
-from tests.ranks import results_of, serve
-from tests.training import (
+from tests.support.ranks import results_of, serve
+from tests.support.training import (
     BATCH,
     TOTAL,
     WIDTH,

@@ -15,7 +15,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from cotolora.integrations.peft import from_peft  # noqa: E402
-from tests.peft_models import (  # noqa: E402
+from tests.support.peft_models import (  # noqa: E402
     CONVERSIBLE,
     METHODS,
     SEED,
@@ -424,8 +424,8 @@ def test_a_pissa_adapter_that_is_not_active_is_no_obstacle():
 def test_trainer_gives_the_weights_of_a_plain_loop_and_of_our_own_layer_and_saves_by_itself(tmp_path):
     pytest.importorskip("accelerate")
     from cotolora.integrations.transformers import CoToCallback
-    from tests.test_transformers import plain_loop, trainer_of
-    from tests.test_transformers import weights as weights_of
+    from tests.integrations.test_transformers import plain_loop, trainer_of
+    from tests.integrations.test_transformers import weights as weights_of
 
     model = lora(llama, ["q_proj", "v_proj"])
     ours = from_peft(copy.deepcopy(model))

@@ -16,7 +16,7 @@ from cotolora import adapters, inject, load_adapter, save_adapter
 from cotolora.merging import AdapterState, Factors, align, dare, ensemble, fuse, lego, mix, ties
 from cotolora.merging.alignment import Misfit, best_basis
 from cotolora.merging.kmeans import kmeans
-from tests.tolerance import assert_as_accurate_as_torch
+from tests.support.tolerance import assert_as_accurate_as_torch
 
 SIZES = {"q": (7, 9), "blocks.0.up": (12, 5)}  # out, in
 

@@ -26,7 +26,7 @@ from cotolora.kernels.pre_expand import expand, pre_expand
 from cotolora.kernels.row_norm import row_norm
 from cotolora.kernels.shrink import shrink
 from cotolora.kernels.tiles import TABLES, Stream, Tile, choose, splits
-from tests.tolerance import assert_as_accurate_as_torch
+from tests.support.tolerance import assert_as_accurate_as_torch
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 # what the interpreter's numpy says of infinities

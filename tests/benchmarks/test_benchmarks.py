@@ -10,7 +10,6 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +21,9 @@ from benchmarks.compare import Comparison
 from benchmarks.report import Result
 from benchmarks.shapes import BLOCKS, Linear, distinct, title
 from benchmarks.workload import MAX_COPIES, Judge, RefusedError, Workload, cache_bytes
+from tests.support.repository import ROOT
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parent.parent
 ONE = (Linear("linear", 24, 16, "x", bias=True),)
 MACHINE = {"device": "a CPU", "torch": "2", "triton": "3", "cotolora": "0 abc"}
 

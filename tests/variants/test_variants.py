@@ -19,8 +19,8 @@ from cotolora.backends.types import Needs, Operands, Options
 from cotolora.functional import planned
 from cotolora.functional import run as run_plan
 from cotolora.variants import VARIANTS
+from tests.support.tolerance import assert_as_accurate_as_torch
 from tests.test_functional import BACKENDS, DTYPES, GATES, SCALE, SHAPES, dy_for, fits, operands
-from tests.tolerance import assert_as_accurate_as_torch
 
 NAMES = {
     "dora": ("x", "weight", "bias", "lora_a", "lora_b", "magnitude"),

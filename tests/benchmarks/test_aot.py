@@ -10,17 +10,16 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from cotolora.kernels.tiles import TABLES, TMA_ARCHITECTURES, Tile
+from tests.support.repository import ROOT
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 # the versions that the tables are fitted to; CI has both
 FITTED = ("3.6.", "3.9.")
-ROOT = Path(__file__).parent.parent
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 
 

@@ -8,8 +8,8 @@ import torch
 
 from cotolora import sample_mask, set_backend
 from cotolora.schedule import activation_probability
-from tests.ranks import results_of, serve
-from tests.training import BLOCKS, TOTAL, Case, assert_equal_on_every_rank, assert_equals_one_process, train
+from tests.support.ranks import results_of, serve
+from tests.support.training import BLOCKS, TOTAL, Case, assert_equal_on_every_rank, assert_equals_one_process, train
 
 OLD = torch.__version__ < (2, 13)
 CASES = {

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import cotolora
 from cotolora import CoTo, CoToLoRALinear, coto_lora_linear, set_backend
 from cotolora.backends import choice as dispatch
-from tests.tolerance import assert_as_accurate_as_torch
+from tests.support.tolerance import assert_as_accurate_as_torch
 
 pytest.importorskip("triton")
 

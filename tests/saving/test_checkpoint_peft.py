@@ -7,7 +7,21 @@ import pytest
 import torch
 
 from cotolora import adapters, load_adapter, save_adapter
-from tests.saving import Inner, Many, Net, Odd, X, assert_few_ulps, base, keys, logits, refused, train, trained, tuned
+from tests.support.saving import (
+    Inner,
+    Many,
+    Net,
+    Odd,
+    X,
+    assert_few_ulps,
+    base,
+    keys,
+    logits,
+    refused,
+    train,
+    trained,
+    tuned,
+)
 
 IDS = {"input_ids": torch.tensor([[1, 5, 2, 7], [3, 4, 8, 6]])}
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import cotolora
 from cotolora import CoTo, adapter_parameters, adapters
-from tests.ranks import results_of, serve
+from tests.support.ranks import results_of, serve
 
 pytest.importorskip("accelerate")
 

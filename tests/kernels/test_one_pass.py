@@ -1,4 +1,4 @@
-"""What the one-pass kernel has beside what tests/test_kernels.py asks of every kernel, itself among them."""
+"""What the one-pass kernel has beside what tests/kernels/test_kernels.py asks of every kernel, itself among them."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from cotolora.kernels.one_pass import one_pass
 from cotolora.kernels.tiles import ONE_PASS, Tile, architecture, dot_precision, is_aligned
-from tests.tolerance import assert_as_accurate_as_torch
+from tests.support.tolerance import assert_as_accurate_as_torch
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 # what the interpreter's numpy says of infinities

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ from cotolora.backends.addmm import lora as addmm
 from cotolora.backends.fused.common import has_triton
 from cotolora.backends.types import Sizes
 from cotolora.variants import VARIANTS
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(not has_triton(), reason="needs triton")
 TINY = ("--dry-run", "--shapes", "4,8,6", "--rounds", "1", "--rank", "2")
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).parent.parent
+from tests.support.repository import ROOT, module_of
 
 Result = dict[str, Any]
 # by the number of ranks and by name; called with the rank and their number
@@ -33,7 +33,7 @@ def results_of(file: str, cases: Cases, folder: Path, seconds: float = 240) -> d
     A case that raised leaves its traceback as "error", one whose rank died or hung what the program printed.
     """
     program = subprocess.Popen(
-        [sys.executable, "-m", f"tests.{Path(file).stem}", str(folder)],
+        [sys.executable, "-m", module_of(file), str(folder)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,8 @@ from cotolora.variants import VARIANTS
 
 pytest.importorskip("triton")
 pytest.importorskip("peft")
-ROOT = Path(__file__).parent.parent
+from tests.support.repository import ROOT
+
 SIZES = Sizes(8192, 4096, 4096, 16)
 FUSED = [(variant, form) for variant in VARIANTS for form in VARIANTS[variant].fused]
 fused = pytest.mark.parametrize(("variant", "form"), FUSED)

@@ -18,9 +18,9 @@ from cotolora.backends.fused import common
 from cotolora.backends.fused.common import MAX_RANK, has_triton
 from cotolora.backends.types import Call
 from cotolora.variants import VARIANTS
-from tests.tolerance import assert_as_accurate_as_torch
+from tests.support.repository import ROOT
+from tests.support.tolerance import assert_as_accurate_as_torch
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 LORA = VARIANTS["lora"]
 

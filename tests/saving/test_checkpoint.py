@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from cotolora import CoToLoRALinear, adapters, eject, inject, load_adapter, save_adapter
 from cotolora.saving import adapter as checkpoint
-from tests.saving import (
+from tests.support.saving import (
     CONFIG,
     PREFIX,
     WEIGHTS,
