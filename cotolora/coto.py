@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from cotolora.groups import Unit, group_names, is_enabled, unwrap
 from cotolora.schedule import activation_probability, sample_mask
 from cotolora.training.agreement import check_agreement
 from cotolora.training.optimizer_state import keep_whole
+from cotolora.training.reducer import JoinUnused
 from cotolora.training.stepping import Together, before_each_step, unwrapped
 from cotolora.training.switches import PeftSwitch, Switch, module_of, switches
 
@@ -126,7 +123,8 @@ class CoTo:
         self.p = 0.0
         # on the CPU by name, here and below: the user may have set another default device
         self.mask = torch.ones(len(self.groups), dtype=torch.bool, device="cpu")
-        self._warned = self._told = False
+        self._warned = False
+        self._join = JoinUnused(self._unused_parameters)
         self._model = unwrap(model)
         self._handles: list[RemovableHandle] = []
         self._check_every, self._calls = check_every, 0
@@ -207,7 +205,7 @@ class CoTo:
         self._apply(mask)
         peft = [layer for layer in self._layers.values() if isinstance(layer, PeftSwitch)]
         if not self._handles:
-            self._handles = [self._model.register_forward_hook(self._join_graph)]
+            self._handles = [self._model.register_forward_hook(self._join_unused)]
             if peft:
                 # also where a forward raises. Here and not on each layer: torch.compile would trace a graph for each
                 self._handles.append(self._model.register_forward_hook(self._restore, always_call=True))
@@ -312,37 +310,12 @@ class CoTo:
             if isinstance(layer, PeftSwitch):
                 layer.restore()
 
-    def _join_graph(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Under DDP, ties parameters that no forward used to the output, so that the reducer sees them."""
-        if not (dist.is_available() and dist.is_initialized() and torch.is_grad_enabled()):
-            return None
-        if torch._C._are_functorch_transforms_active():  # which have no reducer, and refuse _Join
-            return None
-        unused = [p for p in self._idle(lambda layer, _: layer.active is False or layer.merged) if p.requires_grad]
-        return self._joined(output, unused) if unused else None
+    def _join_unused(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return self._join(output)
 
-    def _joined(self, output: Any, unused: Sequence[Tensor]) -> Any:
-        leaves, spec = pytree.tree_flatten(output)
-        if len(leaves) == 1 and leaves[0] is output and dataclasses.is_dataclass(output):
-            # pytree knows only the dataclasses that were registered with it
-            fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-            output = copy.copy(output)
-            for name, value in self._joined(fields, unused).items():
-                object.__setattr__(output, name, value)
-            return output
-        # by identity: a tensor in two places stays one tensor, or writing to one of them would miss the other's graph
-        tied = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad}
-        if not tied:
-            if not self._told and not any(isinstance(leaf, Tensor) for leaf in leaves):
-                logger.warning(
-                    "the model's output, a %s, shows no tensors (in tuples, lists, dicts or a dataclass it would): "
-                    "DistributedDataParallel will miss the adapters that are off",
-                    type(output).__name__,
-                )
-                self._told = True
-            return output
-        joined = dict(zip(tied, _Join.apply(len(tied), *tied.values(), *unused), strict=True))
-        return pytree.tree_unflatten([joined.get(id(leaf), leaf) for leaf in leaves], spec)
+    def _unused_parameters(self) -> list[nn.Parameter]:
+        """Parameters that no forward uses now: of adapters that are off or merged."""
+        return [p for p in self._idle(lambda layer, _: layer.active is False or layer.merged) if p.requires_grad]
 
 
 def check_settings(settings: dict[str, Any], check_every: int = 0) -> None:
@@ -367,22 +340,3 @@ def check_settings(settings: dict[str, Any], check_every: int = 0) -> None:
 def _trainable(layer: Switch) -> bool:
     enabled = layer.enabled if isinstance(layer, PeftSwitch) else is_enabled(layer)
     return not layer.merged and enabled
-
-
-class _Join(torch.autograd.Function):
-    """Hands the model's outputs on unchanged, and zeros to parameters that took no part in them.
-
-    Zeros and not None: with None, DDP's static_graph lets the ranks drift apart in silence.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        ctx.unused = tensors[count:]
-        # an output that the loss does not use gets None: zeros would cost memory, and 0 · inf further down is NaN
-        ctx.set_materialize_grads(False)
-        # detached and not viewed: autograd forbids writing in place (loss /= n) to a view made in here
-        return tuple(tensor.detach() for tensor in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, *gradients, *(torch.zeros_like(parameter) for parameter in ctx.unused)
