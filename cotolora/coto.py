@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Hashable
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from cotolora.checks import integer, one_of
 from cotolora.groups import Unit, group_names, is_enabled, unwrap
-from cotolora.schedule import activation_probability, sample_mask
+from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
 from cotolora.training.agreement import check_agreement
 from cotolora.training.optimizer_state import keep_whole
 from cotolora.training.reducer import JoinUnused
@@ -20,9 +22,6 @@ from cotolora.training.stepping import Together, before_each_step, unwrapped
 from cotolora.training.switches import PeftSwitch, Switch, module_of, switches
 
 logger = logging.getLogger("cotolora")
-
-# stands for p = 0 where at least one group must be on: small enough that no second one is ever drawn
-_TINY = 1e-30
 
 
 class CoTo:
@@ -52,13 +51,10 @@ class CoTo:
     Args:
         model: a model with adapters, ours or PEFT's; may be wrapped by DistributedDataParallel or torch.compile.
         total_steps: optimizer steps of the run.
-        initial_p, ramp, shape: of the schedule, see `activation_probability`.
+        schedule: when groups are on. Its fields may also be given one by one, instead:
+        initial_p, ramp, shape, tilt, at_least_one, seed: see `Schedule`, where their defaults are.
         unit: what is switched as one: "layer" (adapters whose names agree up to their first number, such as
             ``model.layers.3``), "module" (each adapter) or a callable from name to key.
-        tilt: in [-1, 1]; positive drops high layers more (the paper's CoTo-H), negative low ones. Group l
-            of L is on with probability ``p · (1 - tilt · (1 - p) · (2l / (L - 1) - 1))``.
-        at_least_one: never switch every enabled group off, which would leave nothing to train.
-        seed: of the masks.
         gates: "host" (bools; an adapter that is off launches nothing and costs nothing) or "device" (int32
             tensors written in place, for CUDA graphs and whole-model compile).
         check_every: in a distributed run, compare seed, step, settings, groups and mask of all ranks in the
@@ -71,6 +67,8 @@ class CoTo:
         mask: bool ``[len(groups)]`` on the CPU, what is on now.
         p: the schedule's probability now.
         current_step: optimizer steps done.
+        schedule: the `Schedule`.
+        total_steps: optimizer steps of the run.
 
     Raises:
         TypeError: `model` is not a module, or `unit` neither a string nor a callable.
@@ -86,14 +84,15 @@ class CoTo:
         self,
         model: nn.Module,
         total_steps: int,
+        schedule: Schedule | None = None,
         *,
-        initial_p: float = 0.1,
-        ramp: float = 0.75,
-        shape: str = "linear",
+        initial_p: float = NOT_GIVEN,
+        ramp: float = NOT_GIVEN,
+        shape: str = NOT_GIVEN,
         unit: Unit = "layer",
-        tilt: float = 0.0,
-        at_least_one: bool = True,
-        seed: int = 0,
+        tilt: float = NOT_GIVEN,
+        at_least_one: bool = NOT_GIVEN,
+        seed: int = NOT_GIVEN,
         gates: str = "host",
         check_every: int = 0,
     ) -> None:
@@ -102,23 +101,21 @@ class CoTo:
             raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
         if merged := [name for name, layer in self._layers.items() if layer.merged]:
             raise ValueError(f"model must have no merged adapters, which cannot train; merged: {merged}")
-        if gates not in ("host", "device"):
-            raise ValueError(f"gates must be 'host' or 'device'; got {gates!r}")
+        one_of("gates", gates, ("host", "device"))
         if gates == "device" and any(isinstance(layer, PeftSwitch) for layer in self._layers.values()):
             raise ValueError("gates must be 'host' on a PEFT model, whose switch is a bool of the host; got 'device'")
         self.groups: dict[Hashable, list[str]] = group_names(self._layers, unit)
-        self._settings: dict[str, Any] = {
-            "total_steps": total_steps,
-            "initial_p": initial_p,
-            "ramp": ramp,
-            "shape": shape,
-            "tilt": tilt,
-            "at_least_one": at_least_one,
-            "seed": seed,
-        }
-        check_settings(self._settings, check_every)
-        # not numpy's float64, which is a float but which torch.load(weights_only=True) refuses
-        self._settings.update(initial_p=float(initial_p), ramp=float(ramp), tilt=float(tilt))
+        self.schedule = schedule_of(
+            schedule,
+            initial_p=initial_p,
+            ramp=ramp,
+            shape=shape,
+            tilt=tilt,
+            at_least_one=at_least_one,
+            seed=seed,
+        )
+        self.total_steps = integer("total_steps", total_steps)
+        self._check_every, self._calls = integer("check_every", check_every, 0), 0
         self.current_step = 0
         self.p = 0.0
         # on the CPU by name, here and below: the user may have set another default device
@@ -127,7 +124,6 @@ class CoTo:
         self._join = JoinUnused(self._unused_parameters)
         self._model = unwrap(model)
         self._handles: list[RemovableHandle] = []
-        self._check_every, self._calls = check_every, 0
         if check_every:
             self._check_ranks()
         for hook in list(self._model._forward_hooks.values()):
@@ -181,27 +177,10 @@ class CoTo:
         check_agreement("CoTo", facts)
 
     def _go_to(self, step: int) -> None:
-        settings = self._settings
-        p = activation_probability(
-            step,
-            settings["total_steps"],
-            initial_p=settings["initial_p"],
-            ramp=settings["ramp"],
-            shape=settings["shape"],
-        )
         # a group whose adapters are all pruned or merged cannot be the one that is on
-        mask = torch.tensor(
-            [any(_trainable(self._layers[n]) for n in names) for names in self.groups.values()], device="cpu"
-        )
-        alive = mask.nonzero().flatten().tolist()
-        mask[alive] = sample_mask(
-            len(alive),
-            [self._tilted(p, index) for index in alive],
-            seed=settings["seed"],
-            step=step,
-            at_least_one=settings["at_least_one"],
-        )
-        self.current_step, self.p = step, p
+        available = [any(_trainable(self._layers[n]) for n in names) for names in self.groups.values()]
+        mask = self.schedule.mask(len(self.groups), step, self.total_steps, available)
+        self.current_step, self.p = int(step), self.schedule.probability(step, self.total_steps)
         self._apply(mask)
         peft = [layer for layer in self._layers.values() if isinstance(layer, PeftSwitch)]
         if not self._handles:
@@ -211,13 +190,6 @@ class CoTo:
                 self._handles.append(self._model.register_forward_hook(self._restore, always_call=True))
         for layer in peft:
             layer.hold()  # each time: an earlier CoTo that finishes late lets go of it
-
-    def _tilted(self, p: float, index: int) -> float:
-        count = len(self.groups)
-        position = 2 * index / (count - 1) - 1 if count > 1 else 0.0
-        if self._settings["at_least_one"]:
-            p = max(p, _TINY)
-        return min(1.0, p * (1 - self._settings["tilt"] * (1 - p) * position))
 
     def _apply(self, mask: Tensor) -> None:
         self.mask = mask
@@ -239,7 +211,12 @@ class CoTo:
 
     def state_dict(self) -> dict[str, Any]:
         """The step and the settings; masks follow from them."""
-        return {"step": self.current_step, "groups": [str(key) for key in self.groups], **self._settings}
+        return {
+            "step": self.current_step,
+            "groups": [str(key) for key in self.groups],
+            "total_steps": self.total_steps,
+            **dataclasses.asdict(self.schedule),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state` was taken, with its settings, and applies its step's mask.
@@ -248,23 +225,19 @@ class CoTo:
             ValueError: `state` is not from a CoTo, or from one with other groups, or a setting is out of its
                 range. Nothing is changed.
         """
-        expected = {"step", "groups", *self._settings}
-        if not isinstance(state, dict) or set(state) != expected:
+        own = self.state_dict()
+        if not isinstance(state, dict) or set(state) != set(own):
             got = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"state must be a CoTo state_dict with keys {sorted(expected)}; got {got}")
-        if state["groups"] != [str(key) for key in self.groups]:
-            raise ValueError(
-                f"state must be of a model with the same groups, {[str(key) for key in self.groups]}; "
-                f"got {state['groups']}"
-            )
-        before = self._settings
-        settings = {key: state[key] for key in before}
-        check_settings(settings)
-        self._settings = settings
+            raise ValueError(f"state must be a CoTo state_dict with keys {sorted(own)}; got {got}")
+        if state["groups"] != own["groups"]:
+            raise ValueError(f"state must be of a model with the same groups, {own['groups']}; got {state['groups']}")
+        before = self.total_steps, self.schedule
+        schedule = Schedule(**{field.name: state[field.name] for field in dataclasses.fields(Schedule)})
+        self.total_steps, self.schedule = integer("total_steps", state["total_steps"]), schedule
         try:
             self._go_to(state["step"])
         except BaseException:
-            self._settings = before
+            self.total_steps, self.schedule = before
             raise
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
@@ -316,25 +289,6 @@ class CoTo:
     def _unused_parameters(self) -> list[nn.Parameter]:
         """Parameters that no forward uses now: of adapters that are off or merged."""
         return [p for p in self._idle(lambda layer, _: layer.active is False or layer.merged) if p.requires_grad]
-
-
-def check_settings(settings: dict[str, Any], check_every: int = 0) -> None:
-    """Raises ValueError naming the setting that is out of its range."""
-    if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 0:
-        raise ValueError(f"check_every must be an integer of at least 0; got {check_every!r}")
-    tilt, at_least_one = settings["tilt"], settings["at_least_one"]
-    if isinstance(tilt, bool) or not isinstance(tilt, (int, float)) or not -1 <= tilt <= 1:
-        raise ValueError(f"tilt must be in [-1, 1]; got {tilt!r}")
-    if not isinstance(at_least_one, bool):
-        raise ValueError(f"at_least_one must be True or False; got {at_least_one!r}")
-    activation_probability(
-        0,
-        settings["total_steps"],
-        initial_p=settings["initial_p"],
-        ramp=settings["ramp"],
-        shape=settings["shape"],
-    )
-    sample_mask(0, 1.0, seed=settings["seed"], step=0)
 
 
 def _trainable(layer: Switch) -> bool:

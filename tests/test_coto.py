@@ -16,6 +16,7 @@ from torch import nn
 
 from cotolora import (
     CoTo,
+    Schedule,
     activation_probability,
     adapter_mask,
     adapter_parameters,
@@ -927,6 +928,35 @@ def test_bad_arguments_are_named_and_change_nothing(arguments, error, message):
         CoTo(model, **{"total_steps": 20, **arguments})
     assert (gates(model), earlier.mask) == before
     assert len(model._forward_hooks) == 1
+
+
+def test_a_schedule_stands_for_its_fields():
+    fields = {"initial_p": 0.3, "ramp": 0.6, "shape": "sine", "tilt": 0.5, "at_least_one": False, "seed": 9}
+    one, other = CoTo(make(), 20, Schedule(**fields)), CoTo(make(), 20, **fields)
+    assert one.schedule == other.schedule == Schedule(**fields)
+    assert one.state_dict() == other.state_dict()
+    for _ in range(12):
+        assert torch.equal(one.mask, other.mask)
+        one.step()
+        other.step()
+    assert CoTo(make(), 20).schedule == Schedule()
+
+
+def test_a_schedule_and_a_field_of_it_are_refused_together():
+    schedule = Schedule(seed=1)
+    with pytest.raises(ValueError, match=r"schedule must come without ramp, seed.*; got Schedule\(.*ramp=0.75, seed=0"):
+        CoTo(make(), 20, schedule, ramp=0.75, seed=0)  # also where the field says the same
+    for other in (0.1, {"seed": 1}):
+        with pytest.raises(TypeError, match="schedule must be a Schedule; got"):
+            CoTo(make(), 20, other)
+
+
+def test_the_state_of_numpys_numbers_is_of_pythons():
+    coto = CoTo(make(), np.int64(20), seed=np.int64(3), initial_p=np.float32(0.25), check_every=np.int64(0))
+    coto.set_step(np.int64(4))
+    state = coto.state_dict()
+    assert through_torch(state) == through_json(state) == state
+    assert (state["total_steps"], state["seed"], state["initial_p"], state["step"]) == (20, 3, 0.25, 4)
 
 
 def test_attach_refuses_what_is_no_optimizer():

@@ -7,8 +7,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.hooks import RemovableHandle
 
-from cotolora.coto import CoTo, check_settings
+from cotolora.checks import integer
+from cotolora.coto import CoTo
 from cotolora.groups import Unit
+from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
 
 
 class CoToLightningCallback(Callback):
@@ -20,7 +22,7 @@ class CoToLightningCallback(Callback):
     global_step counts the steps of all of them, and so does the schedule.
 
     Args:
-        initial_p, ramp, shape, unit, tilt, at_least_one, seed, gates, check_every: see `CoTo`; its steps are
+        schedule, initial_p, ramp, shape, unit, tilt, at_least_one, seed, gates, check_every: see `CoTo`; its steps are
             ``trainer.estimated_stepping_batches``, which must be finite.
 
     Attributes:
@@ -32,21 +34,34 @@ class CoToLightningCallback(Callback):
 
     def __init__(
         self,
+        schedule: Schedule | None = None,
         *,
-        initial_p: float = 0.1,
-        ramp: float = 0.75,
-        shape: str = "linear",
+        initial_p: float = NOT_GIVEN,
+        ramp: float = NOT_GIVEN,
+        shape: str = NOT_GIVEN,
         unit: Unit = "layer",
-        tilt: float = 0.0,
-        at_least_one: bool = True,
-        seed: int = 0,
+        tilt: float = NOT_GIVEN,
+        at_least_one: bool = NOT_GIVEN,
+        seed: int = NOT_GIVEN,
         gates: str = "host",
         check_every: int = 0,
     ) -> None:
-        settings = {"initial_p": initial_p, "ramp": ramp, "shape": shape, "tilt": tilt, "at_least_one": at_least_one}
-        check_settings({"total_steps": 1, "seed": seed, **settings}, check_every)
-        more = {"seed": seed, "unit": unit, "gates": gates, "check_every": check_every}
-        self._settings: dict[str, Any] = {**settings, **more}
+        schedule = schedule_of(
+            schedule,
+            initial_p=initial_p,
+            ramp=ramp,
+            shape=shape,
+            tilt=tilt,
+            at_least_one=at_least_one,
+            seed=seed,
+        )
+        integer("check_every", check_every, 0)
+        self._settings: dict[str, Any] = {
+            "schedule": schedule,
+            "unit": unit,
+            "gates": gates,
+            "check_every": check_every,
+        }
         self._attached: list[RemovableHandle] = []
         self.coto: CoTo | None = None
 

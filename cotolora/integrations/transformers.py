@@ -10,9 +10,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from cotolora.coto import CoTo, check_settings
+from cotolora.checks import integer
+from cotolora.coto import CoTo
 from cotolora.groups import Unit, adapters
 from cotolora.saving.adapter import save_adapter
+from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
 
 
 class CoToCallback(TrainerCallback):
@@ -23,7 +25,7 @@ class CoToCallback(TrainerCallback):
     optimizer state. Evaluation and saving find all of them on; after training they are on for good.
 
     Args:
-        initial_p, ramp, shape, unit, tilt, at_least_one, seed, gates, check_every: see `CoTo`; its steps are
+        schedule, initial_p, ramp, shape, unit, tilt, at_least_one, seed, gates, check_every: see `CoTo`; its steps are
             ``state.max_steps``.
         save: also write our adapters in PEFT's format into the folder ``adapter`` of every checkpoint. A PEFT model
             is saved by Trainer itself.
@@ -37,22 +39,35 @@ class CoToCallback(TrainerCallback):
 
     def __init__(
         self,
+        schedule: Schedule | None = None,
         *,
-        initial_p: float = 0.1,
-        ramp: float = 0.75,
-        shape: str = "linear",
+        initial_p: float = NOT_GIVEN,
+        ramp: float = NOT_GIVEN,
+        shape: str = NOT_GIVEN,
         unit: Unit = "layer",
-        tilt: float = 0.0,
-        at_least_one: bool = True,
-        seed: int = 0,
+        tilt: float = NOT_GIVEN,
+        at_least_one: bool = NOT_GIVEN,
+        seed: int = NOT_GIVEN,
         gates: str = "host",
         check_every: int = 0,
         save: bool = True,
     ) -> None:
-        settings = {"initial_p": initial_p, "ramp": ramp, "shape": shape, "tilt": tilt, "at_least_one": at_least_one}
-        check_settings({"total_steps": 1, "seed": seed, **settings}, check_every)
-        more = {"seed": seed, "unit": unit, "gates": gates, "check_every": check_every}
-        self._settings: dict[str, Any] = {**settings, **more}
+        schedule = schedule_of(
+            schedule,
+            initial_p=initial_p,
+            ramp=ramp,
+            shape=shape,
+            tilt=tilt,
+            at_least_one=at_least_one,
+            seed=seed,
+        )
+        integer("check_every", check_every, 0)
+        self._settings: dict[str, Any] = {
+            "schedule": schedule,
+            "unit": unit,
+            "gates": gates,
+            "check_every": check_every,
+        }
         self._save = save
         self._attached: RemovableHandle | None = None
         self.coto: CoTo | None = None
