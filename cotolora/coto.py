@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -13,26 +12,25 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cotolora.checks import integer, one_of
-from cotolora.groups import Unit, group_names, is_enabled, unwrap
+from cotolora.groups import Unit, group_names, unwrap
 from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
 from cotolora.training.agreement import check_agreement
+from cotolora.training.notices import warn_of_many_graphs
 from cotolora.training.optimizer_state import keep_whole
 from cotolora.training.reducer import JoinUnused
-from cotolora.training.stepping import Together, before_each_step, unwrapped
-from cotolora.training.switches import PeftSwitch, Switch, module_of, switches
-
-logger = logging.getLogger("cotolora")
+from cotolora.training.stepping import CombinedHandle, register_before_step, unwrap_optimizer
+from cotolora.training.switches import LayerSwitch, PeftSwitch, Switch, parameters_of, switches
 
 
 class CoTo:
     r"""Progressive activation of adapters: at optimizer step t each group is on with probability p(t).
 
     p rises from `initial_p` to 1 over the first `ramp` of the run (see `activation_probability`), so the
-    run ends as ordinary LoRA. Masks are a pure function of the seed and the step (see `sample_mask`): the
-    same on every rank and after every resume, whatever else draws random numbers.
+    run ends as ordinary LoRA. Masks are a pure function of the seed and the step (see `sample_mask`), so they are
+    the same on every rank and after every resume, whatever else draws random numbers.
 
-    The constructor applies step 0. Gates change only in `step`, `set_step`, `load_state_dict` and
-    `finish`, never between a forward and its backward, if these are called where a scheduler is stepped:
+    The constructor applies step 0. Gates change only in `step`, `set_step`, `load_state_dict` and `finish`. Call these
+    where a learning rate scheduler is stepped, so that no gate changes between a forward and its backward:
 
         coto = CoTo(model, total_steps=len(loader) * epochs)
         coto.attach(optimizer)
@@ -42,11 +40,11 @@ class CoTo:
             optimizer.zero_grad()
             coto.step()
 
-    In `eval()` every adapter is on, whatever the gates say. A model has one CoTo: a second one finishes the first.
+    In `eval()` every adapter is on, whatever the gates are. A model has one CoTo: a second one finishes the first.
 
-    It drives a PEFT model as well: any of PEFT's methods whose layers can be disabled one by one (LoRA, DoRA, HiRA,
-    LoHa, OFT, …), with the masks that our own layers at the same places would have. The layers with an active adapter
-    when the CoTo is made are the ones it switches.
+    A PEFT model works as well, with any of PEFT's methods whose layers can be disabled one by one (LoRA, DoRA, HiRA,
+    LoHa, OFT, …). Its masks are those that our own layers in the same places would have. CoTo switches the layers
+    that have an active adapter when it is constructed.
 
     Args:
         model: a model with adapters, ours or PEFT's; may be wrapped by DistributedDataParallel or torch.compile.
@@ -58,13 +56,13 @@ class CoTo:
         gates: "host" (bools; an adapter that is off launches nothing and costs nothing) or "device" (int32
             tensors written in place, for CUDA graphs and whole-model compile).
         check_every: in a distributed run, compare seed, step, settings, groups and mask of all ranks in the
-            constructor and in every n-th call of `step` or `set_step`; 0 is never. A small all-gather, so every
-            rank must make these calls, with the same `check_every`: a rank that does not come keeps the others
-            waiting until the timeout of the default process group. No part of the state.
+            constructor and in every n-th call of `step` or `set_step`; 0 is never. This is a small all-gather, so
+            every rank must make these calls, with the same `check_every`. If one does not, the others wait for it
+            until the timeout of the default process group. Not part of the state.
 
     Attributes:
         groups: adapter names by group, in module order.
-        mask: bool ``[len(groups)]`` on the CPU, what is on now.
+        mask: bool ``[len(groups)]`` on the CPU, which groups are on now.
         p: the schedule's probability now.
         current_step: optimizer steps done.
         schedule: the `Schedule`.
@@ -74,8 +72,8 @@ class CoTo:
         TypeError: `model` is not a module, or `unit` neither a string nor a callable.
         ValueError: the model has no adapters, merged ones or some of PEFT's that must not be switched (PiSSA: off would
             mean a residual, not the pretrained weight), or an argument is out of its range.
-        RuntimeError: from the constructor, `step` and `set_step`, on every rank: `check_every` has found ranks
-            that differ; names them, in what, and the values here.
+        RuntimeError: from the constructor, `step` and `set_step`, on every rank: `check_every` found that ranks
+            differ. The message names the ranks, what differs, and the values on this rank.
 
     Source: Zhuang et al. 2025, section 3 (arXiv:2506.05713).
     """
@@ -99,67 +97,40 @@ class CoTo:
         self._layers = switches(model)
         if not self._layers:
             raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
-        if merged := [name for name, layer in self._layers.items() if layer.merged]:
+        if merged := [name for name, switch in self._layers.items() if switch.merged]:
             raise ValueError(f"model must have no merged adapters, which cannot train; merged: {merged}")
         one_of("gates", gates, ("host", "device"))
-        if gates == "device" and any(isinstance(layer, PeftSwitch) for layer in self._layers.values()):
+        if gates == "device" and any(isinstance(switch, PeftSwitch) for switch in self._layers.values()):
             raise ValueError("gates must be 'host' on a PEFT model, whose switch is a bool of the host; got 'device'")
         self.groups: dict[Hashable, list[str]] = group_names(self._layers, unit)
         self.schedule = schedule_of(
-            schedule,
-            initial_p=initial_p,
-            ramp=ramp,
-            shape=shape,
-            tilt=tilt,
-            at_least_one=at_least_one,
-            seed=seed,
+            schedule, initial_p=initial_p, ramp=ramp, shape=shape, tilt=tilt, at_least_one=at_least_one, seed=seed
         )
         self.total_steps = integer("total_steps", total_steps)
         self._check_every, self._calls = integer("check_every", check_every, 0), 0
-        self.current_step = 0
-        self.p = 0.0
-        # on the CPU by name, here and below: the user may have set another default device
+        self.current_step, self.p = 0, 0.0
+        # on the CPU by name: the user may have set another default device
         self.mask = torch.ones(len(self.groups), dtype=torch.bool, device="cpu")
-        self._warned = False
-        self._join = JoinUnused(self._unused_parameters)
         self._model = unwrap(model)
         self._handles: list[RemovableHandle] = []
+        self._join = JoinUnused(self._unused_parameters)
+        self._warned = False
         if check_every:
             self._check_ranks()
         for hook in list(self._model._forward_hooks.values()):
             # the mask of an earlier run must not go on deciding what an attached optimizer leaves out
             if isinstance(earlier := getattr(hook, "__self__", None), CoTo):
                 earlier.finish()
-        for layer in self._layers.values():
-            if isinstance(layer, PeftSwitch):
-                continue
-            # not layer.gate = …, which would fill a tensor that an earlier run left there
-            on = torch.ones((), dtype=torch.int32, device="cpu") if gates == "device" else True
-            layer._set_switch("_gate", on)
+        for switch in self._layers.values():
+            if isinstance(switch, LayerSwitch):
+                switch.reset_gate(gates)
         if gates == "host":
-            self._advise(model)
+            warn_of_many_graphs(model, [[switch.layer for switch in group] for group in self._switches()])
         self._go_to(0)
-
-    def _advise(self, model: nn.Module) -> None:
-        group_of = {
-            id(module_of(self._layers[name])): i for i, names in enumerate(self.groups.values()) for name in names
-        }
-        for name, module in model.named_modules():
-            if not hasattr(module, "_orig_mod") and getattr(module, "_compiled_call_impl", None) is None:
-                continue
-            inside = {group_of[id(child)] for child in module.modules() if id(child) in group_of}
-            if len(inside) > 1:
-                logger.warning(
-                    "torch.compile traces a graph for every pattern of host gates inside a compiled module, until it "
-                    "gives up; %s holds %d groups: compile modules of one group each, or take gates='device'",
-                    name or "the model",
-                    len(inside),
-                )
-                return
 
     def step(self) -> None:
         """Counts one optimizer step and draws the next mask. Call it after ``optimizer.step()``."""
-        if not self._warned and not any(layer.training for layer in self._layers.values()):
+        if not self._warned and not any(switch.training for switch in self._layers.values()):
             warnings.warn("CoTo.step() was called while no adapter is in training mode", stacklevel=2)
             self._warned = True
         self.set_step(self.current_step + 1)
@@ -167,37 +138,10 @@ class CoTo:
     def set_step(self, step: int) -> None:
         """Applies the mask of optimizer step `step`, for loops that count themselves."""
         self._go_to(step)
-        # calls and not steps, which is what may differ: ranks that disagree on when to check would wait for ever
+        # counts calls and not steps: where steps differ, ranks would check at different times and wait for ever
         self._calls += 1
         if self._check_every and self._calls % self._check_every == 0:
             self._check_ranks()
-
-    def _check_ranks(self) -> None:
-        facts = {**self.state_dict(), "mask": self.mask.tolist(), "check_every": self._check_every}
-        check_agreement("CoTo", facts)
-
-    def _go_to(self, step: int) -> None:
-        # a group whose adapters are all pruned or merged cannot be the one that is on
-        available = [any(_trainable(self._layers[n]) for n in names) for names in self.groups.values()]
-        mask = self.schedule.mask(len(self.groups), step, self.total_steps, available)
-        self.current_step, self.p = int(step), self.schedule.probability(step, self.total_steps)
-        self._apply(mask)
-        peft = [layer for layer in self._layers.values() if isinstance(layer, PeftSwitch)]
-        if not self._handles:
-            self._handles = [self._model.register_forward_hook(self._join_unused)]
-            if peft:
-                # also where a forward raises. Here and not on each layer: torch.compile would trace a graph for each
-                self._handles.append(self._model.register_forward_hook(self._restore, always_call=True))
-        for layer in peft:
-            layer.hold()  # each time: an earlier CoTo that finishes late lets go of it
-
-    def _apply(self, mask: Tensor) -> None:
-        self.mask = mask
-        for names, on in zip(self.groups.values(), mask.tolist(), strict=True):
-            for name in names:
-                layer = self._layers[name]
-                if layer.gate is not on:  # assigning an attribute of a module is slow, and most gates stay
-                    layer.gate = on
 
     def finish(self) -> None:
         """Switches every adapter on and takes the hooks off: the end of the run, until another step is set."""
@@ -205,9 +149,27 @@ class CoTo:
         self._apply(torch.ones_like(self.mask))
         while self._handles:
             self._handles.pop().remove()
-        for layer in self._layers.values():
-            if isinstance(layer, PeftSwitch):
-                layer.release()
+        for switch in self._layers.values():
+            switch.remove()
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Makes `optimizer` leave the adapters that are off untouched; returns a handle that undoes this.
+
+        Just before each of its steps, the gradients of adapters that are off become None. A
+        single process with host gates and ``zero_grad(set_to_none=True)`` has none there anyway; DDP,
+        device gates and zeroed gradients leave zeros, with which AdamW would still move and decay weights.
+
+        The optimizer's state_dict holds zeros for adapters that have not been on yet, as
+        torch.distributed.checkpoint needs it; loading one leaves them without a state, as they were.
+
+        Args:
+            optimizer: also one wrapped by accelerate or Lightning; may run backward in a closure.
+
+        Raises:
+            TypeError: `optimizer` is not a torch optimizer.
+        """
+        optimizer = unwrap_optimizer(optimizer)
+        return CombinedHandle(register_before_step(optimizer, self._drop_gradients), *keep_whole(optimizer))
 
     def state_dict(self) -> dict[str, Any]:
         """The step and the settings; masks follow from them."""
@@ -240,57 +202,52 @@ class CoTo:
             self.total_steps, self.schedule = before
             raise
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Makes `optimizer` leave the adapters that are off untouched; returns a handle that undoes this.
+    def _switches(self) -> list[list[Switch]]:
+        """The switches of each group."""
+        return [[self._layers[name] for name in names] for names in self.groups.values()]
 
-        Just before each of its steps, the gradients of adapters that are off become None. A
-        single process with host gates and ``zero_grad(set_to_none=True)`` has none there anyway; DDP,
-        device gates and zeroed gradients leave zeros, with which AdamW would still move and decay weights.
+    def _go_to(self, step: int) -> None:
+        # a group whose adapters are all disabled or merged cannot be the one that is on
+        available = [any(switch.trainable for switch in group) for group in self._switches()]
+        mask = self.schedule.mask(len(self.groups), step, self.total_steps, available)
+        self.current_step, self.p = int(step), self.schedule.probability(step, self.total_steps)
+        self._apply(mask)
+        if not self._handles:
+            # on the model and not on each layer, where torch.compile would trace a graph for each
+            self._handles = [self._model.register_forward_hook(self._after_forward, always_call=True)]
+        for switch in self._layers.values():
+            switch.install()  # each time: an earlier CoTo that finishes late removes the hooks
 
-        The optimizer's state_dict holds zeros for adapters that have not been on yet, as
-        torch.distributed.checkpoint needs it; loading one leaves them without a state, as they were.
+    def _apply(self, mask: Tensor) -> None:
+        self.mask = mask
+        for group, on in zip(self._switches(), mask.tolist(), strict=True):
+            for switch in group:
+                switch.set_gate(on)
 
-        Args:
-            optimizer: also one wrapped by accelerate or Lightning; may run backward in a closure.
+    def _check_ranks(self) -> None:
+        facts = {**self.state_dict(), "mask": self.mask.tolist(), "check_every": self._check_every}
+        check_agreement("CoTo", facts)
 
-        Raises:
-            TypeError: `optimizer` is not a torch optimizer.
-        """
-
-        def forget() -> None:
-            for parameter in self._idle(lambda layer, on: (layer.training and not on) or not _trainable(layer)):
-                parameter.grad = None
-
-        optimizer = unwrapped(optimizer)
-        return Together(before_each_step(optimizer, forget), *keep_whole(optimizer))
-
-    def _idle(self, off: Callable[[Switch, bool], bool]) -> list[nn.Parameter]:
-        """Parameters of the adapters that are `off`, a function of a layer and its group's mask."""
-        used: set[nn.Parameter] = set()
-        idle: dict[nn.Parameter, None] = {}
-        for names, on in zip(self.groups.values(), self.mask.tolist(), strict=True):
-            for layer in (self._layers[name] for name in names):
-                if off(layer, on):
-                    idle |= dict.fromkeys(layer.adapter_parameters)
-                else:
-                    used.update(layer.adapter_parameters)
-        # some of PEFT's methods share parameters among layers
-        return [parameter for parameter in idle if parameter not in used]
-
-    def _restore(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Leaves no layer of PEFT's switched by a forward that raised."""
-        for layer in self._layers.values():
-            if isinstance(layer, PeftSwitch):
-                layer.restore()
-
-    def _join_unused(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+        for switch in self._layers.values():
+            switch.restore()  # of PEFT's, where a forward raised
         return self._join(output)
 
     def _unused_parameters(self) -> list[nn.Parameter]:
-        """Parameters that no forward uses now: of adapters that are off or merged."""
-        return [p for p in self._idle(lambda layer, _: layer.active is False or layer.merged) if p.requires_grad]
+        """The trainable parameters that a forward leaves out of the graph now."""
+        unused: list[Switch] = []
+        used: list[Switch] = []
+        for switch in self._layers.values():
+            (unused if switch.unused else used).append(switch)
+        return [parameter for parameter in parameters_of(unused, used) if parameter.requires_grad]
 
-
-def _trainable(layer: Switch) -> bool:
-    enabled = layer.enabled if isinstance(layer, PeftSwitch) else is_enabled(layer)
-    return not layer.merged and enabled
+    def _drop_gradients(self) -> None:
+        off: list[Switch] = []
+        on: list[Switch] = []
+        for group, is_on in zip(self._switches(), self.mask.tolist(), strict=True):
+            for switch in group:
+                # by the mask and not by the gate, which may be a tensor on a device
+                trains = switch.trainable and (is_on or not switch.training)
+                (on if trains else off).append(switch)
+        for parameter in parameters_of(off, on):
+            parameter.grad = None

@@ -318,7 +318,7 @@ def test_importing_cotolora_loads_nothing_heavy():
 FLOORS = [
     {"checks"},
     {"schedule", "reference", "training.stepping", "training.agreement", "training.optimizer_state"},
-    {"training.reducer"},
+    {"training.reducer", "training.notices"},
     {"backends.cost"},
     {"backends.addmm.lora"},
     {"backends.addmm.dora", "backends.addmm.hira"},
