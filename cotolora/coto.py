@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+import weakref
 from collections.abc import Hashable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from cotolora.checks import integer, one_of
@@ -20,6 +21,15 @@ from cotolora.training.optimizer_state import keep_whole
 from cotolora.training.reducer import JoinUnused
 from cotolora.training.stepping import CombinedHandle, register_before_step, unwrap_optimizer
 from cotolora.training.switches import LayerSwitch, PeftSwitch, Switch, parameters_of, switches
+
+# which CoTo sets the gate of a layer. Weak and outside the layers, so that copies of a layer hold no CoTo
+_COTO_OF: weakref.WeakKeyDictionary[nn.Module, weakref.ref[CoTo]] = weakref.WeakKeyDictionary()
+
+
+def coto_of(layer: nn.Module) -> CoTo | None:
+    """The CoTo that sets the gate of `layer`, if there is one."""
+    found = _COTO_OF.get(layer)
+    return None if found is None else found()
 
 
 class CoTo:
@@ -40,7 +50,8 @@ class CoTo:
             optimizer.zero_grad()
             coto.step()
 
-    In `eval()` every adapter is on, whatever the gates are. A model has one CoTo: a second one finishes the first.
+    In `eval()` every adapter is on, whatever the gates are. An adapter has one CoTo: one that is constructed, or set to
+    a step, finishes any other that has an adapter of its own, through whatever module each was constructed.
 
     A PEFT model works as well, with any of PEFT's methods whose layers can be disabled one by one (LoRA, DoRA, HiRA,
     LoHa, OFT, …). Its masks are those that our own layers in the same places would have. CoTo switches the layers
@@ -117,10 +128,7 @@ class CoTo:
         self._warned = False
         if check_every:
             self._check_ranks()
-        for hook in list(self._model._forward_hooks.values()):
-            # the mask of an earlier run must not go on deciding what an attached optimizer leaves out
-            if isinstance(earlier := getattr(hook, "__self__", None), CoTo):
-                earlier.finish()
+        self._take_over()
         for switch in self._layers.values():
             if isinstance(switch, LayerSwitch):
                 switch.reset_gate(gates)
@@ -144,13 +152,18 @@ class CoTo:
             self._check_ranks()
 
     def finish(self) -> None:
-        """Switches every adapter on and takes the hooks off: the end of the run, until another step is set."""
-        self.p = 1.0
-        self._apply(torch.ones_like(self.mask))
+        """Switches every adapter on and takes the hooks off: the end of the run, until another step is set.
+
+        Adapters that another CoTo has taken over are left to it.
+        """
+        self.p, self.mask = 1.0, torch.ones_like(self.mask)
         while self._handles:
             self._handles.pop().remove()
         for switch in self._layers.values():
-            switch.remove()
+            if coto_of(switch.layer) is self:
+                switch.set_gate(True)
+                switch.remove()
+                del _COTO_OF[switch.layer]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Makes `optimizer` leave the adapters that are off untouched; returns a handle that undoes this.
@@ -211,18 +224,31 @@ class CoTo:
         available = [any(switch.trainable for switch in group) for group in self._switches()]
         mask = self.schedule.mask(len(self.groups), step, self.total_steps, available)
         self.current_step, self.p = int(step), self.schedule.probability(step, self.total_steps)
-        self._apply(mask)
-        if not self._handles:
-            # on the model and not on each layer, where torch.compile would trace a graph for each
-            self._handles = [self._model.register_forward_hook(self._after_forward, always_call=True)]
-        for switch in self._layers.values():
-            switch.install()  # each time: an earlier CoTo that finishes late removes the hooks
-
-    def _apply(self, mask: Tensor) -> None:
+        self._take_over()
         self.mask = mask
         for group, on in zip(self._switches(), mask.tolist(), strict=True):
             for switch in group:
                 switch.set_gate(on)
+        if not self._handles:
+            # on the model and not on each layer, where torch.compile would trace a graph for each
+            self._handles = [self._model.register_forward_hook(self._after_forward, always_call=True)]
+            for switch in self._layers.values():
+                switch.install()
+
+    def _take_over(self) -> None:
+        """Makes this the CoTo of its layers. The mask of an earlier one no longer decides what an optimizer steps."""
+        others = {coto for switch in self._layers.values() if (coto := coto_of(switch.layer)) not in (None, self)}
+        for other in others:
+            other.finish()
+        for switch in self._layers.values():
+            _COTO_OF[switch.layer] = weakref.ref(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # a copy of a model holds a copy of its CoTo, in its hooks
+        self.__dict__.update(state)
+        if self._handles:
+            for switch in self._layers.values():
+                _COTO_OF[switch.layer] = weakref.ref(self)
 
     def _check_ranks(self) -> None:
         facts = {**self.state_dict(), "mask": self.mask.tolist(), "check_every": self._check_every}
