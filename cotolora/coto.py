@@ -16,11 +16,11 @@ from cotolora.checks import integer, one_of
 from cotolora.groups import Unit, group_names, unwrap
 from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
 from cotolora.training.agreement import check_agreement
-from cotolora.training.notices import warn_of_many_graphs
+from cotolora.training.notices import warn_of_few_groups, warn_of_many_graphs
 from cotolora.training.optimizer_state import keep_whole
 from cotolora.training.reducer import JoinUnused
 from cotolora.training.stepping import CombinedHandle, register_before_step, unwrap_optimizer
-from cotolora.training.switches import LayerSwitch, PeftSwitch, Switch, parameters_of, switches
+from cotolora.training.switches import LayerSwitch, PeftSwitch, Switch, modules_by_users_name, parameters_of, switches
 
 # which CoTo sets the gate of a layer. Weak and outside the layers, so that copies of a layer hold no CoTo
 _COTO_OF: weakref.WeakKeyDictionary[nn.Module, weakref.ref[CoTo]] = weakref.WeakKeyDictionary()
@@ -62,8 +62,9 @@ class CoTo:
         total_steps: optimizer steps of the run.
         schedule: when groups are on. Its fields may also be given one by one, instead:
         initial_p, ramp, shape, tilt, at_least_one, seed: see `Schedule`, where their defaults are.
-        unit: what is switched as one: "layer" (adapters whose names agree up to their first number, such as
-            ``model.layers.3``), "module" (each adapter) or a callable from name to key.
+        unit: what is switched together: "layer" (adapters whose names agree up to the integer that counts the repeated
+            blocks, such as ``model.layers.3``: see `group_names`), "module" (each adapter) or a callable from name to
+            key, for models made of stages of blocks, say.
         gates: "host" (bools; an adapter that is off launches nothing and costs nothing) or "device" (int32
             tensors written in place, for CUDA graphs and whole-model compile).
         check_every: in a distributed run, compare seed, step, settings, groups and mask of all ranks in the
@@ -113,7 +114,7 @@ class CoTo:
         one_of("gates", gates, ("host", "device"))
         if gates == "device" and any(isinstance(switch, PeftSwitch) for switch in self._layers.values()):
             raise ValueError("gates must be 'host' on a PEFT model, whose switch is a bool of the host; got 'device'")
-        self.groups: dict[Hashable, list[str]] = group_names(self._layers, unit)
+        self.groups: dict[Hashable, list[str]] = group_names(self._layers, unit, modules_by_users_name(model))
         self.schedule = schedule_of(
             schedule, initial_p=initial_p, ramp=ramp, shape=shape, tilt=tilt, at_least_one=at_least_one, seed=seed
         )
@@ -132,6 +133,7 @@ class CoTo:
         for switch in self._layers.values():
             if isinstance(switch, LayerSwitch):
                 switch.reset_gate(gates)
+        warn_of_few_groups(self.groups)
         if gates == "host":
             warn_of_many_graphs(model, [[switch.layer for switch in group] for group in self._switches()])
         self._go_to(0)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from cotolora.groups import Unit, adapters, as_mask, group_names
+from cotolora.groups import Unit, adapters, as_mask, group_names, modules_of
 from cotolora.linear import CoToLoRALinear
 from cotolora.reference import Gate
 
@@ -44,7 +44,7 @@ def adapter_mask(model: nn.Module, mask: object, *, unit: Unit = "module") -> It
     layers = adapters(model)
     if not layers:
         raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
-    groups = group_names(layers, unit)
+    groups = group_names(layers, unit, modules_of(model))
     values = as_mask(mask)
     if values.dim() > 2 or (values.dim() > 0 and values.shape[-1] != len(groups)):
         raise ValueError(

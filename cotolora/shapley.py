@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from cotolora.groups import Unit, group_names, is_enabled, unmerged_adapters
+from cotolora.groups import Unit, group_names, is_enabled, modules_of, unmerged_adapters
 from cotolora.linear import CoToLoRALinear
 from cotolora.masks import temporarily_enabled
 from cotolora.reference import Gate
@@ -148,7 +148,7 @@ def shapley_values(
     """
     layers = _playable(model)
     _check_arguments(score, method, samples, seed)
-    groups = group_names(layers, unit)
+    groups = group_names(layers, unit, modules_of(model))
     n = len(groups)
     if method == "exact" and n > MOST_EXACT:
         raise ValueError(

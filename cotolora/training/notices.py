@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Hashable, Iterable, Mapping
 
 from torch import nn
 
 logger = logging.getLogger("cotolora")
+
+
+def warn_of_few_groups(groups: Mapping[Hashable, Collection[str]]) -> None:
+    """Warns where there is one group only, which is never off as long as at least one must be on."""
+    if len(groups) < 2:
+        ((key, names),) = groups.items()
+        logger.warning(
+            "CoTo switches groups of adapters, and here is only one, %r with %d of them, which is always on; take "
+            "another unit, such as 'module' or a callable from an adapter's name to its group",
+            key,
+            len(names),
+        )
 
 
 def warn_of_many_graphs(model: nn.Module, groups: Iterable[Collection[nn.Module]]) -> None:

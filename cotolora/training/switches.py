@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from cotolora.groups import adapters, is_enabled, plain_name, unwrap
+from cotolora.groups import adapters, is_enabled, modules_of
 from cotolora.linear import CoToLoRALinear
 
 # PEFT's initialisations of LoRA that leave the base weights as they are; the others train on a residual
@@ -212,9 +212,7 @@ def switches(model: nn.Module) -> dict[str, Switch]:
     peft = sys.modules.get("peft.tuners.tuners_utils")
     if peft is None:
         return found
-    model = unwrap(model)
-    modules = {plain_name(name): module for name, module in model.named_modules()}
-    tuners = [name for name, module in modules.items() if isinstance(module, peft.BaseTuner)]
+    modules = modules_of(model)
     layers = {name: module for name, module in modules.items() if isinstance(module, peft.BaseTunerLayer)}
     within = {part for layer in layers.values() for part in _parts(layer)[1:]}
     # trainable tokens are, as modules_to_save, trained beside the adapters and not by them
@@ -222,11 +220,19 @@ def switches(model: nn.Module) -> dict[str, Switch]:
     within |= {part for module in modules.values() if isinstance(module, auxiliary) for part in module.modules()}
     layers = {name: layer for name, layer in layers.items() if layer not in within and _is_active(layer)}
     _refuse(modules, {adapter for layer in layers.values() for adapter in layer.active_adapters})
+    users = _users_names(modules)
     return {
-        _users_name(name, tuners): found[name] if name in found else _switch_of(layers[name])
+        users[name]: found[name] if name in found else _switch_of(layers[name])
         for name in modules
         if name in found or name in layers
     }
+
+
+def modules_by_users_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of `model` by its name among the names of `switches`."""
+    modules = modules_of(model)
+    users = _users_names(modules)
+    return {users[name]: module for name, module in modules.items()}
 
 
 def parameters_of(idle: Iterable[Switch], used: Iterable[Switch]) -> list[nn.Parameter]:
@@ -263,12 +269,19 @@ def _switch_of(layer: Any) -> PeftSwitch:
     return PeftSwitch(layer)
 
 
+def _users_names(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """By name, the name without what a ``PeftModel`` or its tuner puts in front."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    tuners = [] if peft is None else [name for name, module in modules.items() if isinstance(module, peft.BaseTuner)]
+    return {name: _users_name(name, tuners) for name in modules}
+
+
 def _users_name(name: str, tuners: list[str]) -> str:
     for tuner in tuners:
-        inside = f"{tuner}.model." if tuner else "model."
-        if name.startswith(inside):
-            holder = tuner.removesuffix("base_model")  # a PeftModel
-            return (f"{holder}." if holder and holder == tuner else holder) + name.removeprefix(inside)
+        inside = f"{tuner}.model" if tuner else "model"
+        if name == inside or name.startswith(f"{inside}."):
+            holder = tuner.rpartition(".")[0] if tuner.rpartition(".")[2] == "base_model" else tuner  # a PeftModel
+            return ".".join(part for part in (holder, name.removeprefix(inside).removeprefix(".")) if part)
     return name
 
 
