@@ -9,13 +9,14 @@ from cotolora.inject import adapter_parameters, eject, inject, lora_plus_groups,
 from cotolora.linear import CoToLoRALinear
 from cotolora.masks import adapter_mask
 from cotolora.saving.adapter import load_adapter, save_adapter
-from cotolora.schedule import activation_probability, sample_mask
+from cotolora.schedule import Schedule, activation_probability, sample_mask
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CoTo",
     "CoToLoRALinear",
+    "Schedule",
     "__version__",
     "activation_probability",
     "adapter_mask",

@@ -89,7 +89,7 @@ def plain_loop(model, *, seed=0, accumulate=1):
 def test_masks_and_weights_equal_a_plain_loops(gates, accumulate, tmp_path):
     model = Task()
     expected = plain_loop(copy.deepcopy(model), seed=3, accumulate=accumulate)
-    ours = CoToLightningCallback(seed=3, gates=gates)
+    ours = CoToLightningCallback(cotolora.Schedule(seed=3), gates=gates)
     trainer_of(tmp_path, ours, accumulate_grad_batches=accumulate).fit(model, loader())
     assert [step for step, _ in model.seen] == [step for step in range(STEPS) for _ in range(accumulate)]
     if gates == "host":
@@ -148,5 +148,7 @@ def test_validation_in_the_middle_sees_every_adapter(tmp_path):
 def test_bad_settings_are_named(tmp_path):
     with pytest.raises(ValueError, match="initial_p"):
         CoToLightningCallback(initial_p=2.0)
+    with pytest.raises(ValueError, match="schedule must come without seed"):
+        CoToLightningCallback(cotolora.Schedule(), seed=0)
     with pytest.raises(ValueError, match="max_steps or max_epochs"):
         trainer_of(tmp_path, CoToLightningCallback(), max_steps=-1, max_epochs=-1).fit(Task(), loader())

@@ -173,7 +173,7 @@ def test_masks_are_the_steps_and_what_is_off_stays(kind, tmp_path):
 def test_weights_equal_a_plain_loops(kind, tmp_path):
     model = prepared(globals()[kind])
     expected = plain_loop(copy.deepcopy(model), kind=kind, seed=5)
-    trainer_of(model, tmp_path, kind, [CoToCallback(seed=5)]).train()
+    trainer_of(model, tmp_path, kind, [CoToCallback(cotolora.Schedule(seed=5))]).train()
     for name, weight in weights(model).items():
         assert torch.equal(weight, expected[name]), name
 
@@ -318,6 +318,7 @@ def test_a_run_that_failed_leaves_nothing_behind(tmp_path):
         ({"tilt": 3.0}, r"tilt must be in \[-1, 1\]; got 3.0"),
         ({"shape": "cubic"}, "shape"),
         ({"seed": -1}, "seed"),
+        ({"schedule": cotolora.Schedule(), "tilt": 0.0}, "schedule must come without tilt"),
     ],
 )
 def test_bad_settings_are_named_at_once(settings, says):

@@ -782,7 +782,7 @@ def test_a_traced_forward_writes_no_product_in_place(variant, dropout, monkeypat
     """The compiler of torch 2.11 takes the gradient of an output that is written in place for zero."""
     layer = layer_of({"variant": variant}, dropout=dropout)
 
-    def forbidden(*_):
+    def forbidden(*_, **__):
         raise AssertionError("written in place")
 
     monkeypatch.setattr(torch.Tensor, "addmm_", forbidden)
