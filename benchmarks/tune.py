@@ -27,6 +27,7 @@ from benchmarks.workload import Workload
 from cotolora.backends import cost as forms
 from cotolora.backends.cost import Sizes
 from cotolora.kernels.tiles import architecture
+from cotolora.results import rounded, write_json
 
 # what may be chosen, by the name that the table has for it
 CONTENDERS = {
@@ -83,7 +84,7 @@ def save(path: Path, machine: dict[str, str], rows: list[dict[str, Any]]) -> Non
     """Adds rows to a table, in the place of those measured for the same sizes; whole or not at all."""
     key = lambda row: tuple(row[name] for name in (*forms.MEASURED_FOR, "element_size", "captured"))  # noqa: E731
     merged = {key(row): row for row in (*read(path, machine["device"]), *rows)}
-    report.replace(path, {**machine, "rows": list(merged.values())})
+    write_json(path, {**machine, "rows": list(merged.values())})
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -140,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
             result.refused += [{"contender": n, "where": at, "reason": why} for n, why in found.refused.items()]
             result.notes += sweep.noise(found, at)
             model = forms.choose_form(sizes, architecture(options.device), captured=captured).form
-            measured = found.rows(**keys, model=model)
+            measured = rounded(found.rows(**keys, model=model))
             if measured:
                 tqdm.write(line(measured))
             result.rows.extend(measured)

@@ -7,7 +7,6 @@ adapt that same base to all ten digits, with the same budget and several seeds, 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -24,6 +23,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 import cotolora
+from cotolora.results import save_picture, write_json
 
 STEPS, BATCH, RANK, ALPHA = 400, 64, 4, 8.0
 PRETRAIN_STEPS = 300
@@ -320,7 +320,7 @@ def draw(results: dict[str, dict[str, Any]], run: Run, path: Path) -> None:
         xlabel="λ, weight of the first seed's factors", ylabel="test accuracy %", title="two seeds' adapters, fused"
     )
     right.legend()
-    figure.savefig(path, dpi=130)
+    save_picture(figure, path, dpi=130)
     plt.close(figure)
 
 
@@ -402,7 +402,7 @@ def main(arguments: list[str] | None = None) -> int:
         "results": results,
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
-    (options.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(options.out / "report.json", report)
     draw(results, by_method["CoTo"][0], options.out / "coto.png")
 
     print(f"{options.variant}: {options.steps} steps of {BATCH}, rank {RANK}, {options.seeds} seeds, on {device}")
