@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
 from torch import Tensor, nn
 
 import cotolora
@@ -46,6 +45,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, tokens, width]`` → the same."""
+        from einops import rearrange  # of the extra "demo", as what is imported in functions below
+
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b t (n h d) -> n b h t d", n=3, h=self.heads)
         attended = F.scaled_dot_product_attention(q, k, v)
         x = x + self.proj(rearrange(attended, "b h t d -> b t (h d)"))
@@ -66,6 +67,8 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``[batch, 8, 8]`` → logits ``[batch, 10]``."""
+        from einops import rearrange, repeat
+
         x = self.patches(rearrange(images, "b (h p) (w q) -> b (h w) (p q)", p=2, q=2))
         x = torch.cat([repeat(self.class_token, "d -> b 1 d", b=len(x)), x], dim=1) + self.positions
         for block in self.blocks:
@@ -363,6 +366,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device must be one that torch can use here; got {name!r} ({error})")
     try:
+        import einops  # noqa: F401
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
     except ImportError as error:

@@ -1,6 +1,7 @@
 """The main job, small: ``python -m cotolora.demo`` with few steps."""
 
 import json
+import sys
 
 import matplotlib.image
 import pytest
@@ -97,6 +98,14 @@ def test_bad_arguments_are_named(arguments, named, capsys):
         demo.main(arguments)
     assert stop.value.code == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["einops", "matplotlib", "sklearn"])
+def test_what_is_not_installed_is_named_with_its_extra(missing, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit):
+        demo.main([])
+    assert f'the demo needs {missing}; install it with: pip install "cotolora[demo]"' in capsys.readouterr().err
 
 
 class _Silent:

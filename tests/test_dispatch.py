@@ -297,7 +297,7 @@ def test_importing_cotolora_loads_nothing_heavy():
     done = python(
         "import sys, torch\n"
         "torchs = set(sys.modules)\n"  # its hub takes tqdm where there is one
-        "heavy = {'triton', 'transformers', 'matplotlib', 'sklearn', 'tqdm', 'peft', 'lightning'}\n"
+        "heavy = {'triton', 'transformers', 'matplotlib', 'sklearn', 'tqdm', 'peft', 'lightning', 'einops'}\n"
         "heavy.add('cotolora.backends.fused.ops')\n"
         "import cotolora\n"
         "loaded = set(sys.modules) - torchs\n"

@@ -1,5 +1,6 @@
 """What the package promises from outside: names, files, commands."""
 
+import ast
 import os
 import re
 import subprocess
@@ -29,6 +30,25 @@ def test_every_public_name_is_documented():
 
 def test_version_agrees_with_the_metadata():
     assert f'version = "{cotolora.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_package_imports_what_its_metadata_asks_for():
+    metadata = (ROOT / "pyproject.toml").read_text()
+    worked_with = {"transformers", "peft", "lightning"}  # imported only where a user has them
+    extras = {"demo.py": {"einops", "sklearn", "matplotlib"}, "results.py": {"PIL"}}  # matplotlib brings PIL
+    (dependencies,) = re.findall(r"^dependencies = (.*)$", metadata, flags=re.M)
+    required = set(re.findall(r'"(\w+)>=', dependencies))
+    used = set()
+    for path in (ROOT / "cotolora").rglob("*.py"):
+        if "kernels" in path.parts:
+            continue
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+        foreign = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"cotolora"}
+        assert foreign <= required | worked_with | extras.get(path.name, set()), path
+        used |= foreign
+    assert required <= used
 
 
 def test_kernels_is_a_relative_link_to_a_folder_without_init():
