@@ -297,14 +297,14 @@ def test_importing_cotolora_loads_nothing_heavy():
     done = python(
         "import sys, torch\n"
         "torchs = set(sys.modules)\n"  # its hub takes tqdm where there is one
-        "heavy = {'triton', 'transformers', 'matplotlib', 'sklearn', 'tqdm', 'peft', 'lightning', 'einops'}\n"
+        "heavy = {'triton', 'transformers', 'matplotlib', 'sklearn', 'tqdm', 'peft', 'lightning'}\n"
         "heavy.add('cotolora.backends.fused.ops')\n"
         "import cotolora\n"
         "loaded = set(sys.modules) - torchs\n"
         "assert not loaded & heavy, loaded & heavy\n"
-        # what chooses among kernels is data: the kernels themselves import triton
+        # a checkout where the symlink became a text file still imports
         "kernels = {name for name in loaded if name.startswith('cotolora.kernels.')}\n"
-        "assert kernels == {'cotolora.kernels.tiles'}, kernels\n"
+        "assert not kernels, kernels\n"
         "x, a, b = torch.ones(3, 4), torch.ones(2, 4), torch.ones(5, 2)\n"
         "cotolora.coto_lora_linear(x, torch.ones(5, 4), None, a, b, scale=1.0)\n"
         "assert cotolora.explain((3, 4, 5, 2)).backend == 'addmm'\n"

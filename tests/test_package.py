@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,24 @@ def test_kernels_is_a_relative_link_to_a_folder_without_init():
         pytest.skip("this tree holds a copy instead of the link (made from an sdist)")
     assert os.readlink(link) == "../kernels"
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_a_checkout_whose_link_to_the_kernels_became_a_text_file_runs_on_a_cpu(tmp_path):
+    shutil.copytree(ROOT / "cotolora", tmp_path / "cotolora", ignore=shutil.ignore_patterns("kernels", "__pycache__"))
+    (tmp_path / "cotolora" / "kernels").write_text("../kernels")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import torch, cotolora, cotolora.merging, cotolora.pruning, cotolora.shapley, cotolora.connectivity\n"
+        f"assert cotolora.__file__.startswith({str(tmp_path)!r}), cotolora.__file__\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))\n"
+        "layers = cotolora.inject(model, 'all-linear')\n"
+        "model(torch.ones(2, 4)).sum().backward()\n"
+        "assert cotolora.explain(layers['0'], rows=2).backend == 'addmm'\n"
+        # an editable install beside it would find them elsewhere
+        "assert not any(name.startswith('cotolora.kernels') for name in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_readme_has_the_two_commands():

@@ -24,7 +24,6 @@ from cotolora.backends.addmm import dora as addmm_dora
 from cotolora.backends.addmm import hira as addmm_hira
 from cotolora.backends.addmm import lora as addmm
 from cotolora.backends.cost import VARIANT_FORMS, Choice, Launch, Sizes
-from cotolora.kernels.tiles import architecture
 
 _ADDMM = {"lora": addmm, "dora": addmm_dora, "hira": addmm_hira}
 BACKENDS = ("reference", "addmm", "triton")
@@ -386,3 +385,10 @@ def explain(
     if merged:
         kept = sizes.bytes("w") + 8 * sizes.n
     return Plan(shown, ran_by, reason, others, form or None, forward, backward, kept + mask)
+
+
+def architecture(device: torch.device) -> str:
+    """As the kernels name it: "sm_80", "sm_90", "sm_100", "gfx942", or "generic" for anything else."""
+    from cotolora.kernels import tiles  # not before somebody has a GPU
+
+    return tiles.architecture(device)
