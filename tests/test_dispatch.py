@@ -316,7 +316,15 @@ def test_importing_cotolora_loads_nothing_heavy():
 
 # lower levels first; a module may import from its own level and below
 FLOORS = [
-    {"reference", "results", "schedule", "training.stepping", "training.agreement", "training.optimizer_state"},
+    {
+        "checks",
+        "reference",
+        "results",
+        "schedule",
+        "training.stepping",
+        "training.agreement",
+        "training.optimizer_state",
+    },
     {"backends.cost"},
     {"backends.addmm.lora"},
     {"backends.addmm.dora", "backends.addmm.hira"},

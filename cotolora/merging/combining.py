@@ -100,12 +100,6 @@ def checked_weights(weights: Weights, count: int, what: str, equal: float | None
     return checked
 
 
-def check_rank(rank: int) -> None:
-    """Raises ValueError unless `rank` is a positive integer."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank must be a positive integer; got {rank!r}")
-
-
 def check_same_rank(states: list[AdapterState]) -> None:
     """Raises ValueError naming the first adapter whose ranks differ."""
     for name, part in states[0].factors.items():

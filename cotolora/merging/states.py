@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cotolora.checks import finite
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.linear import CoToLoRALinear
 from cotolora.saving.adapter import LoadResult, Saved, collect, place, read
@@ -299,12 +300,9 @@ def _checked(name: str, part: Factors) -> Factors:
             f"lora_a and lora_b of {name} must be [rank, in] and [out, rank]; "
             f"got {tuple(part.lora_a.shape)} and {tuple(part.lora_b.shape)}"
         )
-    if isinstance(part.alpha, bool) or not isinstance(part.alpha, (int, float)) or not math.isfinite(part.alpha):
-        raise ValueError(f"alpha of {name} must be a finite number; got {part.alpha!r}")
+    alpha = finite(f"alpha of {name}", part.alpha)
     dtype = torch.promote_types(torch.promote_types(part.lora_a.dtype, part.lora_b.dtype), torch.float32)
-    return Factors(
-        part.lora_a.detach().to(dtype), part.lora_b.detach().to(dtype), float(part.alpha), bool(part.use_rslora)
-    )
+    return Factors(part.lora_a.detach().to(dtype), part.lora_b.detach().to(dtype), alpha, bool(part.use_rslora))
 
 
 def _scaling(layer: CoToLoRALinear) -> Scaling:
