@@ -18,8 +18,8 @@ from cotolora.merging.combining import (
     by_name,
     check_same_rank,
     check_same_scale,
+    checked_states,
     merged,
-    prepared,
     weighted_sum,
 )
 from cotolora.merging.ensembles import ensemble
@@ -37,8 +37,8 @@ def fuse(states: Sequence[StateLike], weights: Weights = None) -> AdapterState:
 
     Args:
         states: each an `AdapterState`, a directory or a model with adapters; same modules, ranks and scales.
-        weights: λ, one finite number for each; equal ones that sum to 1 by default. What was trained besides
-            the adapters is averaged with them, divided by their sum.
+        weights: λ, one finite number for each; equal ones that sum to 1 by default. Other tensors that were trained
+            with the adapters are averaged with these weights, divided by their sum.
 
     Raises:
         ValueError: no states; weights of another number or not finite; modules, shapes, ranks or scales that
@@ -51,7 +51,7 @@ def fuse(states: Sequence[StateLike], weights: Weights = None) -> AdapterState:
     tensor([[4., 0.],
             [0., 4.]])
     """
-    states, weights = prepared(states, weights)
+    states, weights = checked_states(states, weights)
     check_same_scale(states)
 
     def combine(parts: list[Factors]) -> Factors:
@@ -85,7 +85,7 @@ def mix(states: Sequence[StateLike], weights: Weights = None, rank: int | None =
     """
     if rank is not None:
         rank = integer("rank", rank)
-    states, weights = prepared(states, weights)
+    states, weights = checked_states(states, weights)
 
     def combine(parts: list[Factors]) -> Factors:
         lora_a = torch.cat([weight * part.scale * part.lora_a for weight, part in zip(weights, parts, strict=True)])
@@ -122,7 +122,7 @@ def align(state: StateLike, onto: StateLike, *, iterations: int = 100, max_condi
     iterations = integer("iterations", iterations)
     finite_from_1 = "a finite number of at least 1"
     max_condition = number("max_condition", max_condition, finite_from_1, lambda limit: 1 <= limit < math.inf)
-    states, _ = prepared([onto, state], None)
+    states, _ = checked_states([onto, state], None)
     check_same_scale(states)
 
     def combine(parts: list[Factors]) -> Factors:
@@ -158,7 +158,7 @@ def lego(states: Sequence[StateLike], rank: int, *, reweight: bool = True, seed:
     Source: Zhao et al. 2024, "Merging LoRAs like Playing LEGO" (arXiv:2409.16167).
     """
     rank = integer("rank", rank)
-    states, weights = prepared(states, None)
+    states, weights = checked_states(states, None)
     generator = _generator(seed)
 
     def combine(parts: list[Factors]) -> Factors:
@@ -215,9 +215,9 @@ def ties(
         agree = trimmed.sign() == sign
         return weighted_sum(weights, list(trimmed * agree)) / agree.sum(0).clamp(min=1)
 
-    # one for each, because the operator averages by itself
-    states, weights = prepared(states, weights, equal=1.0)
-    return _of_tensors(states, weights, elected, of, rank)
+    # weights of 1, because the operator itself divides by the number of adapters
+    states, weights = checked_states(states, weights, equal=1.0)
+    return _merged_tensors(states, weights, elected, of, rank)
 
 
 def dare(
@@ -254,8 +254,8 @@ def dare(
     def added(tensors: list[Tensor], weights: list[float]) -> Tensor:
         return weighted_sum(weights, [rescaled(tensor) for tensor in tensors])
 
-    states, weights = prepared(states, weights)
-    return _of_tensors(states, weights, added, of, rank)
+    states, weights = checked_states(states, weights)
+    return _merged_tensors(states, weights, added, of, rank)
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -263,14 +263,14 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(integer("seed", seed, -(2**63), 2**64))
 
 
-def _of_tensors(
+def _merged_tensors(
     states: list[AdapterState],
     weights: list[float],
     merge: Callable[[list[Tensor], list[float]], Tensor],
     of: str,
     rank: int | None,
 ) -> AdapterState:
-    """`merge` on A and on B, or on the products."""
+    """The states merged by `merge`, which makes one tensor of several: of all A and of all B, or of the products."""
     if of not in ("factors", "products"):
         raise ValueError(f"of must be 'factors' or 'products'; got {of!r}")
     if rank is not None:
