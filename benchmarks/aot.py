@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -45,6 +44,7 @@ from cotolora.kernels.pre_expand import expand, pre_expand
 from cotolora.kernels.row_norm import row_norm
 from cotolora.kernels.shrink import shrink
 from cotolora.kernels.tiles import PROJECT_MAX_RANK, TABLES, TMA_ARCHITECTURES, UNALIGNED, Row, Stream, Tile, choose
+from cotolora.results import write_json
 
 
 @dataclass(frozen=True)
@@ -425,6 +425,5 @@ def main(arguments: list[str]) -> int:
         results = list(pool.map(measure_one, cases, chunksize=4))
     print(table(results))
     if options.json:
-        records = [result.record() for result in results]
-        options.json.write_text(json.dumps({"triton": triton.__version__, "results": records}, indent=1))
+        write_json(options.json, {"triton": triton.__version__, "results": [result.record() for result in results]})
     return int(any(result.broken for result in results))

@@ -15,6 +15,7 @@ from benchmarks import report, sweep
 from benchmarks.contenders import AUTO, FROZEN, chosen, ours_in_full
 from benchmarks.report import Result
 from benchmarks.shapes import BLOCKS, title
+from cotolora.results import save_picture
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"shapes": ["llama3-8b", "vit-b"], "rows": [8192]},
@@ -37,7 +38,7 @@ def plot(result: Result, path: Path) -> None:
         axis.set_xlabel("time beyond the frozen linears', % of theirs (lower is better)", size=8)
         axis.tick_params(labelsize=8)
         axis.margins(x=0.25)
-    figure.savefig(path, dpi=150)
+    save_picture(figure, path, dpi=150)
 
 
 def color_of(name: str) -> str:

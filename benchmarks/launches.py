@@ -12,7 +12,6 @@ are its distinct operands once each: an operand that caches fail to keep is read
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -46,6 +45,7 @@ from cotolora.kernels import (
     row_norm,
     shrink,
 )
+from cotolora.results import write_json
 from cotolora.variants import VARIANTS
 
 ARCHITECTURE = "sm_90"  # an H200's: what the launchers split and load by TMA depends on it
@@ -266,6 +266,5 @@ def main(arguments: list[str] | None = None) -> int:
     print(head)
     print(table(counts, options.verbose))
     if options.json:
-        written = {"head": head, "counts": {name: asdict(c) for name, c in counts.items()}}
-        options.json.write_text(json.dumps(written, indent=1) + "\n")
+        write_json(options.json, {"head": head, "counts": {name: asdict(c) for name, c in counts.items()}})
     return 0

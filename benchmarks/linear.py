@@ -13,6 +13,7 @@ from benchmarks import report, sweep
 from benchmarks.contenders import AUTO, FROZEN, OFF_BY_DEVICE, OFF_BY_HOST, chosen, ours_in_full
 from benchmarks.report import Result
 from benchmarks.shapes import BLOCKS, Linear, shape
+from cotolora.results import save_picture
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"shapes": ["llama3-8b"], "rows": [1, 16, 64, 512, 2048, 8192, 16384]},
@@ -67,7 +68,7 @@ def plot(result: Result, path: Path) -> None:
         if axis.get_subplotspec().is_first_col():
             axis.set_ylabel("time over the frozen linear's\nforward and backward, lower is better", size=8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=150)
+    save_picture(figure, path, dpi=150)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -31,6 +31,7 @@ from benchmarks.contenders import FROZEN, OFF_BY_HOST, Contender, chosen, ours_i
 from benchmarks.report import Result
 from benchmarks.shapes import BLOCKS, outputs, title
 from benchmarks.workload import Judge, RefusedError, Runner, Workload, reason
+from cotolora.results import rounded, save_picture
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"shapes": ["llama3-8b", "vit-b"], "rows": [8192]},
@@ -278,7 +279,7 @@ def plot(result: Result, path: Path) -> None:
         axis.axvline(0, color="black", linewidth=0.8)
         axis.margins(x=0.2)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    figure.savefig(path, dpi=150)
+    save_picture(figure, path, dpi=150)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -300,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def one(workload: Workload, where: str, keys: dict[str, Any]) -> None:
         found, refused = measured(workload, contenders_of(options))
-        rows = rows_of(found, **keys)
+        rows = rounded(rows_of(found, **keys))
         if rows:
             tqdm.write(section(rows))
         result.rows += rows

@@ -8,7 +8,7 @@
 # A part that fails or runs out of its time stops no other.
 # OUT gets log.txt, tune.json, results.json, four pictures and summary.txt, which is printed last.
 # --dry-run tries the plumbing on a machine without a GPU, at tiny sizes.
-# Needs torch, triton, tqdm, numpy, safetensors, einops and pytest; PEFT and transformers to compare with. Without
+# Needs torch, triton, tqdm, numpy, safetensors and pytest; PEFT and transformers to compare with. Without
 # matplotlib there are no pictures, without pytest-xdist the tests run one after the other.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 import cotolora
+from cotolora.results import rounded, write_json
 
 SCHEMA = 1
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,8 @@ class Result:
         command: its name.
         machine: from `machine`.
         settings: what it was asked to measure.
-        rows: what it measured, flat: values are texts, numbers, booleans or None.
+        rows: what it measured, flat: values are texts, numbers, booleans or None. Rounded as they will be written, so
+            that they are printed alike before and after.
         refused: what did not run; each with "contender", "reason" and where.
         notes: lines below the table.
     """
@@ -167,26 +168,20 @@ def read(path: Path) -> list[Result]:
 
 
 def write(path: Path, result: Result) -> None:
-    """Adds a result to a file, in the place of one of the same settings; whole or not at all."""
+    """Adds a result to a file, in the place of one of the same settings; whole or not at all.
+
+    Numbers are rounded as `cotolora.results` has them: what is read again is what was written.
+    """
     # NaN is not JSON: what could not be measured is null
     rows = [
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in result.rows
     ]
-    made = check({**asdict(result), "rows": rows})
+    # rounded already here: unrounded settings would not equal the same ones read back from the file
+    made = check(rounded({**asdict(result), "rows": rows}))
     others = [
         r for r in (read(path) if path.exists() else []) if (r.command, r.settings) != (made.command, made.settings)
     ]
-    replace(path, {"schema": SCHEMA, "results": [asdict(r) for r in (*others, made)]})
-
-
-def replace(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file of JSON, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(path, {"schema": SCHEMA, "results": [asdict(r) for r in (*others, made)]})
 
 
 def figure(panels: int, *, width: float = 4.0, height: float = 3.6) -> tuple[Any, list[Any]]:

@@ -30,6 +30,7 @@ from cotolora.backends import cost
 from cotolora.backends.cost import Machine
 from cotolora.backends.types import Launches, Sizes
 from cotolora.kernels.tiles import architecture
+from cotolora.results import rounded, save_picture
 from cotolora.variants import VARIANTS
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -202,7 +203,7 @@ def plot(result: Result, path: Path) -> None:
     # a column holds both lines of a contender, and a panel is as wide as two columns
     columns = min(len(names) + 1, 2 * min(len(axes), 3))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8)
-    figure.savefig(path, dpi=150)
+    save_picture(figure, path, dpi=150)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -230,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
         (it,) = workload.linears
         sizes = Sizes(workload.rows, it.out_features, it.in_features, workload.rank, dtype.itemsize)
         for found in compare(workload, contenders(options), options.mode, options.rounds, ("both",)):
-            result.rows += rows_of(found, sizes, measured, machine, keys["shape"])
+            result.rows += rounded(rows_of(found, sizes, measured, machine, keys["shape"]))
             at = f"{where}, {found.mode}"
             result.refused += [{"contender": n, "where": at, "reason": why} for n, why in found.refused.items()]
             result.notes += sweep.noise(found, at)

@@ -19,6 +19,7 @@ import cotolora
 from benchmarks import clock, report
 from benchmarks.report import Result
 from cotolora import demo
+from cotolora.results import rounded
 from cotolora.shapley import PerSample, Shapley, shapley_values
 
 ORDERS = 8  # at 64 samples and more half of it, which is 30 coalitions still
@@ -88,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     result = Result("shapley", report.machine(options.device), settings)
     for width in options.width:
         for samples in options.samples:
-            result.rows += measure(width, samples, options.batch, options.rounds, options.device)
+            result.rows += rounded(measure(width, samples, options.batch, options.rounds, options.device))
     print(text(result), flush=True)
     if options.json:
         report.write(options.json, result)

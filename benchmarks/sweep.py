@@ -32,6 +32,7 @@ from benchmarks.contenders import (
 from benchmarks.report import Result
 from benchmarks.shapes import Linear, number, title
 from benchmarks.workload import Workload, reason
+from cotolora.results import rounded
 from cotolora.variants import VARIANTS
 
 DTYPES, MODES, PICTURES = ("bfloat16", "float16", "float32"), ("eager", "graph"), (".png", ".pdf", ".svg")
@@ -245,7 +246,7 @@ def measure(
     def one(workload: Workload, at: str, keys: dict[str, Any]) -> None:
         for comparison in compare(workload, contenders, options.mode, options.rounds):
             where = f"{at}, {comparison.mode}"
-            measured = comparison.rows(**keys)
+            measured = rounded(comparison.rows(**keys))
             if measured:
                 tqdm.write(f"### {where}\n\n{table(measured)}\n")
             result.rows += measured

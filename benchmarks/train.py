@@ -29,6 +29,7 @@ from benchmarks.llama import COTO, ON, PEFT, PHASES, SIZES, Judge, Runner, conte
 from benchmarks.report import Result
 from benchmarks.shapes import number
 from benchmarks.workload import reason
+from cotolora.results import rounded, save_picture
 
 PAPER = 0.072  # less time per run than LoRA's, of LoRA with CoTo
 SMOOTH = 5  # steps whose median the figure shows
@@ -252,7 +253,7 @@ def plot(result: Result, path: Path) -> None:
     labelled = [axis.get_legend_handles_labels() for axis in (course, p_axis, parts)]
     handles, labels = (list(chain(*lists)) for lists in zip(*labelled, strict=True))
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(path, dpi=150)
+    save_picture(figure, path, dpi=150)
 
 
 def from_zero(text: str) -> int:
@@ -322,5 +323,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints the tables; 1 if anyone was refused."""
     options = parse(arguments)
     result = measure(options)
+    result.rows = rounded(result.rows)
     print(text(result), flush=True)
     return max(sweep.finish(result, options, plot), 1 if result.refused else 0)

@@ -26,6 +26,7 @@ from benchmarks.report import Result
 from benchmarks.workload import Workload
 from cotolora.backends import choice, measured
 from cotolora.backends.types import Sizes
+from cotolora.results import rounded, write_json
 from cotolora.variants import VARIANTS
 
 # what may be chosen, by the name that the table has for it
@@ -84,7 +85,7 @@ def save(path: Path, machine: dict[str, str], rows: list[dict[str, Any]]) -> Non
     """Adds rows to a table, in the place of those measured for the same sizes; whole or not at all."""
     key = lambda row: tuple(row[name] for name in (*measured.MEASURED_FOR, "element_size", "captured"))  # noqa: E731
     merged = {key(row): row for row in (*read(path, machine["device"]), *rows)}
-    report.replace(path, {**machine, "rows": list(merged.values())})
+    write_json(path, {**machine, "rows": list(merged.values())})
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -142,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
             result.notes += sweep.noise(found, at)
             call = sizes.call(VARIANTS["lora"])
             model, _ = choice.fastest(call, choice.architecture(options.device), captured=captured)
-            made = found.rows(**keys, model=model.removeprefix("triton:"))
+            made = rounded(found.rows(**keys, model=model.removeprefix("triton:")))
             if made:
                 tqdm.write(line(made))
             result.rows.extend(made)

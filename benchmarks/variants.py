@@ -27,6 +27,7 @@ import cotolora
 from benchmarks import clock, memory, report, sweep
 from benchmarks.report import Result
 from benchmarks.shapes import number
+from cotolora.results import rounded
 
 SIZES = ((768, 394), (256, 256), (64, 1024))  # d and rows
 RANK, SCALE = 8, 2.0
@@ -172,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="peft")
     result = Result("variants", report.machine(torch.device("cpu")), sweep.settings_of(options))
     for variant, (width, rows) in tqdm(list(product(options.variant, SIZES)), disable=None):
-        result.rows += measured(width, rows, variant, options.rounds, CLOCKS[options.clock])
+        result.rows += rounded(measured(width, rows, variant, options.rounds, CLOCKS[options.clock]))
     print(text(result), flush=True)
     if options.json:
         report.write(options.json, result)

@@ -16,20 +16,19 @@ if TYPE_CHECKING:
     from cotolora.variants.base import Variant
 
 
-def integer(argument: str, value: object, least: int = 1, below: int | None = None) -> int:
+def integer(argument: str, value: object, least: int = 1, below: int | None = None, *, must: str | None = None) -> int:
     """`value` as an int of at least `least`, and less than `below`; numpy's integers are integers, bools are not.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none; `must` says what it must be where more is asked of it than these bounds.
     """
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if whole and least <= value and (below is None or value < below):  # type: ignore[operator]
         return int(value)  # type: ignore[call-overload, no-any-return]
+    bounds = "a positive integer" if least == 1 else f"an integer of at least {least}"
     if below is not None:
-        must = f"an integer in [{least}, {below})"
-    else:
-        must = "a positive integer" if least == 1 else f"an integer of at least {least}"
-    raise ValueError(f"{argument} must be {must}; got {value!r}")
+        bounds = f"an integer in [{least}, {below})"
+    raise ValueError(f"{argument} must be {must or bounds}; got {value!r}")
 
 
 def number(argument: str, value: object, must: str, fits: Callable[[float], bool] = math.isfinite) -> float:

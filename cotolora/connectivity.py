@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cotolora.checks import integer
 from cotolora.groups import Unit, group_names, modules_of, unmerged_adapters
 from cotolora.masks import adapter_mask
 from cotolora.merging import fuse, mix
@@ -100,8 +101,7 @@ def interpolation_curve(
     >>> curve.barrier
     2.0
     """
-    if isinstance(points, bool) or not isinstance(points, int) or points < 2:
-        raise ValueError(f"points must be an integer of at least 2; got {points!r}")
+    points = integer("points", points, 2)
     if of not in ("factors", "products"):
         raise ValueError(f"of must be 'factors' or 'products'; got {of!r}")
     states = [_state(model, state_a), _state(model, state_b)]
@@ -182,10 +182,7 @@ def dropout_stability(
     >>> dropout_stability(model, lambda m: sum(la.enabled for la in layers.values()), samples=3).means
     (3.0, 2.0, 1.0, 0.0)
     """
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 2:
-        raise ValueError(f"samples must be an integer of at least 2; got {samples!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be an integer in [0, {2**64}); got {seed!r}")
+    samples, seed = integer("samples", samples, 2), integer("seed", seed, 0, 2**64)
     layers = unmerged_adapters(model)
     for name, layer in layers.items():
         if isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0:

@@ -7,7 +7,6 @@ adapt that same base to all ten digits, with the same budget and several seeds, 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -20,10 +19,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
 from torch import Tensor, nn
 
 import cotolora
+from cotolora.results import save_picture, write_json
 
 STEPS, BATCH, RANK, ALPHA = 400, 64, 4, 8.0
 PRETRAIN_STEPS = 300
@@ -46,6 +45,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, tokens, width]`` → the same."""
+        from einops import rearrange  # of the extra "demo", as what is imported in functions below
+
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b t (n h d) -> n b h t d", n=3, h=self.heads)
         attended = F.scaled_dot_product_attention(q, k, v)
         x = x + self.proj(rearrange(attended, "b h t d -> b t (h d)"))
@@ -66,6 +67,8 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``[batch, 8, 8]`` → logits ``[batch, 10]``."""
+        from einops import rearrange, repeat
+
         x = self.patches(rearrange(images, "b (h p) (w q) -> b (h w) (p q)", p=2, q=2))
         x = torch.cat([repeat(self.class_token, "d -> b 1 d", b=len(x)), x], dim=1) + self.positions
         for block in self.blocks:
@@ -321,7 +324,7 @@ def draw(results: dict[str, dict[str, Any]], run: Run, path: Path) -> None:
         xlabel="λ, weight of the first seed's factors", ylabel="test accuracy %", title="two seeds' adapters, fused"
     )
     right.legend()
-    figure.savefig(path, dpi=130)
+    save_picture(figure, path, dpi=130)
     plt.close(figure)
 
 
@@ -364,6 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device must be one that torch can use here; got {name!r} ({error})")
     try:
+        import einops  # noqa: F401
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
     except ImportError as error:
@@ -403,7 +407,7 @@ def main(arguments: list[str] | None = None) -> int:
         "results": results,
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
-    (options.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(options.out / "report.json", report)
     draw(results, by_method["CoTo"][0], options.out / "coto.png")
 
     print(f"{options.variant}: {options.steps} steps of {BATCH}, rank {RANK}, {options.seeds} seeds, on {device}")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cotolora.checks import integer, number, one_of
 from cotolora.groups import Unit, adapters, group_names, is_enabled, modules_of, unmerged_adapters
 from cotolora.inject import compiled, matches
 from cotolora.linear import CoToLoRALinear
@@ -165,8 +166,7 @@ def best(shapley: Shapley, count: int) -> Callable[[str], bool]:
         ValueError: `count` is not an integer from 1 to the number of groups.
     """
     n = len(shapley.groups)
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= n:
-        raise ValueError(f"count must be an integer from 1 to {n}, the number of groups; got {count!r}")
+    count = integer("count", count, 1, n + 1, must=f"an integer from 1 to {n}, the number of groups")
     order = shapley.values.argsort(descending=True, stable=True)[:count].tolist()
     groups = list(shapley.groups.values())
     return frozenset(name for index in order for name in groups[index]).__contains__
@@ -203,10 +203,8 @@ def magnitude(model: nn.Module, sparsity: float, scope: str = "global") -> Pruni
     >>> magnitude(model, 0.5).removed
     {'0': 8, '1': 8}
     """
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity must be a number in [0, 1]; got {sparsity!r}")
-    if scope not in SCOPES:
-        raise ValueError(f"scope must be one of {SCOPES}; got {scope!r}")
+    sparsity = number("sparsity", sparsity, "a number in [0, 1]", lambda share: 0 <= share <= 1)
+    one_of("scope", scope, SCOPES)
     layers = {name: layer for name, layer in unmerged_adapters(model).items() if is_enabled(layer)}
     if not layers:
         raise ValueError("model must have enabled adapters; all of them are off")

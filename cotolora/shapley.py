@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from cotolora.checks import integer, one_of
 from cotolora.groups import Unit, group_names, is_enabled, modules_of, unmerged_adapters
 from cotolora.linear import CoToLoRALinear
 from cotolora.masks import temporarily_enabled
@@ -83,8 +84,7 @@ class PerSample:
             raise ValueError(f"inputs must be [samples, ...], of equal length; got {[tuple(t.shape) for t in tensors]}")
         if not callable(self.fn):
             raise TypeError(f"fn must be a callable of the model's output; got {type(self.fn).__name__}")
-        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
-            raise ValueError(f"batch must be a positive integer; got {self.batch!r}")
+        integer("batch", self.batch)
 
     @property
     def samples(self) -> int:
@@ -147,7 +147,7 @@ def shapley_values(
     tensor([0.1667, 0.1667, 0.6667], dtype=torch.float64)
     """
     layers = _playable(model)
-    _check_arguments(score, method, samples, seed)
+    samples, seed = _checked_arguments(score, method, samples, seed)
     groups = group_names(layers, unit, modules_of(model))
     n = len(groups)
     if method == "exact" and n > MOST_EXACT:
@@ -331,12 +331,12 @@ def _playable(model: nn.Module) -> dict[str, CoToLoRALinear]:
     return {name: layer for name, layer in layers.items() if is_enabled(layer)}
 
 
-def _check_arguments(score: object, method: str, samples: int, seed: int) -> None:
+def _checked_arguments(score: object, method: str, samples: int, seed: int) -> tuple[int, int]:
+    """Samples and seed as integers of Python's own."""
     if not callable(score) and not isinstance(score, PerSample):
         raise TypeError(f"score must be a callable of the model or a PerSample; got {type(score).__name__}")
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}; got {method!r}")
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 4 or samples % 2:
-        raise ValueError(f"samples must be an even number of at least 4, two pairs for an error; got {samples!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be an integer in [0, 2^64); got {seed!r}")
+    one_of("method", method, METHODS)
+    must = "an even number of at least 4, two pairs for an error"
+    if (count := integer("samples", samples, 4, must=must)) % 2:
+        raise ValueError(f"samples must be {must}; got {samples!r}")
+    return count, integer("seed", seed, 0, 2**64)

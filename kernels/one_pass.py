@@ -94,7 +94,6 @@ def one_pass_kernel(
     BLOCK_R: tl.constexpr,  # R rounded up to a power of two, at least 16 (tl.dot)
     GROUP_M: tl.constexpr,
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
-    STORE_H: tl.constexpr,
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
     """One program writes a [BLOCK_M, BLOCK_N] tile of y; those of the first column of tiles also [BLOCK_M, R] of h."""
@@ -135,7 +134,7 @@ def one_pass_kernel(
 
     # rank_ok: an inf in x makes NaN of the ranks that are not there
     h = tl.where(row_on[:, None] & rank_ok[None, :], scale * h, 0.0).to(h_ptr.dtype.element_ty)
-    if STORE_H and tile_n == 0:
+    if tile_n == 0:
         h_ptrs = h_ptr + rows[:, None] * stride_h_m + ranks[None, :] * stride_h_r
         tl.store(h_ptrs, h, mask=row_ok[:, None] & rank_ok[None, :])
     y_ptrs = y_ptr + rows[:, None] * stride_y_m + columns[None, :] * stride_y_n
@@ -156,18 +155,18 @@ def one_pass_kernel(
 def one_pass(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gate: Tensor | None, scale: float,
     *, seed: Tensor | None = None, dropout: float = 0.0, column_scale: Tensor | None = None, u: Tensor | None = None,
-    tile: Tile | None = None, store_h: bool = True,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launches `one_pass_kernel`: ``y = x Wᵀ + bias + h Bᵀ`` with ``h = scale · dropout(x) Aᵀ``, rounded once.
 
     ``x [M, K]``, ``weight [N, K]``, ``bias [N]`` or None, ``a [R, K]``, ``b [N, R]`` → ``y [M, N]``, ``h [M, R]``, of
     one dtype and any strides. `gate`: None (on), ``[]``, or ``[G]`` with row i under gate ``i // (M / G)``. Rows that
-    are off have the base in y, whatever A and B hold, and zeros in h. `seed`, an int64 ``[]``, drops out. Without
-    `store_h`, h is ``[M, 0]``. With `column_scale`, contiguous float32 ``[N]``, the rows that are on have
-    ``column_scale ∘ (x Wᵀ + h Bᵀ) + bias`` in y, and `u`, if given, is filled with what is scaled; it is contiguous.
+    are off have the base in y, whatever A and B hold, and zeros in h. `seed`, an int64 ``[]``, drops out. With
+    `column_scale`, contiguous float32 ``[N]``, the rows that are on have ``column_scale ∘ (x Wᵀ + h Bᵀ) + bias`` in y,
+    and `u`, if given, is filled with what is scaled; it is contiguous.
     """
     (m, k), n, rank = x.shape, weight.shape[0], a.shape[0]
-    y, h = x.new_empty(m, n), x.new_empty(m, rank if store_h else 0)
+    y, h = x.new_empty(m, n), x.new_empty(m, rank)
     if m == 0:
         return y, h
     row_gates = gate if gate is not None and gate.dim() == 1 else None
@@ -189,7 +188,6 @@ def one_pass(
             float(scale) * (1.0 if seed is None else keep_scale(dropout)), float(dropout),
             BLOCK_R=max(16, triton.next_power_of_2(rank)),
             ROW_GATES=row_gates is not None,
-            STORE_H=store_h,
             PRECISION=precision,
             **tile.meta(),
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """The main job, small: ``python -m cotolora.demo`` with few steps."""
 
 import json
+import sys
 
 import matplotlib.image
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import cotolora
 from cotolora import demo
+from cotolora.results import rounded
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_saved_adapters_reproduce_the_accuracy(finished, report, monkeypatch):
         model = demo.VisionTransformer()
         model.load_state_dict(base.state_dict())
         cotolora.load_adapter(model, finished / "adapters" / f"{method.lower()}-seed1")
-        assert demo.accuracy(model, data.test) == pytest.approx(result["accuracy"][1])
+        assert rounded(demo.accuracy(model, data.test)) == result["accuracy"][1]
 
 
 def test_figure_is_a_picture_with_something_on_it(finished):
@@ -96,6 +98,14 @@ def test_bad_arguments_are_named(arguments, named, capsys):
         demo.main(arguments)
     assert stop.value.code == 2
     assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["einops", "matplotlib", "sklearn"])
+def test_what_is_not_installed_is_named_with_its_extra(missing, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit):
+        demo.main([])
+    assert f'the demo needs {missing}; install it with: pip install "cotolora[demo]"' in capsys.readouterr().err
 
 
 class _Silent:

@@ -1,7 +1,9 @@
 """What the package promises from outside: names, files, commands."""
 
+import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -30,12 +32,49 @@ def test_version_agrees_with_the_metadata():
     assert f'version = "{cotolora.__version__}"' in (ROOT / "pyproject.toml").read_text()
 
 
+def test_the_package_imports_what_its_metadata_asks_for():
+    metadata = (ROOT / "pyproject.toml").read_text()
+    worked_with = {"transformers", "peft", "lightning"}  # imported only where a user has them
+    extras = {"demo.py": {"einops", "sklearn", "matplotlib"}, "results.py": {"PIL"}}  # matplotlib brings PIL
+    (dependencies,) = re.findall(r"^dependencies = (.*)$", metadata, flags=re.M)
+    required = set(re.findall(r'"(\w+)>=', dependencies))
+    used = set()
+    for path in (ROOT / "cotolora").rglob("*.py"):
+        if "kernels" in path.parts:
+            continue
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+        foreign = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"cotolora"}
+        assert foreign <= required | worked_with | extras.get(path.name, set()), path
+        used |= foreign
+    assert required <= used
+
+
 def test_kernels_is_a_relative_link_to_a_folder_without_init():
     link = ROOT / "cotolora" / "kernels"
     if not link.is_symlink():
         pytest.skip("this tree holds a copy instead of the link (made from an sdist)")
     assert os.readlink(link) == "../kernels"
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_a_checkout_whose_link_to_the_kernels_became_a_text_file_runs_on_a_cpu(tmp_path):
+    shutil.copytree(ROOT / "cotolora", tmp_path / "cotolora", ignore=shutil.ignore_patterns("kernels", "__pycache__"))
+    (tmp_path / "cotolora" / "kernels").write_text("../kernels")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import torch, cotolora, cotolora.merging, cotolora.pruning, cotolora.shapley, cotolora.connectivity\n"
+        f"assert cotolora.__file__.startswith({str(tmp_path)!r}), cotolora.__file__\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))\n"
+        "layers = cotolora.inject(model, 'all-linear')\n"
+        "model(torch.ones(2, 4)).sum().backward()\n"
+        "assert cotolora.explain(layers['0'], rows=2).backend == 'addmm'\n"
+        # an editable install beside it would find them elsewhere
+        "assert not any(name.startswith('cotolora.kernels') for name in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_readme_has_the_two_commands():

@@ -171,6 +171,7 @@ def main(arguments: Sequence[str]) -> int:
         parser().error(f"--methods must hold LoRA, which the others are timed against; got {' '.join(options.methods)}")
     methods = options.methods and tuple(method for method in runs.METHODS if method.name in options.methods)
     try:
+        import einops  # noqa: F401
         import matplotlib  # noqa: F401
         import scipy  # noqa: F401
         import sklearn  # noqa: F401

@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.report import figure
 from benchmarks.study.claims import Rows, mean_sd, values
 from benchmarks.study.runs import METHODS
+from cotolora.results import save_picture
 
 # (file, title, measure, x label, logarithmic)
 CURVES = (
@@ -62,7 +63,7 @@ def save(canvas: Any, axes: list[Any], path: Path) -> Path:
 
     labelled = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     canvas.legend(labelled.values(), labelled, loc="outside lower center", ncols=4, fontsize="small")
-    canvas.savefig(path, dpi=110)
+    save_picture(canvas, path, dpi=110)
     pyplot.close(canvas)
     return path
 

@@ -9,17 +9,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from cotolora.checks import integer, number
 from cotolora.merging.alignment import Misfit, best_basis
 from cotolora.merging.combining import (
     StateLike,
     Weights,
     as_state,
     by_name,
-    check_rank,
     check_same_rank,
     check_same_scale,
+    checked_states,
     merged,
-    prepared,
     weighted_sum,
 )
 from cotolora.merging.ensembles import ensemble
@@ -37,8 +37,8 @@ def fuse(states: Sequence[StateLike], weights: Weights = None) -> AdapterState:
 
     Args:
         states: each an `AdapterState`, a directory or a model with adapters; same modules, ranks and scales.
-        weights: λ, one finite number for each; equal ones that sum to 1 by default. What was trained besides
-            the adapters is averaged with them, divided by their sum.
+        weights: λ, one finite number for each; equal ones that sum to 1 by default. Other tensors that were trained
+            with the adapters are averaged with these weights, divided by their sum.
 
     Raises:
         ValueError: no states; weights of another number or not finite; modules, shapes, ranks or scales that
@@ -51,7 +51,7 @@ def fuse(states: Sequence[StateLike], weights: Weights = None) -> AdapterState:
     tensor([[4., 0.],
             [0., 4.]])
     """
-    states, weights = prepared(states, weights)
+    states, weights = checked_states(states, weights)
     check_same_scale(states)
 
     def combine(parts: list[Factors]) -> Factors:
@@ -84,8 +84,8 @@ def mix(states: Sequence[StateLike], weights: Weights = None, rank: int | None =
             [0., 2.]])
     """
     if rank is not None:
-        check_rank(rank)
-    states, weights = prepared(states, weights)
+        rank = integer("rank", rank)
+    states, weights = checked_states(states, weights)
 
     def combine(parts: list[Factors]) -> Factors:
         lora_a = torch.cat([weight * part.scale * part.lora_a for weight, part in zip(weights, parts, strict=True)])
@@ -119,11 +119,10 @@ def align(state: StateLike, onto: StateLike, *, iterations: int = 100, max_condi
     Source: LoRA* of Zhuang et al. 2025 (arXiv:2506.05713): the fit of P; the identity above and how the
     minimum is sought are ours.
     """
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations must be a positive integer; got {iterations!r}")
-    if not isinstance(max_condition, (int, float)) or not 1 <= max_condition < math.inf:
-        raise ValueError(f"max_condition must be a finite number of at least 1; got {max_condition!r}")
-    states, _ = prepared([onto, state], None)
+    iterations = integer("iterations", iterations)
+    finite_from_1 = "a finite number of at least 1"
+    max_condition = number("max_condition", max_condition, finite_from_1, lambda limit: 1 <= limit < math.inf)
+    states, _ = checked_states([onto, state], None)
     check_same_scale(states)
 
     def combine(parts: list[Factors]) -> Factors:
@@ -158,9 +157,9 @@ def lego(states: Sequence[StateLike], rank: int, *, reweight: bool = True, seed:
 
     Source: Zhao et al. 2024, "Merging LoRAs like Playing LEGO" (arXiv:2409.16167).
     """
-    check_rank(rank)
-    states, weights = prepared(states, None)
-    generator = torch.Generator().manual_seed(seed)
+    rank = integer("rank", rank)
+    states, weights = checked_states(states, None)
+    generator = _generator(seed)
 
     def combine(parts: list[Factors]) -> Factors:
         # [units, out + in]
@@ -207,8 +206,7 @@ def ties(
 
     Source: Yadav et al. 2023, algorithm 1 (arXiv:2306.01708).
     """
-    if not isinstance(density, (int, float)) or isinstance(density, bool) or not 0 < density <= 1:
-        raise ValueError(f"density must be a number in (0, 1]; got {density!r}")
+    density = number("density", density, "a number in (0, 1]", lambda share: 0 < share <= 1)
 
     def elected(tensors: list[Tensor], weights: list[float]) -> Tensor:
         trimmed = torch.stack([_largest(tensor, density) for tensor in tensors])
@@ -217,9 +215,9 @@ def ties(
         agree = trimmed.sign() == sign
         return weighted_sum(weights, list(trimmed * agree)) / agree.sum(0).clamp(min=1)
 
-    # one for each, because the operator averages by itself
-    states, weights = prepared(states, weights, equal=1.0)
-    return _of_tensors(states, weights, elected, of, rank)
+    # weights of 1, because the operator itself divides by the number of adapters
+    states, weights = checked_states(states, weights, equal=1.0)
+    return _merged_tensors(states, weights, elected, of, rank)
 
 
 def dare(
@@ -246,9 +244,8 @@ def dare(
 
     Source: Yu et al. 2023 (arXiv:2311.03099).
     """
-    if not isinstance(drop, (int, float)) or isinstance(drop, bool) or not 0 <= drop < 1:
-        raise ValueError(f"drop must be a probability in [0, 1); got {drop!r}")
-    generator = torch.Generator().manual_seed(seed)
+    drop = number("drop", drop, "a probability in [0, 1)", lambda p: 0 <= p < 1)
+    generator = _generator(seed)
 
     def rescaled(tensor: Tensor) -> Tensor:
         kept = torch.bernoulli(torch.full(tensor.shape, 1.0 - drop), generator=generator)
@@ -257,22 +254,27 @@ def dare(
     def added(tensors: list[Tensor], weights: list[float]) -> Tensor:
         return weighted_sum(weights, [rescaled(tensor) for tensor in tensors])
 
-    states, weights = prepared(states, weights)
-    return _of_tensors(states, weights, added, of, rank)
+    states, weights = checked_states(states, weights)
+    return _merged_tensors(states, weights, added, of, rank)
 
 
-def _of_tensors(
+def _generator(seed: int) -> torch.Generator:
+    # what torch takes, which takes none of numpy's integers
+    return torch.Generator().manual_seed(integer("seed", seed, -(2**63), 2**64))
+
+
+def _merged_tensors(
     states: list[AdapterState],
     weights: list[float],
     merge: Callable[[list[Tensor], list[float]], Tensor],
     of: str,
     rank: int | None,
 ) -> AdapterState:
-    """`merge` on A and on B, or on the products."""
+    """The states merged by `merge`, which makes one tensor of several: of all A and of all B, or of the products."""
     if of not in ("factors", "products"):
         raise ValueError(f"of must be 'factors' or 'products'; got {of!r}")
     if rank is not None:
-        check_rank(rank)
+        rank = integer("rank", rank)
         if of == "factors":
             raise ValueError(f"rank must be None for of='factors', where it is the inputs'; got {rank}")
     if of == "factors":

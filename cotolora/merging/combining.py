@@ -1,4 +1,4 @@
-"""What every way of merging shares: states that belong together, weights, and one result of many."""
+"""What every way of merging shares: checks of the states and weights, and the loop over the adapters."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def as_state(state: StateLike) -> AdapterState:
     raise TypeError(f"state must be an AdapterState, a directory or a model; got {type(state).__name__}")
 
 
-def prepared(
+def checked_states(
     states: Sequence[StateLike], weights: Weights, equal: float | None = None
 ) -> tuple[list[AdapterState], list[float]]:
-    """Checks that `states` are of one base model, and `weights`; `equal` is the default weight, else 1 / n.
+    """`states` read, and held to be of one base model; `weights` as floats, by default each `equal`, or else 1 / n.
 
     Raises:
         ValueError: names what differs.
@@ -50,14 +50,15 @@ def prepared(
     """
     if isinstance(states, (AdapterState, str, os.PathLike, nn.Module, Mapping)):
         raise TypeError(f"states must be a sequence of states; got one {type(states).__name__}")
-    ready = [as_state(state) for state in states]
-    checked = checked_weights(weights, len(ready), "states", equal)
-    for i, other in enumerate(ready[1:], 1):
-        _check_same("adapters", i, *map(_sizes, (ready[0], other)))
-        _check_same("tensors besides the adapters", i, *map(_shapes, (ready[0].besides, other.besides)))
-    if ready[0].besides and sum(checked) == 0:
-        raise ValueError(f"weights must not sum to 0 to average {sorted(ready[0].besides)}; got {checked}")
-    return ready, checked
+    found = [as_state(state) for state in states]
+    checked = checked_weights(weights, len(found), "states", equal)
+    first, *others = found
+    for i, other in enumerate(others, 1):
+        _check_same("adapters", i, *map(_sizes, (first, other)))
+        _check_same("tensors besides the adapters", i, *map(_shapes, (first.besides, other.besides)))
+    if first.besides and sum(checked) == 0:
+        raise ValueError(f"weights must not sum to 0 to average {sorted(first.besides)}; got {checked}")
+    return found, checked
 
 
 def _sizes(state: AdapterState) -> dict[str, tuple[int, ...]]:
@@ -100,12 +101,6 @@ def checked_weights(weights: Weights, count: int, what: str, equal: float | None
     return checked
 
 
-def check_rank(rank: int) -> None:
-    """Raises ValueError unless `rank` is a positive integer."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank must be a positive integer; got {rank!r}")
-
-
 def check_same_rank(states: list[AdapterState]) -> None:
     """Raises ValueError naming the first adapter whose ranks differ."""
     for name, part in states[0].factors.items():
@@ -134,17 +129,17 @@ def by_name(states: list[AdapterState]) -> Iterator[tuple[str, list[Factors]]]:
 def merged(
     states: list[AdapterState], weights: list[float], combine: Callable[[list[Factors]], Factors]
 ) -> AdapterState:
-    """A state of what `combine` makes of each adapter; what was trained besides is averaged."""
+    """A state of what `combine` makes of each adapter; other tensors that were trained with them are averaged."""
     factors = {name: combine(parts) for name, parts in by_name(states)}
-    besides = dict(states[0].besides)
-    for key, tensor in besides.items():
+    other_tensors = dict(states[0].besides)
+    for key, tensor in other_tensors.items():
         if tensor.is_floating_point():  # counters and flags have no mean
-            others = [state.besides[key].to(tensor.device) for state in states]
-            besides[key] = weighted_sum([weight / sum(weights) for weight in weights], others)
+            same = [state.besides[key].to(tensor.device) for state in states]
+            other_tensors[key] = weighted_sum([weight / sum(weights) for weight in weights], same)
     kept = dict(states[0].kept)
     if any(state.kept.get("base_model_name_or_path") != kept.get("base_model_name_or_path") for state in states):
         kept["base_model_name_or_path"] = None
-    return AdapterState(factors, besides, kept)
+    return AdapterState(factors, other_tensors, kept)
 
 
 def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ITERATIONS = 100  # at most; they end when no point changes its cluster
 
-def kmeans(points: Tensor, clusters: int, generator: torch.Generator, iterations: int = 100) -> Tensor:
+
+def kmeans(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
     """Sorts `points` into clusters of small squared distance to their means.
 
     Args:
@@ -14,7 +16,6 @@ def kmeans(points: Tensor, clusters: int, generator: torch.Generator, iterations
         clusters: from 1 to n; with n, each point is its own.
         generator: on the CPU; draws the seeds, each with a probability in proportion to its squared
             distance from the seeds before it.
-        iterations: at most so many.
 
     Returns:
         the cluster of each point, int64 ``[n]``; every cluster from 0 to ``clusters - 1`` occurs.
@@ -30,7 +31,7 @@ def kmeans(points: Tensor, clusters: int, generator: torch.Generator, iterations
         return torch.arange(len(points))
     centres = points[_seeds(points, clusters, generator)]
     labels = None
-    for _ in range(iterations):
+    for _ in range(ITERATIONS):
         distances = torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist")
         before, labels = labels, _inhabited(distances, distances.argmin(1))
         if before is not None and torch.equal(before, labels):

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cotolora.checks import finite
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.linear import CoToLoRALinear
 from cotolora.saving.adapter import LoadResult, Saved, collect, place, read
 from cotolora.saving.files import write
 from cotolora.saving.peft_config import Scaling, just, lora_fields, parse
 
-# fields of a config that no adapter decides and that a merged one keeps
-KEPT = ("base_model_name_or_path", "fan_in_fan_out", "lora_dropout", "modules_to_save", "task_type")
+# fields of a PEFT config that do not depend on the adapters: a merged adapter keeps them
+KEPT_FIELDS = ("base_model_name_or_path", "fan_in_fan_out", "lora_dropout", "modules_to_save", "task_type")
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<name>.+)\.lora_(?P<factor>[AB])\.weight")
 
@@ -63,14 +64,14 @@ class Factors:
 
 @dataclass(frozen=True, eq=False)
 class AdapterState:
-    """The adapters of a model, by the names of its modules, and whatever else was trained with them.
+    """The adapters of a model, by the names of its modules, and other tensors that were trained with them.
 
     Only plain LoRA: its update is a product of two factors, which merging takes apart.
 
     Attributes:
         factors: A, B and scale of each adapter.
-        besides: parameters (a head) and buffers that were saved with them, by name.
-        kept: fields of the PEFT config that go on to whatever is made of this state.
+        besides: other tensors that were saved with the adapters, parameters (a head) and buffers, by name.
+        kept: fields of the PEFT config that whatever is made of this state inherits.
 
     Raises:
         ValueError: no factors; a factor is not a finite floating matrix, or A and B differ in rank.
@@ -96,18 +97,18 @@ class AdapterState:
 
     def __repr__(self) -> str:
         ranks = sorted({part.rank for part in self.factors.values()})
-        besides = f", {len(self.besides)} tensors besides" if self.besides else ""
-        return f"AdapterState({len(self.factors)} adapters, ranks {{{', '.join(map(str, ranks))}}}{besides})"
+        others = f", {len(self.besides)} tensors besides" if self.besides else ""
+        return f"AdapterState({len(self.factors)} adapters, ranks {{{', '.join(map(str, ranks))}}}{others})"
 
     @classmethod
     def from_model(cls, model: nn.Module) -> AdapterState:
-        """A copy of what `save_adapter` would write: the enabled adapters, and what else trains.
+        """A copy of what `save_adapter` would write: the enabled adapters, and other tensors that train.
 
         Raises:
             ValueError: as `save_adapter`, or an adapter is not of variant "lora".
         """
         tensors, fields = collect(model)
-        return cls._of(tensors, fields, type(model).__name__)
+        return cls._from_saved(tensors, fields, type(model).__name__)
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> AdapterState:
@@ -117,7 +118,7 @@ class AdapterState:
             FileNotFoundError, ValueError: as `load_adapter`, or the files do not hold plain LoRA.
         """
         saved = read(directory)
-        return cls._of(saved.tensors, saved.fields, str(directory))
+        return cls._from_saved(saved.tensors, saved.fields, str(directory))
 
     @classmethod
     def from_tensors(
@@ -132,7 +133,7 @@ class AdapterState:
 
         Args:
             tensors: keys as `save_adapter` writes them (``blocks.0.q.lora_A.weight``), with or without
-                PEFT's ``base_model.model.``; other keys are what was trained besides. Copied.
+                PEFT's ``base_model.model.``; other keys are of other trained tensors. Copied.
             alpha, use_rslora: give every adapter its scale; or
             like: a model whose adapters of the same names give it.
 
@@ -158,35 +159,35 @@ class AdapterState:
                 raise ValueError(f"tensors must be of adapters that the model has; got {name}")
             return _scaling(layers[name])
 
-        return cls._split(plain, scaling, {}, "tensors")
+        return cls._from_flat(plain, scaling, {}, "tensors")
 
     @classmethod
-    def _of(cls, tensors: Mapping[str, Tensor], fields: dict[str, Any], source: str) -> AdapterState:
+    def _from_saved(cls, tensors: Mapping[str, Tensor], fields: dict[str, Any], source: str) -> AdapterState:
         config = parse(fields)
         if config.variant != "lora":
             raise ValueError(
                 f"{source} must hold adapters of variant 'lora', which are products; got {config.variant!r}"
             )
-        kept = {key: fields[key] for key in KEPT if key in fields}
+        kept = {key: fields[key] for key in KEPT_FIELDS if key in fields}
 
         def scaling(name: str) -> Scaling:
             return Scaling(config.rank_of(name), config.alpha_of(name), config.use_rslora)
 
-        return cls._split(tensors, scaling, kept, source)
+        return cls._from_flat(tensors, scaling, kept, source)
 
     @classmethod
-    def _split(
+    def _from_flat(
         cls, tensors: Mapping[str, Tensor], scaling: Callable[[str], Scaling], kept: dict[str, Any], source: str
     ) -> AdapterState:
         pairs: dict[str, dict[str, Tensor]] = {}
-        besides = {}
+        others = {}
         for key, tensor in tensors.items():
             if match := _FACTOR.fullmatch(key):
                 pairs.setdefault(match["name"], {})[match["factor"]] = tensor
             elif re.search(r"\.(lora|hira)_(A|B|embedding|magnitude)", key):
                 raise ValueError(f"{source} must hold plain LoRA of linears, lora_A and lora_B; got {key!r}")
             else:
-                besides[key] = tensor.detach().clone()
+                others[key] = tensor.detach().clone()
         factors = {}
         for name, pair in pairs.items():
             if len(pair) < 2:
@@ -195,7 +196,7 @@ class AdapterState:
             if pair["A"].shape[0] != rank:
                 raise ValueError(f"{source} must give {name} the rank of its tensors; got {rank}, {pair['A'].shape[0]}")
             factors[name] = Factors(pair["A"].detach().clone(), pair["B"].detach().clone(), alpha, use_rslora)
-        return cls(factors, besides, kept)
+        return cls(factors, others, kept)
 
     def _saved(self) -> Saved:
         tensors = dict(self.besides)
@@ -226,29 +227,32 @@ class AdapterState:
     def applied_to(self, model: nn.Module) -> Iterator[None]:
         """Inside the block, `model` computes with this state, whatever the ranks of its own adapters.
 
-        Afterwards its own are back: the same parameter objects, never written; what was saved besides,
-        bit for bit. Switches and merged layers are as before too, and also if the block raises.
+        Afterwards its own adapters are back, the same parameter objects, never written to; the state's other tensors
+        were copied into the model's, whose values are restored bit for bit. Switches and merged layers are as before.
+        All this also if the block raises.
 
         Raises:
             ValueError: the state and the model differ in modules or shapes; a layer is not plain LoRA.
         """
         layers = self._layers_of(model)
-        plain = self._plain_of(model)
-        # copies of both first: nothing has changed yet if memory runs out
-        kept = {key: target.detach().clone() for key, target in plain.items()}
+        targets = self._other_tensors_of(model)
+        # copied before anything changes, in case memory runs out
+        own = {key: target.detach().clone() for key, target in targets.items()}
         before = {name: (_scaling(layer), layer.lora_a, layer.lora_b, layer.merged) for name, layer in layers.items()}
         try:
             for name, layer in layers.items():
                 part = self.factors[name]
                 layer.unmerge()
-                _put(layer, part.scaling, _like(part.lora_a, layer), _like(part.lora_b, layer))
-            _copy(self.besides, plain)
+                _set_factors(
+                    layer, part.scaling, _parameter_like(part.lora_a, layer), _parameter_like(part.lora_b, layer)
+                )
+            _copy(self.besides, targets)
             yield
         finally:
-            _copy(kept, plain)
+            _copy(own, targets)
             for name, layer in layers.items():
                 scaling, lora_a, lora_b, merged = before[name]
-                _put(layer, scaling, lora_a, lora_b)
+                _set_factors(layer, scaling, lora_a, lora_b)
                 if merged:
                     layer.merge()
 
@@ -274,7 +278,7 @@ class AdapterState:
                 )
         return layers
 
-    def _plain_of(self, model: nn.Module) -> dict[str, Tensor]:
+    def _other_tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
         if not self.besides:
             return {}
         own = {plain_name(key): tensor for key, tensor in unwrap(model).state_dict(keep_vars=True).items()}
@@ -299,24 +303,21 @@ def _checked(name: str, part: Factors) -> Factors:
             f"lora_a and lora_b of {name} must be [rank, in] and [out, rank]; "
             f"got {tuple(part.lora_a.shape)} and {tuple(part.lora_b.shape)}"
         )
-    if isinstance(part.alpha, bool) or not isinstance(part.alpha, (int, float)) or not math.isfinite(part.alpha):
-        raise ValueError(f"alpha of {name} must be a finite number; got {part.alpha!r}")
+    alpha = finite(f"alpha of {name}", part.alpha)
     dtype = torch.promote_types(torch.promote_types(part.lora_a.dtype, part.lora_b.dtype), torch.float32)
-    return Factors(
-        part.lora_a.detach().to(dtype), part.lora_b.detach().to(dtype), float(part.alpha), bool(part.use_rslora)
-    )
+    return Factors(part.lora_a.detach().to(dtype), part.lora_b.detach().to(dtype), alpha, bool(part.use_rslora))
 
 
 def _scaling(layer: CoToLoRALinear) -> Scaling:
     return Scaling(layer.rank, layer.alpha, layer.use_rslora)
 
 
-def _put(layer: CoToLoRALinear, scaling: Scaling, lora_a: Tensor, lora_b: Tensor) -> None:
+def _set_factors(layer: CoToLoRALinear, scaling: Scaling, lora_a: Tensor, lora_b: Tensor) -> None:
     layer.rank, layer.alpha, layer.use_rslora = scaling
     layer.lora_a, layer.lora_b = lora_a, lora_b  # type: ignore[assignment]
 
 
-def _like(value: Tensor, layer: CoToLoRALinear) -> nn.Parameter:
+def _parameter_like(value: Tensor, layer: CoToLoRALinear) -> nn.Parameter:
     own = layer.lora_a
     return nn.Parameter(value.to(own.device, own.dtype, copy=True), requires_grad=own.requires_grad)
 

@@ -401,7 +401,7 @@ def test_importing_cotolora_loads_nothing_heavy():
 
 # lower levels first; a module may import from its own level and below
 FLOORS = [
-    {"reference", "training.stepping", "training.agreement", "training.optimizer_state", "saving.files"},
+    {"reference", "results", "training.stepping", "training.agreement", "training.optimizer_state", "saving.files"},
     {"checks", "backends.types", "backends.addmm.products", "training.notices", "training.reducer"},
     {"schedule", "matching", "backends.cost", "backends.measured"},
     {"backends.addmm.lora", "backends.addmm.dora", "backends.addmm.hira", "backends.fused.common", "backends.off"},

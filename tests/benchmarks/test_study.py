@@ -9,9 +9,10 @@ from torch import nn
 
 pytest.importorskip("scipy")
 
-from benchmarks import study
+from benchmarks import report, study
 from benchmarks.study import claims, runs, tasks
 from benchmarks.study.tasks import Domain, Setting
+from cotolora.results import rounded
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,8 @@ def test_the_whole_course_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     methods = (runs.METHODS[0], runs.METHODS[2])
     monkeypatch.setitem(study.SETTINGS, "text", tiny)
     monkeypatch.setitem(study.QUICK, "text", study.Size(2, 20, 20, (1e-2, 2e-2), 1, runs.METHODS, 1))
+    measured, write = [], report.write
+    monkeypatch.setattr(report, "write", lambda path, result: measured.append(result) or write(path, result))
     chosen = ["--methods", *(method.name for method in methods)]
     assert study.main(["--quick", "--settings", "text", "--out", str(tmp_path), *chosen]) == 0
     told = capsys.readouterr().out
@@ -128,7 +131,8 @@ def test_the_whole_course_on_a_tiny_model(tmp_path, monkeypatch, capsys):
         "study.md", "study.json", "fused.png", "sparsity.png", "dropped.png", "shapley.png", "rates.png", "kept.png",
         "merged.png", "score.png", "time.png", "skipped.png",
     }  # fmt: skip
-    rows = json.loads((tmp_path / "study.json").read_text())["results"][0]["rows"]
+    rows = measured[0].rows
+    assert json.loads((tmp_path / "study.json").read_text())["results"][0]["rows"] == rounded(rows)
     assert {r["method"] for r in rows} == {"base", "LoRA", "CoTo"}
     ours = {(r["measure"], r["at"]) for r in rows if r["method"] == "CoTo"}
     assert {

@@ -59,8 +59,7 @@ def check(tensors, gate=None, rows_on=True, scale=SCALE, **options):
     y_torch, h_torch = plain(*tensors, rows_on, scale)
     y_exact, h_exact = plain(*[None if t is None else t.double() for t in tensors], rows_on, scale)
     assert_as_accurate_as_torch(y, y_torch, y_exact)
-    if options.get("store_h", True):
-        assert_as_accurate_as_torch(h, h_torch, h_exact)
+    assert_as_accurate_as_torch(h, h_torch, h_exact)
     return y, h
 
 
@@ -157,13 +156,6 @@ def test_scale_counts_once_and_may_be_an_integer(device):
     x, weight, bias, a, b = operands(20, 40, 32, 8, torch.float32, device)
     for scale in (0.0, 1, 3, 1e-3):
         check((x, weight, bias, a, b), scale=scale, tile=SMALL)
-
-
-def test_without_h(device):
-    tensors = operands(37, 70, 45, 8, torch.float32, device)
-    y, h = check(tensors, tile=SMALL, store_h=False)
-    assert torch.equal(y, one_pass(*tensors, None, SCALE, tile=SMALL)[0])
-    assert h.shape == (37, 0)
 
 
 def sliced(t):
