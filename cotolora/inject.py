@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
-import re
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from types import MethodType
-from typing import Any
 
 from torch import nn
 
 from cotolora.bases import is_conv1d, is_dense, why_not_adaptable
 from cotolora.groups import adapters, plain_name, unwrap, wrappers
 from cotolora.linear import CoToLoRALinear
+from cotolora.matching import Targets, checked_names, compile_patterns, first_match, matches, with_parents
 
 logger = logging.getLogger("cotolora")
-
-Targets = str | Sequence[str]
-
-Patterns = list[tuple[re.Pattern[str], Any]]
 
 # everything that nn.Module.register_*_hook writes to: what calls run, and what state dicts do
 _CALL_HOOKS = (
@@ -107,7 +101,7 @@ def inject(
             "that it finds when it is made; pass the module inside and wrap it anew"
         )
     model = unwrap(model)
-    trainable = _checked_names("trainable", trainable)
+    trainable = checked_names("trainable", trainable)
     matched = match_linears(model, targets, exclude, trainable)
     linears = {name: model.get_submodule(raw_names[0]) for name, raw_names in matched.items()}
     trained = _trainable_parameters(model, trainable)
@@ -185,92 +179,6 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
     return {name: plain[id(layer)] for name, layer in layers.items()}
 
 
-def trainable_report(model: nn.Module) -> str:
-    """How much of `model` trains, in PEFT's words; give it to a logger or print it.
-
-    >>> model = nn.Sequential(nn.Linear(4, 4))
-    >>> _ = inject(model, ["0"], rank=1)
-    >>> trainable_report(model)
-    'trainable params: 8 || all params: 28 || trainable%: 28.5714'
-    """
-    every = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    share = 100 * trained / every if every else 0.0
-    return f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {share:.4f}"
-
-
-def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A, B and, of DoRA, the magnitude of every adapter, in module order."""
-    return [parameter for layer in adapters(model).values() for parameter in layer.adapter_parameters]
-
-
-def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer in which every B learns `ratio` times faster than the rest.
-
-    Args:
-        model: a model with adapters.
-        lr: learning rate of A and of whatever else trains.
-        ratio: learning rate of B over `lr`.
-
-    Returns:
-        two groups with "params" and "lr".
-
-    Raises:
-        ValueError: `model` has no adapters; `lr` or `ratio` is not a positive finite number.
-
-    Source: LoRA+, Hayou et al. 2024, section 4 (arXiv:2402.12354).
-    """
-    for name, value in (("lr", lr), ("ratio", ratio)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive finite number; got {value!r}")
-    layers = adapters(model)
-    if not layers:
-        raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
-    fast = [layer.lora_b for layer in layers.values() if layer.lora_b.requires_grad]
-    known = {id(parameter) for parameter in fast}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    return [{"params": rest, "lr": lr}, {"params": fast, "lr": lr * ratio}]
-
-
-def matches(name: str, targets: Targets) -> bool:
-    """Whether a module's name is a target: a list holds names or dotted ends, a string is a full regular expression.
-
-    >>> matches("layers.0.q_proj", ["q_proj"]), matches("layers.0.not_q_proj", ["q_proj"])
-    (True, False)
-    """
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith("." + target) for target in targets)
-
-
-def compiled(argument: str, expression: str) -> re.Pattern[str]:
-    """`expression`, compiled.
-
-    Raises:
-        ValueError: it is no regular expression.
-    """
-    try:
-        return re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{argument} must hold regular expressions; got {expression!r} ({error})") from None
-
-
-def compile_patterns(argument: str, pattern: Mapping[str, Any] | None) -> Patterns:
-    """The keys of a rank_pattern or alpha_pattern, compiled once, with their values.
-
-    Raises:
-        ValueError: `pattern` is no map, or a key is no regular expression.
-    """
-    if not isinstance(pattern, (Mapping, type(None))):
-        raise ValueError(f"{argument} must be a map from regular expressions to values; got {pattern!r}")
-    return [(compiled(argument, rf"(.*\.)?({key})$"), value) for key, value in (pattern or {}).items()]
-
-
-def first_match(patterns: Patterns, name: str, default: Any) -> Any:
-    """The value of the first pattern that takes `name`, or `default`."""
-    return next((value for expression, value in patterns if expression.match(name)), default)
-
-
 def match_linears(
     model: nn.Module, targets: Targets, exclude: Targets | None = None, trainable: Targets = ()
 ) -> dict[str, list[str]]:
@@ -281,9 +189,9 @@ def match_linears(
     Raises:
         ValueError: as `inject`.
     """
-    targets = _checked_names("targets", targets)
-    exclude = _checked_names("exclude", exclude or ())
-    trainable = _checked_names("trainable", trainable)
+    targets = checked_names("targets", targets)
+    exclude = checked_names("exclude", exclude or ())
+    trainable = checked_names("trainable", trainable)
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
     modules = dict(model.named_modules(remove_duplicate=False))
     inside: set[nn.Module] = set()  # of a base that stays whole
@@ -308,7 +216,7 @@ def match_linears(
                     f"leave it out with exclude=[{names[0]!r}]"
                 )
             continue
-        if any(matches(parent, trainable) for name in names for parent in _with_parents(name)):
+        if any(matches(parent, trainable) for name in names for parent in with_parents(name)):
             if everything:
                 continue
             raise ValueError(f"targets and trainable must not overlap; both take {names[0]}")
@@ -320,21 +228,6 @@ def match_linears(
         found[names[0]] = raw_names
     _refuse_missing(model, targets, found)
     return found
-
-
-def _checked_names(argument: str, value: Targets) -> Targets:
-    if isinstance(value, str):
-        compiled(argument, value)
-        return value
-    names = list(value) if isinstance(value, Iterable) else [value]
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{argument} must be a list of names or a regular expression; got {value!r}")
-    return names
-
-
-def _with_parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
@@ -409,7 +302,7 @@ def _trainable_parameters(model: nn.Module, trainable: Targets) -> set[nn.Parame
     found = set()
     for target in [trainable] if isinstance(trainable, str) else trainable:
         rule = target if isinstance(trainable, str) else [target]
-        taken = {p for name, p in parameters if any(matches(part, rule) for part in _with_parents(name))}
+        taken = {p for name, p in parameters if any(matches(part, rule) for part in with_parents(name))}
         if not taken:
             children = [name for name, _ in model.named_children()]
             raise ValueError(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cotolora.groups import Unit, adapters, group_names, is_enabled, unmerged_adapters
-from cotolora.inject import compiled, matches
 from cotolora.linear import CoToLoRALinear
+from cotolora.matching import compiled, matches
 from cotolora.reference import Gate
 from cotolora.shapley import Shapley
 

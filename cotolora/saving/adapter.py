@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from cotolora.bases import features, place_of, why_not_adaptable
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
-from cotolora.inject import inject, match_linears, matches
+from cotolora.inject import inject, match_linears
 from cotolora.linear import CoToLoRALinear
+from cotolora.matching import matches
 from cotolora.saving.files import CONFIG, WEIGHTS, read_config, read_weights, write
 from cotolora.saving.layers import KEYS, fill, plain_key, shapes, why_not
 from cotolora.saving.layers import tensors as tensors_of

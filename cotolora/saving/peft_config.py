@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from cotolora.groups import plain_name
-from cotolora.inject import Patterns, compile_patterns, compiled, first_match, matches
 from cotolora.linear import CoToLoRALinear
+from cotolora.matching import Patterns, compile_patterns, compiled, first_match, matches
 from cotolora.saving.layers import settings
 
 # PEFT fields that do not change what the adapter computes once its weights are loaded
