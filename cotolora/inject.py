@@ -5,15 +5,27 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from types import MethodType
+from typing import Any
 
 from torch import nn
 
 from cotolora.bases import is_conv1d, is_dense, why_not_adaptable
 from cotolora.groups import adapters, plain_name, unwrap, wrappers
 from cotolora.linear import CoToLoRALinear
-from cotolora.matching import Targets, checked_names, compile_patterns, first_match, matches, with_parents
+from cotolora.matching import (
+    Targets,
+    checked_names,
+    compile_patterns,
+    first_match,
+    matches,
+    warn_of_idle_keys,
+    with_parents,
+)
+from cotolora.spec import AdapterSpec
+from cotolora.variants import VARIANTS
 
 logger = logging.getLogger("cotolora")
 
@@ -76,7 +88,7 @@ def inject(
         rank, alpha, dropout, use_rslora, variant, init: of each layer, see `CoToLoRALinear`.
         exclude: modules to leave alone; same rules, checked first.
         rank_pattern, alpha_pattern: other ranks and alphas by name: the first key k for which
-            ``re.match(rf"(.*\.)?({k})$", name)`` holds decides.
+            ``re.match(rf"(.*\.)?({k})$", name)`` holds decides. A key that takes no target is named in a warning.
         trainable: modules or parameters to train in full besides the adapters (a new classifier head); the
             rules of `targets`.
 
@@ -93,47 +105,68 @@ def inject(
     >>> list(inject(model, ["0"], rank=2))
     ['0']
     """
-    if existing := adapters(model):
-        raise ValueError(f"model must have no adapters yet; it has {len(existing)} (eject them first)")
-    if any(isinstance(wrapper, nn.parallel.DistributedDataParallel) for wrapper in wrappers(model)):
-        raise ValueError(
-            "model must be wrapped in DistributedDataParallel after inject, which synchronises only the parameters "
-            "that it finds when it is made; pass the module inside and wrap it anew"
-        )
-    model = unwrap(model)
+    model = _plain_model(model)
     trainable = checked_names("trainable", trainable)
     matched = match_linears(model, targets, exclude, trainable)
-    linears = {name: model.get_submodule(raw_names[0]) for name, raw_names in matched.items()}
     trained = _trainable_parameters(model, trainable)
-    _refuse_overlap(linears, trained)
+    _refuse_overlap({name: model.get_submodule(raw_names[0]) for name, raw_names in matched.items()}, trained)
     ranks = compile_patterns("rank_pattern", rank_pattern)
     alphas = compile_patterns("alpha_pattern", alpha_pattern)
-    frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        layers = {
-            name: CoToLoRALinear.from_linear(
-                linear,
-                first_match(ranks, name, rank),
-                first_match(alphas, name, alpha),
-                dropout=dropout,
-                use_rslora=use_rslora,
-                variant=variant,
-                init=init,
-            )
-            for name, linear in linears.items()
-        }
-    except BaseException:
-        for parameter, flag in frozen.items():
-            parameter.requires_grad_(flag)
-        raise
+    warn_of_idle_keys(ranks, alphas, matched)
+    specs = {
+        name: AdapterSpec(
+            first_match(ranks, name, rank), first_match(alphas, name, alpha), dropout, use_rslora, variant, init
+        )
+        for name in matched
+    }
+    return install(model, specs, trained)
 
-    for parameter in frozen:
-        parameter.requires_grad_(parameter in trained)
-    for name, layer in layers.items():
-        move_hooks(linears[name], layer)
-        for raw_name in matched[name]:
-            replace_module(model, raw_name, layer)
-    block_fast_path(model)
+
+def install(
+    model: nn.Module,
+    specs: Mapping[str, AdapterSpec],
+    trained: Iterable[nn.Parameter] = (),
+    fill: Callable[[dict[str, CoToLoRALinear]], None] | None = None,
+) -> dict[str, CoToLoRALinear]:
+    """Puts adapters into a model without any, all of them or none, and freezes everything else.
+
+    Args:
+        model: changed in place; if anything raises, it is as it was, with its hooks and the flags of its parameters.
+        specs: how the adapter of each module is made, by the module's first name in the unwrapped model.
+        trained: parameters that train besides the adapters.
+        fill: called with the new layers by name before the model gets them, to write into their parameters.
+
+    Returns:
+        the new layers by name.
+
+    Raises:
+        TypeError: `model` is not a module, or a module of `specs` cannot be adapted.
+        ValueError: `model` has adapters, or is inside DistributedDataParallel; a spec does not go with its module.
+    """
+    model, trained = _plain_model(model), set(trained)
+    raw_names_of: dict[nn.Module, list[str]] = {}
+    for raw_name, module in model.named_modules(remove_duplicate=False):
+        raw_names_of.setdefault(module, []).append(raw_name)
+    linears = {plain_name(raw_names[0]): module for module, raw_names in raw_names_of.items()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with ExitStack() as undo:
+        undo.callback(_set_requires_grad, flags)
+        layers = {name: CoToLoRALinear.from_spec(linears[name], spec) for name, spec in specs.items()}
+        for variant in {spec.variant for spec in specs.values()}:
+            VARIANTS[variant].share([layer for layer in layers.values() if layer.variant == variant])
+        if fill is not None:
+            fill(layers)
+        _set_requires_grad({parameter: parameter in trained for parameter in flags})
+        for name, layer in layers.items():
+            linear = linears[name]
+            undo.callback(_set_hooks, linear, _hooks_of(linear))
+            move_hooks(linear, layer)
+            for raw_name in raw_names_of[linear]:
+                undo.callback(replace_module, model, raw_name, linear)
+                replace_module(model, raw_name, layer)
+        undo.callback(_restore_fast_path, model)
+        block_fast_path(model)
+        undo.pop_all()
     return layers
 
 
@@ -228,6 +261,23 @@ def match_linears(
         found[names[0]] = raw_names
     _refuse_missing(model, targets, found)
     return found
+
+
+def _plain_model(model: nn.Module) -> nn.Module:
+    """`model` without its wrappers; raises ValueError unless it can get adapters."""
+    if existing := adapters(model):
+        raise ValueError(f"model must have no adapters yet; it has {len(existing)} (eject them first)")
+    if any(isinstance(wrapper, nn.parallel.DistributedDataParallel) for wrapper in wrappers(model)):
+        raise ValueError(
+            "model must be wrapped in DistributedDataParallel after inject, which synchronises only the parameters "
+            "that it finds when it is made; pass the module inside and wrap it anew"
+        )
+    return unwrap(model)
+
+
+def _set_requires_grad(flags: Mapping[nn.Parameter, bool]) -> None:
+    for parameter, flag in flags.items():
+        parameter.requires_grad_(flag)
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
@@ -332,9 +382,31 @@ def move_hooks(source: nn.Module, target: nn.Module) -> None:
     if stays:
         source._is_full_backward_hook = None
         return
-    for hook in target._load_state_dict_pre_hooks.values():
+    _bind_hooks(target)
+
+
+def _bind_hooks(module: nn.Module) -> None:
+    for hook in module._load_state_dict_pre_hooks.values():
         if hook.with_module:  # type: ignore[attr-defined]
-            hook.module = weakref.ref(target)  # type: ignore[attr-defined]  # torch keeps the module it was set on
+            hook.module = weakref.ref(module)  # type: ignore[attr-defined]  # torch keeps the module it was set on
+
+
+def _hooks_of(module: nn.Module) -> dict[str, Any]:
+    """What `move_hooks` changes of a module: its dictionaries of hooks, with what they hold now."""
+    return {name: (getattr(module, name), dict(getattr(module, name))) for name in HOOKS} | {
+        "_is_full_backward_hook": module._is_full_backward_hook
+    }
+
+
+def _set_hooks(module: nn.Module, hooks: dict[str, Any]) -> None:
+    """Gives a module back what `_hooks_of` found."""
+    module._is_full_backward_hook = hooks["_is_full_backward_hook"]
+    for name in HOOKS:
+        dictionary, held = hooks[name]
+        dictionary.clear()
+        dictionary.update(held)
+        setattr(module, name, dictionary)
+    _bind_hooks(module)
 
 
 def _shared_weights(model: nn.Module, layers: dict[str, CoToLoRALinear]) -> dict[str, tuple[nn.Parameter, list[str]]]:

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+logger = logging.getLogger("cotolora")
 
 Targets = str | Sequence[str]
 
-Patterns = list[tuple[re.Pattern[str], Any]]
+
+class Pattern(NamedTuple):
+    """A key of a rank_pattern or alpha_pattern, compiled, and its value."""
+
+    key: str
+    expression: re.Pattern[str]
+    value: Any
+
+
+Patterns = list[Pattern]
 
 
 def matches(name: str, targets: Targets) -> bool:
@@ -42,12 +55,20 @@ def compile_patterns(argument: str, pattern: Mapping[str, Any] | None) -> Patter
     """
     if not isinstance(pattern, (Mapping, type(None))):
         raise ValueError(f"{argument} must be a map from regular expressions to values; got {pattern!r}")
-    return [(compiled(argument, rf"(.*\.)?({key})$"), value) for key, value in (pattern or {}).items()]
+    return [Pattern(key, compiled(argument, rf"(.*\.)?({key})$"), value) for key, value in (pattern or {}).items()]
 
 
 def first_match(patterns: Patterns, name: str, default: Any) -> Any:
     """The value of the first pattern that takes `name`, or `default`."""
-    return next((value for expression, value in patterns if expression.match(name)), default)
+    return next((pattern.value for pattern in patterns if pattern.expression.match(name)), default)
+
+
+def warn_of_idle_keys(ranks: Patterns, alphas: Patterns, names: Collection[str]) -> None:
+    """Logs the keys of a rank_pattern and an alpha_pattern that take none of `names`, as PEFT would not."""
+    for argument, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        idle = [pattern.key for pattern in patterns if not any(pattern.expression.match(name) for name in names)]
+        if idle:
+            logger.warning("%s: %s take none of the targets, %s", argument, some_of(idle), some_of(names))
 
 
 def checked_names(argument: str, value: Targets) -> Targets:
@@ -73,3 +94,13 @@ def with_parents(name: str) -> list[str]:
     """
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+
+
+def some_of(names: Collection[str], most: int = 8) -> str:
+    """The first of `names`, for an error.
+
+    >>> some_of(["q", "k", "v"], most=2)
+    "'q', 'k' and 1 more"
+    """
+    shown = ", ".join(repr(name) for name in islice(names, most))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
