@@ -213,11 +213,16 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
 
 
 def match_linears(
-    model: nn.Module, targets: Targets, exclude: Targets | None = None, trainable: Targets = ()
+    model: nn.Module,
+    targets: Targets,
+    exclude: Targets | None = None,
+    trainable: Targets = (),
+    unfit: dict[str, str] | None = None,
 ) -> dict[str, list[str]]:
     """The linear modules that `inject` would replace: first name of each, in module order, and all its names.
 
-    The first name is the one in the unwrapped model; the list holds what `get_submodule` takes.
+    The first name is the one in the unwrapped model; the list holds what `get_submodule` takes. A module that cannot be
+    replaced is an error, or goes into `unfit` with the reason.
 
     Raises:
         ValueError: as `inject`.
@@ -255,8 +260,11 @@ def match_linears(
             raise ValueError(f"targets and trainable must not overlap; both take {names[0]}")
         if module is head:
             continue
-        for raw_name in raw_names:
-            _refuse_unadaptable(raw_name, module, modules)
+        if reason := why_not_target(raw_names, modules):
+            if unfit is None:
+                leaf = names[0].rpartition(".")[2]
+                raise ValueError(f"{names[0]} {reason}; or leave it out with exclude=[{leaf!r}]")
+            unfit[names[0]] = reason
         inside.update(set(module.modules()) - {module})
         found[names[0]] = raw_names
     _refuse_missing(model, targets, found)
@@ -294,25 +302,27 @@ def _refuse_overlap(linears: dict[str, nn.Module], trained: set[nn.Parameter]) -
                 )
 
 
-def _refuse_unadaptable(raw_name: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
-    parent, _, leaf = raw_name.rpartition(".")
-    name = plain_name(raw_name)
-    advice = f"leave it out with exclude=[{name.rpartition('.')[2]!r}]"
-    if leaf == "_orig_mod":
-        raise ValueError(
-            f"{name} must not be compiled by itself: torch.compile goes on calling the module it was given, so an "
-            f"adapter there would be ignored; inject before torch.compile, or {advice}"
-        )
-    if isinstance(modules[parent], nn.MultiheadAttention):
-        raise ValueError(
-            f"{name} must not be adapted: nn.MultiheadAttention hands its weight to a functional and never "
-            f"calls it, so an adapter there would be ignored; {advice}"
-        )
-    if reason := why_not_adaptable(module):
-        raise ValueError(f"{name} must be a module that maps in_features to out_features; {reason}; {advice}")
-    # a base that is called keeps whatever forward it has
-    if is_dense(module) and (reason := why_forward_is_not_its_own(module)):
-        raise ValueError(f"{name} must keep its own forward; {reason}, or {advice}")
+def why_not_target(raw_names: Iterable[str], modules: Mapping[str, nn.Module]) -> str:
+    """What a module would have to be to become an adapter wherever `modules` has it; empty if it is."""
+    for raw_name in raw_names:
+        parent, _, leaf = raw_name.rpartition(".")
+        module = modules[raw_name]
+        if leaf == "_orig_mod":
+            return (
+                "must not be compiled by itself: torch.compile goes on calling the module it was given, so an adapter "
+                "there would be ignored; inject before torch.compile"
+            )
+        if isinstance(modules[parent], nn.MultiheadAttention):
+            return (
+                "must not be adapted: nn.MultiheadAttention hands its weight to a functional and never calls it, so an "
+                "adapter there would be ignored"
+            )
+        if reason := why_not_adaptable(module):
+            return f"must be a module that maps in_features to out_features; {reason}"
+        # a base that is called keeps whatever forward it has
+        if is_dense(module) and (reason := why_forward_is_not_its_own(module)):
+            return f"must keep its own forward; {reason}"
+    return ""
 
 
 def why_forward_is_not_its_own(module: nn.Module) -> str:
