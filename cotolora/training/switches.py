@@ -11,9 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from cotolora.groups import adapters, plain_name, unwrap
 from cotolora.linear import CoToLoRALinear
+from cotolora.variants.base import PEFT_INITS as _INITS
 
-# PEFT's initialisations of LoRA that leave the base weights alone; others train on a residual base
-_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _METHODS = {
     "ADALORA": "it allots ranks by the gradients of every adapter, and one that is off has none",
     "SHADOW": "its blocks hand a state from one to the next and have no switch of their own",
