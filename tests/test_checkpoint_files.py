@@ -93,6 +93,26 @@ def test_fields_that_are_absent_have_pefts_defaults(field, peft, saved):
     assert torch.equal(logits(other), logits(model))
 
 
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "Gaussian", "orthogonal", "eva", "mica", "MiCA"])
+def test_inits_that_leave_the_base_alone_are_read(init, saved):
+    rewrite(saved, init_lora_weights=init)
+    assert load_adapter(base(), saved) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "way_out"),
+    [
+        ("init_lora_weights", "PiSSA", "path_initial_model_for_weight_conversion"),
+        ("ensure_weight_tying", True, "may be set to false"),
+    ],
+)
+def test_a_refusal_names_the_file_the_field_and_the_way_out(field, value, way_out, saved):
+    rewrite(saved, **{field: value})
+    model = base()
+    with refused(model, rf"{CONFIG}: {field} must be .*{way_out}.*; got {value!r}"):
+        load_adapter(model, saved)
+
+
 def test_pefts_default_config_is_read(peft, saved):
     fields = json.loads(json.dumps(peft.LoraConfig(r=2, lora_alpha=16, target_modules=["fc"]).to_dict(), default=list))
     rewrite(saved, **fields)

@@ -99,7 +99,18 @@ def parse_config(fields: dict[str, Any]) -> PeftConfig:
 
     take("bias", "'none': trained biases are not supported", lambda value: value == "none", "none")
     inits = tuple(method.inits)
-    take(method.init, f"one of {inits}: others change the base weights", lambda value: value in inits)
+    take(
+        method.init,
+        f"one of {inits}: others change the base weights (save such an adapter with PEFT's "
+        "path_initial_model_for_weight_conversion, which makes plain LoRA of it)",
+        lambda value: (value.lower() if isinstance(value, str) else value) in inits,
+    )
+    take(
+        "ensure_weight_tying",
+        "False: a trained copy of a tied weight is its module's own here (where the adapter trains neither embedding "
+        "nor head, it changes nothing and may be set to false)",
+        lambda value: not value,
+    )
 
     def of_scaled(name: str, must: str, test: Callable[[Any], bool], default: Any = None) -> Any:
         # left in `rest` with a method that does not know it
