@@ -113,6 +113,16 @@ def test_a_refusal_names_the_file_the_field_and_the_way_out(field, value, way_ou
         load_adapter(model, saved)
 
 
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_a_key_that_takes_no_target_is_named_in_a_warning(pattern, saved, caplog):
+    rewrite(saved, **{pattern: {"nowhere": 3, "head.*": 4}})
+    with caplog.at_level(logging.WARNING, "cotolora"):
+        load_adapter(base(), saved)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{pattern}: 'nowhere', 'head.*' take none of the targets, 'blocks.0.fc', 'blocks.1.fc', 'fc'"
+    ]
+
+
 def test_pefts_default_config_is_read(peft, saved):
     fields = json.loads(json.dumps(peft.LoraConfig(r=2, lora_alpha=16, target_modules=["fc"]).to_dict(), default=list))
     rewrite(saved, **fields)

@@ -188,13 +188,13 @@ def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: boo
         for name, spec in fit.specs.items():
             if reason := why_not_fill(existing[name], spec):
                 raise ValueError(f"{name} {reason}")
-    warn_of_idle_keys(files.config.rank_pattern, files.config.alpha_pattern, fit.wanted)
     with ExitStack() as undo:
         if existing:
             _fill(existing, fit, files, undo)
         else:
             install(model, fit.specs, _trained(model, fit, files), lambda layers: _fill(layers, fit, files, undo))
         undo.pop_all()
+    warn_of_idle_keys(files.config.rank_pattern, files.config.alpha_pattern, fit.wanted)
     for name, reason in fit.unfit.items():
         logger.warning("%s: passed over %s, which %s", source, name, reason)
     if fit.missing or fit.unexpected:
