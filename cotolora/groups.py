@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from cotolora.checks import number
 from cotolora.linear import CoToLoRALinear
 
 Unit = str | Callable[[str], Hashable]
@@ -76,6 +79,56 @@ def unmerged_adapters(model: nn.Module) -> dict[str, CoToLoRALinear]:
 def is_enabled(layer: CoToLoRALinear) -> bool:
     """Whether the adapter is enabled, for any sample at least."""
     return bool(layer.enabled.any()) if isinstance(layer.enabled, torch.Tensor) else layer.enabled
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """A, B and, of DoRA, the magnitude of every adapter, in module order."""
+    return [parameter for layer in adapters(model).values() for parameter in layer.adapter_parameters]
+
+
+def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer in which every B learns `ratio` times faster than the rest.
+
+    Args:
+        model: a model with adapters.
+        lr: learning rate of A and of whatever else trains.
+        ratio: learning rate of B over `lr`.
+
+    Returns:
+        two groups with "params" and "lr".
+
+    Raises:
+        ValueError: `model` has no adapters; `lr` or `ratio` is not a positive finite number.
+
+    Source: LoRA+, Hayou et al. 2024, section 4 (arXiv:2402.12354).
+    """
+    lr, ratio = _positive("lr", lr), _positive("ratio", ratio)
+    layers = adapters(model)
+    if not layers:
+        raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
+    fast = [layer.lora_b for layer in layers.values() if layer.lora_b.requires_grad]
+    known = {id(parameter) for parameter in fast}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    return [{"params": rest, "lr": lr}, {"params": fast, "lr": lr * ratio}]
+
+
+def _positive(argument: str, value: float) -> float:
+    return number(argument, value, "a positive finite number", lambda number: 0 < number < math.inf)
+
+
+def trainable_report(model: nn.Module) -> str:
+    """How much of `model` trains, in PEFT's words; give it to a logger or print it.
+
+    >>> from cotolora import inject
+    >>> model = nn.Sequential(nn.Linear(4, 4))
+    >>> _ = inject(model, ["0"], rank=1)
+    >>> trainable_report(model)
+    'trainable params: 8 || all params: 28 || trainable%: 28.5714'
+    """
+    every = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    share = 100 * trained / every if every else 0.0
+    return f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {share:.4f}"
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from cotolora.checks import integer, number, one_of
 from cotolora.groups import Unit, adapters, group_names, is_enabled, modules_of, unmerged_adapters
-from cotolora.inject import compiled, matches
 from cotolora.linear import CoToLoRALinear
+from cotolora.matching import compiled, matches
 from cotolora.reference import Gate
 from cotolora.shapley import Shapley
 

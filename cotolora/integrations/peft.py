@@ -15,8 +15,8 @@ from cotolora.coto import coto_of
 from cotolora.groups import adapters, is_enabled, unwrap
 from cotolora.inject import HOOKS, block_fast_path, move_hooks, replace_module, why_forward_is_not_its_own
 from cotolora.linear import CoToLoRALinear, is_conv1d, why_not_adaptable
-from cotolora.saving.adapter import trained_besides
-from cotolora.saving.peft_config import describe
+from cotolora.saving.adapter import trained_outside_adapters
+from cotolora.saving.peft_config import make_config
 
 logger = logging.getLogger("cotolora")
 
@@ -106,8 +106,8 @@ def to_peft(model: nn.Module, adapter: str = "default", task_type: str | None = 
     layers = {name: layer for name, layer in every.items() if is_enabled(layer)}
     if not layers:
         raise ValueError(f"model must have enabled adapters; {type(model).__name__} has none")
-    tensors, saved = trained_besides(model)
-    fields = describe(model, layers, saved) | {"inference_mode": False, "task_type": task_type}
+    tensors, saved = trained_outside_adapters(model)
+    fields = make_config(model, layers, saved) | {"inference_mode": False, "task_type": task_type}
     config = peft.LoraConfig(**{key: value for key, value in fields.items() if key != "peft_type"})
 
     places = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if m in every.values() or n in saved]

@@ -13,9 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from cotolora.groups import adapters, is_enabled, modules_of
 from cotolora.linear import CoToLoRALinear
+from cotolora.variants.base import PEFT_INITS
 
-# PEFT's initialisations of LoRA that leave the base weights as they are; the others train on a residual
-_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _UNSUPPORTED = {
     "ADALORA": "it allots ranks by the gradients of every adapter, and one that is off has none",
     "SHADOW": "its blocks hand a state from one to the next and have no switch of their own",
@@ -295,7 +294,7 @@ def _refuse(modules: dict[str, nn.Module], active: set[str]) -> None:
         if name not in active:
             continue
         init = getattr(config, "init_lora_weights", None)
-        known = (init.lower() if isinstance(init, str) else init) in _INITS
+        known = (init.lower() if isinstance(init, str) else init) in PEFT_INITS
         changed = "" if known else f"init_lora_weights={init!r}"
         if getattr(config, "kasa_config", None):
             changed = "kasa_config"
@@ -303,5 +302,5 @@ def _refuse(modules: dict[str, nn.Module], active: set[str]) -> None:
             raise ValueError(
                 f"PEFT adapter {name!r} must leave the base weights as they were; {changed} took part of them into the "
                 "adapter, so where it is off PEFT runs a residual, not the pretrained weight, and CoTo would destroy "
-                f"the model; init_lora_weights must be one of {_INITS}"
+                f"the model; init_lora_weights must be one of {PEFT_INITS}"
             )

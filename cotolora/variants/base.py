@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -14,6 +14,7 @@ from cotolora.backends.types import Backend, Call
 
 if TYPE_CHECKING:
     from cotolora.linear import CoToLoRALinear
+    from cotolora.spec import AdapterSpec
 
 INITS = ("kaiming", "gaussian", "pissa", "olora")
 FROM_WEIGHT = ("pissa", "olora")
@@ -26,13 +27,14 @@ class Part(NamedTuple):
 
     attribute: its name in the layer.
     shape: of the names "rank", "in_features", "out_features".
-    key: its name in PEFT's files, after that of the module.
+    key: its name in PEFT's files, after that of the module; None of one that is not stored by module, see
+        `Variant.shared_keys`.
     argument: what `coto_lora_linear` calls it.
     """
 
     attribute: str
     shape: tuple[str, ...]
-    key: str
+    key: str | None
     argument: str
 
     def sizes(self, **sizes: int) -> tuple[int, ...]:
@@ -50,6 +52,14 @@ def lora_b(key: str = "lora_B.weight") -> Part:
     return Part("lora_b", ("out_features", "rank"), key, "lora_b")
 
 
+class Sizes(NamedTuple):
+    """What the shapes of an adapter's tensors are made of."""
+
+    rank: int
+    in_features: int
+    out_features: int
+
+
 @dataclass(frozen=True)
 class PeftMethod:
     """How PEFT's config speaks of a variant.
@@ -58,10 +68,10 @@ class PeftMethod:
     flags: fields that tell variants of one method apart, with their values.
     dropout, init: the names of these fields.
     inits: values of the field `init` that leave the base weights as they are.
-    default_rank: of a config that states none.
+    default_rank, default_alpha: of a config that states none.
     scaled: whether there are alpha and rsLoRA; without, alpha is the rank.
     patterned: whether PEFT follows rank_pattern.
-    fields: further fields that such a config may have, and what `save_adapter` writes there.
+    fields: further fields that such a config may have, with their defaults, which `save_adapter` writes.
     """
 
     peft_type: str
@@ -70,6 +80,7 @@ class PeftMethod:
     init: str = "init_lora_weights"
     inits: Collection[Any] = PEFT_INITS
     default_rank: int = 8
+    default_alpha: float = 8
     scaled: bool = True
     patterned: bool = True
     fields: Mapping[str, Any] = dataclass_field(default_factory=dict)
@@ -92,8 +103,9 @@ class Variant:
         parts: the tensors of an adapter: A, B and what is extra.
         trained: the attributes that train, in the order in which an optimizer gets them; the others are shared.
         inits: of A and B, see `CoToLoRALinear`.
+        product: whether the update is ``scale · B A`` and nothing else, which merging takes apart.
         peft: how PEFT's config speaks of it.
-        shared_keys: of tensors in PEFT's files that belong to no single module.
+        shared_keys: the names in PEFT's files, after ``base_model.``, of tensors that belong to no single module.
     """
 
     name: ClassVar[str]
@@ -107,6 +119,7 @@ class Variant:
     parts: ClassVar[tuple[Part, ...]] = (lora_a(), lora_b())
     trained: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
     inits: ClassVar[tuple[str, ...]] = INITS
+    product: ClassVar[bool] = False
     peft: ClassVar[PeftMethod]
     shared_keys: ClassVar[tuple[str, ...]] = ()
 
@@ -154,29 +167,35 @@ class Variant:
 
     # files
 
-    def saved_rank(self, layer: CoToLoRALinear) -> tuple[int, float]:
-        """Rank and alpha of what `saved` gives; alpha in the sense of the layer's own `use_rslora`."""
+    def saved_spec(self, layer: CoToLoRALinear) -> AdapterSpec:
+        """The settings of what `saved` gives, for the base as it is."""
         if layer.init not in FROM_WEIGHT:
-            return layer.rank, layer.alpha
+            return layer.spec
         # twice the rank at the same scale
-        return 2 * layer.rank, layer.alpha * (math.sqrt(2) if layer.use_rslora else 2)
+        alpha = layer.alpha * (math.sqrt(2) if layer.use_rslora else 2)
+        return replace(layer.spec, rank=2 * layer.rank, alpha=alpha, init="kaiming")
 
     def saved(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
         """The tensors of an adapter as PEFT stores them, by attribute; `scale` is the layer's."""
         return tensors
 
     def loaded(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-        """The reverse of `saved`."""
+        """The reverse of `saved`, of tensors that are float32 at least; those of no key come from `spread_shared`."""
         return tensors
 
     def saved_shared(self, layers: Mapping[str, CoToLoRALinear]) -> dict[str, Tensor]:
-        """The tensors of `shared_keys`."""
+        """The tensors of `shared_keys`, of the layers that are saved, by name."""
         return {}
 
     def spread_shared(
-        self, shared: Mapping[str, Tensor], fields: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]]
+        self, shared: Mapping[str, Tensor], fields: Mapping[str, Any], sizes: Mapping[str, Sizes]
     ) -> dict[str, dict[str, Tensor]]:
-        """What each module takes of `shared`, by attribute; `sizes` are in_features and out_features by module.
+        """What each module takes of `shared`, by attribute: all parts that have no key.
+
+        Args:
+            shared: what the file holds of `shared_keys`.
+            fields: of the config, those of `PeftMethod.fields`.
+            sizes: of the modules, by name.
 
         Raises:
             ValueError: a tensor is missing or does not fit.

@@ -27,7 +27,7 @@ class Dora(Variant):
     fused = by_kernels.BACKENDS
     parts = (lora_a(), lora_b(), Part("lora_magnitude", ("out_features",), "lora_magnitude_vector", "magnitude"))
     trained = ("lora_a", "lora_b", "lora_magnitude")
-    peft = PeftMethod("LORA", flags={"use_dora": True})
+    peft = PeftMethod("LORA", flags={"use_dora": True}, fields={"bias": "none"})
 
     def constants(
         self, backend: Backend | None, weight: Tensor, a: Tensor, b: Tensor, scale: float

@@ -38,6 +38,5 @@ class Hira(Variant):
         return tensors | {"lora_b": b.to(torch.promote_types(b.dtype, torch.float32)) * scale}
 
     def loaded(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-        """B without the scale of the layer, divided in float32 at least."""
-        b = tensors["lora_b"]
-        return tensors | {"lora_b": b.to(torch.promote_types(b.dtype, torch.float32)) / scale}
+        """B without the scale of the layer."""
+        return tensors | {"lora_b": tensors["lora_b"] / scale}

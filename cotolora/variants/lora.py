@@ -19,4 +19,5 @@ class Lora(Variant):
     fused = by_kernels.BACKENDS
     fused_adding = by_kernels.ADDING
     measured = True
-    peft = PeftMethod("LORA", flags={"use_dora": False})
+    product = True
+    peft = PeftMethod("LORA", flags={"use_dora": False}, fields={"bias": "none"})

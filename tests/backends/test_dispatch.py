@@ -417,6 +417,7 @@ FLOORS = [
     {"groups"},
     {"masks", "training.switches", "inject", "lora_pro"},
     {"coto", "saving.peft_config"},
+    {"saving.fitting"},
     {"saving.adapter"},
     {"merging.kmeans", "merging.states"},
     {"merging.combining"},

@@ -105,6 +105,36 @@ def test_fields_that_are_absent_have_pefts_defaults(field, peft, saved):
     assert torch.equal(logits(other), logits(model))
 
 
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "Gaussian", "orthogonal", "eva", "mica", "MiCA"])
+def test_inits_that_leave_the_base_alone_are_read(init, saved):
+    rewrite(saved, init_lora_weights=init)
+    assert load_adapter(base(), saved) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "way_out"),
+    [
+        ("init_lora_weights", "PiSSA", "path_initial_model_for_weight_conversion"),
+        ("ensure_weight_tying", True, "may be set to false"),
+    ],
+)
+def test_a_refusal_names_the_file_the_field_and_the_way_out(field, value, way_out, saved):
+    rewrite(saved, **{field: value})
+    model = base()
+    with refused(model, rf"{CONFIG}: {field} must be .*{way_out}.*; got {value!r}"):
+        load_adapter(model, saved)
+
+
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_a_key_that_takes_no_target_is_named_in_a_warning(pattern, saved, caplog):
+    rewrite(saved, **{pattern: {"nowhere": 3, "head.*": 4}})
+    with caplog.at_level(logging.WARNING, "cotolora"):
+        load_adapter(base(), saved)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{pattern}: 'nowhere', 'head.*' take none of the targets, 'blocks.0.fc', 'blocks.1.fc', 'fc'"
+    ]
+
+
 def test_pefts_default_config_is_read(peft, saved):
     fields = json.loads(json.dumps(peft.LoraConfig(r=2, lora_alpha=16, target_modules=["fc"]).to_dict(), default=list))
     rewrite(saved, **fields)

@@ -133,6 +133,7 @@ WE_READ = {
     "net-no-layers": (Net, {"target_modules": ["fc"], "layers_to_transform": []}),
     "net-exact-beats-layers": (Net, {"target_modules": ["fc", "blocks.0.fc"], "layers_to_transform": [1]}),
     "net-gaussian": (Net, {"target_modules": ["fc"], "init_lora_weights": "gaussian", "lora_dropout": 0.1}),
+    "net-mica": (Net, {"target_modules": ["fc"], "init_lora_weights": "MiCA"}),
     "net-dora": (Net, {"target_modules": ["fc"], "modules_to_save": ["head"], "use_dora": True, "use_rslora": True}),
     "llama-dora": (llama, {"target_modules": ["q_proj", "up_proj"], "use_dora": True, "rank_pattern": {"up_proj": 3}}),
     "gpt2-dora": (gpt2, {"target_modules": ["c_attn"], "use_dora": True, "lora_dropout": 0.1}),
