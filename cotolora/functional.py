@@ -78,7 +78,8 @@ def coto_lora_linear(
             Off selects the base, also where A or B is not finite.
         dropout: probability in [0, 1] of zeroing an entry of the adapter's input; always acts. Masks are
             drawn from torch's generator; the fused kernels draw a seed from it, so their masks are others.
-        variant: "lora", "dora" or "hira".
+        variant: "lora" or another name in `cotolora.variants.VARIANTS`, each of which has a definition in
+            `cotolora.reference`.
         magnitude: m of DoRA, ``[out_features]``, floating, as A and B; None for the others.
         extra: the tensors that a variant has beside A and B, in its order; for DoRA the same as ``magnitude=``.
         backend: "auto", "reference", "addmm", "triton" or one of its forms as in `set_backend`; None

@@ -42,8 +42,8 @@ class CoToLoRALinear(nn.Module):
         bias: whether the base has a bias.
         dropout: probability of zeroing an entry of the adapter's input while training.
         use_rslora: scale by ``alpha / √rank`` instead (arXiv:2312.03732, theorem 3.2).
-        variant: "lora"; "dora", which learns the lengths of W's rows as well; "hira", which scales W's entries. See
-            `coto_lora_linear`.
+        variant: "lora"; "dora", which learns the lengths of W's rows as well; "hira", which scales W's entries; or
+            another name in `cotolora.variants.VARIANTS`.
         init: of A: "kaiming" (uniform with a = √5, as nn.Linear) or "gaussian" (standard
             deviation 1 / rank), where B is zero; or of both from W: "pissa" (its largest singular values) or "olora"
             (its QR factors), see `cotolora.variants.starts.start`. Then what the layer adds is ``s · (B A − B0 A0)``,
