@@ -4,5 +4,6 @@ from cotolora.variants.base import Variant
 from cotolora.variants.dora import Dora
 from cotolora.variants.hira import Hira
 from cotolora.variants.lora import Lora
+from cotolora.variants.vera import Vera
 
-VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (Lora(), Dora(), Hira())}
+VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (Lora(), Dora(), Hira(), Vera())}
