@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cotolora.backends.autograd import without_autocast
 from cotolora.bases import check_foreign, features, is_conv1d, is_dense, keep_keys, place_of, why_not_adaptable
-from cotolora.checks import check_gate, integer
+from cotolora.checks import check_extra, check_gate, integer
 from cotolora.functional import add_low_rank, check_operands, coto_lora_linear, planned, run
 from cotolora.reference import Gate
 from cotolora.spec import AdapterSpec
@@ -310,26 +310,29 @@ class CoToLoRALinear(nn.Module):
         # in the dict of parameters a look-up takes a tenth of the time; a wrapper may have moved them out of it
         own = self._parameters
         weight: Any = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 (self.weight is slow)
-        bias = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
+        bias: Any = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
         if self.fan_in_fan_out:
-            weight = weight.T  # type: ignore[union-attr]
+            weight = weight.T
         try:
             if gate is False or self._original_weight is not None:
-                return F.linear(input, weight, bias)  # type: ignore[arg-type]
+                return F.linear(input, weight, bias)
             variant = VARIANTS[self.variant]
             if self.init in FROM_WEIGHT or "lora_a" not in own:
                 a, b = self.factors()
             else:
                 a, b = own["lora_a"], own["lora_b"]  # type: ignore[assignment]
+            rank, extra = a.shape[0], self.extra if variant.extra else ()
+            if extra:
+                check_extra(variant, extra, rank, self.in_features, self.out_features, input.device)
             if gate is True:
                 gate = None  # type: ignore[assignment]
             elif gate.dim():
                 check_gate(gate, input)
-            plan = planned(variant, input, a.shape[0], self.in_features, self.out_features, self.scale, dropout)
-            return run(plan, input, weight, bias, a, b, self.extra if variant.extra else (), gate)  # type: ignore[arg-type]
+            plan = planned(variant, input, rank, self.in_features, self.out_features, self.scale, dropout)
+            return run(plan, input, weight, bias, a, b, extra, gate)  # type: ignore[arg-type]
         except Exception:
-            # torch's own errors name no argument; what was wrong is looked for where something was
-            check_operands(input, weight, bias, *self.factors())  # type: ignore[arg-type]
+            # torch's own errors name no argument: what was wrong is looked for only where something was
+            check_operands(input, weight, bias, *self.factors())
             raise
 
     def _checked(self, x: Tensor, gate: Gate, dropout: float) -> Tensor:

@@ -12,12 +12,13 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cotolora
-from cotolora import CoToLoRALinear, coto, coto_lora_linear, inject, reference, set_backend
+from cotolora import CoToLoRALinear, coto_lora_linear, inject, reference, set_backend
 from cotolora.backends.addmm import dora as addmm_dora
 from cotolora.backends.addmm.dora import row_norms
 from cotolora.backends.types import Needs, Operands, Options
 from cotolora.functional import planned
 from cotolora.functional import run as run_plan
+from cotolora.training import reducer
 from cotolora.variants import VARIANTS
 from tests.support.tolerance import assert_as_accurate_as_torch
 from tests.test_functional import BACKENDS, DTYPES, GATES, SCALE, SHAPES, dy_for, fits, operands
@@ -756,7 +757,7 @@ def test_what_is_off_has_no_gradient_of_its_magnitude_either(monkeypatch):
     assert [p.grad for p in layers[1].adapter_parameters] == [None] * 3
     assert torch.equal(layers[1].lora_magnitude, before)
     # and DDP's reducer sees all three where a host gate is off
-    monkeypatch.setattr(coto.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(reducer.dist, "is_initialized", lambda: True)
     model.zero_grad()
     layers[1]._set_switch("_gate", False)
     model(X).square().sum().backward()
