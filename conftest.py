@@ -1,6 +1,8 @@
-"""For doctests, README.md's included: what they write goes into a temporary folder."""
+"""For doctests, README.md's included: what they write goes into a temporary folder, and kernels have none."""
 
 import pytest
+
+collect_ignore = ["kernels", "cotolora/kernels"]
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cotolora
-from cotolora import reference
-from cotolora.backends.cost import VARIANT_FORMS
+from cotolora.variants import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def compiled_reference(variant: str) -> Callable[..., Tensor]:
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor | float) -> Tensor:
         *tensors, scale = factors
-        return DEFINITIONS[variant](x, weight, bias, *tensors, scale=scale)
+        return VARIANTS[variant].definition(x, weight, bias, *tensors, scale=scale)
 
     return torch.compile(run, dynamic=False)
 
@@ -192,17 +191,12 @@ def device_gate(on: bool) -> Callable[[torch.device], Tensor]:
     return lambda device: torch.tensor(int(on), dtype=torch.int32, device=device)
 
 
-DEFINITIONS: dict[str, Callable[..., Tensor]] = {
-    "lora": reference.lora_linear,
-    "dora": reference.dora_linear,
-    "hira": reference.hira_linear,
-}
 HAVE_VARIANTS = ("peft", "compile")
 
 
 def backends(variant: str) -> tuple[str, ...]:
     """Names of everything that computes a variant."""
-    return "reference", "addmm", *(f"triton:{form}" for form in VARIANT_FORMS[variant])
+    return "reference", *VARIANTS[variant].backends
 
 
 def by_name(backend: str) -> Callable[[], AbstractContextManager]:

@@ -33,8 +33,7 @@ from benchmarks.aot import intercept
 from benchmarks.contenders import Adapter, ours, peft, unsloth_order
 from benchmarks.shapes import number
 from cotolora.backends import choice as dispatch
-from cotolora.backends.cost import VARIANT_FORMS
-from cotolora.functional import VARIANTS
+from cotolora.backends.fused.common import MAX_RANK
 from cotolora.kernels import (
     adapter_grads,
     hira,
@@ -47,6 +46,7 @@ from cotolora.kernels import (
     shrink,
 )
 from cotolora.results import write_json
+from cotolora.variants import VARIANTS
 
 ARCHITECTURE = "sm_90"  # an H200's: what the launchers split and load by TMA depends on it
 LAUNCHERS = (
@@ -164,7 +164,7 @@ def contenders(options: argparse.Namespace) -> dict[str, tuple[Callable[[Tensor]
         layer = unsloth_order(base, adapter)
         rows["Unsloth's order"] = layer, layer
     # the fused forms of DoRA refuse dropout
-    forms = () if variant == "dora" and options.dropout else VARIANT_FORMS[variant]
+    forms = () if variant == "dora" and options.dropout else VARIANTS[variant].fused
     for as_shipped, suffix in ((False, ""), (True, ", f32 A and B")):
         for backend in ("addmm", *(f"triton:{form}" for form in forms)):
             layer = ours(base, adapter, as_shipped=as_shipped)
@@ -179,6 +179,7 @@ def as_on_gpu() -> Iterator[None]:
     """Backends run although there is no GPU, and launchers and PEFT's dropout behave as if there were one."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(dispatch, "choose", lambda backend, call: dispatch.requested(backend)[0]))
+        stack.enter_context(mock.patch.object(dispatch, "plans", {}))
         stack.enter_context(mock.patch.object(F, "dropout", native_dropout))
         for module in LAUNCHERS:
             stack.enter_context(mock.patch.object(module, "architecture", return_value=ARCHITECTURE))
@@ -241,8 +242,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: with it kernels are interpreted and never launched")
-    if options.rank > dispatch.TRITON_MAX_RANK:
-        parser.error(f"--rank must be at most {dispatch.TRITON_MAX_RANK}; got {options.rank}")
+    if options.rank > MAX_RANK:
+        parser.error(f"--rank must be at most {MAX_RANK}; got {options.rank}")
     if not 0 <= options.dropout < 1:
         parser.error(f"--dropout must be in [0, 1); got {options.dropout}")
     if options.json and not options.json.resolve().parent.is_dir():

@@ -75,7 +75,7 @@ bench() { part "$1" "$2" "${prefix[@]}" "$python" -m benchmarks "$1" --minutes {
 
 if [ -n "$dry" ]; then
     prefix=(env TRITON_INTERPRET=1)
-    part tests 30 "$python" -m pytest -q -rf -p no:cacheprovider tests/test_gpu.py
+    part tests 30 "$python" -m pytest -q -rf -p no:cacheprovider tests/kernels/test_gpu.py
     part tune 30 "${prefix[@]}" "$python" -m benchmarks tune --dry-run --out "$out/tune.json"
     tiny=(--rounds 1 --peers peft unsloth torchtune lorafusion)
     bench linear 30 --shapes 16,32,48 "${tiny[@]}" "${plot[@]}"
@@ -94,7 +94,7 @@ else
     ! has xdist || parallel=(-n "$workers")
     # pytest-benchmark, where it is installed, warns of xdist, and here a warning is an error
     part tests 40 "$python" -m pytest -q -rf -m gpu -p no:cacheprovider -p no:benchmark "${parallel[@]}" \
-        tests/test_kernels.py tests/test_one_pass.py tests/test_gpu.py tests/test_tune.py
+        tests/kernels/test_kernels.py tests/kernels/test_one_pass.py tests/kernels/test_gpu.py tests/benchmarks/test_tune.py
     part tune 35 "${prefix[@]}" "$python" -m benchmarks tune --minutes {} \
         --shapes llama3-8b vit-b --rows 16 64 512 2048 8192
     table='import torch; from cotolora.backends import cost as forms; print(forms.cache_path(torch.cuda.get_device_name()))'

@@ -26,10 +26,12 @@ from benchmarks.compare import Comparison, compare
 from benchmarks.contenders import FROZEN, Contender, chosen, named
 from benchmarks.report import Result
 from benchmarks.workload import Workload
-from cotolora.backends import cost as forms
-from cotolora.backends.cost import Machine, Sizes
+from cotolora.backends import cost
+from cotolora.backends.cost import Machine
+from cotolora.backends.types import Launches, Sizes
 from cotolora.kernels.tiles import architecture
 from cotolora.results import rounded, save_picture
+from cotolora.variants import VARIANTS
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"shapes": ["llama3-8b"], "rows": [1, 16, 64, 512, 2048, 8192, 16384]},
@@ -37,7 +39,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # bytes that are copied, and rows of a square matrix: on a GPU twenty times its L2, on a CPU a tenth of a second each
 COPIED, SQUARE = {"cuda": 1 << 30, "cpu": 1 << 28}, {"cuda": 8192, "cpu": 1024}
-FORM_OF = {FROZEN.name: "frozen", **{f"ours triton:{form}": form for form in forms.FORMS}, "ours addmm": "addmm"}
+LORA = VARIANTS["lora"]
 WRONG = 2.0  # how many times the model's time a measurement may take before the model is called wrong
 
 
@@ -87,9 +89,17 @@ def products(sizes: Sizes) -> tuple[tuple[int, int, int], ...]:
 
 def machine_of(measured: Rates, device: torch.device, dtype: torch.dtype) -> Machine:
     """The machine for the model: with the rates that were measured, and assumptions for the rest."""
-    known = forms.MACHINES.get(architecture(device), Machine(0, 0, gemm=1.0))
+    known = cost.MACHINES.get(architecture(device), Machine(0, 0, gemm=1.0))
     # the model has bfloat16's rate and halves it for larger elements
     return replace(known, bandwidth=measured.bandwidth, flops=measured.flops * (1 if dtype.itemsize == 2 else 2))
+
+
+def launches_of(contender: str, sizes: Sizes) -> Launches | None:
+    """What the frozen linear or a backend of ours launches, None of others."""
+    if contender == FROZEN.name:
+        return cost.frozen(sizes)
+    backend = LORA.backends.get(contender.removeprefix("ours "))
+    return None if backend is None else backend.launches(sizes.call(LORA))
 
 
 def rows_of(
@@ -99,7 +109,8 @@ def rows_of(
     least, made = floor(sizes, measured), []
     for name in comparison.seconds:
         captured = comparison.mode == "graph"
-        model = forms.seconds(FORM_OF[name], sizes, machine, captured=captured) if name in FORM_OF else math.nan
+        launches = launches_of(name, sizes)
+        model = cost.seconds(launches, sizes.element_size, machine, captured=captured) if launches else math.nan
         took = comparison.median(name, "both").median
         made.append({
             "shape": shape, "rows": sizes.m, "rank": sizes.rank, "mode": comparison.mode, "contender": name,
@@ -204,7 +215,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def contenders(options: argparse.Namespace) -> list[Contender]:
     """The contenders that have a model, and the peers asked for."""
-    modelled = [contender for contender in (FROZEN, *named("lora")) if contender.name in FORM_OF]
+    modelled = [FROZEN, *(contender for contender in named("lora") if contender.name != "ours reference")]
     return [*modelled, *chosen(options.peers, options.dtype, "lora")]
 
 

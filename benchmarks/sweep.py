@@ -21,7 +21,6 @@ from benchmarks import report
 from benchmarks.compare import PARTS, Comparison, compare
 from benchmarks.contenders import (
     AUTO,
-    DEFINITIONS,
     FROZEN,
     OFF_BY_HOST,
     PEER_NAMES,
@@ -34,9 +33,9 @@ from benchmarks.report import Result
 from benchmarks.shapes import Linear, number, title
 from benchmarks.workload import Workload, reason
 from cotolora.results import rounded
+from cotolora.variants import VARIANTS
 
 DTYPES, MODES, PICTURES = ("bfloat16", "float16", "float32"), ("eager", "graph"), (".png", ".pdf", ".svg")
-VARIANTS = tuple(DEFINITIONS)
 NOISY = 1.5  # p80 over p20 of the frozen linear, which a quiet machine keeps under 1.1
 CHOSE_WORSE = "ours chose worse than"
 ENOUGH = 10  # rounds that it takes to judge a choice
@@ -69,7 +68,7 @@ def parser_of(
         "device": {"type": device_of, "help": "cpu, cuda or cuda:N (default: a GPU if there is one)"},
         "rows": {"type": number(int), **several, "metavar": "M", "help": "rows of x, for shapes that do not say"},
         "rank": {"type": number(int), **several, "help": "of the adapters; may be repeated"},
-        "variant": {"choices": VARIANTS, "default": "lora", "help": "what the adapters are (default: lora)"},
+        "variant": {"choices": tuple(VARIANTS), "default": "lora", "help": "what the adapters are (default: lora)"},
         "dtype": {"choices": DTYPES, "help": "of x and W (default: bfloat16, on a CPU float32)"},
         "mode": {
             "choices": MODES,

@@ -1,4 +1,4 @@
-"""Times every form of a low-rank layer on this GPU and keeps the table that `cotolora.backends.cost.choose_form` reads.
+"""Times every form of a low-rank layer on this GPU and keeps the table that `cotolora.backends.choice` reads.
 
     python -m benchmarks tune [--shapes llama3-8b] [--rows 16 512] [--rank 16] [--dtype bfloat16] [--minutes 20]
 
@@ -24,15 +24,16 @@ from benchmarks.compare import compare
 from benchmarks.contenders import FROZEN, chosen, named
 from benchmarks.report import Result
 from benchmarks.workload import Workload
-from cotolora.backends import cost as forms
-from cotolora.backends.cost import Sizes
-from cotolora.kernels.tiles import architecture
+from cotolora.backends import choice, measured
+from cotolora.backends.types import Sizes
 from cotolora.results import rounded, write_json
+from cotolora.variants import VARIANTS
 
 # the contenders that may be chosen, by their names in the table
 CONTENDERS = {
     c.name.removeprefix("ours ").removeprefix("triton:"): c for c in named("lora") if c.name != "ours reference"
 }
+FORMS = frozenset(CONTENDERS)
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"shapes": ["llama3-8b"], "rows": [16, 64, 512, 2048, 8192], "mode": ["eager", "graph"], "rounds": 20},
     # of a dry run: on both sides of the 64 rows at which one_pass changes its kernel
@@ -72,7 +73,7 @@ def read(path: Path, device: str) -> tuple[dict[str, Any], ...]:
     """The rows that a table has so far; ValueError if the file is anything but a table of this device."""
     if not path.exists():
         return ()
-    rows = forms.load_table(path)
+    rows = measured.load_table(path, FORMS)
     if not rows:
         raise ValueError(f"{path} is there and holds no measured rows; move it away")
     if (other := json.loads(path.read_text()).get("device")) != device:
@@ -82,7 +83,7 @@ def read(path: Path, device: str) -> tuple[dict[str, Any], ...]:
 
 def save(path: Path, machine: dict[str, str], rows: list[dict[str, Any]]) -> None:
     """Adds rows to a table, in the place of those measured for the same sizes; whole or not at all."""
-    key = lambda row: tuple(row[name] for name in (*forms.MEASURED_FOR, "element_size", "captured"))  # noqa: E731
+    key = lambda row: tuple(row[name] for name in (*measured.MEASURED_FOR, "element_size", "captured"))  # noqa: E731
     merged = {key(row): row for row in (*read(path, machine["device"]), *rows)}
     write_json(path, {**machine, "rows": list(merged.values())})
 
@@ -98,7 +99,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.dry_run:
         if on_gpu:
             parser.error(f"argument --device: --dry-run is for the CPU; got '{options.device}'")
-        if not options.out or options.out.resolve().parent == forms.cache_path("").resolve().parent:
+        if not options.out or options.out.resolve().parent == measured.cache_path("").resolve().parent:
             parser.error("--dry-run needs --out FILE, outside the folder where cotolora looks for tables")
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which they are not yet
     elif not on_gpu:
@@ -112,7 +113,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         import triton  # noqa: F401 (whose absence is worth a message of its own)
 
         device = report.machine(options.device)["device"]
-        options.out = options.out or forms.cache_path(device)
+        options.out = options.out or measured.cache_path(device)
         read(options.out, device)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(options.out.parent, os.W_OK):
@@ -140,16 +141,17 @@ def main(arguments: list[str] | None = None) -> int:
             at, captured = f"{where}, {found.mode}", found.mode == "graph"
             result.refused += [{"contender": n, "where": at, "reason": why} for n, why in found.refused.items()]
             result.notes += sweep.noise(found, at)
-            model = forms.choose_form(sizes, architecture(options.device), captured=captured).form
-            measured = rounded(found.rows(**keys, model=model))
-            if measured:
-                tqdm.write(line(measured))
-            result.rows.extend(measured)
+            call = sizes.call(VARIANTS["lora"])
+            model, _ = choice.fastest(call, choice.architecture(options.device), captured=captured)
+            made = rounded(found.rows(**keys, model=model.removeprefix("triton:")))
+            if made:
+                tqdm.write(line(made))
+            result.rows.extend(made)
             medians = {
                 name: found.median(c.name, "both").median for name, c in CONTENDERS.items() if c.name in found.seconds
             }
             if medians:
-                rows.append({**vars(sizes), "captured": captured, "seconds": medians})
+                rows.append({**sizes._asdict(), "captured": captured, "seconds": medians})
         if rows:
             save(options.out, result.machine, rows)
         written += len(rows)

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contenders import DEFINITIONS, Adapter, Contender
+from benchmarks.contenders import Adapter, Contender
 from benchmarks.shapes import Linear, inputs, outputs
+from cotolora.variants import VARIANTS
 
 MAX_COPIES = 64  # of the smallest shapes, which stay in a CPU's cache, as a model of 64 such layers would
 UNKNOWN_CACHE = 32 << 20  # bytes, where neither the driver nor the system tells
@@ -199,7 +200,7 @@ def truth(workload: Workload, dtype: torch.dtype, what: str) -> dict[str, list[T
         weight, bias = base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype)
         if not factors:
             return lambda x: F.linear(x, weight, bias)
-        return lambda x: DEFINITIONS[what](x, weight, bias, *factors, scale=workload.scale)
+        return lambda x: VARIANTS[what].definition(x, weight, bias, *factors, scale=workload.scale)
 
     ys = chained(workload.linears, xs, list(map(layer, copy.bases, factors)))
     torch.autograd.backward([ys[i] for i in outputs(workload.linears)], [dy.to(dtype) for dy in copy.dys])

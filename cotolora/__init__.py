@@ -1,20 +1,22 @@
 """LoRA fine-tuning in which adapters come together step by step (CoTo, arXiv:2506.05713)."""
 
-from cotolora.backends.choice import explain, set_backend
+from cotolora.backends.choice import set_backend
+from cotolora.backends.explain import explain
 from cotolora.coto import CoTo
 from cotolora.functional import coto_lora_linear
-from cotolora.groups import adapters
-from cotolora.inject import adapter_parameters, eject, inject, lora_plus_groups, trainable_report
+from cotolora.groups import adapter_parameters, adapters, lora_plus_groups, trainable_report
+from cotolora.inject import eject, inject
 from cotolora.linear import CoToLoRALinear
 from cotolora.masks import adapter_mask
 from cotolora.saving.adapter import load_adapter, save_adapter
-from cotolora.schedule import activation_probability, sample_mask
+from cotolora.schedule import Schedule, activation_probability, sample_mask
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CoTo",
     "CoToLoRALinear",
+    "Schedule",
     "__version__",
     "activation_probability",
     "adapter_mask",

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-# what needs no more of a base than its output; everything else reads its weight
-FOREIGN_VARIANTS = ("lora",)
-FOREIGN_INITS = ("kaiming", "gaussian")
+from cotolora.variants import VARIANTS
+from cotolora.variants.base import FROM_WEIGHT, INITS
+
+# inits that do not read the weight of a base
+FOREIGN_INITS = tuple(init for init in INITS if init not in FROM_WEIGHT)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -71,7 +73,8 @@ def why_not_adaptable(module: nn.Module) -> str:
 
 def check_foreign(module: nn.Module, variant: str, init: str) -> None:
     """Raises ValueError where `variant` or `init` would read the weight of a base that is not dense."""
-    for name, value, allowed in (("variant", variant, FOREIGN_VARIANTS), ("init", init, FOREIGN_INITS)):
+    adding = tuple(name for name, kind in VARIANTS.items() if kind.addition is not None)
+    for name, value, allowed in (("variant", variant, adding), ("init", init, FOREIGN_INITS)):
         if value not in allowed:
             raise ValueError(
                 f"{name} must be one of {allowed} on a {type(module).__name__}, which has no dense floating weight "

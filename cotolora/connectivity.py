@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cotolora.checks import integer
-from cotolora.groups import Unit, group_names, unmerged_adapters
+from cotolora.groups import Unit, group_names, modules_of, unmerged_adapters
 from cotolora.masks import adapter_mask
 from cotolora.merging import fuse, mix
 from cotolora.merging.combining import StateLike, as_state
@@ -187,7 +187,9 @@ def dropout_stability(
     for name, layer in layers.items():
         if isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0:
             raise ValueError(f"{name} must be enabled or not; its enabled is a row mask")
-    groups = list(group_names((name for name, layer in layers.items() if layer.enabled), unit).values())
+    named = group_names(layers, unit, modules_of(model)).values()
+    enabled = ([name for name in names if layers[name].enabled] for names in named)
+    groups = [names for names in enabled if names]
     if not groups:
         raise ValueError(f"model must have enabled adapters; {type(model).__name__} has none")
     subsets = [subset for count in range(len(groups) + 1) for subset in _subsets(len(groups), count, samples, seed)]

@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import logging
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+import weakref
+from collections.abc import Hashable
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from cotolora.groups import Unit, group_names, is_enabled, unwrap
-from cotolora.schedule import activation_probability, sample_mask
+from cotolora.checks import integer, one_of
+from cotolora.groups import Unit, group_names, unwrap
+from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
 from cotolora.training.agreement import check_agreement
+from cotolora.training.notices import warn_of_few_groups, warn_of_many_graphs
 from cotolora.training.optimizer_state import keep_whole
-from cotolora.training.stepping import Together, before_each_step, unwrapped
-from cotolora.training.switches import PeftSwitch, Switch, module_of, switches
+from cotolora.training.reducer import JoinUnused
+from cotolora.training.stepping import CombinedHandle, register_before_step, unwrap_optimizer
+from cotolora.training.switches import LayerSwitch, PeftSwitch, Switch, modules_by_users_name, parameters_of, switches
 
-logger = logging.getLogger("cotolora")
+# which CoTo sets the gate of a layer. Weak and outside the layers, so that copies of a layer hold no CoTo
+_COTO_OF: weakref.WeakKeyDictionary[nn.Module, weakref.ref[CoTo]] = weakref.WeakKeyDictionary()
 
-# stands for p = 0 where at least one group must be on: small enough that no second one is ever drawn
-_TINY = 1e-30
+
+def coto_of(layer: nn.Module) -> CoTo | None:
+    """The CoTo that sets the gate of `layer`, if there is one."""
+    found = _COTO_OF.get(layer)
+    return None if found is None else found()
 
 
 class CoTo:
     r"""Progressive activation of adapters: at optimizer step t each group is on with probability p(t).
 
     p rises from `initial_p` to 1 over the first `ramp` of the run (see `activation_probability`), so the
-    run ends as ordinary LoRA. Masks are a pure function of the seed and the step (see `sample_mask`): the
-    same on every rank and after every resume, whatever else draws random numbers.
+    run ends as ordinary LoRA. Masks are a pure function of the seed and the step (see `sample_mask`), so they are
+    the same on every rank and after every resume, whatever else draws random numbers.
 
-    The constructor applies step 0. Gates change only in `step`, `set_step`, `load_state_dict` and
-    `finish`, never between a forward and its backward, if these are called where a scheduler is stepped:
+    The constructor applies step 0. Gates change only in `step`, `set_step`, `load_state_dict` and `finish`. Call these
+    where a learning rate scheduler is stepped, so that no gate changes between a forward and its backward:
 
         coto = CoTo(model, total_steps=len(loader) * epochs)
         coto.attach(optimizer)
@@ -46,41 +50,42 @@ class CoTo:
             optimizer.zero_grad()
             coto.step()
 
-    In `eval()` every adapter is on, whatever the gates say. A model has one CoTo: a second one finishes the first.
+    In `eval()` every adapter is on, whatever the gates are. An adapter has one CoTo: one that is constructed, or set to
+    a step, finishes any other that has an adapter of its own, through whatever module each was constructed.
 
-    It drives a PEFT model as well: any of PEFT's methods whose layers can be disabled one by one (LoRA, DoRA, HiRA,
-    LoHa, OFT, …), with the masks that our own layers at the same places would have. The layers with an active adapter
-    when the CoTo is made are the ones it switches.
+    A PEFT model works as well, with any of PEFT's methods whose layers can be disabled one by one (LoRA, DoRA, HiRA,
+    LoHa, OFT, …). Its masks are those that our own layers in the same places would have. CoTo switches the layers
+    that have an active adapter when it is constructed.
 
     Args:
         model: a model with adapters, ours or PEFT's; may be wrapped by DistributedDataParallel or torch.compile.
         total_steps: optimizer steps of the run.
-        initial_p, ramp, shape: of the schedule, see `activation_probability`.
-        unit: what is switched as one: "layer" (adapters whose names agree up to their first number, such as
-            ``model.layers.3``), "module" (each adapter) or a callable from name to key.
-        tilt: in [-1, 1]; positive drops high layers more (the paper's CoTo-H), negative low ones. Group l
-            of L is on with probability ``p · (1 - tilt · (1 - p) · (2l / (L - 1) - 1))``.
-        at_least_one: never switch every enabled group off, which would leave nothing to train.
-        seed: of the masks.
+        schedule: when groups are on. Its fields may also be given one by one, instead:
+        initial_p, ramp, shape, tilt, at_least_one, seed: see `Schedule`, where their defaults are.
+        unit: what is switched together: "layer" (adapters whose names agree up to the integer that counts the repeated
+            blocks, such as ``model.layers.3``: see `group_names`), "module" (each adapter) or a callable from name to
+            key, for models made of stages of blocks, say.
         gates: "host" (bools; an adapter that is off launches nothing and costs nothing) or "device" (int32
             tensors written in place, for CUDA graphs and whole-model compile).
         check_every: in a distributed run, compare seed, step, settings, groups and mask of all ranks in the
-            constructor and in every n-th call of `step` or `set_step`; 0 is never. A small all-gather, so every
-            rank must make these calls, with the same `check_every`: a rank that does not come keeps the others
-            waiting until the timeout of the default process group. No part of the state.
+            constructor and in every n-th call of `step` or `set_step`; 0 is never. This is a small all-gather, so
+            every rank must make these calls, with the same `check_every`. If one does not, the others wait for it
+            until the timeout of the default process group. Not part of the state.
 
     Attributes:
         groups: adapter names by group, in module order.
-        mask: bool ``[len(groups)]`` on the CPU, what is on now.
+        mask: bool ``[len(groups)]`` on the CPU, which groups are on now.
         p: the schedule's probability now.
         current_step: optimizer steps done.
+        schedule: the `Schedule`.
+        total_steps: optimizer steps of the run.
 
     Raises:
         TypeError: `model` is not a module, or `unit` neither a string nor a callable.
         ValueError: the model has no adapters, merged ones or some of PEFT's that must not be switched (PiSSA: off would
             mean a residual, not the pretrained weight), or an argument is out of its range.
-        RuntimeError: from the constructor, `step` and `set_step`, on every rank: `check_every` has found ranks
-            that differ; names them, in what, and the values here.
+        RuntimeError: from the constructor, `step` and `set_step`, on every rank: `check_every` found that ranks
+            differ. The message names the ranks, what differs, and the values on this rank.
 
     Source: Zhuang et al. 2025, section 3 (arXiv:2506.05713).
     """
@@ -89,83 +94,53 @@ class CoTo:
         self,
         model: nn.Module,
         total_steps: int,
+        schedule: Schedule | None = None,
         *,
-        initial_p: float = 0.1,
-        ramp: float = 0.75,
-        shape: str = "linear",
+        initial_p: float = NOT_GIVEN,
+        ramp: float = NOT_GIVEN,
+        shape: str = NOT_GIVEN,
         unit: Unit = "layer",
-        tilt: float = 0.0,
-        at_least_one: bool = True,
-        seed: int = 0,
+        tilt: float = NOT_GIVEN,
+        at_least_one: bool = NOT_GIVEN,
+        seed: int = NOT_GIVEN,
         gates: str = "host",
         check_every: int = 0,
     ) -> None:
         self._layers = switches(model)
         if not self._layers:
             raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
-        if merged := [name for name, layer in self._layers.items() if layer.merged]:
+        if merged := [name for name, switch in self._layers.items() if switch.merged]:
             raise ValueError(f"model must have no merged adapters, which cannot train; merged: {merged}")
-        if gates not in ("host", "device"):
-            raise ValueError(f"gates must be 'host' or 'device'; got {gates!r}")
-        if gates == "device" and any(isinstance(layer, PeftSwitch) for layer in self._layers.values()):
+        one_of("gates", gates, ("host", "device"))
+        if gates == "device" and any(isinstance(switch, PeftSwitch) for switch in self._layers.values()):
             raise ValueError("gates must be 'host' on a PEFT model, whose switch is a bool of the host; got 'device'")
-        self.groups: dict[Hashable, list[str]] = group_names(self._layers, unit)
-        self._settings: dict[str, Any] = {
-            "total_steps": total_steps,
-            "initial_p": initial_p,
-            "ramp": ramp,
-            "shape": shape,
-            "tilt": tilt,
-            "at_least_one": at_least_one,
-            "seed": seed,
-        }
-        check_settings(self._settings, check_every)
-        # not numpy's float64, which is a float but which torch.load(weights_only=True) refuses
-        self._settings.update(initial_p=float(initial_p), ramp=float(ramp), tilt=float(tilt))
-        self.current_step = 0
-        self.p = 0.0
-        # on the CPU by name, here and below: the user may have set another default device
+        self.groups: dict[Hashable, list[str]] = group_names(self._layers, unit, modules_by_users_name(model))
+        self.schedule = schedule_of(
+            schedule, initial_p=initial_p, ramp=ramp, shape=shape, tilt=tilt, at_least_one=at_least_one, seed=seed
+        )
+        self.total_steps = integer("total_steps", total_steps)
+        self._check_every, self._calls = integer("check_every", check_every, 0), 0
+        self.current_step, self.p = 0, 0.0
+        # on the CPU by name: the user may have set another default device
         self.mask = torch.ones(len(self.groups), dtype=torch.bool, device="cpu")
-        self._warned = self._told = False
         self._model = unwrap(model)
         self._handles: list[RemovableHandle] = []
-        self._check_every, self._calls = check_every, 0
+        self._join = JoinUnused(self._unused_parameters)
+        self._warned = False
         if check_every:
             self._check_ranks()
-        for hook in list(self._model._forward_hooks.values()):
-            # the mask of an earlier run must not go on deciding what an attached optimizer leaves out
-            if isinstance(earlier := getattr(hook, "__self__", None), CoTo):
-                earlier.finish()
-        for layer in self._layers.values():
-            if isinstance(layer, PeftSwitch):
-                continue
-            # not layer.gate = …, which would fill a tensor that an earlier run left there
-            on = torch.ones((), dtype=torch.int32, device="cpu") if gates == "device" else True
-            layer._set_switch("_gate", on)
+        self._take_over()
+        for switch in self._layers.values():
+            if isinstance(switch, LayerSwitch):
+                switch.reset_gate(gates)
+        warn_of_few_groups(self.groups)
         if gates == "host":
-            self._advise(model)
+            warn_of_many_graphs(model, [[switch.layer for switch in group] for group in self._switches()])
         self._go_to(0)
-
-    def _advise(self, model: nn.Module) -> None:
-        group_of = {
-            id(module_of(self._layers[name])): i for i, names in enumerate(self.groups.values()) for name in names
-        }
-        for name, module in model.named_modules():
-            if not hasattr(module, "_orig_mod") and getattr(module, "_compiled_call_impl", None) is None:
-                continue
-            inside = {group_of[id(child)] for child in module.modules() if id(child) in group_of}
-            if len(inside) > 1:
-                logger.warning(
-                    "torch.compile traces a graph for every pattern of host gates inside a compiled module, until it "
-                    "gives up; %s holds %d groups: compile modules of one group each, or take gates='device'",
-                    name or "the model",
-                    len(inside),
-                )
-                return
 
     def step(self) -> None:
         """Counts one optimizer step and draws the next mask. Call it after ``optimizer.step()``."""
-        if not self._warned and not any(layer.training for layer in self._layers.values()):
+        if not self._warned and not any(switch.training for switch in self._layers.values()):
             warnings.warn("CoTo.step() was called while no adapter is in training mode", stacklevel=2)
             self._warned = True
         self.set_step(self.current_step + 1)
@@ -173,101 +148,24 @@ class CoTo:
     def set_step(self, step: int) -> None:
         """Applies the mask of optimizer step `step`, for loops that count themselves."""
         self._go_to(step)
-        # calls and not steps, which is what may differ: ranks that disagree on when to check would wait for ever
+        # counts calls and not steps: where steps differ, ranks would check at different times and wait for ever
         self._calls += 1
         if self._check_every and self._calls % self._check_every == 0:
             self._check_ranks()
 
-    def _check_ranks(self) -> None:
-        facts = {**self.state_dict(), "mask": self.mask.tolist(), "check_every": self._check_every}
-        check_agreement("CoTo", facts)
-
-    def _go_to(self, step: int) -> None:
-        settings = self._settings
-        p = activation_probability(
-            step,
-            settings["total_steps"],
-            initial_p=settings["initial_p"],
-            ramp=settings["ramp"],
-            shape=settings["shape"],
-        )
-        # a group whose adapters are all pruned or merged cannot be the one that is on
-        mask = torch.tensor(
-            [any(_trainable(self._layers[n]) for n in names) for names in self.groups.values()], device="cpu"
-        )
-        alive = mask.nonzero().flatten().tolist()
-        mask[alive] = sample_mask(
-            len(alive),
-            [self._tilted(p, index) for index in alive],
-            seed=settings["seed"],
-            step=step,
-            at_least_one=settings["at_least_one"],
-        )
-        self.current_step, self.p = step, p
-        self._apply(mask)
-        peft = [layer for layer in self._layers.values() if isinstance(layer, PeftSwitch)]
-        if not self._handles:
-            self._handles = [self._model.register_forward_hook(self._join_graph)]
-            if peft:
-                # also where a forward raises. Here and not on each layer: torch.compile would trace a graph for each
-                self._handles.append(self._model.register_forward_hook(self._restore, always_call=True))
-        for layer in peft:
-            layer.hold()  # each time: an earlier CoTo that finishes late lets go of it
-
-    def _tilted(self, p: float, index: int) -> float:
-        count = len(self.groups)
-        position = 2 * index / (count - 1) - 1 if count > 1 else 0.0
-        if self._settings["at_least_one"]:
-            p = max(p, _TINY)
-        return min(1.0, p * (1 - self._settings["tilt"] * (1 - p) * position))
-
-    def _apply(self, mask: Tensor) -> None:
-        self.mask = mask
-        for names, on in zip(self.groups.values(), mask.tolist(), strict=True):
-            for name in names:
-                layer = self._layers[name]
-                if layer.gate is not on:  # assigning an attribute of a module is slow, and most gates stay
-                    layer.gate = on
-
     def finish(self) -> None:
-        """Switches every adapter on and takes the hooks off: the end of the run, until another step is set."""
-        self.p = 1.0
-        self._apply(torch.ones_like(self.mask))
+        """Switches every adapter on and takes the hooks off: the end of the run, until another step is set.
+
+        Adapters that another CoTo has taken over are left to it.
+        """
+        self.p, self.mask = 1.0, torch.ones_like(self.mask)
         while self._handles:
             self._handles.pop().remove()
-        for layer in self._layers.values():
-            if isinstance(layer, PeftSwitch):
-                layer.release()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The step and the settings; masks follow from them."""
-        return {"step": self.current_step, "groups": [str(key) for key in self.groups], **self._settings}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken, with its settings, and applies its step's mask.
-
-        Raises:
-            ValueError: `state` is not from a CoTo, or from one with other groups, or a setting is out of its
-                range. Nothing is changed.
-        """
-        expected = {"step", "groups", *self._settings}
-        if not isinstance(state, dict) or set(state) != expected:
-            got = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"state must be a CoTo state_dict with keys {sorted(expected)}; got {got}")
-        if state["groups"] != [str(key) for key in self.groups]:
-            raise ValueError(
-                f"state must be of a model with the same groups, {[str(key) for key in self.groups]}; "
-                f"got {state['groups']}"
-            )
-        before = self._settings
-        settings = {key: state[key] for key in before}
-        check_settings(settings)
-        self._settings = settings
-        try:
-            self._go_to(state["step"])
-        except BaseException:
-            self._settings = before
-            raise
+        for switch in self._layers.values():
+            if coto_of(switch.layer) is self:
+                switch.set_gate(True)
+                switch.remove()
+                del _COTO_OF[switch.layer]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Makes `optimizer` leave the adapters that are off untouched; returns a handle that undoes this.
@@ -285,104 +183,99 @@ class CoTo:
         Raises:
             TypeError: `optimizer` is not a torch optimizer.
         """
+        optimizer = unwrap_optimizer(optimizer)
+        return CombinedHandle(register_before_step(optimizer, self._drop_gradients), *keep_whole(optimizer))
 
-        def forget() -> None:
-            for parameter in self._idle(lambda layer, on: (layer.training and not on) or not _trainable(layer)):
-                parameter.grad = None
+    def state_dict(self) -> dict[str, Any]:
+        """The step and the settings; masks follow from them."""
+        return {
+            "step": self.current_step,
+            "groups": [str(key) for key in self.groups],
+            "total_steps": self.total_steps,
+            **dataclasses.asdict(self.schedule),
+        }
 
-        optimizer = unwrapped(optimizer)
-        return Together(before_each_step(optimizer, forget), *keep_whole(optimizer))
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken, with its settings, and applies its step's mask.
 
-    def _idle(self, off: Callable[[Switch, bool], bool]) -> list[nn.Parameter]:
-        """Parameters of the adapters that are `off`, a function of a layer and its group's mask."""
-        used: set[nn.Parameter] = set()
-        idle: dict[nn.Parameter, None] = {}
-        for names, on in zip(self.groups.values(), self.mask.tolist(), strict=True):
-            for layer in (self._layers[name] for name in names):
-                if off(layer, on):
-                    idle |= dict.fromkeys(layer.adapter_parameters)
-                else:
-                    used.update(layer.adapter_parameters)
-        # some of PEFT's methods share parameters among layers
-        return [parameter for parameter in idle if parameter not in used]
+        Raises:
+            ValueError: `state` is not from a CoTo, or from one with other groups, or a setting is out of its
+                range. Nothing is changed.
+        """
+        own = self.state_dict()
+        if not isinstance(state, dict) or set(state) != set(own):
+            got = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"state must be a CoTo state_dict with keys {sorted(own)}; got {got}")
+        if state["groups"] != own["groups"]:
+            raise ValueError(f"state must be of a model with the same groups, {own['groups']}; got {state['groups']}")
+        before = self.total_steps, self.schedule
+        schedule = Schedule(**{field.name: state[field.name] for field in dataclasses.fields(Schedule)})
+        self.total_steps, self.schedule = integer("total_steps", state["total_steps"]), schedule
+        try:
+            self._go_to(state["step"])
+        except BaseException:
+            self.total_steps, self.schedule = before
+            raise
 
-    def _restore(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Leaves no layer of PEFT's switched by a forward that raised."""
-        for layer in self._layers.values():
-            if isinstance(layer, PeftSwitch):
-                layer.restore()
+    def _switches(self) -> list[list[Switch]]:
+        """The switches of each group."""
+        return [[self._layers[name] for name in names] for names in self.groups.values()]
 
-    def _join_graph(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Under DDP, ties parameters that no forward used to the output, so that the reducer sees them."""
-        if not (dist.is_available() and dist.is_initialized() and torch.is_grad_enabled()):
-            return None
-        if torch._C._are_functorch_transforms_active():  # which have no reducer, and refuse _Join
-            return None
-        unused = [p for p in self._idle(lambda layer, _: layer.active is False or layer.merged) if p.requires_grad]
-        return self._joined(output, unused) if unused else None
+    def _go_to(self, step: int) -> None:
+        # a group whose adapters are all disabled or merged cannot be the one that is on
+        available = [any(switch.trainable for switch in group) for group in self._switches()]
+        mask = self.schedule.mask(len(self.groups), step, self.total_steps, available)
+        self.current_step, self.p = int(step), self.schedule.probability(step, self.total_steps)
+        self._take_over()
+        self.mask = mask
+        for group, on in zip(self._switches(), mask.tolist(), strict=True):
+            for switch in group:
+                switch.set_gate(on)
+        if not self._handles:
+            # on the model and not on each layer, where torch.compile would trace a graph for each
+            self._handles = [self._model.register_forward_hook(self._after_forward, always_call=True)]
+            for switch in self._layers.values():
+                switch.install()
 
-    def _joined(self, output: Any, unused: Sequence[Tensor]) -> Any:
-        leaves, spec = pytree.tree_flatten(output)
-        if len(leaves) == 1 and leaves[0] is output and dataclasses.is_dataclass(output):
-            # pytree knows only the dataclasses that were registered with it
-            fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-            output = copy.copy(output)
-            for name, value in self._joined(fields, unused).items():
-                object.__setattr__(output, name, value)
-            return output
-        # by identity: a tensor in two places stays one tensor, or writing to one of them would miss the other's graph
-        tied = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad}
-        if not tied:
-            if not self._told and not any(isinstance(leaf, Tensor) for leaf in leaves):
-                logger.warning(
-                    "the model's output, a %s, shows no tensors (in tuples, lists, dicts or a dataclass it would): "
-                    "DistributedDataParallel will miss the adapters that are off",
-                    type(output).__name__,
-                )
-                self._told = True
-            return output
-        joined = dict(zip(tied, _Join.apply(len(tied), *tied.values(), *unused), strict=True))
-        return pytree.tree_unflatten([joined.get(id(leaf), leaf) for leaf in leaves], spec)
+    def _take_over(self) -> None:
+        """Makes this the CoTo of its layers. The mask of an earlier one no longer decides what an optimizer steps."""
+        others = {coto for switch in self._layers.values() if (coto := coto_of(switch.layer)) not in (None, self)}
+        for other in others:
+            other.finish()
+        for switch in self._layers.values():
+            _COTO_OF[switch.layer] = weakref.ref(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # a copy of a model holds a copy of its CoTo, in its hooks
+        self.__dict__.update(state)
+        if self._handles:
+            for switch in self._layers.values():
+                _COTO_OF[switch.layer] = weakref.ref(self)
 
-def check_settings(settings: dict[str, Any], check_every: int = 0) -> None:
-    """Raises ValueError naming the setting that is out of its range."""
-    if isinstance(check_every, bool) or not isinstance(check_every, int) or check_every < 0:
-        raise ValueError(f"check_every must be an integer of at least 0; got {check_every!r}")
-    tilt, at_least_one = settings["tilt"], settings["at_least_one"]
-    if isinstance(tilt, bool) or not isinstance(tilt, (int, float)) or not -1 <= tilt <= 1:
-        raise ValueError(f"tilt must be in [-1, 1]; got {tilt!r}")
-    if not isinstance(at_least_one, bool):
-        raise ValueError(f"at_least_one must be True or False; got {at_least_one!r}")
-    activation_probability(
-        0,
-        settings["total_steps"],
-        initial_p=settings["initial_p"],
-        ramp=settings["ramp"],
-        shape=settings["shape"],
-    )
-    sample_mask(0, 1.0, seed=settings["seed"], step=0)
+    def _check_ranks(self) -> None:
+        facts = {**self.state_dict(), "mask": self.mask.tolist(), "check_every": self._check_every}
+        check_agreement("CoTo", facts)
 
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+        for switch in self._layers.values():
+            switch.restore()  # of PEFT's, where a forward raised
+        return self._join(output)
 
-def _trainable(layer: Switch) -> bool:
-    enabled = layer.enabled if isinstance(layer, PeftSwitch) else is_enabled(layer)
-    return not layer.merged and enabled
+    def _unused_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters that a forward leaves out of the graph now."""
+        unused: list[Switch] = []
+        used: list[Switch] = []
+        for switch in self._layers.values():
+            (unused if switch.unused else used).append(switch)
+        return [parameter for parameter in parameters_of(unused, used) if parameter.requires_grad]
 
-
-class _Join(torch.autograd.Function):
-    """Hands the model's outputs on unchanged, and zeros to parameters that took no part in them.
-
-    Zeros and not None: with None, DDP's static_graph lets the ranks drift apart in silence.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        ctx.unused = tensors[count:]
-        # an output that the loss does not use gets None: zeros would cost memory, and 0 · inf further down is NaN
-        ctx.set_materialize_grads(False)
-        # detached and not viewed: autograd forbids writing in place (loss /= n) to a view made in here
-        return tuple(tensor.detach() for tensor in tensors[:count])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, *gradients, *(torch.zeros_like(parameter) for parameter in ctx.unused)
+    def _drop_gradients(self) -> None:
+        off: list[Switch] = []
+        on: list[Switch] = []
+        for group, is_on in zip(self._switches(), self.mask.tolist(), strict=True):
+            for switch in group:
+                # by the mask and not by the gate, which may be a tensor on a device
+                trains = switch.trainable and (is_on or not switch.training)
+                (on if trains else off).append(switch)
+        for parameter in parameters_of(off, on):
+            parameter.grad = None

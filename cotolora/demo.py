@@ -238,7 +238,8 @@ def interpolation(runs: list[Run], data: tuple[Tensor, Tensor]) -> list[list[flo
 
 def every_other(run: Run, data: tuple[Tensor, Tensor]) -> float:
     """Accuracy with the adapters of every second block switched off."""
-    depth = len(cotolora.groups.group_names(cotolora.adapters(run.model), "layer"))
+    modules = cotolora.groups.modules_of(run.model)
+    depth = len(cotolora.groups.group_names(cotolora.adapters(run.model), "layer", modules))
     with cotolora.adapter_mask(run.model, [i % 2 == 0 for i in range(depth)], unit="layer"):
         return accuracy(run.model, data)
 

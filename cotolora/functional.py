@@ -1,19 +1,32 @@
-"""The operation itself: checks its arguments once, casts as autocast would, and runs one backend."""
+"""The operation: checks its arguments, looks up the plan for such a call, casts as autocast would, and applies it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cotolora import reference
-from cotolora.backends import choice as dispatch
-from cotolora.backends.autograd import LowRankLinear, autocasts, without_autocast
+from cotolora.backends import choice
+from cotolora.backends.autograd import LowRankLinear, apply_directly, autocasts, compute, without_autocast
+from cotolora.backends.choice import Plan
+from cotolora.backends.types import NOTHING, Call, Operands, Options, transforming
+from cotolora.checks import (
+    check_dtypes,
+    check_extra,
+    check_factors,
+    check_gate,
+    check_linear_shapes,
+    check_numbers,
+    check_tensors,
+    one_of,
+    surely_right,
+)
 from cotolora.reference import Gate
-
-VARIANTS = ("lora", "dora", "hira")
+from cotolora.variants import VARIANTS
+from cotolora.variants.base import Variant
 
 
 def coto_lora_linear(
@@ -28,7 +41,7 @@ def coto_lora_linear(
     dropout: float = 0.0,
     variant: str = "lora",
     magnitude: Tensor | None = None,
-    norm: Tensor | None = None,
+    extra: Sequence[Tensor] = (),
     backend: str | None = None,
 ) -> Tensor:
     r"""Linear layer plus a gated low-rank update: ``y = x Wᵀ + bias + δ · scale · (dropout(x) Aᵀ) Bᵀ``.
@@ -65,10 +78,10 @@ def coto_lora_linear(
             Off selects the base, also where A or B is not finite.
         dropout: probability in [0, 1] of zeroing an entry of the adapter's input; always acts. Masks are
             drawn from torch's generator; the fused kernels draw a seed from it, so their masks are others.
-        variant: "lora", "dora" or "hira".
+        variant: "lora" or another name in `cotolora.variants.VARIANTS`, each of which has a definition in
+            `cotolora.reference`.
         magnitude: m of DoRA, ``[out_features]``, floating, as A and B; None for the others.
-        norm: of DoRA, `row_norms` of these W, A and B, which a caller may keep as long as they stay the same; None
-            computes it.
+        extra: the tensors that a variant has beside A and B, in its order; for DoRA the same as ``magnitude=``.
         backend: "auto", "reference", "addmm", "triton" or one of its forms as in `set_backend`; None
             follows `set_backend`, then the environment variable ``COTOLORA_BACKEND``, then "auto".
 
@@ -90,44 +103,21 @@ def coto_lora_linear(
     tensor([[2.5000, 2.5000, 2.5000],
             [1.0000, 1.0000, 1.0000]])
     """
-    compiling = torch.compiler.is_compiling()
-    if compiling or not _plainly_right(x, weight, bias, lora_a, lora_b):
-        _check_tensors(("x", x), ("weight", weight), ("bias", bias), ("lora_a", lora_a), ("lora_b", lora_b))
-        _check_linear_shapes(x, weight, bias)
-        _check_factors(lora_a, lora_b, weight.shape[0], weight.shape[1], "weight")
-        if not autocasts(x.device):
-            _check_dtypes(x, weight, bias)
-    if variant != "lora" or magnitude is not None or norm is not None:
-        _check_variant(variant, weight, magnitude, norm)
-    _check_gate(gate, x)
-    _check_numbers(scale, dropout)
-
-    autocast = autocasts(x.device)
+    if torch.compiler.is_compiling() or not surely_right(x, weight, bias, lora_a, lora_b):
+        check_operands(x, weight, bias, lora_a, lora_b)
+    kind = VARIANTS[one_of("variant", variant, VARIANTS)]
+    extra = _with_magnitude(kind, magnitude, extra)
+    if extra or kind.extra:
+        check_extra(kind, extra, lora_a.shape[0], weight.shape[1], weight.shape[0], x.device)
+    check_gate(gate, x)
+    check_numbers(scale, dropout)
     if gate is False:
         if backend is not None:
-            dispatch.check_name(backend, "backend")
+            choice.check_name(backend, "backend")
         return F.linear(x, weight, bias)
-    uncast = weight
-    if autocast:
-        x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
-        _check_dtypes(x, weight, bias)
-    rows = None if compiling else math.prod(x.shape[:-1])
-    out_features, in_features = weight.shape
-    call = dispatch.Call(
-        x.device, x.dtype, lora_a.shape[0], dropout, rows, in_features, out_features, torch.is_grad_enabled(), variant
-    )
-    name = dispatch.choose(backend, call)
-    if variant == "dora" and norm is None and autocast and not name.startswith("triton"):
-        # of W as it was; without autocast the forward computes it
-        norm = _row_norms(uncast, lora_a, lora_b, scale, name)
-    if name == "reference":
-        return _reference(
-            x, weight, bias, lora_a, lora_b, magnitude, norm, scale=scale, gate=gate, dropout=dropout, variant=variant
-        )
-    fall_back = name.startswith("triton") and dispatch.requested(backend)[0] == "auto"
-    return LowRankLinear.apply(
-        x, weight, bias, lora_a, lora_b, magnitude, None, norm, scale, gate, dropout, variant, name, fall_back
-    )
+    plan_for = planned_anew if torch.compiler.is_compiling() else planned
+    plan = plan_for(kind, x, lora_a.shape[0], weight.shape[1], weight.shape[0], scale, dropout, backend, None)
+    return run(plan, x, weight, bias, lora_a, lora_b, extra, None if gate is True else gate)
 
 
 def add_low_rank(
@@ -139,6 +129,8 @@ def add_low_rank(
     scale: float,
     gate: Gate = True,
     dropout: float = 0.0,
+    variant: str = "lora",
+    extra: Sequence[Tensor] = (),
     backend: str | None = None,
 ) -> Tensor:
     r"""The low-rank update alone, for a base whose weight is not there to read: ``y + δ · scale · (dropout(x) Aᵀ) Bᵀ``.
@@ -166,185 +158,172 @@ def add_low_rank(
     tensor([[1.5000, 1.5000, 1.5000],
             [0.0000, 0.0000, 0.0000]])
     """
-    _check_tensors(("x", x), ("y", y), ("lora_a", lora_a), ("lora_b", lora_b))
+    check_tensors(("x", x), ("y", y), ("lora_a", lora_a), ("lora_b", lora_b))
     if x.dim() == 0 or y.dim() == 0 or y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"y must have the leading dimensions of x {tuple(x.shape)}; got shape {tuple(y.shape)}")
-    _check_factors(lora_a, lora_b, y.shape[-1], x.shape[-1], "x and y")
-    _check_gate(gate, x)
-    _check_numbers(scale, dropout)
+    check_factors(lora_a, lora_b, y.shape[-1], x.shape[-1], "x and y")
+    adding = [name for name, kind in VARIANTS.items() if kind.addition is not None]
+    kind = VARIANTS[one_of("variant", variant, adding)]
+    if extra or kind.extra:
+        check_extra(kind, extra, lora_a.shape[0], x.shape[-1], y.shape[-1], x.device)
+    check_gate(gate, x)
+    check_numbers(scale, dropout)
     if gate is False:
         if backend is not None:
-            dispatch.check_name(backend, "backend")
+            choice.check_name(backend, "backend")
         return y
-    if autocasts(x.device):
-        x = _autocast(x)
-    rows = None if torch.compiler.is_compiling() else math.prod(x.shape[:-1])
-    call = dispatch.Call(
-        x.device, x.dtype, lora_a.shape[0], dropout, rows, x.shape[-1], y.shape[-1], torch.is_grad_enabled(),
-        adds_to=y.dtype,
-    )  # fmt: skip
-    name = dispatch.choose(backend, call)
-    # autocast would take a sum in float32 away from y
-    with without_autocast(x.device):
-        if name == "reference":
-            return reference.add_low_rank(y, x, lora_a, lora_b, scale=scale, gate=gate, dropout=dropout)
-        fall_back = name.startswith("triton") and dispatch.requested(backend)[0] == "auto"
-        return LowRankLinear.apply(
-            x, None, None, lora_a, lora_b, None, y, None, scale, gate, dropout, "lora", name, fall_back
-        )
+    plan_for = planned_anew if torch.compiler.is_compiling() else planned
+    plan = plan_for(kind, x, lora_a.shape[0], x.shape[-1], y.shape[-1], scale, dropout, backend, y.dtype)
+    return run(plan, x, None, None, lora_a, lora_b, extra, None if gate is True else gate, y)
 
 
-def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, backend: str | None = None) -> Tensor:
-    """``‖W + scale · B A‖`` of every row ``[out_features]``: DoRA's norm, which no gradient passes.
+def check_operands(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
+    """Raises unless these are the tensors of one low-rank layer.
 
-    The arguments are those of `coto_lora_linear`; the result is float32, or float64 if `weight` is.
+    Raises:
+        TypeError, ValueError: as `coto_lora_linear`.
     """
-    _check_tensors(("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b))
-    call = dispatch.Call(weight.device, weight.dtype, lora_a.shape[0], variant="dora")
-    return _row_norms(weight, lora_a, lora_b, scale, dispatch.choose(backend, call))
+    check_tensors(("x", x), ("weight", weight), ("bias", bias), ("lora_a", lora_a), ("lora_b", lora_b))
+    check_linear_shapes(x, weight, bias)
+    check_factors(lora_a, lora_b, weight.shape[0], weight.shape[1], "weight")
+    if not autocasts(x.device):
+        check_dtypes(x, weight, bias)
 
 
-def _row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, name: str) -> Tensor:
-    by = reference if name == "reference" else dispatch.kernels(name, "dora")
-    with torch.no_grad(), without_autocast(weight.device):
-        return by.row_norms(weight, lora_a, lora_b, scale)
+def _with_magnitude(kind: Variant, magnitude: Tensor | None, extra: Sequence[Tensor]) -> Sequence[Tensor]:
+    takes_it = bool(kind.extra) and kind.extra[0].argument == "magnitude"
+    if magnitude is not None and not takes_it:
+        raise ValueError(f"magnitude belongs to variant='dora'; got one with variant={kind.name!r}")
+    if magnitude is not None and extra:
+        raise ValueError("magnitude and extra must not both be given; got both")
+    return (magnitude,) if takes_it and not extra else extra  # type: ignore[return-value]
 
 
-def _reference(
+def planned(
+    kind: Variant,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    magnitude: Tensor | None,
-    norm: Tensor | None,
-    *,
+    rank: int,
+    in_features: int,
+    out_features: int,
     scale: float,
-    gate: Gate,
     dropout: float,
-    variant: str,
+    backend: str | None = None,
+    base_dtype: torch.dtype | None = None,
+) -> Plan:
+    """The plan for such a call, made at the first of its kind. Not for a trace, which makes one for itself.
+
+    Raises:
+        ValueError, RuntimeError: as `coto_lora_linear`, of `backend`.
+    """
+    usual = (
+        backend is None and x.is_cpu and not choice.ever_set and not torch._C._is_any_autocast_enabled()
+        and not transforming()
+    )  # fmt: skip
+    # off a GPU vendor GEMMs run whatever the number of rows
+    key: tuple[object, ...] = (
+        kind, x.dtype, x.device, rank, in_features, out_features, scale, dropout, torch.is_grad_enabled(), base_dtype
+    )  # fmt: skip
+    if not usual:
+        key += (
+            None if x.is_cpu and not choice.requested(backend)[0].startswith("triton") else math.prod(x.shape[:-1]),
+            torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else None,
+            choice.requested(backend),
+            transforming(),
+            x.is_cuda and torch.cuda.is_current_stream_capturing(),
+        )
+    found = choice.plans.get(key)
+    if found is None:
+        found = planned_anew(kind, x, rank, in_features, out_features, scale, dropout, backend, base_dtype)
+        choice.keep(key, found)
+    return found
+
+
+def planned_anew(
+    kind: Variant,
+    x: Tensor,
+    rank: int,
+    in_features: int,
+    out_features: int,
+    scale: float,
+    dropout: float,
+    backend: str | None,
+    base_dtype: torch.dtype | None,
+) -> Plan:
+    """The plan for such a call. In a trace the number of rows, which may be a symbol, has no part in it."""
+    cast_to = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else None
+    rows = None if torch.compiler.is_compiling() else math.prod(x.shape[:-1])
+    dtype = x.dtype if cast_to is None or x.dtype == torch.float64 else cast_to
+    grad = torch.is_grad_enabled()
+    call = Call(kind, x.device, dtype, rank, dropout, rows, in_features, out_features, grad, base_dtype)
+    return choice.plan(backend, call, Options(scale, dropout), cast_to)
+
+
+def run(
+    plan: Plan,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    extra: Sequence[Tensor],
+    gate: Tensor | None,
+    base: Tensor | None = None,
 ) -> Tensor:
-    if magnitude is not None:
-        return reference.dora_linear(
-            x, weight, bias, lora_a, lora_b, magnitude, scale=scale, gate=gate, dropout=dropout, norm=norm
-        )
-    define = reference.lora_linear if variant == "lora" else reference.hira_linear
-    return define(x, weight, bias, lora_a, lora_b, scale=scale, gate=gate, dropout=dropout)
+    """Applies a plan to the operands of a call of its kind, which are not checked. A `gate` of None is on."""
+    if plan.cast_to is not None:
+        return _run_cast(plan, x, weight, bias, a, b, extra, gate, base)
+    if plan.backend is None:
+        return _run_reference(plan, x, weight, bias, a, b, extra, gate, base)
+    if not plan.call.backward:
+        return compute(plan, Operands(x, weight, bias, a, b, tuple(extra), base), gate, NOTHING)[0]
+    function = LowRankLinear.apply if plan.traced else apply_directly
+    return function(plan, x, weight, bias, a, b, base, gate, *extra)
 
 
-_FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
+def _run_cast(
+    plan: Plan,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    extra: Sequence[Tensor],
+    gate: Tensor | None,
+    base: Tensor | None,
+) -> Tensor:
+    """As autocast would have it; of the sum with a base's output it leaves the dtype as it is."""
+    cast_to, variant = plan.cast_to, plan.call.variant
+    assert cast_to is not None
+    with without_autocast(x.device):
+        if weight is not None:
+            if weight.dtype != plan.call.dtype:
+                extra = (*extra, *variant.constants(plan.backend, weight, a, b, plan.options.scale))
+            weight, bias = _autocast(weight, cast_to), None if bias is None else _autocast(bias, cast_to)
+        x = _autocast(x, cast_to)
+        if weight is not None:
+            check_dtypes(x, weight, bias)
+        return run(plan._replace(cast_to=None), x, weight, bias, a, b, extra, gate, base)
 
 
-def _plainly_right(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> bool:
-    """Whether the checks below would find nothing, in a third of their time, which small layers spend on Python."""
-    try:
-        dtype, device, (out_features, in_features), (rank, columns) = x.dtype, x.device, weight.shape, lora_a.shape
-        return (
-            dtype in _FLOATING
-            and dtype is weight.dtype
-            and lora_a.dtype in _FLOATING
-            and lora_b.dtype in _FLOATING
-            and x.shape[-1] == in_features == columns
-            and lora_b.shape == (out_features, rank)
-            and rank > 0
-            and device == weight.device == lora_a.device == lora_b.device
-            and (bias is None or (bias.dtype is dtype and bias.shape == (out_features,) and bias.device == device))
-        )
-    except (AttributeError, IndexError, TypeError, ValueError):  # of what is no tensor or has too few dimensions
-        return False
+def _run_reference(
+    plan: Plan,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    extra: Sequence[Tensor],
+    gate: Tensor | None,
+    base: Tensor | None,
+) -> Tensor:
+    variant, (scale, dropout, _) = plan.call.variant, plan.options
+    options = {"scale": scale, "gate": True if gate is None else gate, "dropout": dropout}
+    if base is None:
+        return variant.definition(x, weight, bias, a, b, *extra, **options)
+    assert variant.addition is not None
+    return variant.addition(base, x, a, b, *extra, **options)
 
 
-def _check_tensors(*tensors: tuple[str, Tensor | None]) -> None:
-    device = None
-    for name, t in tensors:
-        if t is None and name == "bias":
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name} must be of a floating dtype; got {t.dtype}")
-        device = device or t.device
-        if t.device != device:
-            raise ValueError(f"{name} must be on the device of x, {device}; got {t.device}")
-
-
-def _check_linear_shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [out_features, in_features]; got shape {tuple(weight.shape)}")
-    out_features, in_features = weight.shape
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"x must be [..., {in_features}] to fit weight; got shape {tuple(x.shape)}")
-    if bias is not None and bias.shape != (out_features,):
-        raise ValueError(f"bias must be [{out_features}] to fit weight; got shape {tuple(bias.shape)}")
-
-
-def _check_factors(lora_a: Tensor, lora_b: Tensor, out_features: int, in_features: int, base: str) -> None:
-    if lora_a.dim() != 2 or lora_a.shape[1] != in_features or lora_a.shape[0] == 0:
-        raise ValueError(f"lora_a must be [rank, {in_features}] with rank at least 1; got shape {tuple(lora_a.shape)}")
-    if lora_b.shape != (out_features, lora_a.shape[0]):
-        raise ValueError(
-            f"lora_b must be [{out_features}, {lora_a.shape[0]}] to fit {base} and lora_a; "
-            f"got shape {tuple(lora_b.shape)}"
-        )
-
-
-def _check_variant(variant: str, weight: Tensor, magnitude: Tensor | None, norm: Tensor | None) -> None:
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {VARIANTS}; got {variant!r}")
-    for name, t in (("magnitude", magnitude), ("norm", norm)):
-        if variant != "dora":
-            if t is not None:
-                raise ValueError(f"{name} belongs to variant='dora'; got one with variant={variant!r}")
-            continue
-        if t is None and name == "norm":
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor with variant='dora'; got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name} must be of a floating dtype; got {t.dtype}")
-        if t.device != weight.device:
-            raise ValueError(f"{name} must be on the device of x, {weight.device}; got {t.device}")
-        if t.shape != weight.shape[:1]:
-            raise ValueError(f"{name} must be [{weight.shape[0]}] to fit weight; got shape {tuple(t.shape)}")
-
-
-def _check_gate(gate: Gate, x: Tensor) -> None:
-    if isinstance(gate, bool):
-        return
-    if not isinstance(gate, Tensor):
-        raise TypeError(f"gate must be a bool or a bool or integer tensor; got {type(gate).__name__} {gate!r}")
-    if gate.is_floating_point() or gate.is_complex():
-        raise TypeError(f"gate must be a bool or a bool or integer tensor; got a tensor of {gate.dtype}")
-    if gate.device != x.device:
-        raise ValueError(f"gate must be on the device of x, {x.device}; got {gate.device}")
-    if gate.dim() > 1:
-        raise ValueError(f"gate must be 0-dim or [batch]; got shape {tuple(gate.shape)}")
-    if gate.dim() == 1 and (x.dim() < 2 or gate.shape[0] != x.shape[0]):
-        raise ValueError(
-            f"a row gate [batch] needs x [batch, ..., in_features] with the same batch; "
-            f"got gate of shape {tuple(gate.shape)}, x of shape {tuple(x.shape)}"
-        )
-
-
-def _check_numbers(scale: float, dropout: float) -> None:
-    for name, value in (("scale", scale), ("dropout", dropout)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number; got {type(value).__name__} {value!r}")
-    # not math.isfinite, which torch.compile cannot trace once it takes a changing scale for a symbol
-    if not abs(scale) < math.inf:
-        raise ValueError(f"scale must be finite; got {scale!r}")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout must be a probability in [0, 1]; got {dropout!r}")
-
-
-def _check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    dtype = x.dtype
-    if weight.dtype != dtype:
-        raise TypeError(f"weight must be of the dtype of x, {dtype}; got {weight.dtype}")
-    if bias is not None and bias.dtype != dtype:
-        raise TypeError(f"bias must be of the dtype of x, {dtype}; got {bias.dtype}")
-
-
-def _autocast(t: Tensor) -> Tensor:
+def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
     # F.linear is on autocast's list of lower-precision operations, which leaves float64 alone
-    return t if t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(t.device.type))
+    return t if t.dtype == torch.float64 else t.to(dtype)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from cotolora.checks import number
 from cotolora.linear import CoToLoRALinear
 
 Unit = str | Callable[[str], Hashable]
@@ -77,14 +81,77 @@ def is_enabled(layer: CoToLoRALinear) -> bool:
     return bool(layer.enabled.any()) if isinstance(layer.enabled, torch.Tensor) else layer.enabled
 
 
-def group_names(names: Iterable[str], unit: Unit) -> dict[Hashable, list[str]]:
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """A, B and, of DoRA, the magnitude of every adapter, in module order."""
+    return [parameter for layer in adapters(model).values() for parameter in layer.adapter_parameters]
+
+
+def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer in which every B learns `ratio` times faster than the rest.
+
+    Args:
+        model: a model with adapters.
+        lr: learning rate of A and of whatever else trains.
+        ratio: learning rate of B over `lr`.
+
+    Returns:
+        two groups with "params" and "lr".
+
+    Raises:
+        ValueError: `model` has no adapters; `lr` or `ratio` is not a positive finite number.
+
+    Source: LoRA+, Hayou et al. 2024, section 4 (arXiv:2402.12354).
+    """
+    lr, ratio = _positive("lr", lr), _positive("ratio", ratio)
+    layers = adapters(model)
+    if not layers:
+        raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
+    fast = [layer.lora_b for layer in layers.values() if layer.lora_b.requires_grad]
+    known = {id(parameter) for parameter in fast}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    return [{"params": rest, "lr": lr}, {"params": fast, "lr": lr * ratio}]
+
+
+def _positive(argument: str, value: float) -> float:
+    return number(argument, value, "a positive finite number", lambda number: 0 < number < math.inf)
+
+
+def trainable_report(model: nn.Module) -> str:
+    """How much of `model` trains, in PEFT's words; give it to a logger or print it.
+
+    >>> from cotolora import inject
+    >>> model = nn.Sequential(nn.Linear(4, 4))
+    >>> _ = inject(model, ["0"], rank=1)
+    >>> trainable_report(model)
+    'trainable params: 8 || all params: 28 || trainable%: 28.5714'
+    """
+    every = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    share = 100 * trained / every if every else 0.0
+    return f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {share:.4f}"
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of `model` by the name that it has without wrappers; under that name what a wrapper holds."""
+    # in this order: a wrapper and what it holds have one name, and the latter comes second
+    return {plain_name(name): module for name, module in unwrap(model).named_modules()}
+
+
+def group_names(
+    names: Iterable[str], unit: Unit, modules: Mapping[str, nn.Module] | None = None
+) -> dict[Hashable, list[str]]:
     """Sorts adapter names into groups, in the order of their first member.
+
+    With "layer", names share a group that agree up to and including the integer that counts the repeated blocks: the
+    outermost list (modules named by integers) with two or more children of one class that hold adapters. A list whose
+    only such children are adapters themselves counts if no other does; after these, a list of which a single child
+    holds adapters, unless that child holds such a list. A name without such a list is its own group.
 
     Args:
         names: adapter names, in module order.
-        unit: "module": every adapter is its own group. "layer": names that agree up to and including
-            their first component that is an integer share a group; a name without one is its own.
-            A callable gives each name its group's key.
+        unit: "layer" as above; "module": every adapter is its own group. A callable gives each name its group's key.
+        modules: of the model, by name, for the classes of the children; without it all children of a list count as of
+            one class.
 
     Raises:
         ValueError: `unit` is another string.
@@ -93,10 +160,11 @@ def group_names(names: Iterable[str], unit: Unit) -> dict[Hashable, list[str]]:
     >>> group_names(["embed", "blocks.0.q", "blocks.0.v", "blocks.1.q"], "layer")
     {'embed': ['embed'], 'blocks.0': ['blocks.0.q', 'blocks.0.v'], 'blocks.1': ['blocks.1.q']}
     """
+    names = list(names)
     if isinstance(unit, str):
         if unit not in ("layer", "module"):
             raise ValueError(f"unit must be 'layer', 'module' or a callable; got {unit!r}")
-        key: Callable[[str], Hashable] = _layer if unit == "layer" else str
+        key: Callable[[str], Hashable] = _layer_key(names, modules) if unit == "layer" else str
     elif callable(unit):
         key = unit
     else:
@@ -107,12 +175,49 @@ def group_names(names: Iterable[str], unit: Unit) -> dict[Hashable, list[str]]:
     return groups
 
 
-def _layer(name: str) -> str:
+def _layer_key(names: Collection[str], modules: Mapping[str, nn.Module] | None) -> Callable[[str], str]:
+    """The group of a name, see `group_names`."""
+    adapters = set(names)
+    holding: dict[str, set[str]] = {}  # by list, its children that are adapters or hold some
+    for name in names:
+        for parent, child in _list_items(name):
+            holding.setdefault(parent, set()).add(child)
+
+    def repeated(children: Iterable[str]) -> bool:
+        kinds = Counter(None if modules is None else _class_of(modules[child]) for child in children)
+        return max(kinds.values(), default=0) > 1
+
+    def all_children(parent: str) -> list[str]:
+        assert modules is not None
+        return [f"{parent}.{key}" if parent else key for key in modules[parent]._modules if key.isdecimal()]
+
+    blocks = {parent for parent, children in holding.items() if repeated(children - adapters)}
+    layers = {parent for parent, children in holding.items() if repeated(children)}
+    around = {outer for inner in (*blocks, *layers) for outer, _ in _list_items(inner)}
+    others = {parent for parent in holding if modules is None or repeated(all_children(parent))} - around
+
+    def key(name: str) -> str:
+        items = _list_items(name)
+        return next((child for lists in (blocks, layers, others) for parent, child in items if parent in lists), name)
+
+    return key
+
+
+def _list_items(name: str) -> list[tuple[str, str]]:
+    """The lists that `name` leads through, each with the child in it, outermost first.
+
+    >>> _list_items("0.layers.3.q")
+    [('', '0'), ('0.layers', '0.layers.3')]
+    """
     parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdecimal():
-            return ".".join(parts[: i + 1])
-    return name
+    return [(".".join(parts[:i]), ".".join(parts[: i + 1])) for i, part in enumerate(parts) if part.isdecimal()]
+
+
+def _class_of(module: nn.Module) -> type:
+    """The class of `module` as the user wrote it: FSDP2 puts one of its own in front."""
+    own = type(module)
+    sharded = own.__name__ == f"FSDP{own.__bases__[-1].__name__}" and len(own.__bases__) > 1
+    return own.__bases__[-1] if sharded else own
 
 
 def as_mask(mask: object, argument: str = "mask") -> torch.Tensor:

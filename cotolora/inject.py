@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
-import re
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from types import MethodType
 from typing import Any
 
@@ -16,12 +15,19 @@ from torch import nn
 from cotolora.bases import is_conv1d, is_dense, why_not_adaptable
 from cotolora.groups import adapters, plain_name, unwrap, wrappers
 from cotolora.linear import CoToLoRALinear
+from cotolora.matching import (
+    Targets,
+    checked_names,
+    compile_patterns,
+    first_match,
+    matches,
+    warn_of_idle_keys,
+    with_parents,
+)
+from cotolora.spec import AdapterSpec
+from cotolora.variants import VARIANTS
 
 logger = logging.getLogger("cotolora")
-
-Targets = str | Sequence[str]
-
-Patterns = list[tuple[re.Pattern[str], Any]]
 
 # everything that nn.Module.register_*_hook writes to: what calls run, and what state dicts do
 _CALL_HOOKS = (
@@ -82,7 +88,7 @@ def inject(
         rank, alpha, dropout, use_rslora, variant, init: of each layer, see `CoToLoRALinear`.
         exclude: modules to leave alone; same rules, checked first.
         rank_pattern, alpha_pattern: other ranks and alphas by name: the first key k for which
-            ``re.match(rf"(.*\.)?({k})$", name)`` holds decides.
+            ``re.match(rf"(.*\.)?({k})$", name)`` holds decides. A key that takes no target is named in a warning.
         trainable: modules or parameters to train in full besides the adapters (a new classifier head); the
             rules of `targets`.
 
@@ -99,47 +105,68 @@ def inject(
     >>> list(inject(model, ["0"], rank=2))
     ['0']
     """
-    if existing := adapters(model):
-        raise ValueError(f"model must have no adapters yet; it has {len(existing)} (eject them first)")
-    if any(isinstance(wrapper, nn.parallel.DistributedDataParallel) for wrapper in wrappers(model)):
-        raise ValueError(
-            "model must be wrapped in DistributedDataParallel after inject, which synchronises only the parameters "
-            "that it finds when it is made; pass the module inside and wrap it anew"
-        )
-    model = unwrap(model)
-    trainable = _checked_names("trainable", trainable)
+    model = _plain_model(model)
+    trainable = checked_names("trainable", trainable)
     matched = match_linears(model, targets, exclude, trainable)
-    linears = {name: model.get_submodule(raw_names[0]) for name, raw_names in matched.items()}
     trained = _trainable_parameters(model, trainable)
-    _refuse_overlap(linears, trained)
+    _refuse_overlap({name: model.get_submodule(raw_names[0]) for name, raw_names in matched.items()}, trained)
     ranks = compile_patterns("rank_pattern", rank_pattern)
     alphas = compile_patterns("alpha_pattern", alpha_pattern)
-    frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    try:
-        layers = {
-            name: CoToLoRALinear.from_linear(
-                linear,
-                first_match(ranks, name, rank),
-                first_match(alphas, name, alpha),
-                dropout=dropout,
-                use_rslora=use_rslora,
-                variant=variant,
-                init=init,
-            )
-            for name, linear in linears.items()
-        }
-    except BaseException:
-        for parameter, flag in frozen.items():
-            parameter.requires_grad_(flag)
-        raise
+    warn_of_idle_keys(ranks, alphas, matched)
+    specs = {
+        name: AdapterSpec(
+            first_match(ranks, name, rank), first_match(alphas, name, alpha), dropout, use_rslora, variant, init
+        )
+        for name in matched
+    }
+    return install(model, specs, trained)
 
-    for parameter in frozen:
-        parameter.requires_grad_(parameter in trained)
-    for name, layer in layers.items():
-        move_hooks(linears[name], layer)
-        for raw_name in matched[name]:
-            replace_module(model, raw_name, layer)
-    block_fast_path(model)
+
+def install(
+    model: nn.Module,
+    specs: Mapping[str, AdapterSpec],
+    trained: Iterable[nn.Parameter] = (),
+    fill: Callable[[dict[str, CoToLoRALinear]], None] | None = None,
+) -> dict[str, CoToLoRALinear]:
+    """Puts adapters into a model without any, all of them or none, and freezes everything else.
+
+    Args:
+        model: changed in place; if anything raises, it is as it was, with its hooks and the flags of its parameters.
+        specs: how the adapter of each module is made, by the module's first name in the unwrapped model.
+        trained: parameters that train besides the adapters.
+        fill: called with the new layers by name before the model gets them, to write into their parameters.
+
+    Returns:
+        the new layers by name.
+
+    Raises:
+        TypeError: `model` is not a module, or a module of `specs` cannot be adapted.
+        ValueError: `model` has adapters, or is inside DistributedDataParallel; a spec does not go with its module.
+    """
+    model, trained = _plain_model(model), set(trained)
+    raw_names_of: dict[nn.Module, list[str]] = {}
+    for raw_name, module in model.named_modules(remove_duplicate=False):
+        raw_names_of.setdefault(module, []).append(raw_name)
+    linears = {plain_name(raw_names[0]): module for module, raw_names in raw_names_of.items()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    with ExitStack() as undo:
+        undo.callback(_set_requires_grad, flags)
+        layers = {name: CoToLoRALinear.from_spec(linears[name], spec) for name, spec in specs.items()}
+        for variant in {spec.variant for spec in specs.values()}:
+            VARIANTS[variant].share([layer for layer in layers.values() if layer.variant == variant])
+        if fill is not None:
+            fill(layers)
+        _set_requires_grad({parameter: parameter in trained for parameter in flags})
+        for name, layer in layers.items():
+            linear = linears[name]
+            undo.callback(_set_hooks, linear, _hooks_of(linear))
+            move_hooks(linear, layer)
+            for raw_name in raw_names_of[linear]:
+                undo.callback(replace_module, model, raw_name, linear)
+                replace_module(model, raw_name, layer)
+        undo.callback(_restore_fast_path, model)
+        block_fast_path(model)
+        undo.pop_all()
     return layers
 
 
@@ -185,105 +212,24 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
     return {name: plain[id(layer)] for name, layer in layers.items()}
 
 
-def trainable_report(model: nn.Module) -> str:
-    """How much of `model` trains, in PEFT's words; give it to a logger or print it.
-
-    >>> model = nn.Sequential(nn.Linear(4, 4))
-    >>> _ = inject(model, ["0"], rank=1)
-    >>> trainable_report(model)
-    'trainable params: 8 || all params: 28 || trainable%: 28.5714'
-    """
-    every = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    share = 100 * trained / every if every else 0.0
-    return f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {share:.4f}"
-
-
-def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A, B and, of DoRA, the magnitude of every adapter, in module order."""
-    return [parameter for layer in adapters(model).values() for parameter in layer.adapter_parameters]
-
-
-def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer in which every B learns `ratio` times faster than the rest.
-
-    Args:
-        model: a model with adapters.
-        lr: learning rate of A and of whatever else trains.
-        ratio: learning rate of B over `lr`.
-
-    Returns:
-        two groups with "params" and "lr".
-
-    Raises:
-        ValueError: `model` has no adapters; `lr` or `ratio` is not a positive finite number.
-
-    Source: LoRA+, Hayou et al. 2024, section 4 (arXiv:2402.12354).
-    """
-    for name, value in (("lr", lr), ("ratio", ratio)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive finite number; got {value!r}")
-    layers = adapters(model)
-    if not layers:
-        raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
-    fast = [layer.lora_b for layer in layers.values() if layer.lora_b.requires_grad]
-    known = {id(parameter) for parameter in fast}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    return [{"params": rest, "lr": lr}, {"params": fast, "lr": lr * ratio}]
-
-
-def matches(name: str, targets: Targets) -> bool:
-    """Whether a module's name is a target: a list holds names or dotted ends, a string is a full regular expression.
-
-    >>> matches("layers.0.q_proj", ["q_proj"]), matches("layers.0.not_q_proj", ["q_proj"])
-    (True, False)
-    """
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith("." + target) for target in targets)
-
-
-def compiled(argument: str, expression: str) -> re.Pattern[str]:
-    """`expression`, compiled.
-
-    Raises:
-        ValueError: it is no regular expression.
-    """
-    try:
-        return re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{argument} must hold regular expressions; got {expression!r} ({error})") from None
-
-
-def compile_patterns(argument: str, pattern: Mapping[str, Any] | None) -> Patterns:
-    """The keys of a rank_pattern or alpha_pattern, compiled once, with their values.
-
-    Raises:
-        ValueError: `pattern` is no map, or a key is no regular expression.
-    """
-    if not isinstance(pattern, (Mapping, type(None))):
-        raise ValueError(f"{argument} must be a map from regular expressions to values; got {pattern!r}")
-    return [(compiled(argument, rf"(.*\.)?({key})$"), value) for key, value in (pattern or {}).items()]
-
-
-def first_match(patterns: Patterns, name: str, default: Any) -> Any:
-    """The value of the first pattern that takes `name`, or `default`."""
-    return next((value for expression, value in patterns if expression.match(name)), default)
-
-
 def match_linears(
-    model: nn.Module, targets: Targets, exclude: Targets | None = None, trainable: Targets = ()
+    model: nn.Module,
+    targets: Targets,
+    exclude: Targets | None = None,
+    trainable: Targets = (),
+    unfit: dict[str, str] | None = None,
 ) -> dict[str, list[str]]:
     """The linear modules that `inject` would replace: first name of each, in module order, and all its names.
 
-    The first name is the one in the unwrapped model; the list holds what `get_submodule` takes.
+    The first name is the one in the unwrapped model; the list holds what `get_submodule` takes. A module that cannot be
+    replaced is an error, or goes into `unfit` with the reason.
 
     Raises:
         ValueError: as `inject`.
     """
-    targets = _checked_names("targets", targets)
-    exclude = _checked_names("exclude", exclude or ())
-    trainable = _checked_names("trainable", trainable)
+    targets = checked_names("targets", targets)
+    exclude = checked_names("exclude", exclude or ())
+    trainable = checked_names("trainable", trainable)
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
     modules = dict(model.named_modules(remove_duplicate=False))
     inside: set[nn.Module] = set()  # of a base that stays whole
@@ -308,33 +254,38 @@ def match_linears(
                     f"leave it out with exclude=[{names[0]!r}]"
                 )
             continue
-        if any(matches(parent, trainable) for name in names for parent in _with_parents(name)):
+        if any(matches(parent, trainable) for name in names for parent in with_parents(name)):
             if everything:
                 continue
             raise ValueError(f"targets and trainable must not overlap; both take {names[0]}")
         if module is head:
             continue
-        for raw_name in raw_names:
-            _refuse_unadaptable(raw_name, module, modules)
+        if reason := why_not_target(raw_names, modules):
+            if unfit is None:
+                leaf = names[0].rpartition(".")[2]
+                raise ValueError(f"{names[0]} {reason}; or leave it out with exclude=[{leaf!r}]")
+            unfit[names[0]] = reason
         inside.update(set(module.modules()) - {module})
         found[names[0]] = raw_names
     _refuse_missing(model, targets, found)
     return found
 
 
-def _checked_names(argument: str, value: Targets) -> Targets:
-    if isinstance(value, str):
-        compiled(argument, value)
-        return value
-    names = list(value) if isinstance(value, Iterable) else [value]
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{argument} must be a list of names or a regular expression; got {value!r}")
-    return names
+def _plain_model(model: nn.Module) -> nn.Module:
+    """`model` without its wrappers; raises ValueError unless it can get adapters."""
+    if existing := adapters(model):
+        raise ValueError(f"model must have no adapters yet; it has {len(existing)} (eject them first)")
+    if any(isinstance(wrapper, nn.parallel.DistributedDataParallel) for wrapper in wrappers(model)):
+        raise ValueError(
+            "model must be wrapped in DistributedDataParallel after inject, which synchronises only the parameters "
+            "that it finds when it is made; pass the module inside and wrap it anew"
+        )
+    return unwrap(model)
 
 
-def _with_parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+def _set_requires_grad(flags: Mapping[nn.Parameter, bool]) -> None:
+    for parameter, flag in flags.items():
+        parameter.requires_grad_(flag)
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:
@@ -351,25 +302,27 @@ def _refuse_overlap(linears: dict[str, nn.Module], trained: set[nn.Parameter]) -
                 )
 
 
-def _refuse_unadaptable(raw_name: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
-    parent, _, leaf = raw_name.rpartition(".")
-    name = plain_name(raw_name)
-    advice = f"leave it out with exclude=[{name.rpartition('.')[2]!r}]"
-    if leaf == "_orig_mod":
-        raise ValueError(
-            f"{name} must not be compiled by itself: torch.compile goes on calling the module it was given, so an "
-            f"adapter there would be ignored; inject before torch.compile, or {advice}"
-        )
-    if isinstance(modules[parent], nn.MultiheadAttention):
-        raise ValueError(
-            f"{name} must not be adapted: nn.MultiheadAttention hands its weight to a functional and never "
-            f"calls it, so an adapter there would be ignored; {advice}"
-        )
-    if reason := why_not_adaptable(module):
-        raise ValueError(f"{name} must be a module that maps in_features to out_features; {reason}; {advice}")
-    # a base that is called keeps whatever forward it has
-    if is_dense(module) and (reason := why_forward_is_not_its_own(module)):
-        raise ValueError(f"{name} must keep its own forward; {reason}, or {advice}")
+def why_not_target(raw_names: Iterable[str], modules: Mapping[str, nn.Module]) -> str:
+    """What a module would have to be to become an adapter wherever `modules` has it; empty if it is."""
+    for raw_name in raw_names:
+        parent, _, leaf = raw_name.rpartition(".")
+        module = modules[raw_name]
+        if leaf == "_orig_mod":
+            return (
+                "must not be compiled by itself: torch.compile goes on calling the module it was given, so an adapter "
+                "there would be ignored; inject before torch.compile"
+            )
+        if isinstance(modules[parent], nn.MultiheadAttention):
+            return (
+                "must not be adapted: nn.MultiheadAttention hands its weight to a functional and never calls it, so an "
+                "adapter there would be ignored"
+            )
+        if reason := why_not_adaptable(module):
+            return f"must be a module that maps in_features to out_features; {reason}"
+        # a base that is called keeps whatever forward it has
+        if is_dense(module) and (reason := why_forward_is_not_its_own(module)):
+            return f"must keep its own forward; {reason}"
+    return ""
 
 
 def why_forward_is_not_its_own(module: nn.Module) -> str:
@@ -409,7 +362,7 @@ def _trainable_parameters(model: nn.Module, trainable: Targets) -> set[nn.Parame
     found = set()
     for target in [trainable] if isinstance(trainable, str) else trainable:
         rule = target if isinstance(trainable, str) else [target]
-        taken = {p for name, p in parameters if any(matches(part, rule) for part in _with_parents(name))}
+        taken = {p for name, p in parameters if any(matches(part, rule) for part in with_parents(name))}
         if not taken:
             children = [name for name, _ in model.named_children()]
             raise ValueError(
@@ -439,9 +392,31 @@ def move_hooks(source: nn.Module, target: nn.Module) -> None:
     if stays:
         source._is_full_backward_hook = None
         return
-    for hook in target._load_state_dict_pre_hooks.values():
+    _bind_hooks(target)
+
+
+def _bind_hooks(module: nn.Module) -> None:
+    for hook in module._load_state_dict_pre_hooks.values():
         if hook.with_module:  # type: ignore[attr-defined]
-            hook.module = weakref.ref(target)  # type: ignore[attr-defined]  # torch keeps the module it was set on
+            hook.module = weakref.ref(module)  # type: ignore[attr-defined]  # torch keeps the module it was set on
+
+
+def _hooks_of(module: nn.Module) -> dict[str, Any]:
+    """What `move_hooks` changes of a module: its dictionaries of hooks, with what they hold now."""
+    return {name: (getattr(module, name), dict(getattr(module, name))) for name in HOOKS} | {
+        "_is_full_backward_hook": module._is_full_backward_hook
+    }
+
+
+def _set_hooks(module: nn.Module, hooks: dict[str, Any]) -> None:
+    """Gives a module back what `_hooks_of` found."""
+    module._is_full_backward_hook = hooks["_is_full_backward_hook"]
+    for name in HOOKS:
+        dictionary, held = hooks[name]
+        dictionary.clear()
+        dictionary.update(held)
+        setattr(module, name, dictionary)
+    _bind_hooks(module)
 
 
 def _shared_weights(model: nn.Module, layers: dict[str, CoToLoRALinear]) -> dict[str, tuple[nn.Parameter, list[str]]]:

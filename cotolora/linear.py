@@ -12,9 +12,13 @@ from torch import Tensor, nn
 
 from cotolora.backends.autograd import without_autocast
 from cotolora.bases import check_foreign, features, is_conv1d, is_dense, keep_keys, place_of, why_not_adaptable
-from cotolora.functional import add_low_rank, coto_lora_linear, row_norms
+from cotolora.checks import check_extra, check_gate, integer
+from cotolora.functional import add_low_rank, check_operands, coto_lora_linear, planned, run
 from cotolora.reference import Gate
-from cotolora.variants.starts import FROM_WEIGHT, check, delta, since_start, start
+from cotolora.spec import AdapterSpec
+from cotolora.variants import VARIANTS
+from cotolora.variants.base import FROM_WEIGHT, Variant
+from cotolora.variants.starts import since_start, start
 
 
 class CoToLoRALinear(nn.Module):
@@ -38,8 +42,8 @@ class CoToLoRALinear(nn.Module):
         bias: whether the base has a bias.
         dropout: probability of zeroing an entry of the adapter's input while training.
         use_rslora: scale by ``alpha / √rank`` instead (arXiv:2312.03732, theorem 3.2).
-        variant: "lora"; "dora", which learns the lengths of W's rows as well; "hira", which scales W's entries. See
-            `coto_lora_linear`.
+        variant: "lora"; "dora", which learns the lengths of W's rows as well; "hira", which scales W's entries; or
+            another name in `cotolora.variants.VARIANTS`.
         init: of A: "kaiming" (uniform with a = √5, as nn.Linear) or "gaussian" (standard
             deviation 1 / rank), where B is zero; or of both from W: "pissa" (its largest singular values) or "olora"
             (its QR factors), see `cotolora.variants.starts.start`. Then what the layer adds is ``s · (B A − B0 A0)``,
@@ -71,6 +75,8 @@ class CoToLoRALinear(nn.Module):
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     base: nn.Module | None
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
     lora_magnitude: nn.Parameter | None
     lora_a0: Tensor | None
     lora_b0: Tensor | None
@@ -91,27 +97,28 @@ class CoToLoRALinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("in_features", in_features), ("out_features", out_features), ("rank", rank)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be a positive integer; got {size!r}")
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise ValueError(f"alpha must be a finite number; got {alpha!r}")
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
-            raise ValueError(f"dropout must be a probability in [0, 1]; got {dropout!r}")
-        check(variant, init, rank, alpha, (out_features, in_features))
-        if dtype is not None and not dtype.is_floating_point:
+        self.in_features = integer("in_features", in_features)
+        self.out_features = integer("out_features", out_features)
+        self._settle(AdapterSpec(rank, alpha, dropout, use_rslora, variant, init))
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating dtype; got {dtype}")
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.alpha, self.dropout, self.use_rslora = float(alpha), float(dropout), bool(use_rslora)
-        self.variant, self.init = variant, init
+        base = nn.Linear(self.in_features, self.out_features, bias, device=device, dtype=dtype)
+        self._share(base.weight, base.bias)  # type: ignore[arg-type]
+
+    def _settle(self, spec: AdapterSpec) -> None:
+        spec.check_sizes(self.in_features, self.out_features)
+        self.rank, self.alpha, self.dropout = spec.rank, spec.alpha, spec.dropout
+        self.use_rslora, self.variant, self.init = spec.use_rslora, spec.variant, spec.init
         self.fan_in_fan_out = False
         self._gate: Gate = True
         self._enabled: Gate = True
         self._original_weight: nn.Parameter | None = None
         self.base = None
-        self._norm: tuple[tuple[int, ...], Tensor] | None = None
-        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._share(base.weight, base.bias)  # type: ignore[arg-type]
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """The settings of the adapter."""
+        return AdapterSpec(self.rank, self.alpha, self.dropout, self.use_rslora, self.variant, self.init)
 
     @classmethod
     def from_linear(
@@ -136,26 +143,26 @@ class CoToLoRALinear(nn.Module):
             TypeError: `linear` is no such module, or one that cannot be adapted; the message says why.
             ValueError: as the constructor; or `variant` or `init` needs a weight to read and there is only a `base`.
         """
+        spec = AdapterSpec(rank, alpha, dropout, use_rslora, variant, init)
+        return cls.from_spec(linear, spec)
+
+    @classmethod
+    def from_spec(cls, linear: nn.Module, spec: AdapterSpec) -> CoToLoRALinear:
+        """As `from_linear`, which makes an `AdapterSpec` of its arguments."""
         if reason := why_not_adaptable(linear):
             raise TypeError(f"linear must be a module that maps in_features to out_features; {reason}")
-        dense = is_dense(linear)
-        if not dense:
-            check_foreign(linear, variant, init)
-        weight: Any = linear.weight if dense else None
-        bias: Any = linear.bias if dense else None
-        in_features, out_features = features(linear)
-        # an init from W can only follow once W is in place
-        layer = cls(
-            in_features, out_features, rank, alpha, bias=bias is not None, dropout=dropout,
-            use_rslora=use_rslora, variant=variant, device="meta", dtype=weight.dtype if dense else None,
-        )  # fmt: skip
-        check(variant, init, rank, alpha, (out_features, in_features))
-        layer.init = init
-        if dense:
-            layer.fan_in_fan_out = is_conv1d(linear)
-            layer._share(weight, bias)
-        else:
+        dense: Any = linear if is_dense(linear) else None
+        if dense is None:
+            check_foreign(linear, spec.variant, spec.init)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = features(linear)
+        layer._settle(spec)
+        if dense is None:
             layer._call(linear)
+        else:
+            layer.fan_in_fan_out = is_conv1d(linear)
+            layer._share(dense.weight, dense.bias)
         layer.training = linear.training
         return layer
 
@@ -174,13 +181,19 @@ class CoToLoRALinear(nn.Module):
         self._make_factors(*place_of(base))
 
     def _make_factors(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.lora_a = nn.Parameter(torch.empty(self.rank, self.in_features, device=device, dtype=dtype))
-        self.lora_b = nn.Parameter(torch.empty(self.out_features, self.rank, device=device, dtype=dtype))
-        empty = torch.empty(self.out_features, device=device, dtype=dtype)
-        self.register_parameter("lora_magnitude", nn.Parameter(empty) if self.variant == "dora" else None)
+        sizes = {"rank": self.rank, "in_features": self.in_features, "out_features": self.out_features}
+        variant = self._variant
+        self.register_parameter("lora_magnitude", None)
+        for part in variant.parts:
+            empty = torch.empty(part.sizes(**sizes), device=device, dtype=dtype)
+            self.register_parameter(part.attribute, nn.Parameter(empty, part.attribute in variant.trained))
         for name, factor in (("lora_a0", self.lora_a), ("lora_b0", self.lora_b)):
             self.register_buffer(name, torch.empty_like(factor.detach()) if self.init in FROM_WEIGHT else None)
         self.reset_parameters()
+
+    @property
+    def _variant(self) -> Variant:
+        return VARIANTS[self.variant]
 
     def reset_parameters(self) -> None:
         """Starts the adapter anew: draws A, sets B to zero, takes from W what comes from W. The base stays as it is.
@@ -197,11 +210,9 @@ class CoToLoRALinear(nn.Module):
 
     @torch.no_grad()
     def _take_from_weight(self) -> None:
-        self._norm = None
-        if self.base is not None:
-            return
-        weight = self._matrix(self._base_weight())
+        weight = None if self.base is not None else self._matrix(self._base_weight())
         if self.lora_a0 is not None and self.lora_b0 is not None:
+            assert weight is not None
             if weight.is_meta:
                 raise ValueError(
                     f"init must be 'kaiming' or 'gaussian' on the meta device, got {self.init!r}, which reads W"
@@ -209,10 +220,7 @@ class CoToLoRALinear(nn.Module):
             a0, b0 = start(self.init, weight, self.rank, self.scale)
             for target, value in ((self.lora_a, a0), (self.lora_b, b0), (self.lora_a0, a0), (self.lora_b0, b0)):
                 target.copy_(value)
-        if self.lora_magnitude is not None and not weight.is_meta:
-            # at the start the update is zero, whatever A is
-            zero = torch.zeros_like(self.lora_b)
-            self.lora_magnitude.copy_(row_norms(weight, self.lora_a, zero, self.scale))
+        self._variant.start(self, weight)
 
     @property
     def scale(self) -> float:
@@ -222,12 +230,16 @@ class CoToLoRALinear(nn.Module):
     @property
     def adapter_parameters(self) -> tuple[nn.Parameter, ...]:
         """A, B and, of DoRA, m: what an optimizer trains, and what gets no gradient where the layer is off."""
-        both = (self.lora_a, self.lora_b)
-        return both if self.lora_magnitude is None else (*both, self.lora_magnitude)
+        return tuple(getattr(self, name) for name in self._variant.trained)
+
+    @property
+    def extra(self) -> tuple[nn.Parameter, ...]:
+        """What the variant has beside A and B: of DoRA, m."""
+        return tuple(getattr(self, part.attribute) for part in self._variant.extra)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The factors of the update ``s · B A``: A and B, or with "pissa" and "olora" those of ``B A − B0 A0``."""
-        if self.init not in FROM_WEIGHT:  # no attribute of a module's own is looked up as fast
+        if self.init not in FROM_WEIGHT:
             return self.lora_a, self.lora_b
         assert self.lora_a0 is not None
         assert self.lora_b0 is not None
@@ -285,49 +297,54 @@ class CoToLoRALinear(nn.Module):
             return enabled if gate else False
         return (enabled != 0) & (gate != 0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x [..., in_features]`` → ``[..., out_features]``. A merged layer is a plain linear."""
+    def forward(self, input: Tensor) -> Tensor:
+        """``input [..., in_features]`` → ``[..., out_features]``. A merged layer is a plain linear."""
         gate, dropout = self.active, self.dropout if self.training else 0.0
         if self.base is not None:
-            return add_low_rank(self.base(x), x, self.lora_a, self.lora_b, scale=self.scale, gate=gate, dropout=dropout)
+            return add_low_rank(
+                self.base(input), input, self.lora_a, self.lora_b, scale=self.scale, gate=gate, dropout=dropout,
+                variant=self.variant, extra=self.extra,
+            )  # fmt: skip
+        if torch.compiler.is_compiling():
+            return self._checked(input, gate, dropout)
+        # in the dict of parameters a look-up takes a tenth of the time; a wrapper may have moved them out of it
+        own = self._parameters
+        weight: Any = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 (self.weight is slow)
+        bias: Any = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
+        if self.fan_in_fan_out:
+            weight = weight.T
+        try:
+            if gate is False or self._original_weight is not None:
+                return F.linear(input, weight, bias)
+            variant = VARIANTS[self.variant]
+            if self.init in FROM_WEIGHT or "lora_a" not in own:
+                a, b = self.factors()
+            else:
+                a, b = own["lora_a"], own["lora_b"]  # type: ignore[assignment]
+            rank, extra = a.shape[0], self.extra if variant.extra else ()
+            if extra:
+                check_extra(variant, extra, rank, self.in_features, self.out_features, input.device)
+            if gate is True:
+                gate = None  # type: ignore[assignment]
+            elif gate.dim():
+                check_gate(gate, input)
+            plan = planned(variant, input, rank, self.in_features, self.out_features, self.scale, dropout)
+            return run(plan, input, weight, bias, a, b, extra, gate)  # type: ignore[arg-type]
+        except Exception:
+            # torch's own errors name no argument: what was wrong is looked for only where something was
+            check_operands(input, weight, bias, *self.factors())
+            raise
+
+    def _checked(self, x: Tensor, gate: Gate, dropout: float) -> Tensor:
         assert self.weight is not None
         weight = self._matrix(self.weight)
         if self._original_weight is not None:
             return F.linear(x, weight, self.bias)
         lora_a, lora_b = (self.lora_a, self.lora_b) if gate is False else self.factors()
-        if self.variant != "dora":
-            return coto_lora_linear(
-                x, weight, self.bias, lora_a, lora_b, scale=self.scale, gate=gate, dropout=dropout, variant=self.variant
-            )
         return coto_lora_linear(
-            x, weight, self.bias, lora_a, lora_b, scale=self.scale, gate=gate, dropout=dropout,
-            variant="dora", magnitude=self.lora_magnitude,
-            norm=None if gate is False else self._kept_norm(weight, lora_a, lora_b),
+            x, weight, self.bias, lora_a, lora_b, scale=self.scale, gate=gate, dropout=dropout, variant=self.variant,
+            extra=self.extra,
         )  # fmt: skip
-
-    def _kept_norm(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor | None:
-        """DoRA's norm, from one forward to the next in eval() without gradients; None where it must be computed.
-
-        `train`, a load, `merge`, `unmerge` and `.to()` forget it, and so does a forward that records gradients, since
-        training may follow. The versions tell of most other writes, but not of one through ``.data``.
-        """
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            self._norm = None
-            return None
-        written = (weight, self.lora_a, self.lora_b)
-        versions = tuple(-1 if t.is_inference() else t._version for t in written)
-        if self._norm is None or self._norm[0] != versions:
-            self._norm = versions, row_norms(weight, lora_a, lora_b, self.scale)
-        return self._norm[1]
-
-    def forget_norm(self) -> None:
-        """Has DoRA's norm computed anew. Call it after writing to a parameter through ``.data`` in eval()."""
-        self._norm = None
-
-    def train(self, mode: bool = True) -> CoToLoRALinear:
-        """As of any module; besides, what eval() has kept is forgotten."""
-        self._norm = None
-        return super().train(mode)
 
     def delta_weight(self) -> Tensor:
         """What the adapter adds to W, ``[out_features, in_features]``, whatever the switches say.
@@ -338,9 +355,9 @@ class CoToLoRALinear(nn.Module):
 
     def _delta(self, dtype: torch.dtype) -> Tensor:
         lora_a, lora_b = self.factors()
-        weight = None if self.variant == "lora" else self._matrix(self._base_weight())
+        weight = None if self.base is not None else self._matrix(self._base_weight())
         with without_autocast(self.lora_a.device):
-            return delta(self.variant, weight, lora_a.to(dtype), lora_b.to(dtype), self.lora_magnitude, self.scale)
+            return self._variant.delta(weight, lora_a.to(dtype), lora_b.to(dtype), self.extra, self.scale)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """`weight` as ``[out_features, in_features]``."""
@@ -388,7 +405,6 @@ class CoToLoRALinear(nn.Module):
             RuntimeError: `enabled` is a row mask, or there is a `base`.
         """
         if self._original_weight is None:
-            self._norm = None
             merged, original = self._merged_weight(), self.weight
             self.weight = merged
             # past nn.Module's __setattr__, which would register a second parameter
@@ -397,7 +413,7 @@ class CoToLoRALinear(nn.Module):
     def unmerge(self) -> None:
         """Puts the original weight object back, bit for bit. Does nothing if not merged."""
         if self._original_weight is not None:
-            self.weight, self._original_weight, self._norm = self._original_weight, None, None
+            self.weight, self._original_weight = self._original_weight, None
 
     def to_linear(self, merge: bool = True) -> nn.Module:
         """A plain ``nn.Linear`` (or Conv1D) with the base's bias, and its weight or, merged, a new one; or the `base`.
@@ -419,7 +435,6 @@ class CoToLoRALinear(nn.Module):
         return linear.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoToLoRALinear:
-        self._norm = None
         super()._apply(fn, recurse)
         if (original := self._original_weight) is not None and original is not self.weight:
             with torch.no_grad():
@@ -447,11 +462,10 @@ class CoToLoRALinear(nn.Module):
     ) -> None:
         was_merged = self.merged
         self.unmerge()
-        self._norm = None
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        own = {prefix + name for name in ("lora_a", "lora_b", "lora_magnitude", "lora_a0", "lora_b0")}
+        own = {prefix + part.attribute for part in self._variant.parts} | {prefix + "lora_a0", prefix + "lora_b0"}
         if own.isdisjoint(state_dict):  # a checkpoint of the base model, which knows no adapters
             missing_keys[:] = [key for key in missing_keys if key not in own]
             if prefix + "weight" in state_dict and self._is_fresh():

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cotolora.groups import adapters
-from cotolora.training.stepping import before_each_step
+from cotolora.training.stepping import register_before_step
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
@@ -40,7 +40,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandl
             if a.grad is not None and b.grad is not None:
                 a.grad, b.grad = adjusted(a.detach(), b.detach(), a.grad, b.grad, layer.scale)
 
-    return before_each_step(optimizer, adjust)
+    return register_before_step(optimizer, adjust)
 
 
 def adjusted(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Sets which adapters count, for the length of a block."""
+"""Switches adapters on and off inside a ``with`` block."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from cotolora.groups import Unit, adapters, as_mask, group_names
+from cotolora.groups import Unit, adapters, as_mask, group_names, modules_of
 from cotolora.linear import CoToLoRALinear
 from cotolora.reference import Gate
 
 
 @contextmanager
-def switched(layers: Mapping[str, CoToLoRALinear], switches: Mapping[str, Gate]) -> Iterator[None]:
-    """Sets `enabled` of the adapters that `switches` names inside the block and restores what was there before."""
+def temporarily_enabled(layers: Mapping[str, CoToLoRALinear], switches: Mapping[str, Gate]) -> Iterator[None]:
+    """Inside the block, sets `enabled` of the adapters named in `switches`; restores the old values after it."""
     before = {name: layers[name].enabled for name in switches}
     try:
         for name, switch in switches.items():
@@ -27,16 +27,16 @@ def switched(layers: Mapping[str, CoToLoRALinear], switches: Mapping[str, Gate])
 
 @contextmanager
 def adapter_mask(model: nn.Module, mask: object, *, unit: Unit = "module") -> Iterator[None]:
-    """Sets `enabled` of every adapter inside the block and restores what was there before.
+    """Inside the block, sets `enabled` of every adapter; restores the old values after it.
 
-    Holds in train and eval, nests, and restores also when the block raises.
+    Applies in training and evaluation. Blocks can be nested, and the old values are restored also when one raises.
 
     Args:
         model: a model with adapters.
-        mask: a bool for all; ``[n]`` for the n groups in module order; or ``[batch, n]``, whose row i
-            says which groups count for sample i of a batch-first model. Anything `torch.as_tensor` takes,
-            of zeros and ones.
-        unit: how adapters are grouped: "module" (each its own), "layer" or a callable, as in `CoTo`.
+        mask: a bool for all adapters; ``[n]`` for the n groups in module order; or ``[batch, n]``, whose row i
+            switches the groups for sample i of a batch-first model. Anything of zeros and ones that
+            `torch.as_tensor` takes.
+        unit: how adapters are grouped: "module" (each is its own group), "layer" or a callable, as in `CoTo`.
 
     Raises:
         ValueError: `model` has no adapters; `mask` has another shape, or values other than 0 and 1.
@@ -44,14 +44,14 @@ def adapter_mask(model: nn.Module, mask: object, *, unit: Unit = "module") -> It
     layers = adapters(model)
     if not layers:
         raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
-    groups = group_names(layers, unit)
+    groups = group_names(layers, unit, modules_of(model))
     values = as_mask(mask)
     if values.dim() > 2 or (values.dim() > 0 and values.shape[-1] != len(groups)):
         raise ValueError(
             f"mask must be a bool, [{len(groups)}] or [batch, {len(groups)}], one entry for each group; "
             f"got shape {tuple(values.shape)}"
         )
-    # plain bools where one value holds for the whole batch: an adapter that is off then costs nothing
+    # plain bools where one value applies to the whole batch: an adapter that is off then costs nothing
     switches: list[bool | Tensor]
     if values.dim() == 0:
         switches = [bool(values)] * len(groups)
@@ -61,5 +61,5 @@ def adapter_mask(model: nn.Module, mask: object, *, unit: Unit = "module") -> It
         switches = list(values.unbind(1))
 
     of_name = {name: switch for names, switch in zip(groups.values(), switches, strict=True) for name in names}
-    with switched(layers, of_name):
+    with temporarily_enabled(layers, of_name):
         yield

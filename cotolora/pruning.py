@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cotolora.checks import integer, number, one_of
-from cotolora.groups import Unit, adapters, group_names, is_enabled, unmerged_adapters
-from cotolora.inject import compiled, matches
+from cotolora.groups import Unit, adapters, group_names, is_enabled, modules_of, unmerged_adapters
 from cotolora.linear import CoToLoRALinear
+from cotolora.matching import compiled, matches
 from cotolora.reference import Gate
 from cotolora.shapley import Shapley
 
@@ -151,7 +151,7 @@ def prune(model: nn.Module, keep: Keep, *, unit: Unit = "layer") -> Pruning:
     [False, True, True, False]
     """
     layers = unmerged_adapters(model)
-    kept = _kept(list(layers), keep, unit)
+    kept = _kept(list(layers), keep, list(group_names(layers, unit, modules_of(model)).values()))
     if not any(is_enabled(layers[name]) for name in kept):
         off = f", and {len(kept)} that are off already" if kept else ""
         raise ValueError(f"keep must leave an enabled adapter; {keep!r} leaves none of {len(layers)}{off}")
@@ -265,8 +265,7 @@ def _size(layer: CoToLoRALinear) -> int:
     return layer.lora_a.numel() + layer.lora_b.numel()
 
 
-def _kept(names: list[str], keep: Keep, unit: Unit) -> set[str]:
-    groups = list(group_names(names, unit).values())
+def _kept(names: list[str], keep: Keep, groups: list[list[str]]) -> set[str]:
     if isinstance(keep, str) and keep in LABELS:
         if keep == "every-other":
             return {name for group in groups[::2] for name in group}

@@ -83,12 +83,14 @@ def add_low_rank(
 def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """``‖W + scale · B A‖`` of every row ``[out_features]``, a constant to autograd.
 
-    In float32, float64 if `weight` is; of A and B as they are, not as cast to the dtype of x, as PEFT.
+    In float32, float64 if `weight` is; of A and B as cast to the dtype of `weight`, as they meet x where W does. PEFT
+    takes them as they are. Under autocast `weight` is W before the cast, in both.
 
     Source: DoRA, Liu et al. 2024, eq. 5 and section 4.3, "treating ‖V + ΔV‖ as a constant" (arXiv:2402.09353).
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    weight, lora_a, lora_b = weight.detach().to(dtype), lora_a.detach().to(dtype), lora_b.detach().to(dtype)
+    lora_a, lora_b = (factor.detach().to(weight.dtype).to(dtype) for factor in (lora_a, lora_b))
+    weight = weight.detach().to(dtype)
     return torch.linalg.vector_norm(weight + scale * (lora_b @ lora_a), dim=1)
 
 
@@ -104,11 +106,11 @@ def dora_linear(
     lora_a: Tensor,
     lora_b: Tensor,
     magnitude: Tensor,
+    norm: Tensor | None = None,
     *,
     scale: float,
     gate: Gate = True,
     dropout: float = 0.0,
-    norm: Tensor | None = None,
 ) -> Tensor:
     r"""Gated DoRA, which learns the lengths of the rows of W apart: ``y = c ∘ (x Wᵀ + scale · (x Aᵀ) Bᵀ) + bias``.
 
@@ -193,3 +195,65 @@ def hira_linear(
     lora_a, lora_b = torch.where(on.any(), lora_a, 0), torch.where(on.any(), lora_b, 0)
     update = torch.where(on, dropped, 0) @ (weight * (scale * (lora_b @ lora_a))).T
     return torch.where(on, base + update, base)
+
+
+def vera_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    lambda_d: Tensor,
+    lambda_b: Tensor,
+    *,
+    scale: float,
+    gate: Gate = True,
+    dropout: float = 0.0,
+) -> Tensor:
+    r"""Gated VeRA, which trains two vectors: ``y = x Wᵀ + bias + δ · scale · b ∘ ((d ∘ (D x Aᵀ)) Bᵀ)``, D the dropout.
+
+    A and B are random, frozen, and the same in all layers. The paper and PEFT have no scale, so there
+    ``alpha = rank``; the rest is the same.
+
+    Args:
+        x, weight, bias, lora_a, lora_b, scale, gate, dropout: as in `lora_linear`.
+        lambda_d: d, ``[rank]``.
+        lambda_b: b, ``[out_features]``.
+
+    Returns:
+        ``[..., out_features]``, in the dtype of `x`.
+
+    Source: VeRA, Kopiczko et al. 2023, eq. 2 (arXiv:2310.11454); PEFT 0.21.2, `VeraLayer`.
+    """
+    options = {"scale": scale, "gate": gate, "dropout": dropout}
+    return add_vera(F.linear(x, weight, bias), x, lora_a, lora_b, lambda_d, lambda_b, **options)  # type: ignore[arg-type]
+
+
+def add_vera(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    lambda_d: Tensor,
+    lambda_b: Tensor,
+    *,
+    scale: float,
+    gate: Gate = True,
+    dropout: float = 0.0,
+) -> Tensor:
+    """VeRA's update alone, added to what some base has made of x, as `add_low_rank`."""
+    if gate is False:
+        return y
+    lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(y.dtype)
+    lambda_d, lambda_b = lambda_d.to(x.dtype), lambda_b.to(y.dtype)
+    if gate is True:
+        h = (F.dropout(x, dropout) @ lora_a.T) * lambda_d
+        return y + scale * ((h.to(y.dtype) @ lora_b.T) * lambda_b)
+
+    on = rows_on(gate, x)
+    # selecting before and after each product keeps 0 · inf out of the gradients as well
+    lora_b, lambda_d, lambda_b = (torch.where(on.any(), t, 0) for t in (lora_b, lambda_d, lambda_b))
+    selected = torch.where(on, F.dropout(x, dropout), 0)
+    h = torch.where(on, torch.where(on, selected @ lora_a.T, 0) * lambda_d, 0)
+    update = torch.where(on, h.to(y.dtype) @ lora_b.T, 0) * lambda_b
+    return torch.where(on, y + scale * update, y)

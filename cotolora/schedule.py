@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from cotolora.checks import flag, integer, number, one_of, probability
+
 SHAPES = ("linear", "exponential", "sine", "constant")
+
+# stands for p = 0 where at least one group must be on: small enough that no second one is ever drawn
+_TINY = 1e-30
 
 
 def activation_probability(
@@ -39,18 +46,10 @@ def activation_probability(
     >>> [activation_probability(t, 100) for t in (0, 75, 100)]
     [0.1, 1.0, 1.0]
     """
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ValueError(f"step must be an integer of at least 0; got {step!r}")
-    if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-        raise ValueError(f"total_steps must be a positive integer; got {total_steps!r}")
-    if isinstance(initial_p, bool) or not isinstance(initial_p, (int, float)) or not 0 <= initial_p <= 1:
-        raise ValueError(f"initial_p must be a probability in [0, 1]; got {initial_p!r}")
-    if isinstance(ramp, bool) or not isinstance(ramp, (int, float)) or not 0 < ramp <= 1:
-        raise ValueError(f"ramp must be in (0, 1]; got {ramp!r}")
-    if shape not in SHAPES:
-        raise ValueError(f"shape must be one of {SHAPES}; got {shape!r}")
+    step, total_steps = integer("step", step, 0), integer("total_steps", total_steps)
+    initial_p, ramp, shape = probability("initial_p", initial_p), _ramp(ramp), one_of("shape", shape, SHAPES)
     if shape == "constant":
-        return float(initial_p)
+        return initial_p
     # in this order, so that u is exactly 1 where ramp is the decimal of step / total_steps: 55 / (0.55 * 100) < 1
     u = min(step, total_steps) / total_steps / ramp
     if u >= 1:
@@ -92,9 +91,8 @@ def sample_mask(
     >>> sample_mask(4, 1.0, seed=0, step=0)
     tensor([True, True, True, True])
     """
-    for name, value, limit in (("n", n, 2**32), ("seed", seed, 2**64), ("step", step, 2**64)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < limit:
-            raise ValueError(f"{name} must be an integer in [0, {limit}); got {value!r}")
+    n, seed, step = integer("n", n, 0, 2**32), integer("seed", seed, 0, 2**64), integer("step", step, 0, 2**64)
+    flag("at_least_one", at_least_one)
     try:
         probabilities = np.asarray(p, dtype=np.float64)
     except (TypeError, ValueError, RuntimeError):
@@ -124,3 +122,107 @@ def uniforms(n: int, *, seed: int, step: int) -> np.ndarray:
     # raw 64-bit words and not Generator methods, whose streams may change between numpy versions
     words = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(n)
     return (words >> np.uint64(11)) * 2.0**-53
+
+
+class _NotGiven:
+    def __repr__(self) -> str:
+        return "<as in Schedule>"
+
+
+# the default of a keyword that may be given in place of a field of a Schedule
+NOT_GIVEN: Any = _NotGiven()
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    r"""With which probability groups of adapters are on at a step, and how the draw is made.
+
+    Args:
+        initial_p, ramp, shape: of the probability p, see `activation_probability`.
+        tilt: in [-1, 1]; positive drops high layers more (the paper's CoTo-H), negative low ones. Group l of L is on
+            with probability ``p · (1 - tilt · (1 - p) · (2l / (L - 1) - 1))``.
+        at_least_one: never switch every available group off, which would leave nothing to train.
+        seed: of the masks, an integer in [0, 2⁶⁴).
+
+    Raises:
+        ValueError: a field is out of its range.
+
+    >>> schedule = Schedule(ramp=0.5)
+    >>> schedule.probability(25, total_steps=100), schedule.probability(50, total_steps=100)
+    (0.55, 1.0)
+    >>> schedule.mask(4, 50, total_steps=100)
+    tensor([True, True, True, True])
+    """
+
+    initial_p: float = 0.1
+    ramp: float = 0.75
+    shape: str = "linear"
+    tilt: float = 0.0
+    at_least_one: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checked = {
+            "initial_p": probability("initial_p", self.initial_p),
+            "ramp": _ramp(self.ramp),
+            "shape": one_of("shape", self.shape, SHAPES),
+            "tilt": number("tilt", self.tilt, "in [-1, 1]", lambda tilt: -1 <= tilt <= 1),
+            "at_least_one": flag("at_least_one", self.at_least_one),
+            "seed": integer("seed", self.seed, 0, 2**64),
+        }
+        for name, value in checked.items():
+            # Python's own numbers, which torch.load(weights_only=True) and json read
+            object.__setattr__(self, name, value)
+
+    def probability(self, step: int, total_steps: int) -> float:
+        """P at `step` of `total_steps`, see `activation_probability`."""
+        return activation_probability(step, total_steps, initial_p=self.initial_p, ramp=self.ramp, shape=self.shape)
+
+    def mask(self, n: int, step: int, total_steps: int, available: Sequence[bool] | None = None) -> torch.BoolTensor:
+        """Which of `n` groups are on at `step` of `total_steps`: bool ``[n]`` on the CPU, a pure function.
+
+        Args:
+            n: number of groups.
+            step, total_steps: as in `activation_probability`.
+            available: groups that can be on; default all. `at_least_one` counts these, the others are off.
+        """
+        p = self.probability(step, total_steps)
+        indices = [index for index in range(n) if available is None or available[index]]
+        # on the CPU by name: the user may have set another default device
+        mask = torch.zeros(n, dtype=torch.bool, device="cpu")
+        mask[indices] = sample_mask(
+            len(indices),
+            [self._tilted(p, index, n) for index in indices],
+            seed=self.seed,
+            step=step,
+            at_least_one=self.at_least_one,
+        )
+        return mask  # type: ignore[return-value]
+
+    def _tilted(self, p: float, index: int, n: int) -> float:
+        position = 2 * index / (n - 1) - 1 if n > 1 else 0.0
+        if self.at_least_one:
+            p = max(p, _TINY)
+        return min(1.0, p * (1 - self.tilt * (1 - p) * position))
+
+
+def schedule_of(schedule: Schedule | None, **fields: Any) -> Schedule:
+    """`schedule`, or one made from those of `fields` that are not `NOT_GIVEN`.
+
+    Raises:
+        TypeError: `schedule` is neither a Schedule nor None.
+        ValueError: there is a schedule and a field as well, or a field is out of its range.
+    """
+    given = {name: value for name, value in fields.items() if value is not NOT_GIVEN}
+    if schedule is None:
+        return Schedule(**given)
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a Schedule; got {type(schedule).__name__} {schedule!r}")
+    if given:
+        both = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ValueError(f"schedule must come without {', '.join(given)}, which it holds; got {schedule!r} and {both}")
+    return schedule
+
+
+def _ramp(value: object) -> float:
+    return number("ramp", value, "in (0, 1]", lambda ramp: 0 < ramp <= 1)

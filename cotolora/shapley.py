@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from cotolora.checks import integer, one_of
-from cotolora.groups import Unit, group_names, is_enabled, unmerged_adapters
+from cotolora.groups import Unit, group_names, is_enabled, modules_of, unmerged_adapters
 from cotolora.linear import CoToLoRALinear
-from cotolora.masks import switched
+from cotolora.masks import temporarily_enabled
 from cotolora.reference import Gate
 from cotolora.schedule import uniforms
 
@@ -148,7 +148,7 @@ def shapley_values(
     """
     layers = _playable(model)
     samples, seed = _checked_arguments(score, method, samples, seed)
-    groups = group_names(layers, unit)
+    groups = group_names(layers, unit, modules_of(model))
     n = len(groups)
     if method == "exact" and n > MOST_EXACT:
         raise ValueError(
@@ -241,7 +241,7 @@ class _Game:
     def _scored(self, chunk: list[int]) -> list[Any]:
         score, model = self._score, self.model
         if not isinstance(score, PerSample):
-            with _evaluating(model), switched(self.layers, self._switches(chunk, 1)):
+            with _evaluating(model), temporarily_enabled(self.layers, self._switches(chunk, 1)):
                 return [score(model)]
         rows = score.samples
         pieces = []
@@ -249,7 +249,7 @@ class _Game:
             here = slice(start, min(start + score.batch, rows))
             inputs = _repeated(_cut(score.inputs, here), len(chunk))
             length = here.stop - here.start
-            with _evaluating(model), switched(self.layers, self._switches(chunk, length)):
+            with _evaluating(model), temporarily_enabled(self.layers, self._switches(chunk, length)):
                 pieces.append(_checked_output(_called(model, inputs), len(chunk) * length))
         output = pieces[0] if len(pieces) == 1 else pytree.tree_map(_joined, *pieces)
         with torch.no_grad():

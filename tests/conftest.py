@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
     # before anything imports triton: kernels decorated earlier would be compiled for a GPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-pytest.register_assert_rewrite("tests.saving", "tests.training")
+pytest.register_assert_rewrite("tests.support.saving", "tests.support.training")
 
 # the sizes are small, and threads that wait for one another cost more than they save on a shared machine
 torch.set_num_threads(1)
@@ -45,9 +45,9 @@ def peft():
 
 @pytest.fixture
 def saved(tmp_path):
-    """An adapter on blocks.0.fc, blocks.1.fc and fc of `tests.saving.Net`, rank 2, alpha 16."""
+    """An adapter on blocks.0.fc, blocks.1.fc and fc of `tests.support.saving.Net`, rank 2, alpha 16."""
     from cotolora import save_adapter
-    from tests.saving import base, tuned
+    from tests.support.saving import base, tuned
 
     save_adapter(tuned(base(), ["fc"], rank=2), tmp_path)
     return tmp_path

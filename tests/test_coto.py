@@ -16,6 +16,7 @@ from torch import nn
 
 from cotolora import (
     CoTo,
+    Schedule,
     activation_probability,
     adapter_mask,
     adapter_parameters,
@@ -23,7 +24,7 @@ from cotolora import (
     inject,
     sample_mask,
 )
-from tests import training
+from tests.support import training
 
 WIDTH, BLOCKS = 6, 5
 
@@ -345,6 +346,55 @@ def test_the_optimizer_of_an_earlier_run_no_longer_leaves_adapters_out():
     assert not any(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
 
 
+@pytest.mark.parametrize("way", ["outer-after-inner", "inner-after-outer", "part-after-whole", "whole-after-part"])
+@pytest.mark.parametrize("kind", ["host", "device"])
+def test_one_run_decides_whatever_modules_they_were_made_with(kind, way):
+    model = make()
+    modules = {"outer": nn.ModuleDict({"model": model}), "inner": model, "whole": model, "part": model.blocks[:3]}
+    late, _, early = way.split("-")
+    optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.1)
+    first = CoTo(modules[early], 10, seed=1, gates=kind, unit="module")
+    first.attach(optimizer)
+    assert not first.mask.all()
+    second = CoTo(modules[late], 10, seed=2, gates=kind, unit="module")
+    second.attach(optimizer)
+    assert first.mask.all()
+    assert not any(hook.__self__ is first for module in model.modules() for hook in module._forward_hooks.values())
+    switched = {id(layer) for layer in adapters(modules[late]).values()}
+    for step in range(5):
+        on = iter(second.mask.tolist())
+        expected = [next(on) if id(layer) in switched else True for layer in adapters(model).values()]
+        assert gates(model) == expected
+        assert moved(model, second, optimizer, lambda step=step: zeroed(model, optimizer, step)) == expected
+        second.step()
+    first.finish()  # late: the gates are no longer its own
+    assert gates(model) == expected_gates(second, model)
+
+    first.step()  # it goes on, and the other is finished
+    assert second.mask.all()
+    assert gates(model) == expected_gates(first, model)
+    first.finish()
+    assert all(gates(model))
+    assert not any(module._forward_hooks for module in (*modules["outer"].modules(), modules["part"]))
+
+
+def expected_gates(coto, model):
+    on = dict(zip(coto._layers.values(), coto.mask.tolist(), strict=True))
+    by_layer = {id(switch.layer): value for switch, value in on.items()}
+    return [by_layer.get(id(layer), True) for layer in adapters(model).values()]
+
+
+def test_runs_of_parts_that_share_no_adapter_go_on_side_by_side():
+    model = make()
+    low, high = CoTo(model.blocks[:3], 20, seed=1), CoTo(model.blocks[3:], 20, seed=2)
+    for _ in range(5):
+        assert gates(model) == torch.cat([low.mask, high.mask]).repeat_interleave(2).tolist()
+        low.step()
+        high.step()
+    low.finish()
+    assert gates(model) == [True] * 6 + high.mask.repeat_interleave(2).tolist()
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("kind", ["host", "device"])
 def test_a_copied_model_has_a_run_of_its_own(kind, how):
@@ -361,6 +411,8 @@ def test_a_copied_model_has_a_run_of_its_own(kind, how):
     assert before == gates(model)
     coto.finish()
     assert gates(other) == before
+    second = CoTo(nn.ModuleDict({"model": other}), 20)  # past the module that holds the copied run's hook
+    assert not other._forward_hooks
     second = CoTo(other, 20)
     second.set_step(1)
     assert len(other._forward_hooks) == 1
@@ -927,6 +979,35 @@ def test_bad_arguments_are_named_and_change_nothing(arguments, error, message):
         CoTo(model, **{"total_steps": 20, **arguments})
     assert (gates(model), earlier.mask) == before
     assert len(model._forward_hooks) == 1
+
+
+def test_a_schedule_stands_for_its_fields():
+    fields = {"initial_p": 0.3, "ramp": 0.6, "shape": "sine", "tilt": 0.5, "at_least_one": False, "seed": 9}
+    one, other = CoTo(make(), 20, Schedule(**fields)), CoTo(make(), 20, **fields)
+    assert one.schedule == other.schedule == Schedule(**fields)
+    assert one.state_dict() == other.state_dict()
+    for _ in range(12):
+        assert torch.equal(one.mask, other.mask)
+        one.step()
+        other.step()
+    assert CoTo(make(), 20).schedule == Schedule()
+
+
+def test_a_schedule_and_a_field_of_it_are_refused_together():
+    schedule = Schedule(seed=1)
+    with pytest.raises(ValueError, match=r"schedule must come without ramp, seed.*; got Schedule\(.*ramp=0.75, seed=0"):
+        CoTo(make(), 20, schedule, ramp=0.75, seed=0)  # also where the field says the same
+    for other in (0.1, {"seed": 1}):
+        with pytest.raises(TypeError, match="schedule must be a Schedule; got"):
+            CoTo(make(), 20, other)
+
+
+def test_the_state_of_numpys_numbers_is_of_pythons():
+    coto = CoTo(make(), np.int64(20), seed=np.int64(3), initial_p=np.float32(0.25), check_every=np.int64(0))
+    coto.set_step(np.int64(4))
+    state = coto.state_dict()
+    assert through_torch(state) == through_json(state) == state
+    assert (state["total_steps"], state["seed"], state["initial_p"], state["step"]) == (20, 3, 0.25, 4)
 
 
 def test_attach_refuses_what_is_no_optimizer():

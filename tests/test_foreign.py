@@ -17,12 +17,15 @@ from torch.nn.utils import parametrizations
 import cotolora
 from cotolora import CoTo, CoToLoRALinear, adapter_mask, adapters, coto_lora_linear, eject, explain, inject, set_backend
 from cotolora.backends import choice as dispatch
-from cotolora.backends import cost as forms
+from cotolora.backends.fused.common import has_triton
+from cotolora.backends.types import Sizes
 from cotolora.functional import add_low_rank
-from tests.tolerance import assert_as_accurate_as_torch
+from cotolora.variants import VARIANTS
+from tests.support.tolerance import assert_as_accurate_as_torch
 
 SCALE = 0.75  # neither 1 nor a power of two: lost, squared or inverted it shows
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and dispatch.has_triton()
+LORA = VARIANTS["lora"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
 fused = pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1"))
 BACKENDS = ["reference", "addmm", fused]
 GATES = [
@@ -271,25 +274,25 @@ def test_bad_arguments_are_named(bad, error, match, gate):
 
 
 def test_every_fused_form_stands_for_the_one_there_is():
-    call = dispatch.Call(torch.device("cpu"), torch.float32, 8, 0.0, 64, 32, 16, adds_to=torch.float32)
+    call = Sizes(64, 16, 32, 8, 4).call(LORA, "cpu", adds=True)
     if not INTERPRETED:
         pytest.skip("needs TRITON_INTERPRET=1")
-    for name in ("triton", *(f"triton:{form}" for form in forms.FORMS)):
+    for name in ("triton", *(f"triton:{form}" for form in LORA.fused)):
         assert dispatch.choose(name, call) == "triton:expand"
         assert dispatch.choose(name, call._replace(rows=None)) == "triton:expand"
-    mixed = call._replace(adds_to=torch.bfloat16)
+    mixed = call._replace(base_dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match=r"x is torch.float32 and the output of the base torch.bfloat16"):
         dispatch.choose("triton", mixed)
     assert dispatch.choose(None, call) == dispatch.choose(None, mixed) == "addmm"
 
 
 def test_the_model_takes_the_fused_form_only_for_a_clear_win():
-    large, tiny = forms.Sizes(8192, 4096, 4096, 16, adds=True), forms.Sizes(64, 768, 768, 16, adds=True)
-    choice = forms.choose_form(large, "sm_90", captured=False)
-    assert choice.form == "expand"
-    assert "modelled, not measured" in choice.reason
-    assert forms.choose_form(tiny, "sm_90", captured=False).form == "addmm"
-    assert forms.choose_form(large, "sm_75", captured=False).form == "addmm"
+    large, tiny = (Sizes(*sizes).call(LORA, adds=True) for sizes in ((8192, 4096, 4096, 16), (64, 768, 768, 16)))
+    name, reason = dispatch.fastest(large, "sm_90", captured=False)
+    assert name == "triton:expand"
+    assert "modelled, not measured" in reason
+    assert dispatch.fastest(tiny, "sm_90", captured=False)[0] == "addmm"
+    assert dispatch.fastest(large, "sm_75", captured=False)[0] == "addmm"
     row = {
         "m": 8192,
         "n": 4096,
@@ -299,7 +302,7 @@ def test_the_model_takes_the_fused_form_only_for_a_clear_win():
         "captured": False,
         "seconds": {"one_pass": 1.0},
     }
-    assert forms.choose_form(large, "sm_90", captured=False, table=(row,)).form == "expand"
+    assert dispatch.fastest(large, "sm_90", captured=False, table=(row,))[0] == "triton:expand"
 
 
 def test_explain_says_what_is_added():

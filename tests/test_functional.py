@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cotolora import CoToLoRALinear, coto_lora_linear, set_backend
 from cotolora.backends.autograd import autocasts
-from tests.tolerance import assert_as_accurate_as_torch
+from tests.support.tolerance import assert_as_accurate_as_torch
 
 SCALE = 0.75  # neither 1 nor a power of two: lost, squared or inverted it shows
 BACKENDS = ["reference", "addmm"]
@@ -867,8 +867,8 @@ BAD = [
     ("dropout", -0.1, ValueError, r"dropout must be a probability in \[0, 1\]; got -0.1"),
     ("dropout", 1.5, ValueError, r"dropout must be a probability in \[0, 1\]; got 1.5"),
     ("dropout", float("nan"), ValueError, r"dropout must be a probability in \[0, 1\]; got nan"),
-    ("backend", "cuda", ValueError, r"backend must be 'auto', 'reference', 'addmm' or 'triton'; got 'cuda'"),
-    ("backend", 3, ValueError, r"backend must be 'auto', 'reference', 'addmm' or 'triton'; got 3"),
+    ("backend", "cuda", ValueError, r"'triton:pre_expand', 'triton:hira'; got 'cuda'"),
+    ("backend", 3, ValueError, r"'triton:pre_expand', 'triton:hira'; got 3"),
 ]
 
 

@@ -1,6 +1,7 @@
 """Finding adapters under wrappers, sorting their names into groups, and masks that restore what was there."""
 
 import copy
+import logging
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
-from cotolora import CoToLoRALinear, adapter_mask, adapters, inject
-from cotolora.groups import as_mask, group_names, plain_name, unwrap
+from cotolora import CoTo, CoToLoRALinear, adapter_mask, adapters, inject
+from cotolora.groups import as_mask, group_names, modules_of, plain_name, unwrap
 
 
 class Net(nn.Module):
@@ -144,16 +145,144 @@ def test_a_shared_adapter_is_listed_once_under_its_first_name():
             {"layers.1": [0, 1], "layers.2": [2]},
             id="experts-belong-to-their-layer",
         ),
+        pytest.param(
+            ["0.encoder.layer.0.q", "0.encoder.layer.0.v", "0.encoder.layer.1.q", "0.pooler.dense", "0.proj"],
+            {"0.encoder.layer.0": [0, 1], "0.encoder.layer.1": [2], "0.pooler.dense": [3], "0.proj": [4]},
+            id="in-a-list-of-one",
+        ),
         pytest.param(["embed", "head", "pool.fc"], {"embed": [0], "head": [1], "pool.fc": [2]}, id="no-number"),
         pytest.param(["0", "1.q", "1.v", "2"], {"0": [0], "1": [1, 2], "2": [3]}, id="a-sequential"),
         pytest.param(["l1.q", "l_2.q", "-1.q"], {"l1.q": [0], "l_2.q": [1], "-1.q": [2]}, id="no-integers"),
         pytest.param([], {}, id="none"),
     ],
 )  # fmt: skip
-def test_layers_are_groups_up_to_the_first_integer(names, expected):
+def test_layers_are_groups_up_to_the_integer_that_counts_the_blocks(names, expected):
     groups = group_names(names, "layer")
     assert groups == {key: [names[i] for i in places] for key, places in expected.items()}
     assert list(groups) == list(expected)  # in the order of the first member
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.v = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+class OtherBlock(Block):
+    pass
+
+
+class Backbone(nn.Module):
+    def __init__(self, *kinds):
+        super().__init__()
+        self.layers, self.pooler = nn.ModuleList(kind() for kind in kinds or (Block, Block)), nn.Linear(4, 4)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.experts = nn.Linear(4, 4), nn.ModuleList(Block() for _ in range(2))
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+def names_in(prefix, *leaves):
+    return [f"{prefix}.{leaf}" for leaf in leaves]
+
+
+MODELS = {
+    "backbone-and-head": (
+        lambda: nn.Sequential(Backbone(), Head()),
+        {f"0.layers.{i}": names_in(f"0.layers.{i}", "q", "v") for i in (0, 1)}
+        | {name: [name] for name in ("0.pooler", "1.one", "1.two")},
+    ),
+    "towers-of-one-class": (
+        lambda: nn.ModuleList([Backbone(), Backbone()]),
+        {str(i): names_in(i, "layers.0.q", "layers.0.v", "layers.1.q", "layers.1.v", "pooler") for i in (0, 1)},
+    ),
+    "blocks-of-two-classes": (
+        lambda: Backbone(Block, OtherBlock, Block),
+        {f"layers.{i}": names_in(f"layers.{i}", "q", "v") for i in range(3)} | {"pooler": ["pooler"]},
+    ),
+    "a-list-that-repeats-nothing": (
+        lambda: Backbone(Block, OtherBlock, Head),
+        {
+            name: [name]
+            for name in (
+                "layers.0.q",
+                "layers.0.v",
+                "layers.1.q",
+                "layers.1.v",
+                "layers.2.one",
+                "layers.2.two",
+                "pooler",
+            )
+        },
+    ),
+    "experts-in-blocks": (
+        lambda: nn.Sequential(Backbone(Experts, Experts), nn.Tanh()),
+        {
+            f"0.layers.{i}": names_in(f"0.layers.{i}", "q", *(f"experts.{j}.{k}" for j in (0, 1) for k in "qv"))
+            for i in (0, 1)
+        }
+        | {"0.pooler": ["0.pooler"]},
+    ),
+    "experts-in-one-block": (
+        lambda: nn.Sequential(Backbone(Experts), nn.Tanh()),
+        {"0.layers.0.q": ["0.layers.0.q"]}
+        | {f"0.layers.0.experts.{j}": names_in(f"0.layers.0.experts.{j}", "q", "v") for j in (0, 1)}
+        | {"0.pooler": ["0.pooler"]},
+    ),
+    "linears-around-a-backbone": (
+        lambda: nn.Sequential(nn.Linear(4, 4), Backbone(), nn.Linear(4, 4)),
+        {"0": ["0"]}
+        | {f"1.layers.{i}": names_in(f"1.layers.{i}", "q", "v") for i in (0, 1)}
+        | {"1": ["1.pooler"], "2": ["2"]},
+    ),
+    "linears": (lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), {"0": ["0"], "2": ["2"]}),
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, checkpoint_wrapper], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("case", MODELS)
+def test_the_list_of_repeated_blocks_makes_the_groups(case, wrap):
+    make, expected = MODELS[case]
+    model = make()
+    inject(model, rank=2)
+    for module in list(model.modules()):
+        if isinstance(module, nn.ModuleList):
+            for key, block in module.named_children():
+                module[int(key)] = wrap(block)
+    groups = group_names(adapters(model), "layer", modules_of(model))
+    assert groups == expected
+    assert list(groups) == list(expected)
+    assert CoTo(model, 10).groups == expected
+    with adapter_mask(model, [i % 2 == 0 for i in range(len(expected))], unit="layer"):
+        on = {name for i, names in enumerate(expected.values()) if i % 2 == 0 for name in names}
+        assert {name for name, layer in adapters(model).items() if layer.enabled} == on
+
+
+def test_one_adapted_block_of_many_is_one_group():
+    model = Backbone(Block, Block, Block)
+    inject(model, "layers.1.[qv]", rank=2)
+    assert CoTo(model, 10).groups == {"layers.1": ["layers.1.q", "layers.1.v"]}
+
+
+def test_fewer_than_two_groups_are_said(caplog):
+    model = nn.Sequential(Backbone(), nn.Tanh())
+    inject(model, rank=2)
+    with caplog.at_level(logging.INFO, logger="cotolora"):
+        coto = CoTo(model, 10)
+        coto.step()
+    assert not caplog.records
+    with caplog.at_level(logging.INFO, logger="cotolora"):
+        coto = CoTo(model, 10, unit=lambda name: "all")
+        coto.step()
+    assert ["only one, 'all' with 5 of them" in record.getMessage() for record in caplog.records] == [True]
 
 
 COMPONENT = st.sampled_from(["0", "1", "12", "a", "b1", "layers"])

@@ -24,7 +24,8 @@ from cotolora import (
     lora_plus_groups,
     trainable_report,
 )
-from cotolora.inject import compile_patterns, first_match, match_linears, matches
+from cotolora.inject import match_linears
+from cotolora.matching import compile_patterns, first_match, matches
 
 
 class Block(nn.Module):

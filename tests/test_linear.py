@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 from cotolora import CoToLoRALinear, coto_lora_linear
-from tests.tolerance import assert_as_accurate_as_torch
+from tests.support.tolerance import assert_as_accurate_as_torch
 
 
 def trained(layer: CoToLoRALinear, seed: int = 0) -> CoToLoRALinear:

@@ -7,7 +7,7 @@ from torch import nn
 import cotolora
 from cotolora import CoTo
 from cotolora.lora_pro import adjusted, attach
-from cotolora.training.stepping import before_each_step
+from cotolora.training.stepping import register_before_step
 
 SCALE = 0.7
 
@@ -121,7 +121,7 @@ def test_adapters_that_coto_has_off_stay(gates, coto_first):
 
 def test_acts_once_a_step_or_after_each_call_of_a_closure():
     optimizer, acts = torch.optim.SGD([nn.Parameter(torch.ones(1))]), []
-    before_each_step(optimizer, lambda: acts.append("action"))
+    register_before_step(optimizer, lambda: acts.append("action"))
     optimizer.step()
     optimizer.step(lambda: acts.append("closure"))
     optimizer.step(closure=lambda: acts.append("closure"))

@@ -6,16 +6,15 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import cotolora
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parent.parent
 NAMES = """
 CoToLoRALinear coto_lora_linear inject eject adapters adapter_parameters lora_plus_groups trainable_report CoTo
-activation_probability sample_mask adapter_mask save_adapter load_adapter set_backend explain __version__
+Schedule activation_probability sample_mask adapter_mask save_adapter load_adapter set_backend explain __version__
 """
 
 

@@ -1,5 +1,6 @@
 """The schedule's formulas and the exact law of the masks."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from cotolora import activation_probability, sample_mask
+from cotolora import Schedule, activation_probability, sample_mask
 from cotolora.schedule import SHAPES
 
 RISING = [shape for shape in SHAPES if shape != "constant"]
@@ -108,7 +109,7 @@ def test_mean_over_a_run(initial_p, mean):
     [
         *[("step", value) for value in (-1, 1.0, True, None, "1")],
         *[("total_steps", value) for value in (0, -1, 10.0, True, None)],
-        *[("initial_p", value) for value in (-0.1, 1.1, math.nan, True, None, "0.1", np.float32(0.1))],
+        *[("initial_p", value) for value in (-0.1, 1.1, math.nan, True, None, "0.1", np.float32(1.5))],
         *[("ramp", value) for value in (0, -0.5, 1.1, math.nan, True, None, "1")],
         *[("shape", value) for value in ("cosine", "", None, ["linear"])],
     ],
@@ -327,3 +328,64 @@ def test_bad_arguments_of_a_mask_are_named(argument, value, message):
     arguments = {"n": 2, "p": 0.5, "seed": 0, "step": 0, argument: value}
     with pytest.raises(ValueError, match=f"^{message}.*; got "):
         sample_mask(arguments.pop("n"), arguments.pop("p"), **arguments)
+
+
+# the fields of a run in one value
+
+OTHER = {"initial_p": 0.2, "ramp": 0.5, "shape": "sine", "tilt": -0.5, "at_least_one": False, "seed": 7}
+
+
+def test_a_schedule_is_its_fields():
+    assert dataclasses.asdict(Schedule()) == {
+        "initial_p": 0.1, "ramp": 0.75, "shape": "linear", "tilt": 0.0, "at_least_one": True, "seed": 0
+    }  # fmt: skip
+    schedule = Schedule(**OTHER)
+    assert dataclasses.asdict(schedule) == OTHER
+    assert schedule == Schedule(**OTHER) != Schedule()
+    assert hash(schedule) == hash(Schedule(**OTHER))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        schedule.seed = 1
+
+
+def test_numpys_numbers_become_pythons():
+    given = {"initial_p": np.float32(0.5), "ramp": np.float64(0.5), "tilt": np.int8(1), "seed": np.uint64(2**64 - 1)}
+    schedule = Schedule(**given)
+    assert schedule == Schedule(initial_p=0.5, ramp=0.5, tilt=1.0, seed=2**64 - 1)
+    assert {type(getattr(schedule, name)) for name in given} == {float, int}
+    assert type(schedule.seed) is int
+    assert activation_probability(np.int64(3), np.int32(10), initial_p=np.float32(0.5)) == pytest.approx(0.7)
+    mask = sample_mask(np.int64(5), np.float32(0.5), seed=np.int64(3), step=np.int32(4))
+    assert torch.equal(mask, sample_mask(5, 0.5, seed=3, step=4))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("initial_p", value) for value in (-0.1, 1.1, math.nan, True, None, "0.1")],
+        *[("ramp", value) for value in (0, -0.5, 1.1, math.nan, math.inf, True, None, "1")],
+        *[("shape", value) for value in ("cosine", "", None, ["linear"])],
+        *[("tilt", value) for value in (-1.1, 1.1, math.nan, True, None, "0")],
+        *[("at_least_one", value) for value in (1, None, "yes", np.True_)],
+        *[("seed", value) for value in (-1, 2**64, 0.5, True, None, "a")],
+    ],
+)
+def test_bad_fields_are_named(field, value):
+    with pytest.raises(ValueError, match=f"^{field} must be .*; got "):
+        Schedule(**{field: value})
+
+
+@pytest.mark.parametrize("at_least_one", [True, False])
+@pytest.mark.parametrize("tilt", [0.0, 0.7])
+def test_a_mask_is_drawn_among_the_available_groups_at_the_places_they_have(tilt, at_least_one):
+    schedule = Schedule(initial_p=0.3, tilt=tilt, at_least_one=at_least_one, seed=5)
+    available = [True, False, True, True, False, True]
+    for step in range(40):
+        p = schedule.probability(step, 60)
+        assert p == activation_probability(step, 60, initial_p=0.3)
+        rates = [min(1.0, p * (1 - tilt * (1 - p) * (2 * i / 5 - 1))) for i in range(6) if available[i]]
+        expected = torch.zeros(6, dtype=torch.bool)
+        expected[torch.tensor(available)] = sample_mask(4, rates, seed=5, step=step, at_least_one=at_least_one)
+        assert torch.equal(schedule.mask(6, step, 60, available), expected)
+    assert schedule.mask(6, 60, 60).all()
+    assert not schedule.mask(2, 0, 60, [False, False]).any()
+    assert schedule.mask(0, 0, 60).shape == (0,)

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cotolora.backends import choice as dispatch
-from cotolora.backends.addmm.lora import Needs, Saved
-from cotolora.reference import Gate
+from cotolora.backends.choice import Plan, note_failure, note_run
+from cotolora.backends.off import OFF
+from cotolora.backends.types import Gradients, Needs, Operands
 
 
 class LowRankLinear(torch.autograd.Function):
-    """Joins a backend's forward and backward, of any variant, of a base given by its weight or by its output `base`.
-
-    DoRA's take `magnitude`, `norm` and `needs` beside the operands of the others, and give one gradient more.
+    """A gated low-rank layer by the backend of a plan.
 
     Old style (the context comes with the forward): half the eager cost of a setup_context Function.
     """
@@ -24,126 +22,114 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
+        plan: Plan,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        magnitude: Tensor | None,
+        a: Tensor,
+        b: Tensor,
         base: Tensor | None,
-        norm: Tensor | None,
-        scale: float,
-        gate: Gate,
-        dropout: float,
-        variant: str,
-        backend: str,
-        fall_back: bool,
+        gate: Tensor | None,
+        *extra: Tensor,
     ) -> Tensor:
-        """Runs the backend and saves what the gradients asked for will need."""
-        for_x, for_weight, for_bias, for_a, for_b, for_magnitude, ctx.for_base = ctx.needs_input_grad[:7]
-        needs = Needs(
-            x.dtype if for_x else None,
-            weight.dtype if for_weight and weight is not None else None,
-            bias.dtype if for_bias and bias is not None else None,
-            lora_a.dtype if for_a else None,
-            lora_b.dtype if for_b else None,
-            magnitude.dtype if for_magnitude and magnitude is not None else None,
-        )
-        operands: tuple[Any, ...] = (x, weight, bias, lora_a, lora_b)
-        if variant == "dora":
-            operands += (magnitude, norm, needs)
-        options: dict[str, Any] = {"scale": scale, "gate": gate, "dropout": dropout}
-        if base is not None:
-            options["base"] = base
-        try:
-            y, saved = dispatch.kernels(backend, variant).forward(*operands, **options)
-        except Exception as error:
-            if not fall_back:
-                raise
-            dispatch.note_failure(backend, error)
-            backend, fall_back = "addmm", False
-            y, saved = dispatch.kernels("addmm", variant).forward(*operands, **options)
-        if backend.startswith("triton") and not torch.compiler.is_compiling():
-            dispatch.note_run(backend, x.dtype, lora_a.shape[0], variant)
-        ctx.needs, ctx.scale, ctx.dropout, ctx.backend, ctx.fall_back = needs, scale, dropout, backend, fall_back
-        ctx.variant, ctx.x_shape = variant, x.shape
-        ctx.gate = gate if isinstance(gate, bool) else None
-        # HiRA's gradients of A and B are taken from that of W ∘ B A, which is of x, W and the other factor
-        product = variant == "hira"
-        ctx.save_for_backward(
-            x if needs.lora_a or needs.weight or (product and needs.lora_b) else None,
-            weight if needs.x or (product and (needs.lora_a or needs.lora_b)) else None,
-            # B's gradient has h for it, but a second differentiation is noticed by A's presence
-            lora_a if needs.x or needs.lora_b or (product and (needs.weight or needs.lora_a)) else None,
-            lora_b
-            if needs.x or needs.lora_a or needs.magnitude or (product and (needs.weight or needs.lora_b))
-            else None,
-            magnitude,
-            None if isinstance(gate, bool) else gate,
-            saved.h if needs.lora_b or needs.magnitude else None,
-            saved.keep if needs.lora_a or needs.x or variant != "lora" else None,
-            *saved[2:],
-        )
+        """Runs the backend and saves what the gradients asked for will read."""
+        _, for_x, for_weight, for_bias, for_a, for_b, for_base, _, *for_extra = ctx.needs_input_grad
+        needs = Needs(for_x, for_weight, for_bias, for_a, for_b, tuple(for_extra))
+        gate_is_open = False
+        if gate is not None and not plan.fused and readable(gate):
+            if gate:
+                gate_is_open = True
+            else:
+                plan = plan._replace(backend=OFF, instead=None)
+        operands = Operands(x, weight, bias, a, b, extra, base)
+        y, saved, plan = compute(plan, operands, None if gate_is_open else gate, needs)
+        ctx.state = plan, type(saved), needs, for_base, gate_is_open
+        ctx.save_for_backward(gate, *saved)
         # autograd forbids writing in place to a view made in here, as that of a y of three dimensions
         return y if torch.compiler.is_compiling() or not y._is_view() else y.detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """The gradients, which raise if they are differentiated."""
-        rest = (dy if ctx.for_base else None, *_NO_MORE)
-        if not (recorded := torch.is_grad_enabled()) and not autocasts(dy.device):
-            return *LowRankLinear.gradients(ctx, dy), *rest
-        # backward may be called inside an autocast region, which must not recast what forward settled
-        with torch.no_grad(), without_autocast(dy.device):
-            gradients = LowRankLinear.gradients(ctx, dy)
-        if not recorded:
-            return *gradients, *rest
-        # requires_grad marks them as depending on the inputs, which no_grad hid from autograd; the inputs go
-        # along because autograd.grad visits only what leads to the tensors it is asked about
-        marked = (None if g is None else g.detach().requires_grad_() for g in gradients)
-        return *_OnlyOnce.apply(ctx.backend, *marked, dy, *ctx.saved_tensors[:5]), *rest
-
-    @staticmethod
-    def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Those asked for, of x, weight, bias, A, B and magnitude; grad mode and autocast are off."""
-        x, weight, lora_a, lora_b, _, gate, *saved = ctx.saved_tensors
-        gate = ctx.gate if gate is None else gate
-        options: dict[str, Any] = {"scale": ctx.scale, "gate": gate, "dropout": ctx.dropout}
-        operands = (dy, x, weight, lora_a, lora_b)
-        try:
-            gradients = dispatch.kernels(ctx.backend, ctx.variant).backward(
-                *operands, Saved(*saved), ctx.needs, **options
+        recorded = torch.is_grad_enabled()
+        if not recorded and not torch._C._is_any_autocast_enabled() and (dy.is_cpu or dy.is_cuda):
+            x, weight, bias, a, b, extra = _gradients(ctx, dy)
+        else:
+            # backward may be called inside an autocast region, which must not recast what forward settled
+            with torch.no_grad(), without_autocast(dy.device):
+                x, weight, bias, a, b, extra = _gradients(ctx, dy)
+        plan, _, needs, for_base, _ = ctx.state
+        if needs.extra:
+            extra = (*extra, *[None] * len(needs.extra))[: len(needs.extra)]
+        if recorded:
+            # requires_grad marks them as depending on the inputs, which no_grad hid from autograd; what was saved goes
+            # along because autograd.grad visits only what leads to the tensors it is asked about
+            marked = [None if g is None else g.detach().requires_grad_() for g in (x, weight, bias, a, b, *extra)]
+            x, weight, bias, a, b, *extra = _DifferentiableOnce.apply(
+                plan.name, len(marked), *marked, dy, *ctx.saved_tensors[1:]
             )
-        except Exception as error:
-            if not ctx.fall_back:
-                raise
-            dispatch.note_failure(ctx.backend, error)
-            if saved[1] is not None:
-                saved[1] = dispatch.drawn_mask(saved[1], ctx.x_shape, ctx.dropout)
-            if ctx.variant == "dora" and ctx.needs.magnitude:
-                # the fused forms keep u, in which h Bᵀ is
-                saved[4] = torch.addmm(saved[4], saved[0], lora_b.to(dy.dtype).T, alpha=-1)
-            gradients = dispatch.kernels("addmm", ctx.variant).backward(*operands, Saved(*saved), ctx.needs, **options)
-        return gradients if ctx.variant == "dora" else (*gradients, None)
+        return None, x, weight, bias, a, b, dy if for_base else None, None, *extra
 
 
-# of norm, scale, gate, dropout, variant, backend and fall_back
-_NO_MORE = (None,) * 7
+# Function.apply also looks for wrappers of torch.func among the arguments, which takes a tenth of a tiny layer's time:
+# the reference is what runs under its transforms
+apply_directly = super(torch.autograd.Function, LowRankLinear).apply
 
 
-class _OnlyOnce(torch.autograd.Function):
-    """Hands six gradients on unchanged and raises if someone differentiates them, towards whatever they came from."""
+def compute(plan: Plan, operands: Operands, gate: Tensor | None, needs: Needs) -> tuple[Tensor, Any, Plan]:
+    """The result by the plan's backend, what its backward will read, and the plan that was followed in the end.
+
+    Where the plan may be left, a kernel that cannot run is replaced by the vendor's GEMMs.
+    """
+    assert plan.backend is not None
+    options = plan.options if gate is None else plan.options._replace(gate=gate)
+    try:
+        y, saved = plan.backend.forward(operands, options, needs)
+    except Exception as error:
+        if plan.instead is None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        note_failure(plan, error)
+        plan = plan.instead
+        assert plan.backend is not None
+        y, saved = plan.backend.forward(operands, options, needs)
+    if plan.fused and not torch.compiler.is_compiling():
+        note_run(plan)
+    return y, saved, plan
+
+
+def _gradients(ctx: Any, dy: Tensor) -> Gradients:
+    """Those asked for; grad mode and autocast are off."""
+    plan, saved_type, needs, _, gate_is_open = ctx.state
+    gate, *saved = ctx.saved_tensors
+    saved = saved_type._make(saved)
+    options = plan.options if gate is None or gate_is_open else plan.options._replace(gate=gate)
+    try:
+        return plan.backend.backward(dy, saved, options, needs)
+    except Exception as error:
+        if plan.instead is None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        note_failure(plan, error)
+        saved = plan.backend.saved_elsewhere(saved, dy, options)
+        return plan.instead.backend.backward(dy, saved, options, needs)
+
+
+def readable(gate: Tensor) -> bool:
+    """Whether `gate` is one for all rows that the host can read without waiting for a device or breaking a trace."""
+    return gate.dim() == 0 and gate.device.type == "cpu" and type(gate) is Tensor and not torch.compiler.is_compiling()
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """Hands `count` gradients on unchanged and raises if they are differentiated, with respect to anything."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        ctx.backend = backend
-        return tensors[:6]
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        ctx.name = name
+        return tensors[:count]
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        backend = ctx.backend.partition(":")[0]
         raise RuntimeError(
-            f"backend={backend!r} has no double backward; call coto_lora_linear or the layer with "
+            f"backend={ctx.name.partition(':')[0]!r} has no double backward; call coto_lora_linear or the layer with "
             "backend='reference' (or set_backend('reference')) to differentiate twice"
         )
 
@@ -151,7 +137,7 @@ class _OnlyOnce(torch.autograd.Function):
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for `device`."""
     # in a tenth of the time, but not of every device
-    if device.type in ("cpu", "cuda") and not torch._C._is_any_autocast_enabled():
+    if not torch._C._is_any_autocast_enabled() and device.type in ("cpu", "cuda"):
         return False
     # asking about meta, which has no autocast, raises
     return device.type != "meta" and torch.is_autocast_enabled(device.type)

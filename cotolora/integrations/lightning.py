@@ -7,65 +7,80 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.hooks import RemovableHandle
 
-from cotolora.coto import CoTo, check_settings
+from cotolora.checks import integer
+from cotolora.coto import CoTo
 from cotolora.groups import Unit
+from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
 
 
 class CoToLightningCallback(Callback):
     """Runs CoTo on a LightningModule that holds adapters, ours or PEFT's: ``callbacks=[CoToLightningCallback()]``.
 
-    The mask of an optimizer step follows from ``trainer.global_step``, so a run that is resumed goes on with the masks
-    it would have had, and gradient accumulation has one mask a step. Adapters that are off keep their weights and their
-    optimizer state. Validation finds all of them on; after training they are on for good. With several optimizers,
+    The mask of an optimizer step is a function of ``trainer.global_step``, so a resumed run has the masks of one that
+    was not interrupted, and all micro-batches of a step have one mask. Adapters that are off keep their weights and
+    their optimizer state. In validation all adapters are on, and after training they stay on. With several optimizers,
     global_step counts the steps of all of them, and so does the schedule.
 
     Args:
-        initial_p, ramp, shape, unit, tilt, at_least_one, seed, gates, check_every: see `CoTo`; its steps are
-            ``trainer.estimated_stepping_batches``, which must be finite.
+        schedule, initial_p, ramp, shape, unit, tilt, at_least_one, seed, gates, check_every: see `CoTo`.
+            Its total_steps are ``trainer.estimated_stepping_batches``, which must be finite.
 
     Attributes:
-        coto: the strategy of the current or the last run, None before the first.
+        coto: the `CoTo` of the current or the last run, None before the first.
 
     Raises:
-        ValueError: an argument is out of its range; when training begins, also as `CoTo`, or the run has no end.
+        ValueError: an argument is out of its range; when training begins, also whatever `CoTo` raises, or the run
+            has no end.
     """
 
     def __init__(
         self,
+        schedule: Schedule | None = None,
         *,
-        initial_p: float = 0.1,
-        ramp: float = 0.75,
-        shape: str = "linear",
+        initial_p: float = NOT_GIVEN,
+        ramp: float = NOT_GIVEN,
+        shape: str = NOT_GIVEN,
         unit: Unit = "layer",
-        tilt: float = 0.0,
-        at_least_one: bool = True,
-        seed: int = 0,
+        tilt: float = NOT_GIVEN,
+        at_least_one: bool = NOT_GIVEN,
+        seed: int = NOT_GIVEN,
         gates: str = "host",
         check_every: int = 0,
     ) -> None:
-        settings = {"initial_p": initial_p, "ramp": ramp, "shape": shape, "tilt": tilt, "at_least_one": at_least_one}
-        check_settings({"total_steps": 1, "seed": seed, **settings}, check_every)
-        more = {"seed": seed, "unit": unit, "gates": gates, "check_every": check_every}
-        self._settings: dict[str, Any] = {**settings, **more}
+        schedule = schedule_of(
+            schedule,
+            initial_p=initial_p,
+            ramp=ramp,
+            shape=shape,
+            tilt=tilt,
+            at_least_one=at_least_one,
+            seed=seed,
+        )
+        integer("check_every", check_every, 0)
+        self._settings: dict[str, Any] = {
+            "schedule": schedule,
+            "unit": unit,
+            "gates": gates,
+            "check_every": check_every,
+        }
         self._attached: list[RemovableHandle] = []
         self.coto: CoTo | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes the strategy, now that the number of steps is known."""
-        self._detach()  # from a run that an exception ended
+        """Constructs the CoTo, now that the number of steps is known."""
+        self._detach()  # left over from a run that an exception ended
         steps = trainer.estimated_stepping_batches
         if not isinstance(steps, int):
             raise ValueError(
-                f"the trainer must have max_steps or max_epochs, for CoTo to know its end; got {steps} steps"
+                f"the trainer must have max_steps or max_epochs, for CoTo to know the end of the run; got {steps} steps"
             )
         self.coto = CoTo(pl_module, steps, **self._settings)
-        self.coto.set_step(
-            trainer.global_step
-        )  # on every rank, whatever step it resumes from: check_every counts calls
+        # on every rank, whatever step it resumes from: check_every counts calls
+        self.coto.set_step(trainer.global_step)
         self._attached = [self.coto.attach(optimizer) for optimizer in trainer.optimizers]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Applies the mask of the optimizer step that begins; between the batches of one step it stays."""
+        """Applies the mask of the optimizer step that begins; the batches of one step share it."""
         assert self.coto is not None
         if self.coto.current_step != trainer.global_step:
             self.coto.set_step(trainer.global_step)

@@ -11,13 +11,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from cotolora.coto import CoTo
+from cotolora.coto import coto_of
 from cotolora.groups import adapters, is_enabled, unwrap
 from cotolora.inject import HOOKS, block_fast_path, move_hooks, replace_module, why_forward_is_not_its_own
 from cotolora.linear import CoToLoRALinear, is_conv1d, why_not_adaptable
-from cotolora.saving.adapter import trained_besides
-from cotolora.saving.peft_config import describe
-from cotolora.training.switches import PeftSwitch
+from cotolora.saving.adapter import trained_outside_adapters
+from cotolora.saving.peft_config import make_config
 
 logger = logging.getLogger("cotolora")
 
@@ -107,8 +106,8 @@ def to_peft(model: nn.Module, adapter: str = "default", task_type: str | None = 
     layers = {name: layer for name, layer in every.items() if is_enabled(layer)}
     if not layers:
         raise ValueError(f"model must have enabled adapters; {type(model).__name__} has none")
-    tensors, saved = trained_besides(model)
-    fields = describe(model, layers, saved) | {"inference_mode": False, "task_type": task_type}
+    tensors, saved = trained_outside_adapters(model)
+    fields = make_config(model, layers, saved) | {"inference_mode": False, "task_type": task_type}
     config = peft.LoraConfig(**{key: value for key, value in fields.items() if key != "peft_type"})
 
     places = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if m in every.values() or n in saved]
@@ -135,8 +134,7 @@ def _refuse_in_use(model: nn.Module) -> None:
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     if unwrap(model) is not model:
         raise ValueError(f"model must not be wrapped; got a {type(model).__name__}: pass the module inside, wrap anew")
-    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
-    if any(isinstance(getattr(hook, "__self__", None), (CoTo, PeftSwitch)) for hook in hooks):
+    if any(coto_of(module) is not None for module in model.modules()):
         raise ValueError("model must not be driven by a CoTo; call its finish first")
 
 

@@ -10,49 +10,64 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from cotolora.coto import CoTo, check_settings
+from cotolora.checks import integer
+from cotolora.coto import CoTo
 from cotolora.groups import Unit, adapters
 from cotolora.saving.adapter import save_adapter
+from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
 
 
 class CoToCallback(TrainerCallback):
     """Runs CoTo on a model with adapters, ours or PEFT's: ``Trainer(model, args, ..., callbacks=[CoToCallback()])``.
 
-    The mask of an optimizer step follows from ``state.global_step``, so a run that is resumed goes on with the masks it
-    would have had, and gradient accumulation has one mask a step. Adapters that are off keep their weights and their
-    optimizer state. Evaluation and saving find all of them on; after training they are on for good.
+    The mask of an optimizer step is a function of ``state.global_step``, so a resumed run has the masks of one that was
+    not interrupted, and all micro-batches of a step have one mask. Adapters that are off keep their weights and their
+    optimizer state. In evaluation and in saved files all adapters are on, and after training they stay on.
 
     Args:
-        initial_p, ramp, shape, unit, tilt, at_least_one, seed, gates, check_every: see `CoTo`; its steps are
-            ``state.max_steps``.
+        schedule, initial_p, ramp, shape, unit, tilt, at_least_one, seed, gates, check_every: see `CoTo`.
+            Its total_steps are ``state.max_steps``.
         save: also write our adapters in PEFT's format into the folder ``adapter`` of every checkpoint. A PEFT model
             is saved by Trainer itself.
 
     Attributes:
-        coto: the strategy of the current or the last run, None before the first.
+        coto: the `CoTo` of the current or the last run, None before the first.
 
     Raises:
-        ValueError: an argument is out of its range; when training begins, also as `CoTo`: the model has no adapters.
+        ValueError: an argument is out of its range; when training begins, also whatever `CoTo` raises.
     """
 
     def __init__(
         self,
+        schedule: Schedule | None = None,
         *,
-        initial_p: float = 0.1,
-        ramp: float = 0.75,
-        shape: str = "linear",
+        initial_p: float = NOT_GIVEN,
+        ramp: float = NOT_GIVEN,
+        shape: str = NOT_GIVEN,
         unit: Unit = "layer",
-        tilt: float = 0.0,
-        at_least_one: bool = True,
-        seed: int = 0,
+        tilt: float = NOT_GIVEN,
+        at_least_one: bool = NOT_GIVEN,
+        seed: int = NOT_GIVEN,
         gates: str = "host",
         check_every: int = 0,
         save: bool = True,
     ) -> None:
-        settings = {"initial_p": initial_p, "ramp": ramp, "shape": shape, "tilt": tilt, "at_least_one": at_least_one}
-        check_settings({"total_steps": 1, "seed": seed, **settings}, check_every)
-        more = {"seed": seed, "unit": unit, "gates": gates, "check_every": check_every}
-        self._settings: dict[str, Any] = {**settings, **more}
+        schedule = schedule_of(
+            schedule,
+            initial_p=initial_p,
+            ramp=ramp,
+            shape=shape,
+            tilt=tilt,
+            at_least_one=at_least_one,
+            seed=seed,
+        )
+        integer("check_every", check_every, 0)
+        self._settings: dict[str, Any] = {
+            "schedule": schedule,
+            "unit": unit,
+            "gates": gates,
+            "check_every": check_every,
+        }
         self._save = save
         self._attached: RemovableHandle | None = None
         self.coto: CoTo | None = None
@@ -67,13 +82,13 @@ class CoToCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer,
         **_: Any,
     ) -> None:
-        """Makes the strategy, now that the number of steps is known."""
-        self._detach()  # from a run that an exception ended
+        """Constructs the CoTo, now that the number of steps is known."""
+        self._detach()  # left over from a run that an exception ended
         self.coto = CoTo(model, state.max_steps, **self._settings)
         self._attached = self.coto.attach(optimizer)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Applies the mask of the optimizer step that begins, also the first after a resume."""
+        """Applies the mask of the optimizer step that begins, including the first one after a resume."""
         assert self.coto is not None
         self.coto.set_step(state.global_step)
 
@@ -83,7 +98,7 @@ class CoToCallback(TrainerCallback):
         """Writes our adapters beside what Trainer has written."""
         if self._save and adapters(model):
             assert args.output_dir is not None
-            # a folder of its own: Trainer takes adapter files in a checkpoint itself for PEFT's
+            # in a folder of its own: adapter files in the checkpoint itself Trainer would load with PEFT
             save_adapter(model, Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

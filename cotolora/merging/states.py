@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +15,20 @@ from torch import Tensor, nn
 from cotolora.checks import finite
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.linear import CoToLoRALinear
-from cotolora.saving.adapter import LoadResult, Saved, collect, place, read
-from cotolora.saving.files import write
-from cotolora.saving.peft_config import Scaling, just, lora_fields, parse
+from cotolora.saving.adapter import LoadResult, collect, load_into, read, write_files
+from cotolora.saving.fitting import AdapterFiles
+from cotolora.saving.peft_config import adapter_fields, exact_expression, parse_config
+from cotolora.spec import AdapterSpec
+from cotolora.variants import VARIANTS
+from cotolora.variants.base import FROM_WEIGHT
 
-# fields of a PEFT config that do not depend on the adapters: a merged adapter keeps them
+# variants whose update is a product, which merging takes apart; their files differ in nothing
+PRODUCTS = tuple(name for name, variant in VARIANTS.items() if variant.product)
+# fields of a config that no adapter decides and that a merged one keeps
 KEPT_FIELDS = ("base_model_name_or_path", "fan_in_fan_out", "lora_dropout", "modules_to_save", "task_type")
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<name>.+)\.lora_(?P<factor>[AB])\.weight")
+_OTHER_PART = re.compile(r"\.lora_(A|B|embedding|magnitude)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +54,12 @@ class Factors:
     @property
     def scale(self) -> float:
         """The number s."""
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+        return self.spec.scale
 
     @property
-    def scaling(self) -> Scaling:
-        """Rank, alpha and use_rslora."""
-        return Scaling(self.rank, self.alpha, self.use_rslora)
+    def spec(self) -> AdapterSpec:
+        """The settings of such an adapter."""
+        return AdapterSpec(self.rank, self.alpha, use_rslora=self.use_rslora)
 
     def delta(self) -> Tensor:
         """``s · B A [out_features, in_features]``."""
@@ -107,8 +111,7 @@ class AdapterState:
         Raises:
             ValueError: as `save_adapter`, or an adapter is not of variant "lora".
         """
-        tensors, fields = collect(model)
-        return cls._from_saved(tensors, fields, type(model).__name__)
+        return cls._from_files(collect(model), type(model).__name__)
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> AdapterState:
@@ -117,8 +120,7 @@ class AdapterState:
         Raises:
             FileNotFoundError, ValueError: as `load_adapter`, or the files do not hold plain LoRA.
         """
-        saved = read(directory)
-        return cls._from_saved(saved.tensors, saved.fields, str(directory))
+        return cls._from_files(read(directory), str(directory))
 
     @classmethod
     def from_tensors(
@@ -152,39 +154,37 @@ class AdapterState:
         plain = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
         layers = adapters(like) if like is not None else {}
 
-        def scaling(name: str) -> Scaling:
+        def spec_of(name: str) -> AdapterSpec:
             if alpha is not None:
-                return Scaling(len(plain[f"{name}.lora_A.weight"]), alpha, use_rslora)
+                rank = len(plain[f"{name}.lora_A.weight"])
+                return AdapterSpec(rank, finite(f"alpha of {name}", alpha), use_rslora=use_rslora)
             if name not in layers:
                 raise ValueError(f"tensors must be of adapters that the model has; got {name}")
-            return _scaling(layers[name])
+            return layers[name].spec
 
-        return cls._from_flat(plain, scaling, {}, "tensors")
+        return cls._from_flat(plain, spec_of, {}, "tensors")
 
     @classmethod
-    def _from_saved(cls, tensors: Mapping[str, Tensor], fields: dict[str, Any], source: str) -> AdapterState:
-        config = parse(fields)
-        if config.variant != "lora":
+    def _from_files(cls, files: AdapterFiles, source: str) -> AdapterState:
+        if files.config.variant not in PRODUCTS:
             raise ValueError(
-                f"{source} must hold adapters of variant 'lora', which are products; got {config.variant!r}"
+                f"{source} must hold adapters of variant {' or '.join(map(repr, PRODUCTS))}, which are products; "
+                f"got {files.config.variant!r}"
             )
-        kept = {key: fields[key] for key in KEPT_FIELDS if key in fields}
-
-        def scaling(name: str) -> Scaling:
-            return Scaling(config.rank_of(name), config.alpha_of(name), config.use_rslora)
-
-        return cls._from_flat(tensors, scaling, kept, source)
+        kept = {key: files.fields[key] for key in KEPT_FIELDS if key in files.fields}
+        return cls._from_flat(files.tensors, files.config.spec_of, kept, source)
 
     @classmethod
     def _from_flat(
-        cls, tensors: Mapping[str, Tensor], scaling: Callable[[str], Scaling], kept: dict[str, Any], source: str
+        cls, tensors: Mapping[str, Tensor], spec_of: Callable[[str], AdapterSpec], kept: dict[str, Any], source: str
     ) -> AdapterState:
         pairs: dict[str, dict[str, Tensor]] = {}
         others = {}
+        ends = tuple(f".{part.key}" for variant in VARIANTS.values() for part in variant.parts if part.key is not None)
         for key, tensor in tensors.items():
             if match := _FACTOR.fullmatch(key):
                 pairs.setdefault(match["name"], {})[match["factor"]] = tensor
-            elif re.search(r"\.(lora|hira)_(A|B|embedding|magnitude)", key):
+            elif _OTHER_PART.search(key) or key.endswith(ends):
                 raise ValueError(f"{source} must hold plain LoRA of linears, lora_A and lora_B; got {key!r}")
             else:
                 others[key] = tensor.detach().clone()
@@ -192,19 +192,19 @@ class AdapterState:
         for name, pair in pairs.items():
             if len(pair) < 2:
                 raise ValueError(f"{source} must hold lora_A and lora_B of {name}; got only lora_{next(iter(pair))}")
-            rank, alpha, use_rslora = scaling(name)
-            if pair["A"].shape[0] != rank:
-                raise ValueError(f"{source} must give {name} the rank of its tensors; got {rank}, {pair['A'].shape[0]}")
-            factors[name] = Factors(pair["A"].detach().clone(), pair["B"].detach().clone(), alpha, use_rslora)
+            spec = spec_of(name)
+            if (rank := pair["A"].shape[0]) != spec.rank:
+                raise ValueError(f"{source} must give {name} the rank of its tensors; got {spec.rank}, {rank}")
+            factors[name] = Factors(pair["A"].detach().clone(), pair["B"].detach().clone(), spec.alpha, spec.use_rslora)
         return cls(factors, others, kept)
 
-    def _saved(self) -> Saved:
+    def _saved(self) -> AdapterFiles:
         tensors = dict(self.besides)
         for name, part in self.factors.items():
             tensors |= {f"{name}.lora_A.weight": part.lora_a, f"{name}.lora_B.weight": part.lora_b}
-        scalings = {name: part.scaling for name, part in self.factors.items()}
-        fields = {**lora_fields(scalings), **self.kept, "target_modules": just(self.factors)}
-        return Saved(tensors, fields, parse(fields), ours=True)
+        specs = {name: part.spec for name, part in self.factors.items()}
+        fields = {**adapter_fields(specs), **self.kept, "target_modules": exact_expression(self.factors)}
+        return AdapterFiles(tensors, {}, fields, parse_config(fields), ours=True)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the pair of files that `load_adapter` and PEFT read, whole or not at all, as `save_adapter`.
@@ -212,8 +212,7 @@ class AdapterState:
         Raises:
             OSError: the files cannot be written; the old ones are as they were.
         """
-        saved = self._saved()
-        write(Path(directory), saved.fields, saved.tensors)
+        write_files(self._saved(), directory)
 
     def load_into(self, model: nn.Module, strict: bool = True) -> LoadResult:
         """`load_adapter`, without a disk: injects into a plain model; adapters that are there must agree in rank.
@@ -221,7 +220,7 @@ class AdapterState:
         Raises:
             ValueError: the state does not fit the model. Nothing is changed.
         """
-        return place(model, self._saved(), source="the state", strict=strict)
+        return load_into(model, self._saved(), source="the state", strict=strict)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
@@ -236,23 +235,21 @@ class AdapterState:
         """
         layers = self._layers_of(model)
         targets = self._other_tensors_of(model)
-        # copied before anything changes, in case memory runs out
+        # copies of both first: nothing has changed yet if memory runs out
         own = {key: target.detach().clone() for key, target in targets.items()}
-        before = {name: (_scaling(layer), layer.lora_a, layer.lora_b, layer.merged) for name, layer in layers.items()}
+        before = {name: (layer.spec, layer.lora_a, layer.lora_b, layer.merged) for name, layer in layers.items()}
         try:
             for name, layer in layers.items():
                 part = self.factors[name]
                 layer.unmerge()
-                _set_factors(
-                    layer, part.scaling, _parameter_like(part.lora_a, layer), _parameter_like(part.lora_b, layer)
-                )
+                _set_factors(layer, part.spec, _parameter_like(part.lora_a, layer), _parameter_like(part.lora_b, layer))
             _copy(self.besides, targets)
             yield
         finally:
             _copy(own, targets)
             for name, layer in layers.items():
-                scaling, lora_a, lora_b, merged = before[name]
-                _set_factors(layer, scaling, lora_a, lora_b)
+                spec, lora_a, lora_b, merged = before[name]
+                _set_factors(layer, spec, lora_a, lora_b)
                 if merged:
                     layer.merge()
 
@@ -265,7 +262,7 @@ class AdapterState:
         layers = {name: layer for name, layer in layers.items() if name in self.factors}
         for name, layer in layers.items():
             part = self.factors[name]
-            if layer.variant != "lora" or layer.lora_a0 is not None:
+            if layer.variant not in PRODUCTS or layer.init in FROM_WEIGHT:
                 raise ValueError(f"{name} must be plain LoRA; it is {layer.variant!r} with init {layer.init!r}")
             if layer.merged and isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0:
                 raise ValueError(f"{name} must not be merged while enabled is a row mask; unmerge it")
@@ -308,12 +305,8 @@ def _checked(name: str, part: Factors) -> Factors:
     return Factors(part.lora_a.detach().to(dtype), part.lora_b.detach().to(dtype), alpha, bool(part.use_rslora))
 
 
-def _scaling(layer: CoToLoRALinear) -> Scaling:
-    return Scaling(layer.rank, layer.alpha, layer.use_rslora)
-
-
-def _set_factors(layer: CoToLoRALinear, scaling: Scaling, lora_a: Tensor, lora_b: Tensor) -> None:
-    layer.rank, layer.alpha, layer.use_rslora = scaling
+def _set_factors(layer: CoToLoRALinear, spec: AdapterSpec, lora_a: Tensor, lora_b: Tensor) -> None:
+    layer.rank, layer.alpha, layer.use_rslora = spec.rank, spec.alpha, spec.use_rslora
     layer.lora_a, layer.lora_b = lora_a, lora_b  # type: ignore[assignment]
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _HASH = "cotolora_config_sha256"
 _DENSE = torch.contiguous_format
 
@@ -33,7 +32,7 @@ def write(directory: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -
 
     def write_pair() -> None:
         # clones, because safetensors refuses tensors that share memory
-        whole = {_PREFIX + key: tensor.cpu().clone(memory_format=_DENSE) for key, tensor in tensors.items()}
+        whole = {key: tensor.cpu().clone(memory_format=_DENSE) for key, tensor in tensors.items()}
         _write(directory, config, serialize(whole, metadata))
 
     _on_rank_zero(write_pair)
@@ -95,11 +94,11 @@ def _write_durably(path: Path, data: bytes) -> None:
 
 
 def read_weights(directory: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors by their names in the base model, and the hash of the config they were saved with.
+    """The tensors by their keys, and the hash of the config they were saved with.
 
     Raises:
         FileNotFoundError: there are no weights.
-        ValueError: they are damaged, a pickle, or no adapter's.
+        ValueError: they are damaged, or a pickle.
     """
     path = directory / WEIGHTS
     if not path.is_file():
@@ -115,10 +114,7 @@ def read_weights(directory: Path) -> tuple[dict[str, Tensor], str | None]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{path} must be a whole safetensors file; reading it failed: {error}") from error
-    for key in tensors:
-        if not key.startswith(_PREFIX):
-            raise ValueError(f"{path} must hold keys that begin with {_PREFIX!r}; got {key!r}")
-    return {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}, metadata.get(_HASH)
+    return tensors, metadata.get(_HASH)
 
 
 def read_config(directory: Path, config_hash: str | None) -> dict[str, Any]:

@@ -8,14 +8,16 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from cotolora.groups import plain_name
-from cotolora.inject import Patterns, compile_patterns, compiled, first_match, matches
 from cotolora.linear import CoToLoRALinear
-from cotolora.variants.base import settings
+from cotolora.matching import Patterns, compile_patterns, compiled, first_match, matches, with_parents
+from cotolora.spec import AdapterSpec
+from cotolora.variants import VARIANTS
+from cotolora.variants.base import Variant
 
 # PEFT fields that do not change what the adapter computes once its weights are loaded
 _HARMLESS = frozenset((
@@ -23,30 +25,15 @@ _HARMLESS = frozenset((
     "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "task_type",
 ))  # fmt: skip
-# names that PEFT puts into a model, where it looks for modules_to_save afterwards
-_INSIDE = (
-    "base_layer",
-    "lora_A.default",
-    "lora_A",
-    "lora_B.default",
-    "lora_B",
-    "lora_dropout",
-    "lora_magnitude_vector",
-    "hira_A",
-    "hira_B",
-    "hira_dropout.default",
-    "hira_dropout",
-)
-# initialisations that leave the base weights alone; the others train on a residual base
-_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What of a PEFT config bears on loading."""
+    """What of a PEFT config bears on loading; `fields` are those of the variant's own."""
 
+    variant: str
     rank: int
-    lora_alpha: float
+    alpha: float
     rank_pattern: Patterns
     alpha_pattern: Patterns
     use_rslora: bool
@@ -56,15 +43,16 @@ class PeftConfig:
     layers_to_transform: list[int]
     layers_pattern: list[str]
     modules_to_save: list[str]
-    variant: str
+    fields: dict[str, Any]
 
-    def alpha_of(self, name: str) -> float:
-        """Alpha of the module `name`."""
-        return first_match(self.alpha_pattern, name, self.lora_alpha)
-
-    def rank_of(self, name: str) -> int:
-        """Rank of the module `name`."""
-        return first_match(self.rank_pattern, name, self.rank)
+    def spec_of(self, name: str, stored_rank: int | None = None) -> AdapterSpec:
+        """The settings of the adapter of the module `name`, whose tensors are of rank `stored_rank`."""
+        method = VARIANTS[self.variant].peft
+        rank = first_match(self.rank_pattern, name, self.rank)
+        if not method.patterned and stored_rank == self.rank:
+            rank = self.rank  # of a pattern that PEFT wrote and has not followed
+        alpha = first_match(self.alpha_pattern, name, self.alpha) if method.scaled else rank
+        return AdapterSpec(rank, alpha, self.dropout, self.use_rslora, self.variant)
 
     def takes(self, name: str) -> bool:
         """PEFT's rule for target_modules, exclude_modules, modules_to_save and layers_to_transform."""
@@ -79,8 +67,12 @@ class PeftConfig:
         found = next((match for rule in rules if (match := re.match(rule, name))), None)
         return found is not None and int(found["index"]) in self.layers_to_transform
 
+    def saves(self, key: str) -> bool:
+        """Whether modules_to_save takes a module around the tensor `key`."""
+        return any(matches(name, self.modules_to_save) for name in with_parents(key)[:-1])
 
-def parse(fields: dict[str, Any]) -> PeftConfig:
+
+def parse_config(fields: dict[str, Any]) -> PeftConfig:
     """Checks the fields of a config. One that is unknown and set is refused, since it may change the result.
 
     Raises:
@@ -94,29 +86,48 @@ def parse(fields: dict[str, Any]) -> PeftConfig:
             raise ValueError(f"{name} must be {must}; got {value!r}")
         return value
 
-    method = take("peft_type", "'LORA' or 'HIRA', the methods supported", lambda value: value in ("LORA", "HIRA"))
-    hira = method == "HIRA"
-    init, dropout = ("init_weights", "hira_dropout") if hira else ("init_lora_weights", "lora_dropout")
+    types = list(dict.fromkeys(variant.peft.peft_type for variant in VARIANTS.values()))
+    must = " or ".join(map(repr, types)) + ", the methods supported"
+    peft_type = take("peft_type", must, lambda value: value in types)
+    variants = [variant for variant in VARIANTS.values() if variant.peft.peft_type == peft_type]
+    names = {flag for variant in variants for flag in variant.peft.flags}
+    flags = {name: take(name, "a bool", lambda value: isinstance(value, bool), False) for name in names}
+    found = [variant for variant in variants if flags == dict.fromkeys(names, False) | dict(variant.peft.flags)]
+    if not found:
+        raise ValueError(f"{', '.join(names)} must be those of one of {[v.name for v in variants]}; got {flags}")
+    method = found[0].peft
+
     take("bias", "'none': trained biases are not supported", lambda value: value == "none", "none")
-    take(init, f"one of {_INITS}: others change the base weights", lambda value: value in _INITS)
+    inits = tuple(method.inits)
+    take(
+        method.init,
+        f"one of {inits}: others change the base weights (save such an adapter with PEFT's "
+        "path_initial_model_for_weight_conversion, which makes plain LoRA of it)",
+        lambda value: (value.lower() if isinstance(value, str) else value) in inits,
+    )
+    take(
+        "ensure_weight_tying",
+        "False: a trained copy of a tied weight is its module's own here (where the adapter trains neither embedding "
+        "nor head, it changes nothing and may be set to false)",
+        lambda value: not value,
+    )
 
-    def of_lora(name: str, must: str, test: Callable[[Any], bool], default: Any = None) -> Any:
-        # left in `rest` with HiRA, which does not know it
-        return default if hira else take(name, must, test, default)
+    def of_scaled(name: str, must: str, test: Callable[[Any], bool], default: Any = None) -> Any:
+        # left in `rest` with a method that does not know it
+        return take(name, must, test, default) if method.scaled else default
 
-    use_dora = of_lora("use_dora", "a bool", lambda value: isinstance(value, bool), False)
-    rank = take("r", "a positive integer", _is_size, 32 if hira else 8)
     config = PeftConfig(
-        rank=rank,
-        lora_alpha=of_lora("lora_alpha", "a finite number", _is_number, rank if hira else 8),
+        variant=found[0].name,
+        rank=take("r", "a positive integer", _is_size, method.default_rank),
+        alpha=of_scaled("lora_alpha", "a finite number", _is_number, method.default_alpha),
         rank_pattern=compile_patterns(
             "rank_pattern", take("rank_pattern", "a map to positive integers", _optional(_map_of(_is_size)))
         ),
         alpha_pattern=compile_patterns(
-            "alpha_pattern", of_lora("alpha_pattern", "a map to finite numbers", _optional(_map_of(_is_number)))
+            "alpha_pattern", of_scaled("alpha_pattern", "a map to finite numbers", _optional(_map_of(_is_number)))
         ),
-        use_rslora=of_lora("use_rslora", "a bool", lambda value: isinstance(value, bool), False),
-        dropout=take(dropout, "a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1, 0.0),
+        use_rslora=of_scaled("use_rslora", "a bool", lambda value: isinstance(value, bool), False),
+        dropout=take(method.dropout, "a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1, 0.0),
         targets=take("target_modules", "a regular expression or a list of names", _optional(_are_names)) or [],
         exclude=take("exclude_modules", "a regular expression or a list of names", _optional(_are_names)),
         layers_to_transform=_as_list(
@@ -124,7 +135,7 @@ def parse(fields: dict[str, Any]) -> PeftConfig:
         ),
         layers_pattern=_as_list(take("layers_pattern", "names", _optional(_are_names))),
         modules_to_save=_as_list(take("modules_to_save", "names", _optional(_are_names))),
-        variant="hira" if hira else "dora" if use_dora else "lora",
+        fields={name: take(name, f"like {value!r}", _is_like(value), value) for name, value in method.fields.items()},
     )
     if unsupported := {name: value for name, value in rest.items() if value and name not in _HARMLESS}:
         raise ValueError(f"these settings are not supported and would change the result: {unsupported}")
@@ -155,6 +166,12 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
+def _is_like(default: Any) -> Callable[[Any], bool]:
+    if isinstance(default, float):
+        return _is_number
+    return lambda value: type(value) is type(default)
+
+
 def _optional(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or test(value)
 
@@ -171,8 +188,8 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value in (None, "") else [value]
 
 
-def describe(model: nn.Module, layers: dict[str, CoToLoRALinear], modules: list[str]) -> dict[str, Any]:
-    """The config of `layers`; `modules` are the names for modules_to_save.
+def make_config(model: nn.Module, layers: dict[str, CoToLoRALinear], modules_to_save: list[str]) -> dict[str, Any]:
+    """The config of `layers`.
 
     Raises:
         ValueError: the layers are of more than one variant.
@@ -183,79 +200,78 @@ def describe(model: nn.Module, layers: dict[str, CoToLoRALinear], modules: list[
             "model must hold adapters of one variant, as PEFT's config states one for all; it holds "
             + " and ".join(f"{variant!r} ({name})" for variant, name in variants.items())
         )
-    (variant,) = variants
     others = [plain_name(name) for name, _ in model.named_modules() if plain_name(name) not in layers]
     ambiguous = any(other.endswith("." + name) for other in others for name in layers)
     path = getattr(model, "name_or_path", None)
-    kept = {
+    return {
         "base_model_name_or_path": path if isinstance(path, str) and path else None,
         "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
-        "modules_to_save": modules or None,
-    }
-    scalings = {name: Scaling(*settings(layer), layer.use_rslora) for name, layer in layers.items()}
-    dropout = max(layer.dropout for layer in layers.values())
-    if variant == "hira":
-        own = {"peft_type": "HIRA", "hira_dropout": dropout, "init_weights": True, **_ranks(scalings)}
-    else:
-        own = {**lora_fields(scalings), "lora_dropout": dropout, "use_dora": variant == "dora"}
-    # a list takes dotted ends too; where that would take more than the adapters, an exact expression
-    return {**kept, "target_modules": just(layers) if ambiguous else list(layers), **own}
-
-
-class Scaling(NamedTuple):
-    """What a config says of one adapter."""
-
-    rank: int
-    alpha: float
-    use_rslora: bool
-
-
-def lora_fields(adapters: Mapping[str, Scaling]) -> dict[str, Any]:
-    """The fields of a config that are about these adapters of plain LoRA, but for the names of their modules."""
-    use_rslora = all(adapter.use_rslora for adapter in adapters.values())
-    # where only some layers are rsLoRA, every layer states its scale as alpha / rank
-    alphas = {
-        name: _plain_number(alpha * (math.sqrt(rank) if rslora and not use_rslora else 1))
-        for name, (rank, alpha, rslora) in adapters.items()
-    }
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    return {
-        "peft_type": "LORA",
-        "lora_alpha": alpha,
-        "use_rslora": use_rslora,
-        "use_dora": False,
-        "bias": "none",
-        "init_lora_weights": True,
-        "alpha_pattern": {exactly(name): value for name, value in alphas.items() if value != alpha},
-        **_ranks(adapters),
+        "modules_to_save": modules_to_save or None,
+        # a list takes dotted ends too; where that would take more than the adapters, an exact expression
+        "target_modules": exact_expression(layers) if ambiguous else list(layers),
+        **adapter_fields({name: VARIANTS[layer.variant].saved_spec(layer) for name, layer in layers.items()}),
     }
 
 
-def _ranks(adapters: Mapping[str, Scaling]) -> dict[str, Any]:
-    rank = Counter(adapter.rank for adapter in adapters.values()).most_common(1)[0][0]
-    pattern = {exactly(name): adapter.rank for name, adapter in adapters.items() if adapter.rank != rank}
-    return {"task_type": None, "inference_mode": True, "r": rank, "rank_pattern": pattern}
+def adapter_fields(specs: Mapping[str, AdapterSpec]) -> dict[str, Any]:
+    """The fields of a config that are about these adapters, of one variant, but for the names of their modules."""
+    method = VARIANTS[next(iter(specs.values())).variant].peft
+    ranks = {name: spec.rank for name, spec in specs.items()}
+    rank, rank_pattern = _default_and_pattern(ranks)
+    fields = {
+        "peft_type": method.peft_type,
+        "task_type": None,
+        "inference_mode": True,
+        "r": rank,
+        method.dropout: max(spec.dropout for spec in specs.values()),
+        method.init: True,
+        **method.flags,
+        **method.fields,
+    }
+    if method.patterned or rank_pattern:
+        fields["rank_pattern"] = rank_pattern
+    if method.scaled:
+        use_rslora = all(spec.use_rslora for spec in specs.values())
+        # where only some layers are rsLoRA, every layer states its scale as alpha / rank
+        alphas = {
+            name: _plain_number(spec.alpha * (math.sqrt(spec.rank) if spec.use_rslora and not use_rslora else 1))
+            for name, spec in specs.items()
+        }
+        alpha, alpha_pattern = _default_and_pattern(alphas)
+        fields |= {"lora_alpha": alpha, "alpha_pattern": alpha_pattern, "use_rslora": use_rslora}
+    return fields
 
 
-def just(names: Iterable[str]) -> str:
-    """A regular expression that takes just these names."""
+def _default_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most common of `values`, and the others by keys of a rank_pattern or alpha_pattern."""
+    ((default, _),) = Counter(values.values()).most_common(1)
+    return default, {exact_key(name): value for name, value in values.items() if value != default}
+
+
+def exact_expression(names: Iterable[str]) -> str:
+    """A regular expression for target_modules that takes these names and no others."""
     return "|".join(re.escape(name) for name in names)
 
 
-def is_alone(name: str, others: Iterable[str]) -> bool:
+def exact_key(name: str) -> str:
+    """A key of rank_pattern or alpha_pattern that takes this one name and no longer one."""
+    return "^" + re.escape(name)
+
+
+def is_unambiguous(name: str, others: Iterable[str], variant: Variant) -> bool:
     """Whether PEFT, finding `name` in modules_to_save, takes no other module and keeps adapters out of no other.
 
-    It takes every module whose name ends so, inside a component too, and reads `name` as a regular expression.
+    It takes every module whose name ends so, inside a component and inside its own layers of `variant` too, and reads
+    `name` as a regular expression.
     """
     if set(name) & set(r"^$*+?{}[]\|()"):
         return False
-    inside = re.compile(rf"(^|.*\.){name}($|\..*)")
-    return not any(other != name and (other.endswith(name) or inside.match(other)) for other in (*others, *_INSIDE))
-
-
-def exactly(name: str) -> str:
-    """A key of rank_pattern or alpha_pattern that takes this one name and no longer one."""
-    return "^" + re.escape(name)
+    around = re.compile(rf"(^|.*\.){name}($|\..*)")
+    own = [part.key.removesuffix(".weight") for part in variant.parts if part.key is not None]
+    inside = [end for stem in (*own, variant.peft.dropout) for end in (stem, f"{stem}.default")]
+    return not any(
+        other != name and (other.endswith(name) or around.match(other)) for other in (*others, "base_layer", *inside)
+    )
 
 
 def _plain_number(value: float) -> int | float:

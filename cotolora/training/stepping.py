@@ -1,4 +1,4 @@
-"""Does something just before an optimizer's step, whoever wraps the optimizer."""
+"""Hooks that run just before an optimizer's step, also where accelerate or Lightning wraps the optimizer."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 
-def before_each_step(optimizer: torch.optim.Optimizer, action: Callable[[], None]) -> RemovableHandle:
-    """Calls `action` before each step of `optimizer` moves anything; returns a handle that undoes this.
+def register_before_step(optimizer: torch.optim.Optimizer, action: Callable[[], None]) -> RemovableHandle:
+    """Calls `action` before each step of `optimizer` changes a parameter; returns a handle that undoes this.
 
     Args:
-        optimizer: also one wrapped by accelerate or Lightning; where it runs backward in a closure, `action`
-            follows each call of it.
+        optimizer: also one wrapped by accelerate or Lightning. If its step is given a closure, `action` runs after
+            each call of the closure, which is where the gradients are computed.
         action: changes gradients.
 
     Raises:
         TypeError: `optimizer` is not a torch optimizer.
     """
-    optimizer = unwrapped(optimizer)
+    optimizer = unwrap_optimizer(optimizer)
 
     def before_step(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # Lightning runs backward inside the step, in a closure: there the gradients are those that it leaves
-        followed = tuple(_followed_by(action, value) if callable(value) else value for value in args)
+        # Lightning runs backward in a closure inside the step: the gradients are there only after it
+        new_args = tuple(_followed_by(action, value) if callable(value) else value for value in args)
         if callable(closure := kwargs.get("closure")):
-            return followed, {**kwargs, "closure": _followed_by(action, closure)}
-        if followed == args:
+            return new_args, {**kwargs, "closure": _followed_by(action, closure)}
+        if new_args == args:
             action()
-        return followed, kwargs
+        return new_args, kwargs
 
     return optimizer.register_step_pre_hook(before_step)
 
 
-def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The torch optimizer inside accelerate's or Lightning's.
 
     Raises:
@@ -48,23 +48,23 @@ def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-class Together(RemovableHandle):
-    """Several handles as one."""
+class CombinedHandle(RemovableHandle):
+    """One handle that removes several hooks."""
 
     def __init__(self, *handles: RemovableHandle) -> None:
         super().__init__(OrderedDict())
         self._handles = handles
 
     def remove(self) -> None:
-        """Removes all of them; twice is once."""
+        """Removes all of them. Twice is once."""
         for handle in self._handles:
             handle.remove()
 
 
-def _followed_by(then: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
-    def both(*args: Any, **kwargs: Any) -> Any:
-        result = function(*args, **kwargs)
-        then()
+def _followed_by(action: Callable[[], None], closure: Callable[..., Any]) -> Callable[..., Any]:
+    def closure_and_action(*args: Any, **kwargs: Any) -> Any:
+        result = closure(*args, **kwargs)
+        action()
         return result
 
-    return both
+    return closure_and_action

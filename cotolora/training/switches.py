@@ -1,46 +1,147 @@
-"""What CoTo switches: our own layers and, where PEFT is loaded, PEFT's."""
+"""The layers that CoTo switches: our own and, where PEFT is loaded, PEFT's."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from cotolora.groups import adapters, plain_name, unwrap
+from cotolora.groups import adapters, is_enabled, modules_of
 from cotolora.linear import CoToLoRALinear
+from cotolora.variants.base import PEFT_INITS
 
-# PEFT's initialisations of LoRA that leave the base weights alone; others train on a residual base
-_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-_METHODS = {
+_UNSUPPORTED = {
     "ADALORA": "it allots ranks by the gradients of every adapter, and one that is off has none",
     "SHADOW": "its blocks hand a state from one to the next and have no switch of their own",
     "XLORA": "its layers obey one switch for the whole model",
 }
 
 
-class PeftSwitch:
+class Switch(ABC):
+    """The gate of one layer, and what CoTo needs to know about the layer.
+
+    Attributes:
+        layer: the layer.
+    """
+
+    layer: nn.Module
+
+    @abstractmethod
+    def set_gate(self, on: bool) -> None:
+        """Switches the adapter on or off in training."""
+
+    @property
+    @abstractmethod
+    def enabled(self) -> bool:
+        """The user's own switch."""
+
+    @property
+    @abstractmethod
+    def merged(self) -> bool:
+        """Whether the base weight holds the adapter's update."""
+
+    @property
+    @abstractmethod
+    def adapter_parameters(self) -> Sequence[nn.Parameter]:
+        """The adapter's parameters."""
+
+    @property
+    def training(self) -> bool:
+        """Whether the layer is in training mode."""
+        return self.layer.training
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the adapter trains while its gate is on."""
+        return self.enabled and not self.merged
+
+    @property
+    @abstractmethod
+    def unused(self) -> bool:
+        """Whether a forward now leaves the adapter's parameters out of the graph."""
+
+    # nothing to do for our own layers
+
+    def install(self) -> None:  # noqa: B027
+        """Puts hooks on the layer, if the gate needs any. Twice is once."""
+
+    def remove(self) -> None:  # noqa: B027
+        """Takes the hooks off."""
+
+    def restore(self) -> None:  # noqa: B027
+        """Undoes what a forward that raised has left switched."""
+
+
+class LayerSwitch(Switch):
+    """The gate of one of our own layers."""
+
+    layer: CoToLoRALinear
+
+    def __init__(self, layer: CoToLoRALinear) -> None:
+        self.layer = layer
+
+    def reset_gate(self, kind: str) -> None:
+        """A new gate that is on: a bool of the "host" or a tensor on the "device"."""
+        # not layer.gate = …, which would fill a tensor that an earlier run left there
+        on = torch.ones((), dtype=torch.int32, device="cpu") if kind == "device" else True
+        self.layer._set_switch("_gate", on)
+
+    def set_gate(self, on: bool) -> None:
+        """Switches the adapter on or off in training."""
+        if self.layer.gate is not on:  # assigning an attribute of a module is slow, and most gates stay
+            self.layer.gate = on
+
+    @property
+    def enabled(self) -> bool:
+        """The user's own switch, for any sample at least."""
+        return is_enabled(self.layer)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight holds the adapter's update."""
+        return self.layer.merged
+
+    @property
+    def unused(self) -> bool:
+        """Whether a forward now leaves the adapter's parameters out of the graph: never with a tensor for a switch."""
+        return self.layer.active is False or self.layer.merged
+
+    @property
+    def adapter_parameters(self) -> Sequence[nn.Parameter]:
+        """The adapter's parameters."""
+        return self.layer.adapter_parameters
+
+
+class PeftSwitch(Switch):
     """The gate of one PEFT layer: off, the layer runs as its base, by PEFT's own ``_disable_adapters``.
 
     That flag is set only while the layer's forward runs, and only in training mode. So evaluation finds the adapter
     on however the layer is reached, PEFT's own ``disable_adapter()`` keeps its meaning, and the recomputation of a
     checkpoint sees what the forward saw. A fused forward that reads A and B past the layer (Unsloth's) does not see the
-    gate. It has the attributes that CoTo reads of a `CoToLoRALinear`.
+    gate.
 
     Attributes:
-        layer: the PEFT layer.
         gate: whether the adapter is on in training.
     """
+
+    layer: Any
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.gate = True
-        self._acted = False
+        self._disabled_here = False
         self._handles: list[RemovableHandle] = []
 
-    def hold(self) -> None:
+    def set_gate(self, on: bool) -> None:
+        """Switches the adapter on or off in training."""
+        self.gate = on
+
+    def install(self) -> None:
         """Puts the hooks on the layer that make the gate count. Twice is once."""
         if not self._handles:
             self._handles = [
@@ -48,8 +149,8 @@ class PeftSwitch:
                 self.layer.register_forward_hook(self._after),
             ]
 
-    def release(self) -> None:
-        """Takes the hooks off again: the layer is PEFT's alone."""
+    def remove(self) -> None:
+        """Takes the hooks off; the layer is as PEFT made it."""
         while self._handles:
             self._handles.pop().remove()
         self.restore()
@@ -58,20 +159,15 @@ class PeftSwitch:
         self.restore()  # from a forward that a KeyboardInterrupt ended, after which torch calls no hook
         # a merged layer that is disabled would unmerge itself, which changes weights
         if not self.gate and layer.training and not layer._disable_adapters and not layer.merged:
-            layer._disable_adapters = self._acted = True
+            layer._disable_adapters = self._disabled_here = True
 
     def _after(self, layer: Any, args: Any, output: Any) -> None:
         self.restore()
 
     def restore(self) -> None:
-        """Takes back what a forward has set, also one that raised."""
-        if self._acted:
-            self.layer._disable_adapters = self._acted = False
-
-    @property
-    def training(self) -> bool:
-        """Whether the layer is in training mode."""
-        return self.layer.training
+        """Undoes what a forward has set, also one that raised."""
+        if self._disabled_here:
+            self.layer._disable_adapters = self._disabled_here = False
 
     @property
     def merged(self) -> bool:
@@ -79,17 +175,17 @@ class PeftSwitch:
         return self.layer.merged
 
     @property
+    def unused(self) -> bool:
+        """Whether a forward now leaves the adapter's parameters out of the graph."""
+        return not self.trainable or (self.training and not self.gate)
+
+    @property
     def enabled(self) -> bool:
-        """The user's switch: PEFT's, and an adapter of this layer must be active."""
+        """The user's own switch: PEFT's, and an adapter of this layer must be active."""
         return not self.layer._disable_adapters and _is_active(self.layer)
 
     @property
-    def active(self) -> bool:
-        """Whether the adapter counts, ``enabled and (gate or not training)``."""
-        return self.enabled and (self.gate or not self.training)
-
-    @property
-    def adapter_parameters(self) -> list[nn.Parameter]:
+    def adapter_parameters(self) -> Sequence[nn.Parameter]:
         """The parameters of the active adapters."""
         found = [
             parameter
@@ -102,9 +198,6 @@ class PeftSwitch:
         return list(dict.fromkeys(found))  # PEFT lists DoRA's magnitudes twice
 
 
-Switch = CoToLoRALinear | PeftSwitch
-
-
 def switches(model: nn.Module) -> dict[str, Switch]:
     """Every layer of `model` that CoTo can switch, by name, in module order: ours, and PEFT's with an active adapter.
 
@@ -114,13 +207,11 @@ def switches(model: nn.Module) -> dict[str, Switch]:
         TypeError: `model` is not a module.
         ValueError: a PEFT adapter must not be switched; the message names it and says why.
     """
-    found: dict[str, Switch] = dict(adapters(model))
+    found: dict[str, Switch] = {name: LayerSwitch(layer) for name, layer in adapters(model).items()}
     peft = sys.modules.get("peft.tuners.tuners_utils")
     if peft is None:
         return found
-    model = unwrap(model)
-    modules = {plain_name(name): module for name, module in model.named_modules()}
-    tuners = [name for name, module in modules.items() if isinstance(module, peft.BaseTuner)]
+    modules = modules_of(model)
     layers = {name: module for name, module in modules.items() if isinstance(module, peft.BaseTunerLayer)}
     within = {part for layer in layers.values() for part in _parts(layer)[1:]}
     # trainable tokens are, as modules_to_save, trained beside the adapters and not by them
@@ -128,16 +219,26 @@ def switches(model: nn.Module) -> dict[str, Switch]:
     within |= {part for module in modules.values() if isinstance(module, auxiliary) for part in module.modules()}
     layers = {name: layer for name, layer in layers.items() if layer not in within and _is_active(layer)}
     _refuse(modules, {adapter for layer in layers.values() for adapter in layer.active_adapters})
+    users = _users_names(modules)
     return {
-        _users_name(name, tuners): found[name] if name in found else _switch_of(layers[name])
+        users[name]: found[name] if name in found else _switch_of(layers[name])
         for name in modules
         if name in found or name in layers
     }
 
 
-def module_of(switch: Switch) -> nn.Module:
-    """The layer that `switch` switches."""
-    return switch.layer if isinstance(switch, PeftSwitch) else switch
+def modules_by_users_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of `model` by its name among the names of `switches`."""
+    modules = modules_of(model)
+    users = _users_names(modules)
+    return {users[name]: module for name, module in modules.items()}
+
+
+def parameters_of(idle: Iterable[Switch], used: Iterable[Switch]) -> list[nn.Parameter]:
+    """The parameters of `idle` adapters, without those that they share with `used` ones, as some of PEFT's do."""
+    kept = {parameter for switch in used for parameter in switch.adapter_parameters}
+    found = dict.fromkeys(parameter for switch in idle for parameter in switch.adapter_parameters)
+    return [parameter for parameter in found if parameter not in kept]
 
 
 def _is_active(layer: Any) -> bool:
@@ -145,7 +246,7 @@ def _is_active(layer: Any) -> bool:
 
 
 def _parts(layer: Any) -> list[Any]:
-    # PEFT merges the adapter of an attention's out_proj with that of the attention and never calls it by itself
+    # the adapter on out_proj is part of PEFT's MultiheadAttention layer; PEFT never calls it on its own
     lora = sys.modules.get("peft.tuners.lora.layer")
     if lora is not None and isinstance(layer, lora.MultiheadAttention):
         return [layer, layer.base_layer.out_proj]
@@ -160,19 +261,26 @@ def _parameters_in(item: Any) -> Iterator[nn.Parameter]:
 
 
 def _switch_of(layer: Any) -> PeftSwitch:
-    """The switch that an earlier CoTo put on `layer`, so that no two ever decide; else a new one."""
+    """The switch that an earlier CoTo installed on `layer`, so that a layer has one; else a new one."""
     for hook in layer._forward_pre_hooks.values():
         if isinstance(switch := getattr(hook, "__self__", None), PeftSwitch):
             return switch
     return PeftSwitch(layer)
 
 
+def _users_names(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """By name, the name without what a ``PeftModel`` or its tuner puts in front."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    tuners = [] if peft is None else [name for name, module in modules.items() if isinstance(module, peft.BaseTuner)]
+    return {name: _users_name(name, tuners) for name in modules}
+
+
 def _users_name(name: str, tuners: list[str]) -> str:
     for tuner in tuners:
-        inside = f"{tuner}.model." if tuner else "model."
-        if name.startswith(inside):
-            holder = tuner.removesuffix("base_model")  # a PeftModel
-            return (f"{holder}." if holder and holder == tuner else holder) + name.removeprefix(inside)
+        inside = f"{tuner}.model" if tuner else "model"
+        if name == inside or name.startswith(f"{inside}."):
+            holder = tuner.rpartition(".")[0] if tuner.rpartition(".")[2] == "base_model" else tuner  # a PeftModel
+            return ".".join(part for part in (holder, name.removeprefix(inside).removeprefix(".")) if part)
     return name
 
 
@@ -180,13 +288,13 @@ def _refuse(modules: dict[str, nn.Module], active: set[str]) -> None:
     configs = [config for module in modules.values() if isinstance(config := vars(module).get("peft_config"), dict)]
     for name, config in (item for found in configs for item in found.items()):
         kind = str(getattr(config.peft_type, "value", config.peft_type))
-        if kind in _METHODS:
+        if kind in _UNSUPPORTED:
             raise ValueError(f"PEFT adapter {name!r} must be of a method with a switch in every layer; {kind} is not: "
-                             f"{_METHODS[kind]}")  # fmt: skip
+                             f"{_UNSUPPORTED[kind]}")  # fmt: skip
         if name not in active:
             continue
         init = getattr(config, "init_lora_weights", None)
-        known = (init.lower() if isinstance(init, str) else init) in _INITS
+        known = (init.lower() if isinstance(init, str) else init) in PEFT_INITS
         changed = "" if known else f"init_lora_weights={init!r}"
         if getattr(config, "kasa_config", None):
             changed = "kasa_config"
@@ -194,5 +302,5 @@ def _refuse(modules: dict[str, nn.Module], active: set[str]) -> None:
             raise ValueError(
                 f"PEFT adapter {name!r} must leave the base weights as they were; {changed} took part of them into the "
                 "adapter, so where it is off PEFT runs a residual, not the pretrained weight, and CoTo would destroy "
-                f"the model; init_lora_weights must be one of {_INITS}"
+                f"the model; init_lora_weights must be one of {PEFT_INITS}"
             )

@@ -1,1 +1,9 @@
-"""What a variant of the low-rank update must say, one file each."""
+"""The variants of the low-rank update, one file each. A new one is a file here and a line below."""
+
+from cotolora.variants.base import Variant
+from cotolora.variants.dora import Dora
+from cotolora.variants.hira import Hira
+from cotolora.variants.lora import Lora
+from cotolora.variants.vera import Vera
+
+VARIANTS: dict[str, Variant] = {variant.name: variant for variant in (Lora(), Dora(), Hira(), Vera())}

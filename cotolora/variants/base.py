@@ -1,80 +1,208 @@
-"""One adapter as PEFT's files hold it: its keys, its shapes, and what of it is ours alone."""
+"""What a variant of the low-rank update must say of itself, in one class; its defaults are those of plain LoRA."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
-from cotolora.linear import CoToLoRALinear
-from cotolora.variants.starts import since_start
+from cotolora.backends.types import Backend, Call
 
-# what follows the module's name, in the order A, B, m
-KEYS = {
-    "lora": ("lora_A.weight", "lora_B.weight"),
-    "dora": ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"),
-    "hira": ("hira_A", "hira_B"),
-}
+if TYPE_CHECKING:
+    from cotolora.linear import CoToLoRALinear
+    from cotolora.spec import AdapterSpec
 
-
-def plain_key(key: str) -> str:
-    """`key` as `KEYS` has it: PEFT gives the magnitude as a parameter or as a module with a weight."""
-    return key.removesuffix(".weight") if key.endswith(".lora_magnitude_vector.weight") else key
+INITS = ("kaiming", "gaussian", "pissa", "olora")
+FROM_WEIGHT = ("pissa", "olora")
+# PEFT's initialisations of LoRA that leave the base weights as they are; the others train on a residual base
+PEFT_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
-def shapes(variant: str, rank: int, in_features: int, out_features: int) -> tuple[tuple[int, ...], ...]:
-    """The shapes of `KEYS`."""
-    return ((rank, in_features), (out_features, rank), (out_features,))[: len(KEYS[variant])]
+class Part(NamedTuple):
+    """One of the tensors of an adapter.
 
-
-def settings(layer: CoToLoRALinear) -> tuple[int, float]:
-    """Rank and alpha of what `tensors` gives; alpha in the sense of the layer's own `use_rslora`."""
-    if layer.lora_a0 is None:
-        return layer.rank, layer.alpha
-    # twice the rank at the same scale
-    return 2 * layer.rank, layer.alpha * (math.sqrt(2) if layer.use_rslora else 2)
-
-
-def tensors(layer: CoToLoRALinear, whole: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """The tensors of `layer` by `KEYS`, each parameter made whole by `whole` first.
-
-    An adapter that started away from zero becomes a plain one of twice the rank, for the base as it was. HiRA's scale,
-    which PEFT does not have, goes into B.
+    attribute: its name in the layer.
+    shape: of the names "rank", "in_features", "out_features".
+    key: its name in PEFT's files, after that of the module; None of one that is not stored by module, see
+        `Variant.shared_keys`.
+    argument: what `coto_lora_linear` calls it.
     """
-    parameters = [whole(parameter) for parameter in layer.adapter_parameters]
-    if layer.lora_a0 is not None and layer.lora_b0 is not None:
-        a, b = parameters[:2]
-        parameters[:2] = since_start(a, b, whole(layer.lora_a0), whole(layer.lora_b0))
-    if layer.variant == "hira":
-        parameters[1] = parameters[1].to(torch.promote_types(parameters[1].dtype, torch.float32)) * layer.scale
-    return dict(zip(KEYS[layer.variant], parameters, strict=True))
+
+    attribute: str
+    shape: tuple[str, ...]
+    key: str | None
+    argument: str
+
+    def sizes(self, **sizes: int) -> tuple[int, ...]:
+        """Its shape where rank, in_features and out_features are such."""
+        return tuple(sizes[name] for name in self.shape)
 
 
-def fill(layer: CoToLoRALinear, values: dict[str, Tensor], write: Callable[[Tensor, Tensor], Any]) -> None:
-    """Gives the parameters of `layer` what `values` holds by `KEYS`; `write` takes target and value."""
-    for key, target in zip(KEYS[layer.variant], layer.adapter_parameters, strict=True):
-        value = values[key]
-        write(target, value / layer.scale if key == "hira_B" else value)
-    layer.forget_norm()
+def lora_a(key: str = "lora_A.weight") -> Part:
+    """A, ``[rank, in_features]``."""
+    return Part("lora_a", ("rank", "in_features"), key, "lora_a")
 
 
-def why_not(layer: CoToLoRALinear, variant: str, rank: int, scale: float) -> str:
-    """Why `layer` cannot take a file's adapter of such a variant, rank and scale; empty if it can."""
-    if layer.variant != variant:
-        return f"must have the variant of the file, {variant!r}; the model's is {layer.variant!r}"
-    if layer.lora_a0 is not None:
-        return (
-            f"must not have an init taken from W, whose start no file holds; the model's is {layer.init!r} "
-            "(eject the adapters and load onto the base)"
-        )
-    # HiRA's files have no scale: B is divided by the layer's own
-    fits = layer.scale != 0 if variant == "hira" else math.isclose(layer.scale, scale)
-    if layer.rank != rank or not fits:
-        return (
-            f"must have the rank and scale of the file, {rank} and {scale:g}; "
-            f"the model's are {layer.rank} and {layer.scale:g}"
-        )
-    return ""
+def lora_b(key: str = "lora_B.weight") -> Part:
+    """B, ``[out_features, rank]``."""
+    return Part("lora_b", ("out_features", "rank"), key, "lora_b")
+
+
+class Sizes(NamedTuple):
+    """What the shapes of an adapter's tensors are made of."""
+
+    rank: int
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class PeftMethod:
+    """How PEFT's config speaks of a variant.
+
+    peft_type: the method.
+    flags: fields that tell variants of one method apart, with their values.
+    dropout, init: the names of these fields.
+    inits: values of the field `init` that leave the base weights as they are.
+    default_rank, default_alpha: of a config that states none.
+    scaled: whether there are alpha and rsLoRA; without, alpha is the rank.
+    patterned: whether PEFT follows rank_pattern.
+    fields: further fields that such a config may have, with their defaults, which `save_adapter` writes.
+    """
+
+    peft_type: str
+    flags: Mapping[str, bool] = dataclass_field(default_factory=dict)
+    dropout: str = "lora_dropout"
+    init: str = "init_lora_weights"
+    inits: Collection[Any] = PEFT_INITS
+    default_rank: int = 8
+    default_alpha: float = 8
+    scaled: bool = True
+    patterned: bool = True
+    fields: Mapping[str, Any] = dataclass_field(default_factory=dict)
+
+
+class Variant:
+    """A variant of the low-rank update, with everything that this library must know of it.
+
+    A subclass states the attributes, and overrides the methods in which it differs from LoRA. An instance has no state.
+
+    Attributes:
+        name: of the variant, as ``variant=`` takes it.
+        definition: its function of `cotolora.reference`, ``(x, weight, bias, a, b, *extra, *constants, *, scale, gate,
+            dropout)``.
+        addition: the same, added to a base's output, ``(y, x, a, b, *extra, *, scale, gate, dropout)``; None if the
+            variant must read W.
+        addmm: the backend of vendor GEMMs, None if there is none; `addmm_adding` where a base is called.
+        fused: the backends of our kernels by the names of their forms; `fused_adding` where a base is called.
+        measured: whether `python -m benchmarks tune` measures it.
+        parts: the tensors of an adapter: A, B and what is extra.
+        trained: the attributes that train, in the order in which an optimizer gets them; the others are shared.
+        inits: of A and B, see `CoToLoRALinear`.
+        product: whether the update is ``scale · B A`` and nothing else, which merging takes apart.
+        peft: how PEFT's config speaks of it.
+        shared_keys: the names in PEFT's files, after ``base_model.``, of tensors that belong to no single module.
+    """
+
+    name: ClassVar[str]
+    definition: ClassVar[Callable[..., Tensor]]
+    addition: ClassVar[Callable[..., Tensor] | None] = None
+    addmm: ClassVar[Backend | None] = None
+    addmm_adding: ClassVar[Backend | None] = None
+    fused: ClassVar[Mapping[str, Backend]] = {}
+    fused_adding: ClassVar[Mapping[str, Backend]] = {}
+    measured: ClassVar[bool] = False
+    parts: ClassVar[tuple[Part, ...]] = (lora_a(), lora_b())
+    trained: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
+    inits: ClassVar[tuple[str, ...]] = INITS
+    product: ClassVar[bool] = False
+    peft: ClassVar[PeftMethod]
+    shared_keys: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        self.extra = self.parts[2:]
+        self.backends = _by_name(self.addmm, self.fused)
+        self.adding_backends = _by_name(self.addmm_adding, self.fused_adding)
+
+    def backends_for(self, call: Call) -> Mapping[str, Backend]:
+        """The backends of such calls by their full names; the reference is not among them."""
+        return self.adding_backends if call.adds else self.backends
+
+    def constants(
+        self, backend: Backend | None, weight: Tensor, a: Tensor, b: Tensor, scale: float
+    ) -> tuple[Tensor, ...]:
+        """What must be computed of W before autocast casts it; handed to the backend after what is extra."""
+        return ()
+
+    # the layer
+
+    def check(self, init: str, rank: int, alpha: float, sizes: tuple[int, int]) -> None:
+        """Raises ValueError unless such an init, rank and alpha go with the variant on a weight of such sizes."""
+        if init not in INITS:
+            raise ValueError(f"init must be one of {INITS}; got {init!r}")
+        if init not in self.inits:
+            raise ValueError(f"init must be one of {self.inits} with variant={self.name!r}; got {init!r}")
+        if init not in FROM_WEIGHT:
+            return
+        if rank > min(sizes):
+            raise ValueError(
+                f"rank must be at most {min(sizes)} with init={init!r}, the smaller of the sizes {sizes}; got {rank}"
+            )
+        if alpha <= 0:
+            raise ValueError(f"alpha must be positive with init={init!r}; got {alpha!r}")
+
+    def start(self, layer: CoToLoRALinear, weight: Tensor | None) -> None:
+        """Sets what is extra to where it starts, given W ``[out_features, in_features]``, None or meta if not known."""
+
+    def share(self, layers: Sequence[CoToLoRALinear]) -> None:
+        """Gives the layers of one model the tensors that they share, when they are put into it."""
+
+    def delta(self, weight: Tensor | None, a: Tensor, b: Tensor, extra: Sequence[Tensor], scale: float) -> Tensor:
+        """What merging adds to W, ``[out_features, in_features]``, in the dtype of A and B."""
+        return scale * (b @ a)
+
+    # files
+
+    def saved_spec(self, layer: CoToLoRALinear) -> AdapterSpec:
+        """The settings of what `saved` gives, for the base as it is."""
+        if layer.init not in FROM_WEIGHT:
+            return layer.spec
+        # twice the rank at the same scale
+        alpha = layer.alpha * (math.sqrt(2) if layer.use_rslora else 2)
+        return replace(layer.spec, rank=2 * layer.rank, alpha=alpha, init="kaiming")
+
+    def saved(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """The tensors of an adapter as PEFT stores them, by attribute; `scale` is the layer's."""
+        return tensors
+
+    def loaded(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """The reverse of `saved`, of tensors that are float32 at least; those of no key come from `spread_shared`."""
+        return tensors
+
+    def saved_shared(self, layers: Mapping[str, CoToLoRALinear]) -> dict[str, Tensor]:
+        """The tensors of `shared_keys`, of the layers that are saved, by name."""
+        return {}
+
+    def spread_shared(
+        self, shared: Mapping[str, Tensor], fields: Mapping[str, Any], sizes: Mapping[str, Sizes]
+    ) -> dict[str, dict[str, Tensor]]:
+        """What each module takes of `shared`, by attribute: all parts that have no key.
+
+        Args:
+            shared: what the file holds of `shared_keys`.
+            fields: of the config, those of `PeftMethod.fields`.
+            sizes: of the modules, by name.
+
+        Raises:
+            ValueError: a tensor is missing or does not fit.
+        """
+        return {}
+
+
+def _by_name(addmm: Backend | None, fused: Mapping[str, Backend]) -> dict[str, Backend]:
+    vendor = {} if addmm is None else {"addmm": addmm}
+    return {**vendor, **{f"triton:{form}": backend for form, backend in fused.items()}}

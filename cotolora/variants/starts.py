@@ -1,35 +1,9 @@
-"""What variants and inits make of a weight: where the factors start, and the update they stand for."""
+"""Inits that take the factors from a weight: where they start, and the update they stand for since."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from cotolora.functional import VARIANTS, row_norms
-from cotolora.reference import column_scale
-
-INITS = ("kaiming", "gaussian", "pissa", "olora")
-FROM_WEIGHT = ("pissa", "olora")
-
-
-def check(variant: str, init: str, rank: int, alpha: float, sizes: tuple[int, int]) -> None:
-    """Raises ValueError unless there is such a variant and init, and they go together with the rest."""
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {VARIANTS}; got {variant!r}")
-    if init not in INITS:
-        raise ValueError(f"init must be one of {INITS}; got {init!r}")
-    if init not in FROM_WEIGHT:
-        return
-    if variant == "hira":
-        raise ValueError(
-            f"init must be 'kaiming' or 'gaussian' with variant='hira', whose W ∘ B A is no part of W; got {init!r}"
-        )
-    if rank > min(sizes):
-        raise ValueError(
-            f"rank must be at most {min(sizes)} with init={init!r}, the smaller of the sizes {sizes}; got {rank}"
-        )
-    if alpha <= 0:
-        raise ValueError(f"alpha must be positive with init={init!r}; got {alpha!r}")
 
 
 @torch.no_grad()
@@ -61,18 +35,3 @@ def since_start(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, T
     dtype = torch.promote_types(a.dtype, torch.float32)
     a, b, a0, b0 = a.to(dtype), b.to(dtype), a0.to(dtype), b0.to(dtype)
     return torch.cat([a, a - a0]), torch.cat([b - b0, b0], dim=1)
-
-
-def delta(variant: str, weight: Tensor | None, a: Tensor, b: Tensor, magnitude: Tensor | None, scale: float) -> Tensor:
-    """What the adapter adds to ``weight [out_features, in_features]``, in the dtype of `a` and `b`.
-
-    lora: ``scale · B A``. dora: ``c ∘ (W + scale · B A) − W``. hira: ``W ∘ scale · B A``.
-    """
-    product = scale * (b @ a)
-    if variant == "lora" or weight is None:
-        return product
-    weight = weight.detach().to(a.dtype)
-    if magnitude is None:
-        return weight * product
-    c = column_scale(magnitude, row_norms(weight, a, b, scale))
-    return c[:, None] * (weight + product) - weight

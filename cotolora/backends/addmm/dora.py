@@ -1,255 +1,367 @@
-"""DoRA as vendor GEMMs with a hand-written backward; `lora.py` beside it has the plain form and what both share."""
+"""DoRA as vendor GEMMs with a hand-written backward; a small W is merged with its update instead."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cotolora.backends.addmm.lora import Needs, Saved, add_product, cast, flat, masked, scaled_mm, select, short_first
-from cotolora.reference import Gate, rows_on
+from cotolora.backends.addmm.products import (
+    Switch,
+    add_product,
+    cast,
+    dropped_out,
+    flat,
+    masked,
+    scaled_product,
+    select,
+    shaped_like,
+    switch,
+    times,
+    transposed_times,
+)
+from cotolora.backends.types import Call, Gradients, Launch, Launches, Needs, Operands, Options, Sizes, kept_by_lora
 
 # entries of W + scale · B A that are made at a time: on a CPU what its cache holds
 BLOCK_CPU, BLOCK_DEVICE = 1 << 18, 1 << 22
-# entries of W up to which, and rows from which, W and its update are merged
-MERGED, MANY = 1 << 14, 64
+# W is merged with its update if it has at most so many entries, and x at least so many rows
+MERGED_ENTRIES, MERGED_ROWS = 1 << 14, 64
 
 
-def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """``‖W + scale · B A‖`` by rows ``[out_features]``, of which no more than a block is ever there.
+class Saved(NamedTuple):
+    """What the backward reads, None where it will not.
 
-    In float32, or float64 if `weight` is. Where B = 0 it is ``‖W‖`` exactly.
+    x, weight, a, b: of the operands.
+    h: ``δ · scale · dropout(x) Aᵀ [rows, rank]``, in the dtype of x.
+    keep: boolean dropout mask, of the shape of x.
+    column_scale: c ``[out_features]``; 1 where the whole call is off.
+    norm: ``‖W + scale · B A‖`` by rows, ``[out_features]``.
+    product: what m's gradient is taken from, ``[rows, out_features]``: ``x Wᵀ + bias``, or ``dropout(x) Wᵀ``.
+    product_bias: the bias in `product`, which is not a part of what c scales.
+    """
+
+    x: Tensor | None
+    weight: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    h: Tensor | None
+    keep: Tensor | None
+    column_scale: Tensor
+    norm: Tensor | None
+    product: Tensor | None
+    product_bias: Tensor | None
+
+
+class SavedMerged(NamedTuple):
+    """What the backward of a merged W reads: `total` is ``W + scale · B A``, the rest as in `Saved`."""
+
+    x: Tensor
+    a: Tensor
+    b: Tensor
+    column_scale: Tensor
+    norm: Tensor
+    total: Tensor
+
+
+def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """As `cotolora.reference.row_norms`, of which no more than a block of ``W + scale · B A`` is ever there.
+
+    Where B = 0 it is ``‖W‖`` exactly.
 
     Not by ``‖W_i‖² + 2 s · W_i · (B A)_i + s² · ‖(B A)_i‖²`` from W Aᵀ and A Aᵀ, which needs no sum of W and B A: the
     terms may cancel, and a CPU takes as long for a product of so few columns as for the whole sum, or longer. It has
     not been timed on a GPU, where it is the fallback of the fused kernels, which have their own.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    lora_a, lora_b = cast(lora_a, dtype), cast(lora_b, dtype)
+    a, b = (cast(cast(factor, weight.dtype), dtype) for factor in (a, b))
 
-    def norms(weight: Tensor, lora_b: Tensor) -> Tensor:
+    def norms(weight: Tensor, b: Tensor) -> Tensor:
         wide = cast(weight, dtype)
         add = wide.addmm if wide is weight else wide.addmm_
-        return torch.linalg.vector_norm(add(lora_b, lora_a, alpha=scale), dim=1)
+        return torch.linalg.vector_norm(add(b, a, alpha=scale), dim=1)
 
     # a trace holds every block
     small = weight.device.type == "cpu" and not torch.compiler.is_compiling()
     size = max(1, (BLOCK_CPU if small else BLOCK_DEVICE) // max(1, weight.shape[1]))
     if weight.shape[0] <= size:
-        return norms(weight, lora_b)
-    return torch.cat([norms(*block) for block in zip(weight.split(size), lora_b.split(size), strict=True)])
+        return norms(weight, b)
+    return torch.cat([norms(*block) for block in zip(weight.split(size), b.split(size), strict=True)])
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    magnitude: Tensor,
-    norm: Tensor | None,
-    needs: Needs,
-    *,
-    scale: float,
-    gate: Gate,
-    dropout: float,
-) -> tuple[Tensor, Saved]:
+class DoraByAddmm:
     r"""``y = c ∘ base + (1 − c) ∘ bias + h (c ∘ B)ᵀ`` with ``base = x Wᵀ + bias`` and ``h = δ · scale · x Aᵀ``.
 
     With dropout D, ``y = x Wᵀ + bias + (c − 1) ∘ (D x) Wᵀ + h (c ∘ B)ᵀ`` with ``h = δ · scale · D x Aᵀ``.
     A small W that many rows meet on a CPU is merged with its update: ``y = x (c ∘ (W + scale · B A))ᵀ + bias``.
     Where c = 1 and B = 0, so also where the gate is off, all are the base's own result, bit for bit.
-    Shapes as in `cotolora.reference.dora_linear`; `gate` is True or a tensor. A norm of None is computed.
+
+    The operands' `extra` is m and, where autocast has cast W, the norm of W as it was.
     """
-    if _merges(x, weight, needs, gate, dropout):
-        total = weight.addmm(cast(lora_b, x.dtype), cast(lora_a, x.dtype), alpha=scale)
-        norm = torch.linalg.vector_norm(total, dim=1) if norm is None else norm
-        c = (magnitude / norm).masked_fill_(norm.logical_not(), 1)
-        return F.linear(x, cast(total * c.unsqueeze(1), x.dtype), bias), Saved(None, None, c, norm, total)
-    if norm is None:
-        norm = row_norms(weight, lora_a, lora_b, scale)
-    y = F.linear(x, weight, bias).contiguous()
-    rows = flat(y)
-    on, whole, by_row = _switches(gate, y)
-    # as column_scale, in fewer steps: there is no gradient to keep from the division
-    c = (magnitude / norm).masked_fill_(norm.logical_not(), 1)
-    if on is not None:
-        c = torch.where(on.any(), c, 1)
-    dropped, keep = torch.native_dropout(x, dropout, True) if dropout else (x, None)
-    h = select(on, scaled_mm(flat(dropped), cast(lora_a, x.dtype).T, scale))
-    if dropout:
-        base = flat(dropped) @ weight.T
-        out = torch.addcmul(rows, base, c - 1)
-    else:
-        base = rows
-        out = rows * c if bias is None else torch.addcmul(torch.addcmul(bias, bias, c, value=-1), rows, c)
-    # in c's dtype to the end: one rounding, the last
-    out = cast(add_product(out, cast(h, c.dtype), _columns(c, lora_b, whole, c.dtype).T), x.dtype)
-    out = out if y.dim() == 2 else out.view(y.shape)
-    if by_row is not None:
-        out = torch.where(by_row, out, y)
-    of_magnitude = (norm, base, None if dropout else bias) if needs.magnitude else (None, None, None)
-    return out, Saved(h, keep, c, *of_magnitude)
 
+    def why_not(self, call: Call) -> list[str]:
+        """It takes every call."""
+        return []
 
-def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    saved: Saved,
-    needs: Needs,
-    *,
-    scale: float,
-    gate: Gate,
-    dropout: float,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    r"""Gradients of x, weight, bias, A, B and m given ``dy [..., out]``: those of LoRA with ``c ∘ dy`` in place of dy.
+    def row_norms(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """``‖W + scale · B A‖`` by rows."""
+        return row_norms(weight, a, b, scale)
 
-    With ``p = δ · scale · dy (c ∘ B)`` and without dropout:
+    def forward(
+        self, operands: Operands, options: Options, needs: Needs
+    ) -> tuple[Tensor, Saved] | tuple[Tensor, SavedMerged]:
+        """By the first or second form of the class, or by the third."""
+        x, weight, bias, a, b, (magnitude, *known_norm), _ = operands
+        scale, dropout, gate = options
+        assert weight is not None
+        if gate is None and needs.a and needs.b and not torch.compiler.is_compiling():
+            rows = x.numel() // max(1, weight.shape[1])
+            if merges(x.device, weight.dtype, rows, weight.numel(), dropout):
+                return _merged(operands, scale)
+        norm = known_norm[0] if known_norm else row_norms(weight, a, b, scale)
+        y = F.linear(x, weight, bias).contiguous()
+        rows_of_y = flat(y)
+        on, one, by_row = switch(gate, y)
+        c = _column_scale(magnitude, norm)
+        if on is not None:
+            c = torch.where(on.any(), c, 1)
+        dropped, keep = dropped_out(x, dropout)
+        h = select(on, scaled_product(flat(dropped), cast(a, x.dtype).T, scale))
+        if dropout:
+            product = flat(dropped) @ weight.T
+            out = torch.addcmul(rows_of_y, product, c - 1)
+        else:
+            product = rows_of_y
+            out = product * c if bias is None else torch.addcmul(torch.addcmul(bias, bias, c, value=-1), product, c)
+        # in c's dtype to the end: one rounding, the last
+        out = cast(add_product(out, cast(h, c.dtype), _scaled_b(c, b, one, c.dtype).T), x.dtype)
+        out = out if y.dim() == 2 else out.view(y.shape)
+        if by_row is not None:
+            out = torch.where(by_row, out, y)
+        for_magnitude = bool(needs.extra) and needs.extra[0]
+        of_magnitude = (norm, product, None if dropout else bias) if for_magnitude else (None, None, None)
+        h_kept = h if needs.b or for_magnitude else None
+        return out, Saved(*kept_by_lora(operands, needs), h_kept, keep, c, *of_magnitude)
+
+    def backward(self, dy: Tensor, saved: Saved | SavedMerged, options: Options, needs: Needs) -> Gradients:
+        r"""Those of LoRA with ``c ∘ dy`` in place of dy.
+
+        With ``p = δ · scale · dy (c ∘ B)`` and without dropout:
 
         dx = (c ∘ dy) W + p A      dA = pᵀ x      dB = c ∘ dyᵀ h      dm = Σ_rows dy ∘ (x Wᵀ + h Bᵀ) / norm
+        """
+        if isinstance(saved, SavedMerged):
+            return _backward_of_merged(dy, saved, options.scale, needs)
+        x, weight, a, b, h, keep, c, *_ = saved
+        scale, dropout, gate = options
+        for_magnitude = bool(needs.extra) and needs.extra[0]
+        dx = dw = dbias = da = db = dm = None
+        rows, switches = flat(dy), switch(gate, dy)
+        on, one, by_row = switches
+        on_rows = select(by_row, rows)
+        dropped = x if x is None or keep is None else masked(x, keep, dropout)
+        if needs.bias:
+            dbias = rows.sum(0)
+        if h is not None:
+            across = transposed_times(on_rows, h)
+            if needs.b:
+                db = select(one, across * c.unsqueeze(1))
+            if for_magnitude and b is not None:
+                dm = _of_magnitude(on_rows, across, b, saved, on)
+        if (needs.x or needs.a) and b is not None:
+            scaled_b = _scaled_b(c, b, one, dy.dtype)
+            p = select(on, times(rows, scaled_b, scale))
+            if needs.a and dropped is not None:
+                da = select(one, p.T @ select(by_row, flat(dropped)))
+            if needs.x and weight is not None and a is not None:
+                a_cast = select(one, cast(a, dy.dtype))
+                dx = shaped_like(_of_x(dy, weight, a_cast, scaled_b, p, saved, switches, options), dy)
+        if needs.weight and x is not None and dropped is not None:
+            dw = weight_gradient(dy, x, dropped, c, switches)
+        return Gradients(dx, dw, dbias, da, db, (dm, None))
 
-    Only what `needs` asks for is computed; operands that the rest would need may be None. Of a merged weight, which is
-    told by dB asked for without h, see `_of_merged`.
-    """
-    dx = dw = dbias = da = db = dm = p = None
-    c, keep = saved.column, saved.keep
-    assert c is not None
+    def launches(self, call: Call) -> Launches:
+        """Of a merged W, or else; launches that move no more than a row or a factor are not listed."""
+        sizes = call.sizes
+        assert sizes is not None
+        if merges(call.device, call.dtype, sizes.m, sizes.n * sizes.k, call.dropout):
+            return _launches_of_merged(sizes)
+        return _launches(sizes, sizes.m * sizes.k if call.dropout else 0)
+
+    def saved_elsewhere(self, saved: Saved, dy: Tensor, options: Options) -> Saved:
+        """The same: this is where others go."""
+        return saved
+
+
+def weight_gradient(dy: Tensor, x: Tensor, dropped: Tensor, c: Tensor, switches: Switch) -> Tensor:
+    """``dW = (c ∘ dy)ᵀ x``, or with dropout D ``dyᵀ x + ((c − 1) ∘ dy)ᵀ (D x)``; `dropped` is D x."""
+    if dropped is x:
+        return _scaled(dy, c, switches.rows).T @ flat(x)
     rows = flat(dy)
-    if needs.lora_b and saved.h is None:
-        assert x is not None
-        assert lora_a is not None
-        assert lora_b is not None
-        return _of_merged(dy, rows, x, lora_a, lora_b, saved, needs, scale)
-    on, whole, by_row = _switches(gate, dy)
-    on_rows = select(by_row, rows)
-    dropped = x if x is None or keep is None else masked(x, keep, dropout)
-    if needs.bias:
-        dbias = rows.sum(0)
-    if saved.h is not None:
-        h = saved.h
-        across = (h.T @ on_rows).T if short_first(rows, h.shape[1]) else on_rows.T @ h
-        if needs.lora_b:
-            db = cast(select(whole, across * c.unsqueeze(1)), needs.lora_b)
-        if needs.magnitude and lora_b is not None:
-            dm = cast(_for_magnitude(on_rows, across, lora_b, saved, on), needs.magnitude)
-    if (needs.x or needs.lora_a) and lora_b is not None:
-        b = _columns(c, lora_b, whole, dy.dtype)
-        p = scaled_mm(b.T, rows.T, scale).T if short_first(rows, b.shape[1]) else scaled_mm(rows, b, scale)
-        p = select(on, p)
-    if needs.lora_a and p is not None and dropped is not None:
-        da = cast(select(whole, p.T @ select(by_row, flat(dropped))), needs.lora_a)
-    if needs.weight and x is not None and dropped is not None:
-        dw = _scaled(dy, c, by_row).T @ flat(x)
-        if keep is not None:
-            dw = rows.T @ flat(x) + cast(on_rows * (c - 1), dy.dtype).T @ flat(dropped)
-    if needs.x and p is not None and weight is not None and lora_a is not None:
-        dx = _for_x(dy, weight, select(whole, cast(lora_a, dy.dtype)), b, p, saved, by_row, scale, dropout)
-        dx = dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], weight.shape[1])
-    return dx, dw, dbias, da, db, dm
+    return rows.T @ flat(x) + cast(select(switches.rows, rows) * (c - 1), dy.dtype).T @ flat(dropped)
 
 
-def merges(device: torch.device, element_size: int, rows: int | None, entries: int, dropout: float) -> bool:
-    """Whether an adapter that is on and trains is merged with a W of so many entries; see `_merges`."""
-    many = rows is not None and rows >= MANY
-    return device.type == "cpu" and element_size >= 4 and many and entries <= MERGED and not dropout
+def merges(device: torch.device, dtype: torch.dtype, rows: int | None, entries: int, dropout: float) -> bool:
+    """Whether ``c ∘ (W + scale · B A)`` is made, of a W of so many entries, and all gradients are taken from ``dyᵀ x``.
 
-
-def _merges(x: Tensor, weight: Tensor, needs: Needs, gate: Gate, dropout: float) -> bool:
-    """Whether ``c ∘ (W + scale · B A)`` is made, and all gradients are taken from ``dyᵀ x``.
-
-    It takes one product of the size of W's more and no pass over what is ``[rows, out_features]``: faster where W is
-    small, by measurement on a CPU. Not in low precision, which would round small updates away.
+    Where A and B train and the adapter is on. It takes one product of the size of W's more and no pass over what is
+    ``[rows, out_features]``: faster where W is small, by measurement on a CPU. Not in low precision, which would round
+    small updates away.
     """
-    if gate is not True or needs.lora_a is None or needs.lora_b is None or torch.compiler.is_compiling():
-        return False
-    rows = x.numel() // max(1, weight.shape[1])
-    return merges(x.device, weight.dtype.itemsize, rows, weight.numel(), dropout)
+    many = rows is not None and rows >= MERGED_ROWS
+    return device.type == "cpu" and dtype.itemsize >= 4 and many and entries <= MERGED_ENTRIES and not dropout
 
 
-def _of_merged(
-    dy: Tensor, rows: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, saved: Saved, needs: Needs, scale: float
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+def _merged(operands: Operands, scale: float) -> tuple[Tensor, SavedMerged]:
+    x, weight, bias, a, b, (magnitude, *known_norm), _ = operands
+    assert weight is not None
+    total = weight.addmm(cast(b, x.dtype), cast(a, x.dtype), alpha=scale)
+    norm = known_norm[0] if known_norm else torch.linalg.vector_norm(total, dim=1)
+    c = _column_scale(magnitude, norm)
+    y = F.linear(x, cast(total * c.unsqueeze(1), x.dtype), bias)
+    return y, SavedMerged(x, a, b, c, norm, total)
+
+
+def _backward_of_merged(dy: Tensor, saved: SavedMerged, scale: float, needs: Needs) -> Gradients:
     r"""``dA = scale · Bᵀ G, dB = scale · G Aᵀ, dm = Σ dyᵀ x ∘ (W + scale · B A) / norm`` with ``G = c ∘ dyᵀ x``."""
-    total, norm, c = saved.base, saved.norm, saved.column
-    assert total is not None
-    assert norm is not None
-    assert c is not None
-    across, column = rows.T @ flat(x), c.unsqueeze(1)
-    dm = (across * total).sum(1).div_(norm).masked_fill_(norm.logical_not(), 0) if needs.magnitude else None
+    x, a, b, c, norm, total = saved
+    rows, column, dm = flat(dy), c.unsqueeze(1), None
+    across = rows.T @ flat(x)
+    if needs.extra and needs.extra[0]:
+        dm = (across * total).sum(1).div_(norm).masked_fill_(norm.logical_not(), 0)
     across = cast(across * column, rows.dtype)
-    da = scaled_mm(cast(lora_b, dy.dtype).T, across, scale)
-    db = scaled_mm(across, cast(lora_a, dy.dtype).T, scale)
-    dx = rows @ cast(total * column, rows.dtype) if needs.x else None
-    return (
-        dx if dx is None or dy.dim() == 2 else dx.view(x.shape),
+    return Gradients(
+        shaped_like(rows @ cast(total * column, rows.dtype), dy) if needs.x else None,
         across if needs.weight else None,
         rows.sum(0) if needs.bias else None,
-        cast(da, needs.lora_a or da.dtype),
-        cast(db, needs.lora_b or db.dtype),
-        None if dm is None else cast(dm, needs.magnitude or dm.dtype),
+        scaled_product(cast(b, dy.dtype).T, across, scale),
+        scaled_product(across, cast(a, dy.dtype).T, scale),
+        (dm, None),
     )
 
 
-def _for_x(
+def _column_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """As `reference.column_scale`, in fewer steps: there is no gradient to keep from the division."""
+    return (magnitude / norm).masked_fill_(norm.logical_not(), 1)
+
+
+def _of_x(
     dy: Tensor,
     weight: Tensor,
-    lora_a: Tensor,
-    columns: Tensor,
+    a: Tensor,
+    scaled_b: Tensor,
     p: Tensor,
     saved: Saved,
-    by_row: Tensor | None,
-    scale: float,
-    dropout: float,
+    switches: Switch,
+    options: Options,
 ) -> Tensor:
-    """``(c ∘ dy) W + p A``, or with dropout ``dy W + D ∘ (((c − 1) ∘ dy) W + p A)``; `columns` is ``c ∘ B``."""
-    rows, c, keep = flat(dy), saved.column, saved.keep
-    assert c is not None
+    """``(c ∘ dy) W + p A``, or with dropout ``dy W + D ∘ (((c − 1) ∘ dy) W + p A)``."""
+    rows, c, keep, by_row = flat(dy), saved.column_scale, saved.keep, switches.rows
     if keep is not None:
-        update = (cast(select(by_row, rows) * (c - 1), rows.dtype) @ weight).add_(select(by_row, p @ lora_a))
-        return (rows @ weight).add_(masked(update, flat(keep), dropout))
+        update = (cast(select(by_row, rows) * (c - 1), rows.dtype) @ weight).add_(select(by_row, p @ a))
+        return (rows @ weight).add_(masked(update, flat(keep), options.dropout))
     if by_row is not None:
-        return (_scaled(dy, c, by_row) @ weight).add_(select(by_row, p @ lora_a))
+        return (_scaled(dy, c, by_row) @ weight).add_(select(by_row, p @ a))
     # c is put onto the smaller operand; a number of rows that is not known is taken for small
     if torch.compiler.is_compiling() or rows.shape[0] <= weight.shape[1]:
-        return (_scaled(dy, c, None) @ weight).addmm_(p, lora_a)
+        return (_scaled(dy, c, None) @ weight).addmm_(p, a)
     scaled = cast(weight * c.unsqueeze(1), rows.dtype)
     # and the update too where it is smaller there, unless small ones would be rounded away
     if rows.shape[0] > weight.shape[0] and weight.dtype.itemsize >= 4:
-        return rows @ scaled.addmm_(columns, lora_a, alpha=scale)
-    return (rows @ scaled).addmm_(p, lora_a)
+        return rows @ scaled.addmm_(scaled_b, a, alpha=options.scale)
+    return (rows @ scaled).addmm_(p, a)
 
 
-def _for_magnitude(on_rows: Tensor, across: Tensor, lora_b: Tensor, saved: Saved, on: Tensor | None) -> Tensor:
-    """``Σ_rows dy ∘ u / norm [out_features]``, with u from `saved` and ``across = dyᵀ h``."""
-    base, norm = saved.base, saved.norm
-    assert base is not None
+def _of_magnitude(on_rows: Tensor, across: Tensor, b: Tensor, saved: Saved, on: Tensor | None) -> Tensor:
+    """``Σ_rows dy ∘ u / norm [out_features]`` with ``u = x Wᵀ + h Bᵀ`` and ``across = dyᵀ h``."""
+    product, norm = saved.product, saved.norm
+    assert product is not None
     assert norm is not None
-    base = cast(base, norm.dtype)
+    product = cast(product, norm.dtype)
     # less the bias before the sum, not after: a large one would cost the sum its digits
-    product = on_rows * base if saved.bias is None else torch.sub(base, saved.bias).mul_(on_rows)
-    total = product.sum(0) + (across * lora_b).sum(1)
+    terms = on_rows * product if saved.product_bias is None else torch.sub(product, saved.product_bias).mul_(on_rows)
+    total = terms.sum(0) + (across * b).sum(1)
     # a row without a norm has c = 1 whatever m is
-    nothing = norm.logical_not()
+    without_norm = norm.logical_not()
     if on is not None:
-        nothing |= ~on.any()
-    return (total / norm).masked_fill_(nothing, 0)
+        without_norm |= ~on.any()
+    return (total / norm).masked_fill_(without_norm, 0)
 
 
-def _switches(gate: Gate, like: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gate as `rows_on` gives it, and once more as the second if it is one for all, else as the third."""
-    on = rows_on(gate, like) if isinstance(gate, Tensor) else None
-    return (on, on, None) if on is None or on.dim() == 0 else (on, None, on)
-
-
-def _columns(c: Tensor, lora_b: Tensor, whole: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _scaled_b(c: Tensor, b: Tensor, one: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``c ∘ B [out_features, rank]`` in `dtype`, zeros where the one gate is off."""
-    return select(whole, cast(lora_b * c.unsqueeze(1), dtype))
+    return select(one, cast(b * c.unsqueeze(1), dtype))
 
 
 def _scaled(dy: Tensor, c: Tensor, by_row: Tensor | None) -> Tensor:
     """``c ∘ dy [rows, out_features]`` on the rows that are on, dy on the others."""
     scaled = cast(dy * c, dy.dtype)
     return flat(scaled if by_row is None else torch.where(by_row, scaled, dy))
+
+
+def _launches_of_merged(sizes: Sizes) -> Launches:
+    bytes_of, products = sizes.bytes, sizes.products
+    return Launches(
+        (
+            Launch("addmm", bytes_of("w", "a", "b", "w")),
+            Launch("norm", bytes_of("w")),
+            Launch("mul", bytes_of("w", "w")),
+            Launch("linear", bytes_of("x", "w", "y"), products),
+        ),
+        (
+            Launch("mm", bytes_of("dy", "x", "w"), products),
+            Launch("mul", bytes_of("w", "w", "w")),
+            Launch("sum", bytes_of("w")),
+            Launch("mul", bytes_of("w", "w")),
+            Launch("addmm", bytes_of("w", "b", "a")),
+            Launch("addmm", bytes_of("w", "a", "b")),
+            Launch("mul", bytes_of("w", "w")),
+            Launch("mm", bytes_of("dy", "w", "dx"), products),
+        ),
+        bytes_of("w") + 8 * sizes.n,
+    )
+
+
+def _launches(sizes: Sizes, mask: int) -> Launches:
+    bytes_of, products = sizes.bytes, sizes.products
+
+    def wide(name: str) -> list[str]:
+        return [name] * (4 // sizes.element_size)  # moves as many bytes as a float32 entry
+
+    def cast(name: str) -> list[Launch]:
+        return [Launch("cast", bytes_of(name, *wide(name)))] if sizes.element_size < 4 else []
+
+    # c goes onto the smaller operand, and the update there too if it may
+    smaller = "dy" if sizes.m <= sizes.k else "w"
+    merged = sizes.m > max(sizes.n, sizes.k) and sizes.element_size >= 4
+    return Launches(
+        (
+            *cast("w"),
+            # by blocks, which a cache may hold from one launch to the next
+            Launch("addmm", bytes_of(*wide("w"), *wide("w"))),
+            Launch("norm", bytes_of(*wide("w"))),
+            Launch("linear", bytes_of("x", "w", "y"), products),
+            Launch("addmm", bytes_of("x", "a", "h")),
+            Launch("addcmul", bytes_of("y", *wide("y"))),
+            Launch("addmm_", bytes_of("h", "b", *wide("y"), *wide("y"))),
+            *cast("y"),
+        ),
+        (
+            Launch("mm", bytes_of("h", "dy", "b")),
+            *cast("u"),
+            Launch("sub", bytes_of(*wide("u"), *wide("u"))),
+            Launch("mul_", bytes_of("dy", *wide("u"), *wide("u"))),
+            Launch("sum", bytes_of(*wide("u"))),
+            Launch("addmm", bytes_of("b", "dy", "p")),
+            Launch("mm", bytes_of("p", "x", "a")),
+            Launch("mul", bytes_of(smaller, *wide(smaller))),
+            *cast(smaller),
+            Launch("addmm_", bytes_of("a", "b", "w", "w") if merged else bytes_of("p", "a", "dx", "dx")),
+            Launch("mm", bytes_of("dy", "w", "dx"), products),
+        ),
+        bytes_of("h", "u") + 8 * sizes.n + mask,
+    )
+
+
+BACKEND = DoraByAddmm()

@@ -1,105 +1,151 @@
-"""HiRA as vendor GEMMs with a hand-written backward; `lora.py` beside it has the plain form and what both share."""
+"""HiRA as vendor GEMMs with a hand-written backward."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cotolora.backends.addmm.lora import Needs, Saved, add_product, cast, flat, masked, scaled_mm, select
-from cotolora.reference import Gate, rows_on
+from cotolora.backends.addmm.products import (
+    add_product,
+    cast,
+    dropped_out,
+    flat,
+    masked,
+    scaled_product,
+    select,
+    shaped_like,
+    switch,
+)
+from cotolora.backends.types import Call, Gradients, Kept, Launch, Launches, Needs, Operands, Options
 
 # entries of a block of W's gradient: on a CPU what a cache holds, else what keeps a device busy
 BLOCK_CPU, BLOCK_DEVICE = 1 << 18, 1 << 24
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    *,
-    scale: float,
-    gate: Gate,
-    dropout: float,
-) -> tuple[Tensor, Saved]:
+class Saved(NamedTuple):
+    """What the backward reads, None where it will not: operands, and a boolean dropout mask of the shape of x."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    keep: Tensor | None
+
+
+def kept_by_hira(operands: Operands, needs: Needs) -> Kept:
+    """What the gradients of HiRA read: those of A and B are taken from that of ``W ∘ B A``."""
+    x, weight, _, a, b, *_ = operands
+    return Kept(
+        x if needs.a or needs.b or needs.weight else None,
+        weight if needs.x or needs.a or needs.b else None,
+        a if any(needs[:5]) else None,
+        b if any(needs[:5]) else None,
+    )
+
+
+class HiraByAddmm:
     """``y = x (W ∘ (1 + scale · B A))ᵀ + bias`` in one GEMM, or ``x Wᵀ + bias + (D x) (W ∘ scale · B A)ᵀ`` in two.
 
     Two with dropout D, with row gates, and below float32, where ``1 + scale · B A`` would lose small updates.
-    Shapes as in `cotolora.reference.hira_linear`; `gate` is True or a tensor.
     """
-    on = rows_on(gate, x) if isinstance(gate, Tensor) else None
-    lora_a, lora_b = cast(lora_a, x.dtype), cast(lora_b, x.dtype)
-    if not dropout and _in_one(weight, on):
-        return F.linear(x, _whole_weight(weight, lora_a, lora_b, scale, on), bias), Saved(None, None)
-    y = F.linear(x, weight, bias).contiguous()
-    dropped, keep = torch.native_dropout(x, dropout, True) if dropout else (x, None)
-    update = _update(weight, lora_a, lora_b, scale)
-    if on is None:
-        y = add_product(flat(y), flat(dropped), update.T).view(y.shape)
-    else:
-        y = torch.where(on, torch.addmm(flat(y), flat(dropped), update.T).view(y.shape), y)
-    return y, Saved(None, keep)
 
+    def why_not(self, call: Call) -> list[str]:
+        """It takes every call."""
+        return []
 
-def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    saved: Saved,
-    needs: Needs,
-    *,
-    scale: float,
-    gate: Gate,
-    dropout: float,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    r"""Gradients of x, weight, bias, A and B given ``dy [..., out]``.
+    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, Saved]:
+        """By one of the two forms of the class."""
+        x, weight, bias, a, b, *_ = operands
+        scale, dropout, gate = options
+        assert weight is not None
+        on, _, by_row = switch(gate, x)
+        a, b = cast(a, x.dtype), cast(b, x.dtype)
+        kept = kept_by_hira(operands, needs)
+        if not dropout and _one_weight_serves(weight, by_row):
+            return F.linear(x, _whole_weight(weight, a, b, scale, on), bias), Saved(*kept, None)
+        y = F.linear(x, weight, bias).contiguous()
+        dropped, keep = dropped_out(x, dropout)
+        update = _update(weight, a, b, scale)
+        if on is None:
+            y = add_product(flat(y), flat(dropped), update.T).view(y.shape)
+        else:
+            y = torch.where(on, torch.addmm(flat(y), flat(dropped), update.T).view(y.shape), y)
+        return y, Saved(*kept, keep)
 
-    With ``G = dyᵀ (D x) ∘ W`` of gated rows:
+    def backward(self, dy: Tensor, saved: Saved, options: Options, needs: Needs) -> Gradients:
+        r"""G, the gradient of ``W ∘ B A``, is made and used up by blocks of rows of W.
+
+        With ``G = dyᵀ (D x) ∘ W`` of gated rows:
 
         dx = dy W + D ∘ (dy (W ∘ scale · B A))      dA = scale · Bᵀ G      dB = scale · G Aᵀ
+        """
+        x, weight, a, b, keep = saved
+        scale, dropout, gate = options
+        dx = dw = dbias = da = db = None
+        rows = flat(dy)
+        on, _, by_row = switch(gate, dy)
+        # where every row is off A and B may be anything, also in a product with zeros
+        any_on = None if on is None else on.any()
+        if needs.bias:
+            dbias = rows.sum(0)
+        if a is None or b is None:
+            return Gradients(bias=dbias)
+        a, b = cast(a, dy.dtype), cast(b, dy.dtype)
+        on_rows = select(by_row, rows)
+        if x is not None:
+            dropped = select(by_row, flat(x if keep is None else masked(x, keep, dropout)))
+            if needs.weight:
+                update = (on_rows.T @ dropped) * scaled_product(b, a, scale)
+                dw = rows.T @ flat(x) + select(any_on, update)
+            if (needs.a or needs.b) and weight is not None:
+                da, db = _of_factors(on_rows, dropped, weight, a, b, needs, scale)
+                da = None if da is None else select(any_on, da)
+                db = None if db is None else select(any_on, db)
+        if needs.x and weight is not None:
+            if keep is None and _one_weight_serves(weight, by_row):
+                dx = rows @ _whole_weight(weight, a, b, scale, on)
+            else:
+                update = select(on, on_rows @ _update(weight, a, b, scale))
+                dx = (rows @ weight).add_(update if keep is None else masked(update, flat(keep), dropout))
+            dx = shaped_like(dx, dy)
+        return Gradients(dx, dw, dbias, da, db)
 
-    G is made and used up by blocks of rows of W. Only what `needs` asks for is computed.
-    """
-    dx = dw = dbias = da = db = None
-    rows = flat(dy)
-    on = rows_on(gate, dy) if isinstance(gate, Tensor) else None
-    by_row = None if on is None or on.dim() == 0 else on
-    # where every row is off A and B may be anything, also in a product with zeros
-    any_on = None if on is None else on.any()
-    if lora_a is not None:
-        lora_a = cast(lora_a, dy.dtype)
-    if lora_b is not None:
-        lora_b = cast(lora_b, dy.dtype)
-    on_rows = select(by_row, rows)
-    dropped = None
-    if x is not None:
-        dropped = flat(x if saved.keep is None else masked(x, saved.keep, dropout))
-        dropped = select(by_row, dropped)
-    if needs.bias:
-        dbias = rows.sum(0)
-    if needs.weight and x is not None and dropped is not None and lora_a is not None and lora_b is not None:
-        update = (on_rows.T @ dropped) * scaled_mm(lora_b, lora_a, scale)
-        dw = rows.T @ flat(x) + select(any_on, update)
-    if (needs.lora_a or needs.lora_b) and dropped is not None and weight is not None:
-        da, db = _for_factors(on_rows, dropped, weight, lora_a, lora_b, needs, scale)
-        da = None if da is None else cast(select(any_on, da), needs.lora_a or da.dtype)
-        db = None if db is None else cast(select(any_on, db), needs.lora_b or db.dtype)
-    if needs.x and weight is not None and lora_a is not None and lora_b is not None:
-        if saved.keep is None and _in_one(weight, on):
-            dx = rows @ _whole_weight(weight, lora_a, lora_b, scale, on)
-        else:
-            update = select(on, on_rows @ _update(weight, lora_a, lora_b, scale))
-            dx = (rows @ weight).add_(update if saved.keep is None else masked(update, flat(saved.keep), dropout))
-        dx = dx.view(*dy.shape[:-1], weight.shape[1])
-    return dx, dw, dbias, da, db
+    def launches(self, call: Call) -> Launches:
+        """Of the second form, which every dtype takes."""
+        sizes = call.sizes
+        assert sizes is not None
+        bytes_of, products = sizes.bytes, sizes.products
+        ranks = 2 * sizes.n * sizes.k * max(16, sizes.rank)
+        update = (Launch("addmm", bytes_of("a", "b", "w"), ranks), Launch("mul_", bytes_of("w", "w", "w")))
+        return Launches(
+            (
+                Launch("linear", bytes_of("x", "w", "y"), products),
+                *update,
+                Launch("addmm_", bytes_of("x", "w", "y", "y"), products),
+            ),
+            (
+                Launch("mm", bytes_of("dy", "x", "w"), products),
+                Launch("mul_", bytes_of("w", "w", "w")),
+                Launch("addmm", bytes_of("w", "a", "b"), ranks),
+                Launch("addmm", bytes_of("w", "b", "a"), ranks),
+                *update,
+                Launch("mm", bytes_of("dy", "w", "dx"), products),
+                Launch("mm", bytes_of("dy", "w", "dx"), products),
+                Launch("add_", bytes_of("dx", "dx", "dx")),
+            ),
+            sizes.m * sizes.k if call.dropout else 0,
+        )
+
+    def saved_elsewhere(self, saved: Saved, dy: Tensor, options: Options) -> Saved:
+        """The same: this is where others go."""
+        return saved
 
 
-def _for_factors(
-    dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, needs: Needs, scale: float
+def _of_factors(
+    dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, needs: Needs, scale: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """``scale · Bᵀ G [rank, in_features]`` and ``scale · G Aᵀ [out_features, rank]`` with ``G = dyᵀ x ∘ W``."""
     da, parts = None, []
@@ -107,34 +153,37 @@ def _for_factors(
     for start in range(0, weight.shape[0], size):
         block = slice(start, start + size)
         g = (dy[:, block].T @ x).mul_(weight[block])
-        if needs.lora_b and lora_a is not None:
-            parts.append(scaled_mm(g, lora_a.T, scale))
-        if needs.lora_a and lora_b is not None:
-            part = scaled_mm(lora_b[block].T, g, scale)
+        if needs.b:
+            parts.append(scaled_product(g, a.T, scale))
+        if needs.a:
+            part = scaled_product(b[block].T, g, scale)
             # sums of more than one part in float32
             da = part if da is None else part.to(torch.promote_types(part.dtype, torch.float32)) + da
     return da, torch.cat(parts) if parts else None
 
 
-def _in_one(weight: Tensor, on: Tensor | None) -> bool:
+def _one_weight_serves(weight: Tensor, by_row: Tensor | None) -> bool:
     """Whether one weight serves all rows, and has the precision for it."""
-    return (on is None or on.dim() == 0) and weight.dtype.itemsize >= 4
+    return by_row is None and weight.dtype.itemsize >= 4
 
 
-def _update(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+def _update(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``W ∘ scale · B A [out_features, in_features]``."""
-    return _product(weight, lora_a, lora_b, scale).mul_(weight)
+    return _product(weight, a, b, scale).mul_(weight)
 
 
-def _whole_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, on: Tensor | None) -> Tensor:
+def _whole_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float, on: Tensor | None) -> Tensor:
     """``W ∘ (1 + scale · B A) [out_features, in_features]``; W itself where the one gate is off."""
-    product = _product(weight, lora_a, lora_b, scale)
+    product = _product(weight, a, b, scale)
     both = torch.addcmul(weight, weight, product, out=product)
     return both if on is None else torch.where(on, both, weight)
 
 
-def _product(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+def _product(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``scale · B A``, laid out as `weight` lies, which may be a transposed view."""
     if weight.stride(0) < weight.stride(1):
-        return scaled_mm(lora_a.T, lora_b.T, scale).T
-    return scaled_mm(lora_b, lora_a, scale)
+        return scaled_product(a.T, b.T, scale).T
+    return scaled_product(b, a, scale)
+
+
+BACKEND = HiraByAddmm()

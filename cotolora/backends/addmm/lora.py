@@ -1,210 +1,184 @@
-"""The low-rank linear as vendor GEMMs with a hand-written backward: the backend of CPUs and of small eager batches.
-
-`forward` and `backward` are the two halves of one autograd Function (functional.py); neither records a graph.
-"""
+"""LoRA as vendor GEMMs with a hand-written backward."""
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cotolora.reference import Gate, rows_on
+from cotolora.backends.addmm.products import (
+    ALWAYS_ON,
+    add_product,
+    dropped_out,
+    flat,
+    masked,
+    select,
+    shaped_like,
+    switch,
+    times,
+    transposed_times,
+    zero_times_is_zero,
+)
+from cotolora.backends.types import Call, Gradients, Launch, Launches, Needs, Operands, Options
 
 
 class Saved(NamedTuple):
-    """What the backward needs beyond the arguments, None where it will not be asked for.
+    """What the backward reads, None where it will not.
 
-    h: ``scale · dropout(x) Aᵀ [rows, rank]`` in the dtype of x, zero where the gate is off.
-    keep: boolean dropout mask of the shape of x; of the Triton backend an int64 ``[]``, the seed that draws it.
-
-    Of DoRA alone:
-
-    column: c ``[out_features]``, where the whole call is off 1.
-    norm: ``‖W + scale · B A‖`` by rows, ``[out_features]``.
-    base: what c multiplies, ``[rows, out_features]``, before h Bᵀ: ``x Wᵀ + bias``, or ``dropout(x) Wᵀ``.
-    bias: what `base` has too much.
-
-    Of DoRA merged with a small W h is None, though dB may be asked for, and base is ``W + scale · B A``.
+    x, weight, a, b: of the operands.
+    h: ``δ · dropout(x) Aᵀ [rows, rank]``, in the dtype of y.
+    keep: boolean dropout mask, of the shape of x.
     """
 
+    x: Tensor | None
+    weight: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
     h: Tensor | None
     keep: Tensor | None
-    column: Tensor | None = None
-    norm: Tensor | None = None
-    base: Tensor | None = None
-    bias: Tensor | None = None
 
 
-class Needs(NamedTuple):
-    """The dtype of each gradient that is asked for, None for the others."""
+class LoraByAddmm:
+    """``y = x Wᵀ + bias + scale · h Bᵀ`` or ``y = base + scale · h Bᵀ``, with ``h = δ · dropout(x) Aᵀ``."""
 
-    x: torch.dtype | None
-    weight: torch.dtype | None
-    bias: torch.dtype | None
-    lora_a: torch.dtype | None
-    lora_b: torch.dtype | None
-    magnitude: torch.dtype | None = None
+    def why_not(self, call: Call) -> list[str]:
+        """It takes every call."""
+        return []
 
-
-def flat(t: Tensor) -> Tensor:
-    """``[..., features]`` as ``[rows, features]``: a view where the strides allow one, else a copy."""
-    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
-
-
-def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t.to(dtype)``, ten times as fast where there is nothing to do: of tiny layers the host is the slower part."""
-    return t if t.dtype == dtype else t.to(dtype)
-
-
-def scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``scale · a b``, rounded once."""
-    # beta=0 ignores the first operand
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
-
-
-def add_product(y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``y + a b``, written over y where nothing traces."""
-    # torch 2.11's compiler takes the gradient of an output that is written in place for zero
-    return torch.addmm(y, a, b) if torch.compiler.is_compiling() else y.addmm_(a, b)
-
-
-def short_first(rows: Tensor, rank: int) -> bool:
-    """Whether ``rows b`` and ``rowsᵀ h``, of `rank` columns, are faster as ``(bᵀ rowsᵀ)ᵀ`` and ``(hᵀ rows)ᵀ``.
-
-    Measured on a CPU at widths 256 to 3072: below rank 16 half the time and less, from 64 rows on; else it costs up to
-    nine times as much, most of it for the copy that turns the gradient as B lies.
-    """
-    # under torch.compile the number of rows may be a symbol, which a comparison would pin down
-    return rank < 16 and rows.device.type == "cpu" and (torch.compiler.is_compiling() or rows.shape[0] >= 64)
-
-
-def select(on: Tensor | None, t: Tensor) -> Tensor:
-    """``t [rows, features]`` where the gate is on, zeros elsewhere; `on` is None, ``[]`` or ``[batch, 1, …, 1]``.
-
-    A selection, not a product: what is off may hold infinities.
-    """
-    if on is None:
-        return t
-    if on.dim() == 0:
-        return torch.where(on, t, 0)
-    per_sample = t.reshape(on.shape[0], t.shape[0] // max(on.shape[0], 1), t.shape[1])
-    return torch.where(on.view(-1, 1, 1), per_sample, 0).reshape(t.shape)
-
-
-def _all_finite(b: Tensor) -> bool:
-    """Whether adding 0 · B changes nothing; False also where asking would wait for a device or break a trace.
-
-    It saves a selection among all of y, which takes longer on a CPU than the product itself.
-    """
-    plain = b.device.type == "cpu" and type(b) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    return plain and bool(b.isfinite().all())
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    *,
-    scale: float,
-    gate: Gate,
-    dropout: float,
-    base: Tensor | None = None,
-) -> tuple[Tensor, Saved]:
-    """``y = x Wᵀ + bias + h Bᵀ`` with ``h = δ · scale · dropout(x) Aᵀ``, added in place to the base's result.
-
-    Shapes as in `cotolora.reference.lora_linear`. `gate` is True or a tensor: a host gate that is off never comes here.
-    Given `base`, some module's output, in place of a weight: ``y = base + h Bᵀ``, as in `reference.add_low_rank`.
-    """
-    if weight is not None:
-        # contiguous() costs nothing on what F.linear makes today; without it a layout that cannot be
-        # viewed as a matrix would lose the in-place update
-        y = F.linear(x, weight, bias).contiguous()
-    else:
-        assert base is not None
-        # never in place: the base's own backward, or the base itself, may need what it has returned
-        y = base
-    rows = flat(y)
-    lora_a, lora_b = cast(lora_a, x.dtype), cast(lora_b, y.dtype)
-    dropped, keep = torch.native_dropout(x, dropout, True) if dropout else (x, None)
-    h = scaled_mm(flat(dropped), lora_a.T, scale)
-    on = rows_on(gate, y) if isinstance(gate, Tensor) else None
-    h = cast(select(on, h), y.dtype)
-    if on is None or on.dim() == 0 or _all_finite(lora_b):
-        factor = lora_b if on is None or on.dim() > 0 else select(on, lora_b)
-        total = (add_product if base is None else torch.addmm)(rows, h, factor.T)
-        y = y if total is rows else total.view(y.shape)
-    else:
-        # a row that is off must not meet a non-finite B, so here the selection comes after the product
-        y = torch.where(on, torch.addmm(rows, h, lora_b.T).view(y.shape), y)
-    return y, Saved(h, keep)
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    saved: Saved,
-    needs: Needs,
-    *,
-    scale: float,
-    gate: Gate,
-    dropout: float,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    r"""Gradients of x, weight, bias, A and B given ``dy [..., out]``.
-
-    With ``p = δ · scale · dy B``, h as the forward saved it and D the dropout mask times ``1 / (1 - dropout)``:
-
-        dx = dy W + D ∘ (p A)      dA = pᵀ (D ∘ x)      dB = dyᵀ h
-        dW = dyᵀ x                 dbias = Σ_rows dy
-
-    Without a weight, dx is of the low-rank part alone, and p is cast to the dtype of x. Only what `needs` asks for is
-    computed; operands that the rest would need may be None.
-    """
-    dx = dw = dbias = da = db = p = None
-    rows = flat(dy)
-    on = rows_on(gate, dy) if isinstance(gate, Tensor) else None
-    # what is off adds zero to A's and B's gradients even where x or dy is not finite: with one gate
-    # for all the product is selected, with row gates its operands
-    whole, by_row = (on, None) if on is None or on.dim() == 0 else (None, on)
-    if needs.weight and x is not None:
-        dw = rows.T @ flat(x)
-    if needs.bias:
-        dbias = rows.sum(0)
-    if needs.lora_b and saved.h is not None:
-        h, on_rows = saved.h, select(by_row, rows)
-        db = select(whole, (h.T @ on_rows).T if short_first(rows, h.shape[1]) else on_rows.T @ h)
-        db = cast(db, needs.lora_b)
-    if (needs.x or needs.lora_a) and lora_b is not None:
-        b = cast(lora_b, dy.dtype)
-        p = scaled_mm(b.T, rows.T, scale).T if short_first(rows, b.shape[1]) else scaled_mm(rows, b, scale)
-        # the dtype of x, which that of a base's output, and so of dy, need not be
-        p = cast(select(on, p), x.dtype if x is not None else needs.x or dy.dtype)
-    if needs.lora_a and p is not None and x is not None:
-        dropped = x if saved.keep is None else masked(x, saved.keep, dropout)
-        da = cast(select(whole, p.T @ select(by_row, flat(dropped))), needs.lora_a)
-    if needs.x and p is not None and lora_a is not None:
-        dx = None if weight is None else rows @ weight
-        lora_a = cast(lora_a, p.dtype)
-        if saved.keep is None and (on is None or on.dim() == 0):
-            lora_a = select(whole, lora_a)
-            dx = p @ lora_a if dx is None else dx.addmm_(p, lora_a)
+    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, Saved]:
+        """``h Bᵀ`` is added in place to the base's result, except to that of a module, which may need it itself."""
+        x, weight, bias, a, b, _, base = operands
+        scale, dropout, gate = options
+        # the conditions here and below spare tiny layers, whose products take no longer than a call of Python's, a call
+        if weight is not None:
+            # contiguous() costs nothing on what F.linear makes today; without it a layout that cannot be
+            # viewed as a matrix would lose the in-place update
+            y = F.linear(x, weight, bias).contiguous()
         else:
-            update = select(on, p @ lora_a)
-            if saved.keep is not None:
-                update = masked(update, flat(saved.keep), dropout)
-            dx = update if dx is None else dx.add_(update)
-        dx = dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], lora_a.shape[1])
-    return dx, dw, dbias, da, db
+            assert base is not None
+            y = base
+        dtype = x.dtype
+        a_cast, b_cast = a if a.dtype is dtype else a.to(dtype), b if b.dtype is y.dtype else b.to(y.dtype)
+        dropped, keep = (x, None) if not dropout else dropped_out(x, dropout)
+        h = F.linear(dropped, a_cast)
+        rows, h = (y, h) if y.dim() == 2 else (flat(y), flat(h))
+        by_row = None
+        if h.dtype is not y.dtype:
+            h = h.to(y.dtype)
+        if gate is not None:
+            on, one, by_row = switch(gate, y)
+            h, b_cast = select(on, h), select(one, b_cast)
+        if by_row is not None and not zero_times_is_zero(b_cast):
+            # a row that is off must not meet a non-finite B, so here the selection comes after the product
+            y = torch.where(by_row, torch.addmm(rows, h, b_cast.T, alpha=scale).view(y.shape), y)
+        elif base is not None:
+            y = torch.addmm(rows, h, b_cast.T, alpha=scale).view(y.shape)
+        elif (total := add_product(rows, h, b_cast.T, scale)) is not rows:
+            y = total.view(y.shape)
+        return y, Saved(
+            x if needs.a or needs.weight else None,
+            weight if needs.x else None,
+            # the gradient of B has h for it, but a second differentiation is noticed by the presence of A
+            a if needs.x or needs.b else None,
+            b if needs.x or needs.a else None,
+            h if needs.b else None,
+            keep if needs.a or needs.x else None,
+        )
+
+    def backward(self, dy: Tensor, saved: Saved, options: Options, needs: Needs) -> Gradients:
+        r"""H is as the forward saved it.
+
+        With ``p = δ · scale · dy B`` and D the dropout mask times ``1 / (1 - dropout)``:
+
+            dx = dy W + D ∘ (p A)      dA = pᵀ (D ∘ x)      dB = scale · dyᵀ h
+            dW = dyᵀ x                 dbias = Σ_rows dy
+
+        Without a weight, dx is of the low-rank part alone, and p is cast to the dtype of x.
+        """
+        x, weight, a, b, h, keep = saved
+        scale, dropout, gate = options
+        dx = dw = dbias = da = db = None
+        rows = dy if dy.dim() == 2 else flat(dy)
+        # what is off adds zero to A's and B's gradients even where x or dy is not finite: with one gate
+        # for all the product is selected, with row gates its operands
+        on, one, by_row = ALWAYS_ON if gate is None else switch(gate, dy)
+        if needs.weight and x is not None:
+            dw = rows.T @ flat(x)
+        if needs.bias:
+            dbias = rows.sum(0)
+        if needs.b and h is not None:
+            db = transposed_times(rows if by_row is None else select(by_row, rows), h, scale)
+            db = db if one is None else select(one, db)
+        if (needs.x or needs.a) and b is not None:
+            p = times(rows, b if b.dtype is dy.dtype else b.to(dy.dtype), scale)
+            p = p if on is None else select(on, p)
+            # the dtype of x and A as they met, which that of a base's output, and so of dy, need not be
+            p = p if x is None or p.dtype is x.dtype else p.to(x.dtype)
+            if needs.a and x is not None:
+                dropped = flat(x if keep is None else masked(x, keep, dropout))
+                da = p.T @ (dropped if by_row is None else select(by_row, dropped))
+                da = da if one is None else select(one, da)
+            if needs.x and a is not None:
+                a_cast = a if a.dtype is p.dtype else a.to(p.dtype)
+                dx = _of_x(rows, weight, select(one, a_cast), p, by_row, keep, dropout)
+                dx = dx if dy.dim() == 2 else shaped_like(dx, dy)
+        return Gradients(dx, dw, dbias, da, db)
+
+    def launches(self, call: Call) -> Launches:
+        """Three kernels forward and five backward; those that move a row or a factor are not counted."""
+        sizes = call.sizes
+        assert sizes is not None
+        bytes_of = sizes.bytes
+        mask = sizes.m * sizes.k if call.dropout else 0
+        for_factors = (
+            Launch("mm", bytes_of("h", "dy", "b")),
+            Launch("addmm", bytes_of("b", "dy", "p")),
+            Launch("mm", bytes_of("p", "x", "a")),
+        )
+        if call.adds:
+            return Launches(
+                # out of place: torch first copies the y that is added to
+                (Launch("addmm", bytes_of("x", "a", "h")), Launch("addmm", bytes_of("h", "b", "y", "y", "y", "y"))),
+                (*for_factors, Launch("mm", bytes_of("p", "a", "dx"))),
+                bytes_of("h") + mask,
+            )
+        return Launches(
+            (
+                Launch("linear", bytes_of("x", "w", "y"), sizes.products),
+                Launch("addmm", bytes_of("x", "a", "h")),
+                Launch("addmm_", bytes_of("h", "b", "y", "y")),
+            ),
+            (
+                *for_factors,
+                Launch("mm", bytes_of("dy", "w", "dx"), sizes.products),
+                Launch("addmm_", bytes_of("p", "a", "dx", "dx")),
+            ),
+            bytes_of("h") + mask,
+        )
+
+    def saved_elsewhere(self, saved: Saved, dy: Tensor, options: Options) -> Saved:
+        """The same: this is where others go."""
+        return saved
 
 
-def masked(t: Tensor, keep: Tensor, dropout: float) -> Tensor:
-    """``D ∘ t``: zero where `keep` is, the rest times ``1 / (1 - dropout)``."""
-    return (t * keep).mul_(0.0 if dropout == 1 else 1 / (1 - dropout))
+def _of_x(
+    rows: Tensor,
+    weight: Tensor | None,
+    a: Tensor,
+    p: Tensor,
+    by_row: Tensor | None,
+    keep: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    dx = None if weight is None else rows @ weight
+    if keep is None and by_row is None:
+        return p @ a if dx is None else dx.addmm_(p, a)
+    update = select(by_row, p @ a)
+    if keep is not None:
+        update = masked(update, flat(keep), dropout)
+    return update if dx is None else dx.add_(update)
+
+
+BACKEND = LoraByAddmm()

@@ -1,0 +1,128 @@
+"""Products and selections that the addmm backends of all variants are made of."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cotolora.reference import rows_on
+
+# 0-dim operands that addmm ignores, by dtype and device: to make one anew takes longer than a tiny product
+_IGNORED: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def flat(t: Tensor) -> Tensor:
+    """``[..., features]`` as ``[rows, features]``: a view where the strides allow one, else a copy."""
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def shaped_like(rows: Tensor, t: Tensor) -> Tensor:
+    """``[rows, features]`` with the leading dimensions of `t`."""
+    return rows if t.dim() == 2 else rows.view(*t.shape[:-1], rows.shape[1])
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t.to(dtype)``, ten times as fast where there is nothing to do: of tiny layers the host is the slower part."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``scale · a b``, rounded once."""
+    ignored = None if torch.compiler.is_compiling() else _IGNORED.get((a.dtype, a.device))
+    if ignored is None:
+        ignored = a.new_empty(())
+        # what a mode or a subclass makes must not outlive it
+        if type(a) in (Tensor, torch.nn.Parameter) and type(ignored) is Tensor and not torch.compiler.is_compiling():
+            _IGNORED[a.dtype, a.device] = ignored
+    return torch.addmm(ignored, a, b, beta=0, alpha=scale)
+
+
+def add_product(y: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """``y + scale · a b``, written over y where nothing traces."""
+    # torch 2.11's compiler takes the gradient of an output that is written in place for zero
+    if torch.compiler.is_compiling():
+        return torch.addmm(y, a, b, alpha=scale)
+    return y.addmm_(a, b, alpha=scale)
+
+
+def transposing_is_faster(rows: Tensor, rank: int) -> bool:
+    """Whether ``rows b`` and ``rowsᵀ h``, of `rank` columns, are faster as ``(bᵀ rowsᵀ)ᵀ`` and ``(hᵀ rows)ᵀ``.
+
+    Measured on a CPU at widths 256 to 3072: below rank 16 half the time and less, from 64 rows on; else it costs up to
+    nine times as much, most of it for the copy that turns the gradient as B lies.
+    """
+    if rank >= 16 or not rows.is_cpu:
+        return False
+    # under torch.compile the number of rows may be a symbol, which a comparison would pin down
+    return torch.compiler.is_compiling() or rows.shape[0] >= 64
+
+
+def times(rows: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``scale · rows b [rows, rank]``, rounded once, in the faster of two orders."""
+    if transposing_is_faster(rows, b.shape[1]):
+        return scaled_product(b.T, rows.T, scale).T
+    return scaled_product(rows, b, scale)
+
+
+def transposed_times(rows: Tensor, h: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale · rowsᵀ h [features, rank]``, rounded once, in the faster of two orders."""
+    if transposing_is_faster(rows, h.shape[1]):
+        return scaled_product(h.T, rows, scale).T
+    return scaled_product(rows.T, h, scale)
+
+
+class Switch(NamedTuple):
+    """A tensor gate as masks that broadcast against ``[..., features]``, None where there is none.
+
+    on: the gate. one: the gate if it is one for all rows. rows: if it is one per sample.
+    """
+
+    on: Tensor | None
+    one: Tensor | None
+    rows: Tensor | None
+
+
+ALWAYS_ON = Switch(None, None, None)
+
+
+def switch(gate: Tensor | None, like: Tensor) -> Switch:
+    """`gate` for tensors with the leading dimensions of `like`."""
+    if gate is None:
+        return ALWAYS_ON
+    on = rows_on(gate, like)
+    return Switch(on, on, None) if on.dim() == 0 else Switch(on, None, on)
+
+
+def select(on: Tensor | None, t: Tensor) -> Tensor:
+    """``t [rows, features]`` where the gate is on, zeros elsewhere; `on` is None, ``[]`` or ``[batch, 1, …, 1]``.
+
+    A selection, not a product: what is off may hold infinities.
+    """
+    if on is None:
+        return t
+    if on.dim() == 0:
+        return torch.where(on, t, 0)
+    per_sample = t.reshape(on.shape[0], t.shape[0] // max(on.shape[0], 1), t.shape[1])
+    return torch.where(on.view(-1, 1, 1), per_sample, 0).reshape(t.shape)
+
+
+def zero_times_is_zero(b: Tensor) -> bool:
+    """Whether adding 0 · B changes nothing; False also where asking would wait for a device or break a trace.
+
+    It saves a selection among all of y, which takes longer on a CPU than the product itself.
+    """
+    plain = b.device.type == "cpu" and type(b) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return plain and bool(b.isfinite().all())
+
+
+def dropped_out(x: Tensor, dropout: float) -> tuple[Tensor, Tensor | None]:
+    """``dropout(x)`` and its boolean mask, None where nothing drops."""
+    return torch.native_dropout(x, dropout, True) if dropout else (x, None)
+
+
+def masked(t: Tensor, keep: Tensor, dropout: float) -> Tensor:
+    """``D ∘ t``: zero where `keep` is, the rest times ``1 / (1 - dropout)``."""
+    return (t * keep).mul_(0.0 if dropout == 1 else 1 / (1 - dropout))

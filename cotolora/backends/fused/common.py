@@ -1,0 +1,70 @@
+"""What the fused backends of all variants share. Importing it imports no Triton; running one does."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cotolora.backends.types import Call
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_RANK = 256
+
+# asked once, at import: a cached function is one that torch.compile would trace into
+_triton = importlib.util.find_spec("triton") is not None
+
+
+def has_triton() -> bool:
+    """Whether triton can be imported, found out without importing it."""
+    return _triton
+
+
+def operators() -> Any:
+    """``torch.ops.cotolora``, whose operators are registered, and Triton imported, when this is first called."""
+    from cotolora.backends.fused import ops  # noqa: F401
+
+    return torch.ops.cotolora
+
+
+def why_not_fused(call: Call) -> list[str]:
+    """Every reason no fused kernel can run such a call."""
+    reasons = []
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not has_triton():
+        reasons.append("triton is not installed")
+    if call.device.type != "cuda" and not interpreted:
+        reasons.append(f"x is on {call.device.type}, not cuda (on a CPU only under TRITON_INTERPRET=1)")
+    if call.device.type == "cuda" and not torch.cuda.is_available():
+        reasons.append("this machine has no CUDA device")
+    if call.dtype not in DTYPES:
+        reasons.append(f"dtype {call.dtype} is not float32, float16 or bfloat16")
+    if call.base_dtype not in (None, call.dtype):
+        reasons.append(f"x is {call.dtype} and the output of the base {call.base_dtype}")
+    if interpreted and call.dtype == torch.bfloat16:
+        reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
+    if call.rank > MAX_RANK:
+        reasons.append(f"rank {call.rank} exceeds {MAX_RANK}")
+    return reasons
+
+
+def drawn_seed(device: torch.device, dropout: float) -> Tensor | None:
+    """The seed of a dropout mask, int64 ``[]``, from torch's generator; None where nothing drops."""
+    # no sync, and a CUDA graph draws anew in every replay
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device) if dropout else None
+
+
+def mask_of_x(seed: Tensor | None, dy: Tensor, a: Tensor | None, dropout: float) -> Tensor | None:
+    """The boolean mask of the shape of x that the kernels draw from `seed`, for vendor GEMMs to go on with.
+
+    x has the leading dimensions of `dy` and the columns of A. None where nothing is dropped.
+    """
+    if seed is None or a is None:
+        return None
+    from cotolora.kernels.dropout import drawn_mask
+
+    return drawn_mask(seed, math.prod(dy.shape[:-1]), a.shape[1], dropout).view(*dy.shape[:-1], a.shape[1])

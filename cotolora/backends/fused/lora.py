@@ -1,0 +1,223 @@
+"""LoRA by the fused kernels, one backend for each of their forms."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cotolora.backends.addmm import lora as addmm
+from cotolora.backends.addmm.products import flat, shaped_like
+from cotolora.backends.fused.common import drawn_seed, mask_of_x, operators, why_not_fused
+from cotolora.backends.types import (
+    Call,
+    Gradients,
+    Kept,
+    Launch,
+    Launches,
+    Needs,
+    Operands,
+    Options,
+    Sizes,
+    kept_by_lora,
+)
+
+# up to so many rows one_pass is two kernels, which put W on the 64-row side of the matrix units
+SWAPPED_ROWS = 64
+
+
+class Saved(NamedTuple):
+    """What the backward reads, None where it will not.
+
+    x, weight, a, b: of the operands.
+    h: ``δ · scale · dropout(x) Aᵀ [rows, rank]``, in the dtype of x.
+    seed: int64 ``[]``, from which the kernels draw the dropout mask again.
+    """
+
+    x: Tensor | None
+    weight: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    h: Tensor | None
+    seed: Tensor | None
+
+
+def kept_by_fused(operands: Operands, needs: Needs) -> Kept:
+    """As `kept_by_lora`, with A and B: their gradients are written in their own dtypes."""
+    kept = kept_by_lora(operands, needs)
+    return kept._replace(a=operands.a, b=operands.b) if needs.a or needs.b or any(needs.extra) else kept
+
+
+class FusedLora:
+    """``y = x Wᵀ + bias + h Bᵀ`` with ``h = δ · scale · dropout(x) Aᵀ``."""
+
+    def __init__(self, form: str) -> None:
+        self.form = form
+
+    def why_not(self, call: Call) -> list[str]:
+        """The limits of the kernels."""
+        return why_not_fused(call)
+
+    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, Saved]:
+        """one_pass: one kernel. low_rank_gemm: h, then the rest. pre_expand: ``h Bᵀ + bias``, then a vendor GEMM."""
+        x, weight, bias, a, b, *_ = operands
+        scale, dropout, gate = options
+        assert weight is not None
+        rows, a_cast, b_cast = flat(x), a.to(x.dtype), b.to(x.dtype)
+        seed, ops = drawn_seed(x.device, dropout), operators()
+        if self.form == "one_pass":
+            y, h, _ = ops.one_pass(rows, weight, bias, a_cast, b_cast, gate, seed, scale, dropout)
+        elif self.form == "low_rank_gemm":
+            h = ops.shrink(rows, a_cast, gate, seed, scale, dropout)
+            y, _ = ops.low_rank_gemm(rows, weight, bias, h, b_cast, gate, None, 0.0)
+        else:
+            y, h = ops.pre_expand(rows, bias, a_cast, b_cast, gate, seed, scale, dropout)
+            y = addmm.add_product(y, rows, weight.T)
+        saved = Saved(*kept_by_fused(operands, needs), h if needs.b else None, seed)
+        return y.view(*x.shape[:-1], b.shape[0]), saved
+
+    def backward(self, dy: Tensor, saved: Saved, options: Options, needs: Needs) -> Gradients:
+        r"""H is as the forward saved it.
+
+        With ``p = δ · scale · dy B`` and D the dropout mask with its factor:
+
+        dx = dy W + D ∘ (p A)      dA = pᵀ (D ∘ x)      dB = dyᵀ h      dW = dyᵀ x      dbias = Σ_rows dy
+        """
+        x, weight, a, _, _, seed = saved
+        rows, ops = flat(dy), operators()
+        dw = rows.T @ flat(x) if needs.weight and x is not None else None
+        p, da, db = gradients_of_factors(dy, saved, options, needs)
+        dx = None
+        if needs.x and p is not None and a is not None and weight is not None:
+            a_cast = a.to(dy.dtype)
+            if self.form == "pre_expand":
+                update = ops.expand(p, a_cast, None, options.gate, seed, options.dropout)
+                dx = addmm.add_product(update, rows, weight)
+            else:
+                dx, _ = ops.low_rank_gemm(
+                    rows, weight.T, None, p, a_cast.T, options.gate, seed, options.dropout
+                )  # fmt: skip
+            dx = shaped_like(dx, dy)
+        return Gradients(dx, dw, rows.sum(0) if needs.bias else None, da, db)
+
+    def launches(self, call: Call) -> Launches:
+        """Of the form; with a bfloat16 x, the casts of A, B and their gradients are not listed."""
+        sizes = call.sizes
+        assert sizes is not None
+        bytes_of, products = sizes.bytes, sizes.products
+        saved_bytes = bytes_of("h") + (8 if call.dropout else 0)
+        for_factors = launches_of_factors(sizes)
+        dx = Launch("low_rank_gemm", bytes_of("dy", "w", "dx", "p", "a"), products, "gemm")
+        if self.form == "one_pass":
+            # each of the tiles of 128 columns of y makes h anew
+            ranks = 2 * sizes.m * sizes.k * max(16, sizes.rank) * math.ceil(sizes.n / 128)
+            moved = bytes_of("x", "w", "y", "a", "b", "h")
+            if sizes.m <= SWAPPED_ROWS:
+                forward = (Launch("stacked", moved, products), Launch("finish", bytes_of("y", "h", "b")))
+                return Launches(forward, (*for_factors, dx), saved_bytes)
+            one = Launch("one_pass", moved, products + ranks, "pointer_gemm")
+            return Launches((one,), (*for_factors, dx), saved_bytes)
+        if self.form == "low_rank_gemm":
+            gemm = Launch("low_rank_gemm", bytes_of("x", "w", "y", "h", "b"), products, "gemm")
+            return Launches((Launch("shrink", bytes_of("x", "a", "h")), gemm), (*for_factors, dx), saved_bytes)
+        return Launches(
+            (
+                Launch("pre_expand", bytes_of("x", "a", "h", "b", "y")),
+                Launch("addmm_", bytes_of("x", "w", "y", "y"), products),
+            ),
+            (
+                *for_factors,
+                Launch("pre_expand", bytes_of("p", "a", "dx")),
+                Launch("addmm_", bytes_of("dy", "w", "dx", "dx"), products),
+            ),
+            saved_bytes,
+        )
+
+    def saved_elsewhere(self, saved: Saved, dy: Tensor, options: Options) -> addmm.Saved:
+        """See `saved_by_addmm`."""
+        return saved_by_addmm(saved, dy, options)
+
+
+class FusedAdding:
+    """``y = base + h Bᵀ``, beside a base that is called."""
+
+    def why_not(self, call: Call) -> list[str]:
+        """The limits of the kernels; x and the base's output must be of one dtype."""
+        return why_not_fused(call)
+
+    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, Saved]:
+        """Two kernels: h, then the sum."""
+        x, _, _, a, b, _, base = operands
+        scale, dropout, gate = options
+        assert base is not None
+        seed, ops = drawn_seed(x.device, dropout), operators()
+        h = ops.shrink(flat(x), a.to(x.dtype), gate, seed, scale, dropout)
+        y = ops.expand(h, b.to(x.dtype).T, flat(base), gate, None, 0.0)
+        saved = Saved(*kept_by_fused(operands, needs), h if needs.b else None, seed)
+        return y.view(*x.shape[:-1], b.shape[0]), saved
+
+    def backward(self, dy: Tensor, saved: Saved, options: Options, needs: Needs) -> Gradients:
+        """As `FusedLora.backward`, where dx is ``D ∘ (p A)``."""
+        p, da, db = gradients_of_factors(dy, saved, options, needs)
+        dx = None
+        if needs.x and p is not None and saved.a is not None:
+            dx = operators().expand(p, saved.a.to(dy.dtype), None, options.gate, saved.seed, options.dropout)
+            dx = shaped_like(dx, dy)
+        return Gradients(dx, None, None, da, db)
+
+    def launches(self, call: Call) -> Launches:
+        """Two forward."""
+        sizes = call.sizes
+        assert sizes is not None
+        bytes_of = sizes.bytes
+        return Launches(
+            (Launch("shrink", bytes_of("x", "a", "h")), Launch("pre_expand", bytes_of("h", "b", "y", "y"))),
+            (*launches_of_factors(sizes), Launch("pre_expand", bytes_of("p", "a", "dx"))),
+            bytes_of("h") + (8 if call.dropout else 0),
+        )
+
+    def saved_elsewhere(self, saved: Saved, dy: Tensor, options: Options) -> addmm.Saved:
+        """See `saved_by_addmm`."""
+        return saved_by_addmm(saved, dy, options)
+
+
+def gradients_of_factors(
+    dy: Tensor, saved: Saved, options: Options, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``p``, dA and dB, None where they are not asked for."""
+    x, _, a, b, h, seed = saved
+    scale, dropout, gate = options
+    if not (needs.x or needs.a or needs.b):
+        return None, None, None
+    p, da, db, _ = operators().adapter_grads(
+        flat(dy),
+        flat(x) if needs.a and x is not None else None,
+        h if needs.b else None,
+        b.to(dy.dtype) if b is not None and (needs.a or needs.x) else None,
+        gate, seed, scale, dropout,
+        dy.dtype if a is None else a.dtype, dy.dtype if b is None else b.dtype,
+    )  # fmt: skip
+    return p, da if needs.a else None, db if needs.b else None
+
+
+def launches_of_factors(sizes: Sizes) -> tuple[Launch, ...]:
+    """Those of the gradients of A and B, with p."""
+    return (
+        Launch("project", sizes.bytes("dy", "h", "b", "p", "b")),
+        Launch("sum_partials", sizes.bytes("p", "p")),
+        Launch("gram", sizes.bytes("x", "p", "a")),
+        Launch("sum_partials", sizes.bytes("a", "b")),
+    )
+
+
+def saved_by_addmm(saved: Saved, dy: Tensor, options: Options) -> addmm.Saved:
+    """As vendor GEMMs keep it: h without the scale, and the mask that the kernels drew."""
+    x, weight, a, b, h, seed = saved
+    h = None if h is None else h / options.scale if options.scale else torch.zeros_like(h)
+    return addmm.Saved(x, weight, a, b, h, mask_of_x(seed, dy, a, options.dropout))
+
+
+BACKENDS = {form: FusedLora(form) for form in ("one_pass", "low_rank_gemm", "pre_expand")}
+ADDING = {"expand": FusedAdding()}

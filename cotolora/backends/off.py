@@ -1,0 +1,72 @@
+"""An adapter whose tensor gate is known to be off: the base alone, and zeros for the gradients of the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cotolora.backends.addmm.products import flat, shaped_like
+from cotolora.backends.cost import frozen
+from cotolora.backends.types import Call, Gradients, Launches, Needs, Operands, Options
+
+
+class Saved(tuple[Tensor | None, ...]):
+    """x and weight, None where the backward will not read them, then A, B and what is extra."""
+
+    __slots__ = ()
+
+    @classmethod
+    def _make(cls, tensors: Iterable[Tensor | None]) -> Saved:
+        return cls(tensors)
+
+
+class BaseAlone:
+    """``y = x Wᵀ + bias``, or the base's output. The same for every variant."""
+
+    def why_not(self, call: Call) -> list[str]:
+        """It takes every call."""
+        return []
+
+    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, Saved]:
+        """The base's own result, bit for bit."""
+        x, weight, bias, a, b, extra, base = operands
+        saved = Saved((x if needs.weight else None, weight if needs.x else None, a, b, *extra))
+        if weight is not None:
+            return F.linear(x, weight, bias), saved
+        assert base is not None
+        return base.detach(), saved
+
+    def backward(self, dy: Tensor, saved: Saved, options: Options, needs: Needs) -> Gradients:
+        """``dx = dy W``, and zeros of the shapes of A, B and what is extra."""
+        x, weight, *parts = saved
+        rows = flat(dy)
+        zeros = [torch.zeros_like(t) if needed and t is not None else None
+                 for t, needed in zip(parts, (needs.a, needs.b, *needs.extra), strict=True)]  # fmt: skip
+        dx = None
+        if needs.x:
+            a = parts[0]
+            assert a is not None
+            dx = a.new_zeros(*dy.shape[:-1], a.shape[1]) if weight is None else shaped_like(rows @ weight, dy)
+        return Gradients(
+            dx,
+            rows.T @ flat(x) if needs.weight and x is not None else None,
+            rows.sum(0) if needs.bias else None,
+            zeros[0],
+            zeros[1],
+            tuple(zeros[2:]),
+        )
+
+    def launches(self, call: Call) -> Launches:
+        """Those of the frozen linear."""
+        assert call.sizes is not None
+        return frozen(call.sizes)
+
+    def saved_elsewhere(self, saved: Saved, dy: Tensor, options: Options) -> Saved:
+        """Never asked for."""
+        return saved
+
+
+OFF = BaseAlone()

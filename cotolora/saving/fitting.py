@@ -1,0 +1,212 @@
+"""How a pair of files fits a model: which adapters and tensors of it they fill, and what is missing or unexpected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cotolora.bases import features, place_of, why_not_adaptable
+from cotolora.groups import plain_name
+from cotolora.inject import match_linears, why_not_target
+from cotolora.linear import CoToLoRALinear
+from cotolora.saving.peft_config import PeftConfig
+from cotolora.spec import AdapterSpec
+from cotolora.variants import VARIANTS
+from cotolora.variants.base import FROM_WEIGHT, Sizes, Variant
+
+
+class AdapterFiles(NamedTuple):
+    """A pair of files in memory.
+
+    tensors: by their names in the base model.
+    shared: those of `Variant.shared_keys`.
+    fields, config: of the config, and what of them bears on loading.
+    ours: whether `save_adapter` wrote it.
+    """
+
+    tensors: dict[str, Tensor]
+    shared: dict[str, Tensor]
+    fields: dict[str, Any]
+    config: PeftConfig
+    ours: bool
+
+
+class Fit(NamedTuple):
+    """How files fit a model.
+
+    wanted: the modules that the config takes.
+    unfit: modules that it takes too and that cannot be adapted, with the reasons.
+    specs: settings of the adapters to fill, by module.
+    parts: their tensors as the files hold them, by module and attribute.
+    plain: the model's own tensors to fill, by key.
+    missing, unexpected: keys.
+    """
+
+    wanted: list[str]
+    unfit: dict[str, str]
+    specs: dict[str, AdapterSpec]
+    parts: dict[str, dict[str, Tensor]]
+    plain: dict[str, Tensor]
+    missing: list[str]
+    unexpected: list[str]
+
+
+def fit_files(model: nn.Module, files: AdapterFiles, existing: dict[str, CoToLoRALinear]) -> Fit:
+    """What files and model agree on; `existing` are the adapters of the model.
+
+    Raises:
+        ValueError: the config takes nothing of the model, or a tensor has the wrong shape or kind.
+    """
+    tensors, config = files.tensors, files.config
+    variant = VARIANTS[config.variant]
+    linears, state = _parts_of_model(model)
+    wanted, unfit = _wanted(model, config, linears, existing)
+    if not wanted and not unfit:
+        raise ValueError(f"target_modules {config.targets!r} must take linear modules of the model; they take none")
+
+    here = [name for name in wanted if not existing or name in existing]
+    bases = tuple(f"{name}." for name in here)
+    plain = {key: tensor for key, tensor in state.items() if key in tensors and not key.startswith(bases)}
+    saved = {key for key in state if config.saves(key)}
+    missing = ({*_keys(variant, wanted), *_keys(variant, existing)} | saved) - set(tensors)
+    unexpected = set(tensors) - set(_keys(variant, here)) - set(plain)
+    whole = [name for name in here if missing.isdisjoint(_keys(variant, [name]))]
+    specs = {name: config.spec_of(name, _stored_rank(variant, name, tensors)) for name in whole}
+    parts = _parts_of_files(files, variant, specs, linears)
+    for key, target in plain.items():
+        check_tensor(key, tensors[key], target.dtype, tuple(target.shape), target.device)
+    return Fit(wanted, unfit, specs, parts, plain, sorted(missing), sorted(unexpected))
+
+
+def why_not_fill(layer: CoToLoRALinear, spec: AdapterSpec) -> str:
+    """Why an adapter of `spec` cannot be written into `layer`; empty if it can."""
+    if layer.variant != spec.variant:
+        return f"must have the variant of the file, {spec.variant!r}; the model's is {layer.variant!r}"
+    if layer.init in FROM_WEIGHT:
+        return (
+            f"must not have an init taken from W, whose start no file holds; the model's is {layer.init!r} "
+            "(eject the adapters and load onto the base)"
+        )
+    # files without a scale take the layer's own, which must not be one that nothing can be divided by
+    scaled = VARIANTS[spec.variant].peft.scaled
+    if layer.rank != spec.rank or not (math.isclose(layer.scale, spec.scale) if scaled else layer.scale):
+        return (
+            f"must have the rank and scale of the file, {spec.rank} and {spec.scale:g}; "
+            f"the model's are {layer.rank} and {layer.scale:g}"
+        )
+    if layer.merged and isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0:
+        return "must not be merged while enabled is a row mask; unmerge it to load"
+    return ""
+
+
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of `module` itself."""
+    kept = (item for item in module.named_buffers(recurse=False) if item[0] not in module._non_persistent_buffers_set)
+    return dict([*module.named_parameters(recurse=False), *kept])
+
+
+def inside_bases(model: nn.Module) -> set[nn.Module]:
+    """The modules that adapters call as their base, with all that these hold."""
+    bases = (module.base for module in model.modules() if isinstance(module, CoToLoRALinear))
+    return {module for base in bases if base is not None for module in base.modules()}
+
+
+def join_names(*names: str) -> str:
+    """The names that are not empty, with dots between."""
+    return ".".join(filter(None, names))
+
+
+def _parts_of_model(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+    """What can be or is an adapter, and the tensors outside of adapters, by name."""
+    linears: dict[str, nn.Module] = {}
+    state: dict[str, Tensor] = {}
+    inside = inside_bases(model)
+    for raw_name, module in model.named_modules():
+        if module in inside:
+            continue
+        name = plain_name(raw_name)
+        if isinstance(module, (CoToLoRALinear, nn.Linear)) or not why_not_adaptable(module):
+            linears[name] = module
+        if not isinstance(module, CoToLoRALinear):
+            state |= {join_names(name, key): tensor for key, tensor in own_state(module).items()}
+    return linears, state
+
+
+def _wanted(
+    model: nn.Module, config: PeftConfig, linears: dict[str, nn.Module], existing: dict[str, CoToLoRALinear]
+) -> tuple[list[str], dict[str, str]]:
+    """The modules that the config takes, and those of them that cannot be adapted with the reasons."""
+    unfit: dict[str, str] = {}
+    if isinstance(config.targets, str) and config.targets.lower() == "all-linear":
+        wanted = list(existing or match_linears(model, config.targets, config.exclude, config.modules_to_save, unfit))
+    else:
+        wanted = []
+        for name in linears:
+            if config.takes(name) and not name.startswith(tuple(f"{other}." for other in wanted)):
+                wanted.append(name)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        raw_names: dict[nn.Module, list[str]] = {}
+        for raw_name, module in modules.items():
+            raw_names.setdefault(module, []).append(raw_name)
+        for name in wanted:
+            if name not in existing and (reason := why_not_target(raw_names[linears[name]], modules)):
+                unfit[name] = reason
+    return [name for name in wanted if name not in unfit], unfit
+
+
+def _keys(variant: Variant, names: Iterable[str]) -> list[str]:
+    return [f"{name}.{part.key}" for name in names for part in variant.parts if part.key is not None]
+
+
+def _stored_rank(variant: Variant, name: str, tensors: dict[str, Tensor]) -> int | None:
+    for part in variant.parts:
+        if part.key is not None and "rank" in part.shape:
+            shape, place = tensors[f"{name}.{part.key}"].shape, part.shape.index("rank")
+            return shape[place] if place < len(shape) else None
+    return None
+
+
+def _parts_of_files(
+    files: AdapterFiles, variant: Variant, specs: dict[str, AdapterSpec], linears: dict[str, nn.Module]
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each adapter by attribute, its share of those of no single module included."""
+    places = {name: _place(linears[name]) for name in specs}
+    sizes = {name: Sizes(spec.rank, *places[name][0]) for name, spec in specs.items()}
+    own = {
+        name: {part.attribute: files.tensors[f"{name}.{part.key}"] for part in variant.parts if part.key is not None}
+        for name in specs
+    }
+    for name in specs:
+        _check_parts(name, variant, own[name], sizes[name], places[name][1])
+    spread = variant.spread_shared(files.shared, files.config.fields, sizes)
+    for name, shares in spread.items():
+        _check_parts(name, variant, shares, sizes[name], places[name][1])
+    return {name: own[name] | spread.get(name, {}) for name in specs}
+
+
+def _check_parts(name: str, variant: Variant, tensors: dict[str, Tensor], sizes: Sizes, device: torch.device) -> None:
+    for part in variant.parts:
+        if part.attribute in tensors:
+            key, shape = f"{name}.{part.key or part.attribute}", part.sizes(**sizes._asdict())
+            check_tensor(key, tensors[part.attribute], torch.float32, shape, device)
+
+
+def _place(linear: nn.Module) -> tuple[tuple[int, int], torch.device]:
+    """in_features and out_features of a module, and where its adapter goes."""
+    if isinstance(linear, CoToLoRALinear):
+        return (linear.in_features, linear.out_features), linear.lora_a.device
+    return features(linear), place_of(linear)[0]
+
+
+def check_tensor(key: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raises ValueError unless the tensor of a file can be written into one of such dtype, shape and device."""
+    if device.type == "meta":
+        raise ValueError(f"{key} must have memory in the model to be loaded into; there it is on the meta device")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{key} must be of shape {shape}; the file holds {tuple(tensor.shape)}")
+    if tensor.dtype.is_floating_point != dtype.is_floating_point or tensor.is_complex() != dtype.is_complex:
+        raise ValueError(f"{key} must be of a dtype like {dtype}; the file holds {tensor.dtype}")

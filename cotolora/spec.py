@@ -1,0 +1,47 @@
+"""The settings of one adapter."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cotolora.checks import finite, flag, integer, one_of, probability
+from cotolora.variants import VARIANTS
+from cotolora.variants.base import INITS
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """How an adapter is made, whatever it is put around. Arguments as of `CoToLoRALinear`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    use_rslora: bool = False
+    variant: str = "lora"
+    init: str = "kaiming"
+
+    def __post_init__(self) -> None:
+        checked = {
+            "rank": integer("rank", self.rank),
+            "alpha": finite("alpha", self.alpha),
+            "dropout": probability("dropout", self.dropout),
+            "use_rslora": flag("use_rslora", self.use_rslora),
+            "variant": one_of("variant", self.variant, VARIANTS),
+            "init": one_of("init", self.init, INITS),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def scale(self) -> float:
+        """``alpha / rank``, or ``alpha / √rank`` with rsLoRA."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def check_sizes(self, in_features: int, out_features: int) -> None:
+        """Raises ValueError unless an adapter can be made so on a linear of such sizes."""
+        VARIANTS[self.variant].check(self.init, self.rank, self.alpha, (out_features, in_features))

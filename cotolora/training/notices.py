@@ -1,0 +1,44 @@
+"""What a run says in the log, once, about a model that does not fit what CoTo does to it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Hashable, Iterable, Mapping
+
+from torch import nn
+
+logger = logging.getLogger("cotolora")
+
+
+def warn_of_few_groups(groups: Mapping[Hashable, Collection[str]]) -> None:
+    """Warns where there is one group only, which is never off as long as at least one must be on."""
+    if len(groups) < 2:
+        ((key, names),) = groups.items()
+        logger.warning(
+            "CoTo switches groups of adapters, and here is only one, %r with %d of them, which is always on; take "
+            "another unit, such as 'module' or a callable from an adapter's name to its group",
+            key,
+            len(names),
+        )
+
+
+def warn_of_many_graphs(model: nn.Module, groups: Iterable[Collection[nn.Module]]) -> None:
+    """Warns where torch.compile will trace a graph for every pattern of host gates.
+
+    Args:
+        model: the model, with its wrappers.
+        groups: the layers that are switched together.
+    """
+    group_of = {layer: i for i, layers in enumerate(groups) for layer in layers}
+    for name, module in model.named_modules():
+        if not hasattr(module, "_orig_mod") and getattr(module, "_compiled_call_impl", None) is None:
+            continue
+        inside = {group_of[child] for child in module.modules() if child in group_of}
+        if len(inside) > 1:
+            logger.warning(
+                "torch.compile traces a graph for every pattern of host gates inside a compiled module, until it "
+                "gives up; %s holds %d groups: compile modules of one group each, or take gates='device'",
+                name or "the model",
+                len(inside),
+            )
+            return

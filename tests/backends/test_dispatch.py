@@ -1,0 +1,613 @@
+"""Which backend runs, what is imported for it, and the fused backend under Triton's interpreter."""
+
+import ast
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from cotolora import CoToLoRALinear, coto_lora_linear, explain, set_backend
+from cotolora.backends import choice as dispatch
+from cotolora.backends.fused import common
+from cotolora.backends.fused.common import MAX_RANK, has_triton
+from cotolora.backends.types import Call
+from cotolora.variants import VARIANTS
+from tests.support.repository import ROOT
+from tests.support.tolerance import assert_as_accurate_as_torch
+
+CPU = torch.device("cpu")
+LORA = VARIANTS["lora"]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreter = pytest.mark.skipif(
+    not (INTERPRETED and has_triton()),
+    reason="needs triton and TRITON_INTERPRET=1 (set where there is no GPU)",
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_chosen(monkeypatch):
+    """As in a fresh process, whatever the environment of this one."""
+    monkeypatch.setattr(dispatch, "_environment", None)
+    monkeypatch.setattr(dispatch, "plans", {})
+    before = dispatch._set_here()
+    dispatch._set(None)
+    yield
+    dispatch._set(before)
+
+
+class Forgetful(dict):
+    """Plans that are made anew for each call."""
+
+    def __setitem__(self, kind, plan):
+        pass
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Collects the names of the backends that calls take."""
+    names, choose = [], dispatch.choose
+
+    def recorded(*args):
+        names.append(choose(*args))
+        return names[-1]
+
+    monkeypatch.setattr(dispatch, "choose", recorded)
+    monkeypatch.setattr(dispatch, "plans", Forgetful())
+    return names
+
+
+def call(dtype=torch.float32, rank=2, **kwargs):
+    g = torch.Generator().manual_seed(0)
+    x, weight, a, b = (torch.randn(*size, generator=g).to(dtype) for size in ((3, 6), (4, 6), (rank, 6), (4, rank)))
+    return coto_lora_linear(x, weight, None, a, b, scale=0.5, **kwargs)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+# precedence
+
+
+def test_the_argument_goes_before_set_backend_before_the_environment_before_auto(monkeypatch, ran):
+    call()
+    monkeypatch.setattr(dispatch, "_environment", "reference")
+    call()
+    with set_backend("addmm"):
+        call()
+        call(backend="reference")
+    call(backend="addmm")
+    call(backend="auto")
+    assert ran == ["addmm", "reference", "addmm", "reference", "addmm", "addmm"]
+
+
+def test_auto_by_name_overrides_what_was_set(monkeypatch, ran):
+    monkeypatch.setattr(dispatch, "_environment", "reference")
+    with set_backend("auto"):
+        call()
+    with set_backend("reference"):
+        call(backend="auto")
+    assert ran == ["addmm", "addmm"]
+
+
+def test_the_layer_follows_set_backend(ran):
+    layer = CoToLoRALinear(6, 4, rank=2)
+    with set_backend("reference"):
+        layer(torch.ones(3, 6))
+    layer(torch.ones(3, 6))
+    assert ran == ["reference", "addmm"]
+
+
+@pytest.mark.parametrize(("value", "backend"), [("reference", "reference"), ("auto", "addmm"), ("", "addmm")])
+def test_the_environment_variable_is_read(value, backend):
+    done = python("import cotolora; print(cotolora.explain((3, 4, 5, 2)).backend)", COTOLORA_BACKEND=value)
+    assert (done.stdout.strip(), done.returncode) == (backend, 0), done.stderr
+
+
+def test_a_wrong_environment_variable_is_named(monkeypatch):
+    monkeypatch.setattr(dispatch, "_environment", "cuda")
+    with pytest.raises(
+        ValueError, match=r"environment variable COTOLORA_BACKEND must be one of 'auto', .*; got 'cuda'"
+    ):
+        call()
+    call(backend="addmm")  # nobody asks it then
+
+
+# set_backend
+
+
+def test_set_backend_as_a_call_stays():
+    set_backend("reference")
+    assert dispatch.requested(None) == ("reference", "set_backend")
+    set_backend(None)
+    assert dispatch.requested(None) == ("auto", "default")
+
+
+def test_set_backend_nests_and_restores():
+    set_backend("addmm")
+    with set_backend("reference"):
+        with set_backend("auto"):
+            assert dispatch.requested(None)[0] == "auto"
+            with set_backend(None):
+                assert dispatch.requested(None) == ("auto", "default")
+        assert dispatch.requested(None)[0] == "reference"
+    assert dispatch.requested(None)[0] == "addmm"
+
+
+def test_set_backend_restores_when_the_block_raises():
+    with pytest.raises(KeyError), set_backend("reference"):
+        raise KeyError
+    assert dispatch.requested(None)[0] == "auto"
+
+
+def test_set_backend_can_be_entered_again():
+    choice = set_backend("reference")
+    for _ in range(2):
+        with choice:
+            assert dispatch.requested(None)[0] == "reference"
+        assert dispatch.requested(None)[0] == "auto"
+
+
+def test_set_backend_holds_in_the_threads_of_autograd():
+    x = torch.ones(3, 6, requires_grad=True)
+    layer, seen = CoToLoRALinear(6, 4, rank=2), []
+    x.register_hook(lambda _: seen.append(dispatch.requested(None)[0]))
+    with set_backend("reference"):
+        layer(x).sum().backward()
+    assert seen == ["reference"]
+
+
+def test_an_object_entered_twice_restores_what_was_in_force_each_time():
+    choice = set_backend("reference")
+    with choice:
+        with set_backend("addmm"):
+            with choice:
+                assert dispatch.requested(None)[0] == "reference"
+            assert dispatch.requested(None)[0] == "addmm"
+        assert dispatch.requested(None)[0] == "reference"
+    assert dispatch.requested(None) == ("auto", "default")
+
+
+def test_a_block_ends_in_its_own_thread_when_blocks_overlap():
+    entered, left, seen = threading.Event(), threading.Event(), {}
+
+    def other():
+        seen["before"] = dispatch.requested(None)[0]
+        with set_backend("addmm"):
+            entered.set()
+            left.wait(10)
+            seen["inside"] = dispatch.requested(None)[0]
+        seen["after"] = dispatch.requested(None)[0]
+
+    thread = threading.Thread(target=other)
+    with set_backend("reference"):
+        thread.start()
+        assert entered.wait(10)
+        assert dispatch.requested(None)[0] == "reference"
+    assert dispatch.requested(None) == ("auto", "default")
+    left.set()
+    thread.join()
+    assert seen == {"before": "auto", "inside": "addmm", "after": "auto"}
+    assert dispatch.requested(None) == ("auto", "default")
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputation_takes_the_backend_in_force_where_backward_is_called(ran, use_reentrant):
+    layer, x = CoToLoRALinear(6, 4, rank=2), torch.ones(3, 6, requires_grad=True)
+    with set_backend("reference"):
+        checkpoint(layer, x, use_reentrant=use_reentrant).sum().backward()
+    assert ran == ["reference"] * 2
+
+
+class Nested(torch.autograd.Function):
+    """Calls backward in its backward, `depth` times over: deep down the engine goes on in threads of its own."""
+
+    @staticmethod
+    def forward(ctx, x, depth, seen):
+        ctx.depth, ctx.seen = depth, seen
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, dy):
+        ctx.seen.add((threading.get_ident(), dispatch.requested(None)[0]))
+        if ctx.depth:
+            with torch.enable_grad():
+                Nested.apply(torch.ones(1, requires_grad=True), ctx.depth - 1, ctx.seen).backward()
+        return dy, None, None
+
+
+def test_the_choice_reaches_the_threads_of_the_autograd_engine():
+    seen = set()
+    with set_backend("reference"):
+        Nested.apply(torch.ones(1, requires_grad=True), 100, seen).backward()
+    assert len({thread for thread, _ in seen}) > 1
+    assert {name for _, name in seen} == {"reference"}
+
+
+@pytest.mark.parametrize("name", ["cuda", "Reference", "", 1, True])
+def test_unknown_names_are_refused_and_change_nothing(name):
+    every = "'auto', 'reference', 'addmm', 'triton', 'triton:one_pass', 'triton:low_rank_gemm', 'triton:pre_expand', "
+    message = rf"backend must be one of {every}'triton:hira'; got {name!r}"
+    with set_backend("reference"):
+        for ask in (set_backend, lambda name: call(backend=name), lambda name: explain((1, 2, 3, 4), backend=name)):
+            with pytest.raises(ValueError, match=message):
+                ask(name)
+        with pytest.raises(ValueError, match=message):
+            call(backend=name, gate=False)
+        assert dispatch.requested(None)[0] == "reference"
+
+
+# what is chosen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+def test_auto_takes_addmm(device, dtype):
+    assert dispatch.choose(None, Call(LORA, torch.device(device), dtype, 500, 0.5, 64, 256, 256)) == "addmm"
+
+
+def test_auto_takes_the_reference_in_float64_and_under_transforms(ran):
+    call(torch.float64)
+    call(torch.float64, backend="addmm")
+    torch.func.vmap(lambda x: coto_lora_linear(x, x[None], None, x[None], x[:1, None], scale=1.0))(torch.ones(2, 6))
+    assert ran == ["reference", "addmm", "reference"]
+
+
+def test_a_backend_asked_for_by_name_lists_every_reason(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(common, "_triton", False)
+    with pytest.raises(RuntimeError) as raised:
+        call(torch.float64, rank=300, dropout=0.5, backend="triton")
+    assert str(raised.value) == (
+        "backend='triton' cannot run this call:\n"
+        "  - triton is not installed\n"
+        "  - x is on cpu, not cuda (on a CPU only under TRITON_INTERPRET=1)\n"
+        "  - dtype torch.float64 is not float32, float16 or bfloat16\n"
+        "  - rank 300 exceeds 256"
+    )
+    with set_backend("triton"), pytest.raises(RuntimeError, match=r"(?s)backend='triton' cannot run.*x is on cpu"):
+        call()
+
+
+def test_a_backend_that_can_run_has_no_reason_against_it():
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        assert dispatch.why_not("reference", Call(LORA, CPU, dtype, 1000, 0.5)) == []
+        assert dispatch.why_not("addmm", Call(LORA, CPU, dtype, 1000, 0.5)) == []
+    if has_triton() and INTERPRETED:
+        assert dispatch.why_not("triton", Call(LORA, CPU, torch.float16, MAX_RANK, 0.5)) == []
+
+
+# explain
+
+
+def test_explain_says_what_runs_and_why_the_others_do_not(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    plan = explain((7, 6, 4, 2), dtype=torch.bfloat16)
+    assert plan.backend == "addmm"
+    assert plan.reason == dispatch.auto(Call(LORA, CPU, torch.bfloat16, 2))[1]
+    assert set(plan.others) == {"reference", "triton"}
+    assert plan.others["reference"] == ("can run",)
+    assert str(plan).splitlines() == [
+        f"rows 7, 6 -> 4, rank 2, bfloat16 on cpu: addmm ({plan.reason})",
+        "  forward: 3 launches: linear 0.00 MB, addmm 0.00 MB, addmm_ 0.00 MB",
+        "  backward: 5 launches: mm 0.00 MB, addmm 0.00 MB, mm 0.00 MB, mm 0.00 MB, addmm_ 0.00 MB",
+        "  saved for backward: 0.00 MB beside x",
+        "  reference: can run",
+        f"  triton: {'; '.join(plan.others['triton'])}",
+    ]
+    assert "x is on cpu" in str(plan)
+
+
+def test_explain_agrees_with_what_runs(ran):
+    for dtype in (torch.float32, torch.float64):
+        for name in (None, "auto", "reference", "addmm"):
+            call(dtype, backend=name)
+            assert ran[-1] == explain((3, 6, 4, 2), dtype=dtype, backend=name).backend
+
+
+def test_explain_of_what_cannot_run(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    plan = explain((7, 6, 4, 300), backend="triton")
+    assert plan.backend is None
+    assert "cannot run (asked for by the backend argument, but" in str(plan)
+    assert "rank 300 exceeds 256" in plan.reason
+    assert set(plan.others) == {"reference", "addmm"}
+    with set_backend("reference"):
+        assert explain((7, 6, 4, 2)).reason == "asked for by set_backend"
+
+
+def test_explain_takes_a_layer():
+    layer = CoToLoRALinear(6, 4, rank=2, dropout=0.5, dtype=torch.float64)
+    plan = explain(layer)
+    assert plan.backend == "reference"
+    assert "6 -> 4, rank 2, float64 on cpu" in str(plan)
+    assert plan.saved_bytes is None
+    layer = layer.float()
+    # h, and a mask of one byte an entry
+    assert explain(layer, rows=5).saved_bytes == 5 * 2 * 4 + 5 * 6
+    assert explain(layer.eval(), rows=5).saved_bytes == 5 * 2 * 4
+    assert explain(layer).saved_bytes is None
+    with pytest.raises(ValueError, match="rows must be an integer of at least 0; got -1"):
+        explain(layer, rows=-1)
+    assert explain(CoToLoRALinear(6, 4, device="meta")).call.endswith("on meta")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks about a machine without CUDA")
+def test_explain_of_a_gpu_that_is_not_there():
+    plan = explain((8192, 768, 768, 16), dtype=torch.bfloat16, device="cuda")
+    assert plan.backend == "addmm"
+    assert "this machine has no CUDA device" in plan.reason
+    assert len(plan.forward) == 3
+    assert explain((8192, 768, 768, 16), device="cuda", backend="triton").backend is None
+
+
+@interpreter
+def test_explain_of_a_fused_form():
+    plan = explain((100, 64, 48, 16), backend="triton:low_rank_gemm")
+    assert (plan.backend, plan.form) == ("triton", "low_rank_gemm")
+    assert [launch.kernel for launch in plan.forward] == ["shrink", "low_rank_gemm"]
+    # x, A and h; then x, W, y, h and B
+    sizes = (100 * 64 + 16 * 64 + 100 * 16, 100 * 64 + 48 * 64 + 100 * 48 + 100 * 16 + 48 * 16)
+    assert tuple(launch.bytes for launch in plan.forward) == tuple(4 * size for size in sizes)
+    assert plan.saved_bytes == 4 * 100 * 16
+    assert "triton as low_rank_gemm" in str(plan)
+    assert "forward: 2 launches: shrink 0.04 MB" in str(plan)
+
+
+@pytest.mark.parametrize("bad", [(1, 2, 3), (1.5, 2, 3, 4), "1234", None, 5, torch.nn.Linear(2, 3)], ids=str)
+def test_explain_refuses_what_is_no_shape(bad):
+    with pytest.raises(TypeError, match="layer_or_shapes must be a CoToLoRALinear or"):
+        explain(bad)
+
+
+@pytest.mark.parametrize("bad", [(-1, 2, 3, 4), (1, -2, 3, 4), (1, 2, 3, 0)], ids=str)
+def test_explain_refuses_impossible_sizes(bad):
+    with pytest.raises(ValueError, match="none negative and rank at least 1; got"):
+        explain(bad)
+
+
+# imports
+
+
+def test_importing_cotolora_loads_nothing_heavy():
+    done = python(
+        "import sys, torch\n"
+        "torchs = set(sys.modules)\n"  # its hub takes tqdm where there is one
+        "heavy = {'triton', 'transformers', 'matplotlib', 'sklearn', 'tqdm', 'peft', 'lightning'}\n"
+        "heavy.add('cotolora.backends.fused.ops')\n"
+        "import cotolora\n"
+        "loaded = set(sys.modules) - torchs\n"
+        "assert not loaded & heavy, loaded & heavy\n"
+        # a checkout where the symlink became a text file still imports
+        "kernels = {name for name in loaded if name.startswith('cotolora.kernels.')}\n"
+        "assert not kernels, kernels\n"
+        "x, a, b = torch.ones(3, 4), torch.ones(2, 4), torch.ones(5, 2)\n"
+        "cotolora.coto_lora_linear(x, torch.ones(5, 4), None, a, b, scale=1.0)\n"
+        "assert cotolora.explain((3, 4, 5, 2)).backend == 'addmm'\n"
+        "assert not (set(sys.modules) - torchs) & {'triton', 'cotolora.backends.fused.ops'}\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# lower levels first; a module may import from its own level and below
+FLOORS = [
+    {"reference", "results", "training.stepping", "training.agreement", "training.optimizer_state", "saving.files"},
+    {"checks", "backends.types", "backends.addmm.products", "training.notices", "training.reducer"},
+    {"schedule", "matching", "backends.cost", "backends.measured"},
+    {*(f"backends.addmm.{name}" for name in VARIANTS), "backends.fused.common", "backends.off"},
+    {"backends.fused.lora"},
+    {"backends.fused.dora", "backends.fused.hira", "backends.fused.ops"},
+    {"variants.base", "variants.starts"},
+    {f"variants.{name}" for name in VARIANTS},
+    {"variants"},
+    {"backends.choice", "bases", "spec"},
+    {"backends.autograd", "backends.explain"},
+    {"functional"},
+    {"linear"},
+    {"groups"},
+    {"masks", "training.switches", "inject", "lora_pro"},
+    {"coto", "saving.peft_config"},
+    {"saving.fitting"},
+    {"saving.adapter"},
+    {"merging.kmeans", "merging.states"},
+    {"merging.combining"},
+    {"merging.alignment", "merging.ensembles"},
+    {"merging", "shapley"},
+    {"pruning", "connectivity"},
+    {"integrations.peft", "integrations.transformers", "integrations.lightning"},
+    {"__init__", "backends", "backends.addmm", "backends.fused", "saving", "training", "integrations"},
+    {"demo", "__main__"},
+]
+MODULES = sorted(p for p in (ROOT / "cotolora").rglob("*.py") if "kernels" not in p.relative_to(ROOT).parts)
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    found: set[str] = set()
+    tree = ast.parse(path.read_text())
+    blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    for_types = {inner for block in blocks for inner in ast.walk(block)}  # which no program runs
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+            for alias in node.names:
+                # `from cotolora import addmm` imports a module, `from cotolora import CoTo` the package
+                inside = ROOT.joinpath(*node.module.split("."), alias.name)
+                is_module = inside.is_dir() or inside.with_suffix(".py").exists()
+                found.add(f"{node.module}.{alias.name}" if is_module else node.module)
+    return found
+
+
+def own(names: set[str]) -> set[str]:
+    """The modules of cotolora among `names`, without the package's name; "__init__" for the package itself."""
+    return {name.partition(".")[2] or "__init__" for name in names if name.split(".")[0] == "cotolora"}
+
+
+def floor(module: str) -> int:
+    (found,) = (i for i, names in enumerate(FLOORS) if module in names)
+    return found
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT / "cotolora").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    name, names = name_of(path), own(imported(path))
+    for other in names - {name}:
+        if other.split(".")[0] == "kernels":
+            # what chooses asks for the architecture, by an import in a function
+            assert name.startswith("backends.fused.") or name == "backends.choice", f"{name} imports {other}"
+        elif (name, other) != ("backends.fused.common", "backends.fused.ops"):  # in a function, too
+            assert floor(other) < floor(name), f"{name} imports {other}"
+
+
+def test_the_choice_and_autograd_name_no_variant_and_no_backend():
+    for name in ("backends/choice.py", "backends/autograd.py", "backends/types.py", "functional.py", "linear.py"):
+        path = ROOT / "cotolora" / name
+        for other in own(imported(path)):
+            backends = ("backends.addmm", "backends.fused", "variants.lora", "variants.dora", "variants.hira")
+            assert not other.startswith(backends), f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)
+def test_kernels_import_only_torch_and_triton(path):
+    foreign = {n for n in imported(path) if n.split(".")[0] not in {"torch", "triton", *sys.stdlib_module_names}}
+    assert {name for name in foreign if not name.startswith("cotolora.kernels")} == set()
+
+
+def test_kernels_are_no_top_level_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "cotolora" / "kernels").is_symlink()
+    assert os.readlink(ROOT / "cotolora" / "kernels") == "../kernels"
+
+
+# triton, interpreted
+
+GATES = [
+    pytest.param(True, id="true"),
+    pytest.param(torch.tensor(1, dtype=torch.int32), id="0-dim-on"),
+    pytest.param(torch.tensor(False), id="0-dim-off"),
+    pytest.param(torch.tensor([1, 0, 3], dtype=torch.int64), id="rows-mixed"),
+    pytest.param(torch.zeros(3, dtype=torch.bool), id="rows-all-off"),
+]
+
+FUSED = ["triton:one_pass", "triton:low_rank_gemm", "triton:pre_expand"]
+
+# x, out_features, rank
+TRITON_SHAPES = [
+    pytest.param((3, 5, 24), 20, 4, id="below-one-tile"),
+    pytest.param((3, 33), 17, 3, id="odd-sizes"),
+    pytest.param((3, 30, 80), 70, 17, id="several-tiles"),
+    pytest.param((3, 4, 24), 20, 40, id="rank-above-one-read-of-dy"),
+    pytest.param((3, 0, 16), 16, 4, id="no-rows"),
+]
+
+
+def results(x, weight, bias, a, b, dy, *, gate, backend):
+    leaves = [None if t is None else t.clone().requires_grad_() for t in (x, weight, bias, a, b)]
+    y = coto_lora_linear(*leaves, scale=0.75, gate=gate, backend=backend)
+    y.backward(dy)
+    return y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)
+
+
+def random_call(shape, out, rank, dtype, bias, factors):
+    g = torch.Generator().manual_seed(0)
+    sizes = (shape, (out, shape[-1]), (out,), (rank, shape[-1]), (out, rank), (*shape[:-1], out))
+    x, weight, bias_, a, b, dy = (torch.randn(*s, generator=g) / s[-1] ** 0.5 for s in sizes)
+    x, weight, bias_, dy = (t.to(dtype) for t in (x, weight, bias_, dy))
+    return x, weight, bias_ if bias else None, a.to(factors), b.to(factors), dy
+
+
+@interpreter
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("shape", "out", "rank"), TRITON_SHAPES)
+@pytest.mark.parametrize("backend", FUSED)
+def test_triton_is_as_accurate_as_the_reference(backend, shape, out, rank, dtype, gate):
+    operands = random_call(shape, out, rank, dtype, bias=rank != 3, factors=dtype)
+    exact = [None if t is None else t.double() for t in operands]
+    ours = results(*operands, gate=gate, backend=backend)
+    torchs = results(*operands, gate=gate, backend="reference")
+    for got, torch_, truth in zip(ours, torchs, results(*exact, gate=gate, backend="reference"), strict=True):
+        assert_as_accurate_as_torch(got, torch_, truth, slack=2.0)
+
+
+@interpreter
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("gate", GATES)
+def test_triton_takes_any_strides_and_float32_masters(gate, backend):
+    x, weight, bias, a, b, dy = random_call((3, 6, 24), 20, 4, torch.float16, True, torch.float32)
+    strided = (
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+        weight.T.contiguous().T,
+        bias.repeat_interleave(2)[::2],
+        torch.cat([a, a], 1)[:, : a.shape[1]],
+        b.T.contiguous().T,
+        dy[..., :1].expand(dy.shape),
+    )
+    ours = results(*strided, gate=gate, backend=backend)
+    plain = results(*(t.contiguous() for t in strided), gate=gate, backend=backend)
+    assert ours[4].dtype == ours[5].dtype == torch.float32
+    for got, want in zip(ours, plain, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@interpreter
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, of infinities
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("gate", [torch.tensor(0), torch.zeros(3, dtype=torch.int32)], ids=["0-dim", "rows"])
+def test_triton_off_is_the_base_whatever_a_and_b_hold(gate, backend):
+    x, weight, bias, a, b, dy = random_call((3, 5, 24), 20, 4, torch.float32, True, torch.float32)
+    y, dx, _, _, da, db = results(x, weight, bias, a * float("inf"), b * float("nan"), dy, gate=gate, backend=backend)
+    torch.testing.assert_close(y, F.linear(x, weight, bias))
+    torch.testing.assert_close(dx, dy @ weight)
+    assert not da.any()
+    assert not db.any()
+
+
+@interpreter
+def test_triton_runs_the_layer_and_what_it_saves_is_small():
+    layer = CoToLoRALinear(24, 20, rank=4)
+    torch.nn.init.normal_(layer.lora_b)
+    x = torch.randn(3, 5, 24)
+    with set_backend("triton"):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            y = layer(x)
+    torch.testing.assert_close(y, layer(x))
+    known = {t.data_ptr() for t in (x, *layer.parameters())}
+    assert [t.shape for t in saved if t.data_ptr() not in known] == [(15, 4)]
+
+
+@interpreter
+def test_triton_refuses_to_be_differentiated_twice():
+    x = torch.ones(3, 6, requires_grad=True)
+    y = coto_lora_linear(x, torch.ones(4, 6), None, torch.ones(2, 6), torch.ones(4, 2), scale=1.0, backend="triton")
+    (dx,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"backend='triton' has no double backward.*backend='reference'"):
+        dx.sum().backward()
+
+
+@interpreter
+def test_the_interpreter_refuses_bfloat16():
+    with pytest.raises(RuntimeError, match="interpreter multiplies bfloat16 matrices wrongly"):
+        call(torch.bfloat16, backend="triton")

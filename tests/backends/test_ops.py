@@ -1,0 +1,434 @@
+"""The fused kernels as torch sees them: operators, autograd, dropout, torch.compile, and when one fails."""
+
+import json
+import logging
+import os
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import cotolora
+from cotolora import CoTo, CoToLoRALinear, coto_lora_linear, set_backend
+from cotolora.backends import choice as dispatch
+from tests.support.tolerance import assert_as_accurate_as_torch
+
+pytest.importorskip("triton")
+
+from cotolora.backends import cost, measured
+from cotolora.backends.fused import ops
+from cotolora.backends.fused.lora import FusedLora
+from cotolora.backends.types import Sizes
+from cotolora.kernels.dropout import drawn_mask
+from cotolora.variants import VARIANTS
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+
+LORA = VARIANTS["lora"]
+FUSED = [f"triton:{form}" for form in LORA.fused]
+SCALE, DROPOUT = 0.75, 0.3
+
+
+def random(*sizes, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randn(*size, generator=g) / size[-1] ** 0.5).to(dtype) for size in sizes]
+
+
+def operands(m=20, k=33, n=24, r=5):
+    return random((m, k), (n, k), (n,), (r, k), (n, r))
+
+
+def gradients(y: Tensor, leaves, dy: Tensor):
+    return torch.autograd.grad(y, leaves, dy)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("gate", [True, torch.tensor(1), torch.tensor([1, 0, 0, 1])], ids=["host", "device", "rows"])
+def test_dropout_is_one_mask_forward_and_backward(gate, backend):
+    x, weight, bias, a, b = (t.requires_grad_() for t in operands())
+    torch.manual_seed(3)
+    batch = x.view(4, 5, 33)
+    y = coto_lora_linear(batch, weight, bias, a, b, scale=SCALE, gate=gate, dropout=DROPOUT, backend=backend)
+    y = y.view(20, 24)
+    torch.manual_seed(3)
+    seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
+    keep = drawn_mask(seed, 20, 33, DROPOUT)
+    on = torch.as_tensor(gate).expand(4).repeat_interleave(5)[:, None] != 0 if gate is not True else True
+
+    def exact(x, weight, bias, a, b):
+        dropped = torch.where(keep, x, 0) / (1 - DROPOUT)
+        return nn.functional.linear(x, weight, bias) + torch.as_tensor(on) * SCALE * (dropped @ a.T @ b.T)
+
+    doubles = [t.detach().double().requires_grad_() for t in (x, weight, bias, a, b)]
+    dy = random((20, 24), seed=1)[0]
+    truth, same = exact(*doubles), exact(x, weight, bias, a, b)
+    ours = (y, *gradients(y, (x, weight, bias, a, b), dy))
+    torchs = (same, *gradients(same, (x, weight, bias, a, b), dy))
+    for one, plain, true in zip(ours, torchs, (truth, *gradients(truth, doubles, dy.double())), strict=True):
+        assert_as_accurate_as_torch(one, plain, true)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_dropout_draws_from_torchs_generator_and_stores_no_mask(backend):
+    x, weight, bias, a, b = operands()
+    a.requires_grad_()
+
+    def run():
+        return coto_lora_linear(x, weight, bias, a, b, scale=SCALE, dropout=DROPOUT, backend=backend)
+
+    torch.manual_seed(0)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        first, second = run(), run()
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(run(), first)
+    assert max(t.numel() for t in saved if t.dtype in (torch.bool, torch.int64)) == 1
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("backend", FUSED)
+def test_checkpointing_draws_the_same_mask_again(backend, use_reentrant):
+    layer = CoToLoRALinear(12, 10, rank=3, dropout=0.5)
+    nn.init.normal_(layer.lora_b)
+    x = torch.randn(7, 12, requires_grad=True)
+    found = []
+    for call in (layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):
+        torch.manual_seed(5)
+        with set_backend(backend):
+            call(x).square().sum().backward()
+        found.append([t.grad.clone() for t in (x, layer.lora_a, layer.lora_b)])
+        for t in (x, layer.lora_a, layer.lora_b):
+            t.grad = None
+    assert all(map(torch.equal, *found))
+
+
+NEEDS = ["x", "a", "b", "xa", "xb", "ab", "xab", "xabwc"]
+
+
+@pytest.mark.parametrize("needs", NEEDS)
+@pytest.mark.parametrize("backend", FUSED)
+def test_each_gradient_alone(backend, needs):
+    """Frozen parts get None, nothing is computed for them, and the others are as they are together."""
+    tensors = dict(zip("xwcab", operands(), strict=True))
+    dy = random((20, 24), seed=1)[0]
+    leaves = {name: t.clone().requires_grad_(name in needs) for name, t in tensors.items()}
+    y = coto_lora_linear(*leaves.values(), scale=SCALE, backend=backend)
+    y.backward(dy)
+    plain = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+    coto_lora_linear(*plain.values(), scale=SCALE, backend="reference").backward(dy)
+    for name in tensors:
+        if name in needs:
+            torch.testing.assert_close(leaves[name].grad, plain[name].grad)
+        else:
+            assert leaves[name].grad is None
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_autocast(backend):
+    x, weight, bias, a, b = operands()
+    with torch.autocast("cpu", dtype=torch.float16):
+        y = coto_lora_linear(x, weight, bias, a, b, scale=SCALE, backend=backend)
+    halves = [t.half() for t in (x, weight, bias)]
+    assert torch.equal(y, coto_lora_linear(*halves, a, b, scale=SCALE, backend=backend))
+
+
+@pytest.mark.parametrize("dropout", [0.0, DROPOUT])
+@pytest.mark.parametrize("gate", [None, torch.tensor(1), torch.tensor([1, 0])], ids=["none", "device", "rows"])
+def test_opcheck(gate, dropout):
+    x, weight, bias, a, b = operands(m=4, k=6, n=5, r=2)
+    h, dy = random((4, 2), (4, 5))
+    seed = torch.tensor(3) if dropout else None
+    calls = {
+        "one_pass": (x, weight, bias, a, b, gate, seed, SCALE, dropout),
+        "pre_expand": (x, None, a, b, gate, seed, SCALE, dropout),
+        "shrink": (x, a, gate, seed, SCALE, dropout),
+        "low_rank_gemm": (x, weight, bias, h, b, gate, seed, dropout),
+        "expand": (h, a, dy @ dy.new_ones(5, 6), gate, seed, dropout),
+        "adapter_grads": (dy, x, h, b, gate, seed, SCALE, dropout, torch.float32, torch.float16),
+        "row_norm": (weight, a, b, SCALE, None, bias, gate),
+        "hira": (x, weight, bias, a, b, gate, seed, SCALE, dropout, True),
+        "hira_grads": (dy, x, weight, a, b, gate, seed, SCALE, dropout, torch.float32, torch.float16),
+    }
+    assert set(calls) == set(ops.SCHEMAS)
+    for name, arguments in calls.items():
+        torch.library.opcheck(getattr(torch.ops.cotolora, name).default, arguments)
+    for x_, h_, b_ in ((None, h, b), (x, None, b), (None, None, b), (None, h, None)):
+        arguments = (dy, x_, h_, b_, gate, seed, SCALE, dropout, torch.float32, torch.float32)
+        torch.library.opcheck(torch.ops.cotolora.adapter_grads.default, arguments)
+    if not dropout:
+        torch.library.opcheck(torch.ops.cotolora.one_pass.default, (*calls["one_pass"], bias, True))
+        torch.library.opcheck(torch.ops.cotolora.low_rank_gemm.default, (*calls["low_rank_gemm"], None, bias, True))
+        scaling = (bias, bias.abs() + 1, random((4, 5))[0], torch.float32)
+        torch.library.opcheck(torch.ops.cotolora.adapter_grads.default, (*calls["adapter_grads"], *scaling))
+
+
+class Counter:
+    """A compiler that counts the graphs it is given."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, module, _):
+        self.graphs += 1
+        return module.forward
+
+
+def blocks(depth: int, width: int = 6) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(depth)))
+    for layer in cotolora.inject(model, rank=2).values():
+        nn.init.normal_(layer.lora_b, std=0.3)
+    return model
+
+
+def train_step(model, x):
+    y = model(x)
+    y.square().sum().backward()
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    return y.detach(), grads
+
+
+def assert_same_step(compiled, plain, x):
+    (y, grads), (y_plain, grads_plain) = train_step(compiled, x), train_step(plain, x)
+    torch.testing.assert_close(y, y_plain)
+    for ours, theirs in zip(grads, grads_plain, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("dropout", [0.0, DROPOUT])
+def test_a_layer_compiles_to_one_graph(backend, dropout):
+    layer = CoToLoRALinear(6, 5, rank=2, dropout=dropout)
+    nn.init.normal_(layer.lora_b)
+    layer.gate = torch.tensor(1, dtype=torch.int32)
+    x, counter = torch.randn(4, 6), Counter()
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    with set_backend(backend):
+        for value in (True, False, True):
+            layer.gate = value
+            torch.manual_seed(1)
+            y = train_step(compiled, x)[0]
+            torch.manual_seed(1)
+            torch.testing.assert_close(y, train_step(layer, x)[0])
+    assert counter.graphs == 1
+    torch.compiler.reset()
+
+
+def test_32_layers_under_50_masks_are_one_graph():
+    model = blocks(32)
+    coto = CoTo(model, total_steps=50, gates="device", seed=1)
+    counter, x = Counter(), torch.randn(3, 6)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    masks = set()
+    with set_backend("triton"):
+        for step in range(50):
+            coto.set_step(step)
+            masks.add(tuple(coto.mask.tolist()))
+            if step % 24 == 0:
+                assert_same_step(compiled, model, x)
+            else:
+                compiled(x)
+    assert len(masks) > 30
+    assert counter.graphs == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_blocks_under_host_gates_are_at_most_4_graphs():
+    model = blocks(6)
+    coto = CoTo(model, total_steps=30, unit="layer", seed=1)
+    counter, x = Counter(), torch.randn(3, 6)
+    torch.compiler.reset()
+    for block in model:
+        block.compile(backend=counter, fullgraph=True)
+    with set_backend("triton"):
+        for step in range(30):
+            coto.set_step(step)
+            train_step(model, x)
+    assert 1 < counter.graphs <= 4
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_blocks_under_ddp_are_at_most_4_graphs(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = blocks(6)
+        coto = CoTo(model, total_steps=30, unit="layer", seed=1)
+        counter, x = Counter(), torch.randn(3, 6)
+        torch.compiler.reset()
+        for block in model:
+            block.compile(backend=counter, fullgraph=True)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        with set_backend("triton"):
+            for step in range(30):
+                coto.set_step(step)
+                train_step(parallel, x)
+        assert 1 < counter.graphs <= 4
+    finally:
+        torch.distributed.destroy_process_group()
+        torch.compiler.reset()
+
+
+def test_torch_func_takes_the_reference():
+    x, weight, bias, a, b = operands()
+
+    def loss(a):
+        return coto_lora_linear(x, weight, bias, a, b, scale=SCALE).sum()
+
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms"), set_backend("triton"):
+        torch.func.grad(loss)(a)
+    leaf = a.clone().requires_grad_()
+    loss(leaf).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(a), leaf.grad)
+
+
+# what auto would do on a GPU
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Makes auto choose a fused form for a CPU, as on a GPU whose model says so."""
+    monkeypatch.setattr(dispatch, "_failed", {})
+    monkeypatch.setattr(dispatch, "_ran", set())
+    monkeypatch.setattr(dispatch, "plans", {})
+    monkeypatch.setattr(dispatch, "_environment", None)
+    auto = dispatch.auto
+    monkeypatch.setattr(
+        dispatch, "auto", lambda call: auto(call) if dispatch._failed else ("triton:low_rank_gemm", "a model says so")
+    )
+
+
+@pytest.mark.parametrize("dropout", [0.0, DROPOUT])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.usefixtures("on_gpu")
+def test_a_kernel_that_cannot_run_is_replaced_once_and_logged(where, dropout, monkeypatch, caplog):
+    leaves = [t.requires_grad_() for t in operands()]
+    dy = random((20, 24), seed=1)[0]
+    torch.manual_seed(2)
+    y = coto_lora_linear(*leaves, scale=SCALE, dropout=dropout, backend="triton:low_rank_gemm")
+    expected = (y, *gradients(y, leaves, dy))
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(FusedLora, where, broken)
+    with caplog.at_level(logging.WARNING, logger="cotolora"):
+        for _ in range(3):
+            torch.manual_seed(2)
+            y = coto_lora_linear(*leaves, scale=SCALE, dropout=dropout)
+            found = (y, *gradients(y, leaves, dy))
+            if where == "backward" or not dropout:  # the mask of a forward by addmm is another
+                for one, other in zip(found, expected, strict=True):
+                    torch.testing.assert_close(one, other)
+            if where == "backward":
+                break
+    assert len(caplog.records) == 1
+    assert "low_rank_gemm cannot run here" in caplog.text
+    assert "out of resource: shared memory" in caplog.text
+    with pytest.raises(RuntimeError, match="out of resource"):
+        gradients(coto_lora_linear(*leaves, scale=SCALE, backend="triton:low_rank_gemm"), leaves, dy)
+
+
+def test_drawn_mask_is_what_the_kernels_draw():
+    seed = torch.tensor(-(2**61) + 12345)
+    x = torch.eye(32, 50).repeat(3, 1) + 1
+    keep = drawn_mask(seed, 96, 50, DROPOUT)
+    h = torch.ops.cotolora.shrink(x, torch.eye(50), None, seed, 1.0, DROPOUT)
+    torch.testing.assert_close(h, torch.where(keep, x, 0) / (1 - DROPOUT))
+    assert abs(keep.double().mean() - (1 - DROPOUT)) < 4 * (DROPOUT * (1 - DROPOUT) / keep.numel()) ** 0.5
+
+
+# forms
+
+
+def test_the_model_takes_a_fused_form_only_for_a_clear_win():
+    for captured in (True, False):
+        for m in (1, 64, 2048, 8192):
+            for n, k in ((4096, 4096), (768, 768), (1024, 4096), (14336, 4096)):
+                call, machine = Sizes(m, n, k, 16).call(LORA), cost.MACHINES["sm_90"]
+                name, reason = dispatch.fastest(call, "sm_90", captured=captured)
+                time = {
+                    name: cost.seconds(backend.launches(call), 2, machine, captured=captured)
+                    for name, backend in LORA.backends.items()
+                }
+                best = min(FUSED, key=time.get)
+                assert name == (best if time["addmm"] >= 1.1 * time[best] else "addmm")
+                assert "modelled, not measured" in reason
+    assert fastest(16, 768, 768, 16)[0] == "addmm"
+    assert fastest(16, 768, 768, 16, captured=True)[0] != "addmm"
+    assert fastest(8192, 768, 768, 16, arch="generic", captured=True)[0] == "addmm"
+
+
+def fastest(*sizes, arch="sm_90", captured=False, **options):
+    return dispatch.fastest(Sizes(*sizes).call(LORA), arch, captured=captured, **options)
+
+
+ROW = {"m": 100, "n": 64, "k": 64, "rank": 8, "element_size": 2, "captured": False}
+
+
+def test_a_measured_row_goes_before_the_model():
+    table = ({**ROW, "seconds": {"addmm": 2.0, "pre_expand": 1.0}}, {**ROW, "m": 150, "seconds": {"addmm": 1.0}})
+    name, reason = fastest(110, 64, 64, 8, table=table)
+    assert name == "triton:pre_expand"
+    assert "measured fastest" in reason
+    assert fastest(140, 64, 64, 8, table=table)[0] == "addmm"
+    for far in ((400, 64, 64, 8), (100, 64, 64, 8, 4)):
+        assert "modelled" in fastest(*far, table=table)[1]
+    assert "modelled" in fastest(100, 64, 64, 8, captured=True, table=table)[1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"rows": 3}',
+        '{"rows": [{}]}',
+        '{"rows": [null]}',
+        json.dumps({"rows": [{**ROW, "m": "1", "seconds": {"addmm": 1.0}}]}),
+        json.dumps({"rows": [{**ROW, "seconds": {"other": 1.0}}]}),
+        json.dumps({"rows": [{**ROW, "seconds": {"addmm": float("nan")}}]}),
+        json.dumps({"rows": [{**ROW, "seconds": {}}]}),
+    ],
+)
+def test_a_damaged_table_is_ignored_with_one_line(text, tmp_path, caplog):
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    assert measured.load_table(path, {"addmm", *LORA.fused}) == ()
+    assert len(caplog.records) == 1
+    assert str(path) in caplog.text
+
+
+def test_a_table_that_is_not_there_is_no_news(tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = measured.cache_path("NVIDIA H200/../x")
+    assert path.parent == tmp_path / "cotolora"
+    assert measured.load_table(path, {"addmm"}) == ()
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("m", [16, 96])
+@pytest.mark.parametrize("backend", FUSED)
+def test_error_is_that_of_the_linear_alone(backend, m, dtype):
+    """Relative Frobenius error at most 1.05 of F.linear's own, the update being a tenth of the base's output."""
+    x, weight, bias = random((m, 64), (96, 64), (96,), dtype=dtype)
+    if backend == "triton:pre_expand":
+        bias = torch.zeros_like(bias)  # it rounds bias and update together before it adds the product
+    a, b = random((8, 64), (96, 8), dtype=dtype, seed=1)
+    base = nn.functional.linear(x.double(), weight.double(), bias.double())
+    update = x.double() @ a.double().T @ b.double().T
+    scale = 0.1 * (base.norm() / update.norm()).item()
+    y = coto_lora_linear(x, weight, bias, a, b, scale=scale, backend=backend)
+    alone = (nn.functional.linear(x, weight, bias).double() - base).norm() / base.norm()
+    ours = (y.double() - (base + scale * update)).norm() / (base + scale * update).norm()
+    assert ours <= 1.05 * alone

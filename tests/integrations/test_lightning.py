@@ -1,0 +1,154 @@
+"""CoTo in Lightning: the masks and the weights of a plain loop."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import cotolora
+from cotolora import CoTo, sample_mask
+
+lightning = pytest.importorskip("lightning.pytorch")
+from cotolora.integrations.lightning import CoToLightningCallback  # noqa: E402
+
+STEPS, BATCH, WIDTH = 6, 4, 8
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on data loaders and on future versions
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(x))
+
+
+class Task(lightning.LightningModule):
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.ModuleList(Block() for _ in range(4))
+        cotolora.inject(self, "all-linear", rank=2)
+        self.seen, self.validated = [], []
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.trainer.global_step, tuple(x.active is not False for x in adapters(self))))
+        return self(*batch).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.validated += [x.active is not False for x in adapters(self)]
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(cotolora.adapter_parameters(self), lr=1e-2)
+
+
+def adapters(model):
+    return cotolora.adapters(model).values()
+
+
+def loader(count=64):
+    x = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(1))
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=BATCH)
+
+
+def trainer_of(path, ours, **settings):
+    defaults = {
+        "max_steps": STEPS, "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": path,
+    }  # fmt: skip
+    return lightning.Trainer(callbacks=[ours], **defaults | settings)
+
+
+def weights(model):
+    return [t.detach().clone() for layer in adapters(model) for t in (layer.lora_a, layer.lora_b)]
+
+
+def plain_loop(model, *, seed=0, accumulate=1):
+    optimizer = model.configure_optimizers()
+    coto = CoTo(model, STEPS, seed=seed)
+    coto.attach(optimizer)
+    data = iter(loader())
+    for _ in range(STEPS):
+        for _ in range(accumulate):
+            (model(*next(data)).square().mean() / accumulate).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        coto.step()
+    return weights(model)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("gates", ["host", "device"])
+def test_masks_and_weights_equal_a_plain_loops(gates, accumulate, tmp_path):
+    model = Task()
+    expected = plain_loop(copy.deepcopy(model), seed=3, accumulate=accumulate)
+    ours = CoToLightningCallback(cotolora.Schedule(seed=3), gates=gates)
+    trainer_of(tmp_path, ours, accumulate_grad_batches=accumulate).fit(model, loader())
+    assert [step for step, _ in model.seen] == [step for step in range(STEPS) for _ in range(accumulate)]
+    if gates == "host":
+        for step, on in model.seen:
+            mask = sample_mask(4, cotolora.activation_probability(step, STEPS), seed=3, step=step)
+            assert on == tuple(mask.tolist())
+    for weight, wanted in zip(weights(model), expected, strict=True):
+        assert torch.equal(weight, wanted) if gates == "host" else torch.allclose(weight, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_off_adapters_count_no_step_and_all_are_on_after_training(tmp_path):
+    model = Task()
+    ours = CoToLightningCallback(shape="constant", initial_p=0.3)
+    trainer = trainer_of(tmp_path, ours)
+    trainer.fit(model, loader())
+    counts = [sum(on[i] for _, on in model.seen) for i in range(4)]
+    assert len(set(counts)) > 1
+    (optimizer,) = trainer.optimizers
+    for layer, count in zip(adapters(model), counts, strict=True):
+        assert optimizer.state.get(layer.lora_b, {"step": 0})["step"] == count
+    assert not all(model.seen[-1][1])
+    assert all(layer.gate is True for layer in adapters(model))
+
+
+def test_a_run_that_is_resumed_equals_one_that_was_not(tmp_path):
+    whole, first, again = Task(), Task(), Task(seed=1)  # the last takes everything from the checkpoint
+    # the same batch over and over: where in the data it goes on is Lightning's affair
+    batch = next(iter(loader()))[0].repeat(16, 1)
+    same = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(batch), batch_size=BATCH)
+
+    class Cut(CoToLightningCallback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "cut.ckpt")
+                raise RuntimeError("power cut")
+
+    trainer_of(tmp_path, CoToLightningCallback()).fit(whole, same)
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer_of(tmp_path, Cut()).fit(first, same)
+    trainer_of(tmp_path, CoToLightningCallback()).fit(again, same, ckpt_path=tmp_path / "cut.ckpt")
+    assert first.seen + again.seen == whole.seen
+    for weight, wanted in zip(weights(again), weights(whole), strict=True):
+        assert torch.equal(weight, wanted)
+
+
+def test_validation_in_the_middle_sees_every_adapter(tmp_path):
+    model = Task()
+    trainer_of(tmp_path, CoToLightningCallback(), val_check_interval=1, num_sanity_val_steps=1).fit(
+        model, loader(), loader(BATCH)
+    )
+    assert model.validated
+    assert all(model.validated)
+    assert not all(all(on) for _, on in model.seen)
+
+
+def test_bad_settings_are_named(tmp_path):
+    with pytest.raises(ValueError, match="initial_p"):
+        CoToLightningCallback(initial_p=2.0)
+    with pytest.raises(ValueError, match="schedule must come without seed"):
+        CoToLightningCallback(cotolora.Schedule(), seed=0)
+    with pytest.raises(ValueError, match="max_steps or max_epochs"):
+        trainer_of(tmp_path, CoToLightningCallback(), max_steps=-1, max_epochs=-1).fit(Task(), loader())

@@ -1,0 +1,338 @@
+"""CoTo in transformers' Trainer: the masks, the weights and the files of a plain loop."""
+
+import copy
+
+import pytest
+import torch
+from torch import _dynamo as dynamo
+
+import cotolora
+from cotolora import CoTo, sample_mask
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
+
+from cotolora.integrations.transformers import CoToCallback  # noqa: E402
+
+STEPS, BATCH, LENGTH, VOCABULARY = 6, 2, 8, 64
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+def llama(layers=4):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**SMALL, num_hidden_layers=layers, num_key_value_heads=2))
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=16, **dropouts)
+    )
+
+
+def bert():
+    from transformers import BertConfig, BertForMaskedLM
+
+    return BertForMaskedLM(BertConfig(**SMALL, num_hidden_layers=3))
+
+
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+        )
+    )
+
+
+def vit():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {name: size for name, size in SMALL.items() if name != "vocab_size"}
+    return ViTForImageClassification(
+        ViTConfig(**sizes, num_hidden_layers=3, image_size=16, patch_size=8, num_channels=1, num_labels=4)
+    )
+
+
+def clip():
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = {name: size for name, size in SMALL.items() if name != "vocab_size"} | {"num_hidden_layers": 2}
+    text = tower | {"vocab_size": VOCABULARY, "max_position_embeddings": 16, "eos_token_id": VOCABULARY - 1}
+    vision = tower | {"image_size": 16, "patch_size": 8, "num_channels": 1}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))
+
+
+def examples(kind, count):
+    draw = torch.Generator().manual_seed(1)
+    found = []
+    for _ in range(count):
+        tokens = torch.randint(1, VOCABULARY - 1, (LENGTH,), generator=draw)
+        pixels = torch.randn(1, 16, 16, generator=draw)
+        found.append({
+            "vit": {"pixel_values": pixels, "labels": tokens[0] % 4},
+            "clip": {"input_ids": tokens, "pixel_values": pixels, "return_loss": True},
+        }.get(kind, {"input_ids": tokens, "labels": tokens}))  # fmt: skip
+    return found
+
+
+def collate(batch):
+    return {name: torch.stack([e[name] for e in batch]) if name != "return_loss" else True for name in batch[0]}
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, *_):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+class Watch(TrainerCallback):
+    """Notes each step's mask, and that what is off stays as it is."""
+
+    def __init__(self, ours):
+        self.ours, self.masks, self.moved = ours, [], []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **_):
+        self.masks.append((state.global_step, self.ours.coto.mask.clone()))
+        self.before = {name: layer.lora_b.detach().clone() for name, layer in cotolora.adapters(model).items()}
+
+    def on_optimizer_step(self, args, state, control, model, **_):
+        on = dict(zip(self.ours.coto.groups, self.masks[-1][1].tolist(), strict=True))
+        groups = {name: key for key, names in self.ours.coto.groups.items() for name in names}
+        for name, layer in cotolora.adapters(model).items():
+            self.moved.append((on[groups[name]], not torch.equal(layer.lora_b, self.before[name])))
+
+
+def prepared(make, seed=0):
+    torch.manual_seed(seed)
+    model = make()
+    cotolora.inject(model, rank=2)
+    return model
+
+
+def trainer_of(model, path, kind="llama", callbacks=(), **arguments):
+    settings = {
+        "output_dir": str(path), "max_steps": STEPS, "per_device_train_batch_size": BATCH, "use_cpu": True,
+        "report_to": "none", "save_strategy": "no", "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
+        "disable_tqdm": True, "logging_strategy": "no", "remove_unused_columns": False, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return InOrder(
+        model, TrainingArguments(**settings | arguments), train_dataset=examples(kind, 64), data_collator=collate,
+        callbacks=list(callbacks), optimizers=(optimizer, schedule), eval_dataset=examples(kind, 2),
+    )  # fmt: skip
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def plain_loop(model, *, seed=0, kind="llama"):
+    """What the callback must equal, the loss being the sum over the tokens by their number, as in Trainer."""
+    first = 1 if kind == "llama" else 0  # Trainer does not know gpt2's loss for one that shifts the labels
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    coto = CoTo(model, STEPS, seed=seed)
+    coto.attach(optimizer)
+    data = iter(examples(kind, 64))
+    model.train()
+    for _ in range(STEPS):
+        batch = collate([next(data) for _ in range(BATCH)])
+        items = torch.tensor(float(batch["labels"][:, first:].numel()))
+        model(**batch, num_items_in_batch=items).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        coto.step()
+    coto.finish()
+    return weights(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5", "vit", "clip"])
+def test_masks_are_the_steps_and_what_is_off_stays(kind, tmp_path):
+    model = prepared(globals()[kind])
+    ours = CoToCallback(seed=3)
+    watch = Watch(ours)
+    trainer_of(model, tmp_path, kind, [ours, watch]).train()
+    groups = len(ours.coto.groups)
+    assert groups >= 3
+    assert [step for step, _ in watch.masks] == list(range(STEPS))
+    for step, mask in watch.masks:
+        p = cotolora.activation_probability(step, STEPS)
+        assert torch.equal(mask, sample_mask(groups, p, seed=3, step=step))
+    assert {(on, moved) for on, moved in watch.moved if not on} == {(False, False)}
+    assert any(on and moved for on, moved in watch.moved)
+    assert ours.coto.mask.all()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_weights_equal_a_plain_loops(kind, tmp_path):
+    model = prepared(globals()[kind])
+    expected = plain_loop(copy.deepcopy(model), kind=kind, seed=5)
+    trainer_of(model, tmp_path, kind, [CoToCallback(cotolora.Schedule(seed=5))]).train()
+    for name, weight in weights(model).items():
+        assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize("gates", ["host", "device"])
+def test_off_adapters_neither_move_nor_count_a_step(gates, tmp_path):
+    model = prepared(llama)
+    ours = CoToCallback(gates=gates, shape="constant", initial_p=0.3)
+    watch = Watch(ours)
+    trainer = trainer_of(model, tmp_path, callbacks=[ours, watch], weight_decay=0.1)
+    trainer.train()
+    assert {(on, moved) for on, moved in watch.moved if not on} == {(False, False)}
+    steps_on = {key: sum(mask[i].item() for _, mask in watch.masks) for i, key in enumerate(ours.coto.groups)}
+    assert len(set(steps_on.values())) > 1
+    for key, names in ours.coto.groups.items():
+        for name in names:
+            state = trainer.optimizer.state.get(cotolora.adapters(model)[name].lora_b, {"step": 0})
+            assert state["step"] == steps_on[key]
+
+
+def test_after_training_every_adapter_is_on_for_good(tmp_path):
+    model = prepared(llama)
+    ours = CoToCallback(shape="constant", initial_p=0.3)
+    watch = Watch(ours)
+    trainer_of(model, tmp_path, callbacks=[ours, watch]).train()
+    assert not watch.masks[-1][1].all()
+    assert all(layer.gate is True for layer in cotolora.adapters(model).values())
+    assert not model._forward_hooks
+
+
+def test_gradient_accumulation_has_one_mask_a_step(tmp_path):
+    model = prepared(llama)
+    ours = CoToCallback()
+    watch = Watch(ours)
+    trainer_of(model, tmp_path, callbacks=[ours, watch], gradient_accumulation_steps=3).train()
+    assert [step for step, _ in watch.masks] == list(range(STEPS))
+    assert {(on, moved) for on, moved in watch.moved if not on} == {(False, False)}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant, tmp_path):
+    model = prepared(llama)
+    expected = plain_loop(copy.deepcopy(model))
+    if reentrant:
+        model.enable_input_require_grads()
+    trainer_of(
+        model, tmp_path, callbacks=[CoToCallback()], gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    ).train()  # fmt: skip
+    for name, weight in weights(model).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize(("gates", "regional"), [("device", False), ("host", True)], ids=["whole-model", "by-block"])
+def test_torch_compile_takes_few_graphs_and_changes_nothing(gates, regional, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str(regional))
+    dynamo.reset()
+    counted = dynamo.utils.counters["stats"]
+    counted.clear()
+    compiled, eager = prepared(llama), prepared(llama)
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 12}
+    trainer_of(compiled, tmp_path, callbacks=[CoToCallback(gates=gates)], **options).train()
+    graphs = counted["unique_graphs"]
+    trainer_of(eager, tmp_path, callbacks=[CoToCallback()], max_steps=12).train()
+    # a block is on or off, and hands a gradient down or not; around them are an embedding, a norm, a head and rope
+    assert graphs <= 4 + 4 if regional else graphs == 1
+    torch.testing.assert_close(weights(compiled), weights(eager))
+
+
+def test_a_run_that_is_resumed_equals_one_that_was_not(tmp_path):
+    whole = prepared(llama)
+    trainer_of(whole, tmp_path / "whole", callbacks=[CoToCallback()]).train()
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    first = prepared(llama)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = state.global_step == 3
+
+    trainer_of(first, tmp_path / "cut", callbacks=[CoToCallback(), Stop()], **saving).train()
+    again = prepared(llama, seed=1)  # everything comes from the checkpoint
+    trainer = trainer_of(again, tmp_path / "cut", callbacks=[CoToCallback()], **saving)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    for name, weight in weights(again).items():
+        assert torch.equal(weight, weights(whole)[name]), name
+
+
+def test_evaluation_in_the_middle_sees_every_adapter(tmp_path):
+    model, seen = prepared(llama), []
+    layers = cotolora.adapters(model).values()
+    model.register_forward_hook(lambda *_: seen.append((model.training, all(x.active is not False for x in layers))))
+    trainer_of(
+        model, tmp_path, callbacks=[CoToCallback()], eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=2
+    ).train()
+    assert {on for training, on in seen if not training} == {True}
+    assert False in {on for training, on in seen if training}
+
+
+def test_checkpoints_hold_the_adapter_in_pefts_format(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = prepared(llama)
+    trainer_of(model, tmp_path, callbacks=[CoToCallback()], save_strategy="steps", save_steps=STEPS).train()
+    torch.manual_seed(0)
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / f"checkpoint-{STEPS}" / "adapter").eval()
+    tokens = examples("llama", 1)[0]["input_ids"][None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, model.eval()(tokens).logits, rtol=1e-4, atol=1e-5)
+    other = prepared(llama)
+    trainer_of(
+        other, tmp_path / "none", callbacks=[CoToCallback(save=False)], save_strategy="steps", save_steps=STEPS
+    ).train()
+    assert not (tmp_path / "none" / f"checkpoint-{STEPS}" / "adapter").exists()
+
+
+def test_a_callback_trains_twice(tmp_path):
+    ours = CoToCallback()
+    for seed in (0, 1):
+        model = prepared(llama, seed)
+        expected = plain_loop(copy.deepcopy(model))
+        trainer_of(model, tmp_path, callbacks=[ours]).train()
+        assert all(torch.equal(weight, expected[name]) for name, weight in weights(model).items())
+
+
+def test_a_run_that_failed_leaves_nothing_behind(tmp_path):
+    class Fail(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            raise RuntimeError("power cut")
+
+    ours, model = CoToCallback(), prepared(llama)
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer_of(model, tmp_path, callbacks=[ours, Fail()]).train()
+    model = prepared(llama)
+    expected = plain_loop(copy.deepcopy(model))
+    trainer_of(model, tmp_path, callbacks=[ours]).train()
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(model).items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"initial_p": 2.0}, "initial_p"),
+        ({"tilt": 3.0}, r"tilt must be in \[-1, 1\]; got 3.0"),
+        ({"shape": "cubic"}, "shape"),
+        ({"seed": -1}, "seed"),
+        ({"schedule": cotolora.Schedule(), "tilt": 0.0}, "schedule must come without tilt"),
+    ],
+)
+def test_bad_settings_are_named_at_once(settings, says):
+    with pytest.raises(ValueError, match=says):
+        CoToCallback(**settings)
+
+
+def test_a_model_without_adapters_is_named(tmp_path):
+    torch.manual_seed(0)
+    trainer = Trainer(
+        llama(),
+        TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none"),
+        train_dataset=examples("llama", 2),
+        callbacks=[CoToCallback()],
+    )
+    with pytest.raises(ValueError, match="LlamaForCausalLM has none"):
+        trainer.train()

@@ -1,0 +1,337 @@
+"""Adapters on disk when a process dies, a disk is full, or two ranks save at once."""
+
+import errno
+import itertools
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from cotolora import adapters, load_adapter, save_adapter
+from cotolora.saving import files
+from tests.support.repository import ROOT, module_of
+from tests.support.saving import CONFIG, WEIGHTS, base, logits, tuned
+
+# kills and full disks
+
+
+def variants():
+    """Three adapters of one model that differ in rank, targets and values."""
+    return [
+        tuned(base(), ["fc"], rank=2, seed=1),
+        tuned(base(), ["fc", "head.0"], rank=3, alpha=7.0, seed=2),
+        tuned(base(), ["head.2"], rank=1, trainable=["token"], seed=3),
+    ]
+
+
+def which(directory, models):
+    """The place in `models` of the adapter that the directory holds, or None: neither of them as a whole."""
+    model = base()
+    try:
+        load_adapter(model, directory)
+    except (ValueError, FileNotFoundError):
+        return None
+    return next((i for i, other in enumerate(models) if torch.equal(logits(model), logits(other))), None)
+
+
+class Steps:
+    """Runs `act` at the nth boundary between two file operations of `save_adapter`."""
+
+    def __init__(self, at, act):
+        self.at, self.act, self.count = at, act, 0
+
+    def step(self):
+        self.count += 1
+        if self.count == self.at:
+            self.act()
+
+    def around(self, operation):
+        def run(*args, **kwargs):
+            self.step()
+            result = operation(*args, **kwargs)
+            self.step()
+            return result
+
+        return run
+
+    def open(self, path, mode):
+        self.step()
+        return Torn(open(path, mode), self)
+
+
+class Torn:
+    """A file whose writes come in two halves."""
+
+    def __init__(self, file, steps):
+        self.file, self.steps = file, steps
+        self.flush, self.fileno = file.flush, file.fileno
+
+    def write(self, data):
+        self.steps.step()
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
+        self.steps.step()
+        self.file.write(data[len(data) // 2 :])
+        self.file.flush()
+        self.steps.step()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+        self.steps.step()
+
+
+@contextmanager
+def stepping(at, act):
+    steps, fsync, replace = Steps(at, act), os.fsync, os.replace
+    files.open, os.fsync, os.replace = steps.open, steps.around(fsync), steps.around(replace)
+    try:
+        yield steps
+    finally:
+        del files.open
+        os.fsync, os.replace = fsync, replace
+
+
+def forked(act):
+    """Runs `act` in a child; its exit status."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            act()
+        except OSError:
+            os._exit(3)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed_save(model, directory, at):
+    """Saves in a child that dies at the given boundary; whether it got so far."""
+
+    def save():
+        with stepping(at, lambda: os._exit(9)):
+            save_adapter(model, directory)
+
+    return forked(save) == 9
+
+
+def main_kills(directory):
+    """Kills saves at every boundary, also a second one after the first, and checks what is left."""
+    old, first, second = models = variants()
+    os.fsync = lambda _: None  # matters when the power goes, not when a process does
+    outcomes = set()
+    for at in itertools.count(1):
+        save_adapter(old, directory)
+        reached = killed_save(first, directory, at)
+        found = which(directory, models)
+        assert found in (0, 1), f"killed at {at}: neither adapter is whole"
+        outcomes.add(found)
+        if not reached:
+            break
+        for again in itertools.count(1) if found == 1 or at == 5 else ():
+            reached = killed_save(second, directory, again)
+            after = which(directory, models)
+            assert after in (found, 2), f"killed at {at}, then at {again}: had {found}, found {after}"
+            save_adapter(old, directory)
+            assert which(directory, models) == 0
+            if not reached:
+                break
+            killed_save(first, directory, at)
+    assert at > 15, at
+    assert outcomes == {0, 1}
+    save_adapter(first, directory)
+    assert sorted(p.name for p in Path(directory).iterdir()) == [CONFIG, WEIGHTS]
+
+
+def main_signals(directory, seconds=4.0):
+    """Kills a process that saves again and again, at random times."""
+    models, generator = variants(), random.Random(0)
+    os.fsync = lambda _: None
+    found, end = set(), time.monotonic() + seconds
+    while time.monotonic() < end:
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                for count, model in enumerate(models * 1000):  # not without end: the parent may be killed too
+                    save_adapter(model, directory)
+                    if count == 1:
+                        os.write(writer, b".")
+            finally:
+                os._exit(0)
+        os.close(writer)
+        assert os.read(reader, 1), "the child could not save"  # two adapters by now, however busy the machine
+        time.sleep(generator.uniform(0, 0.02))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(reader)
+        found.add(which(directory, models))
+        assert found <= {0, 1, 2}, found
+    assert len(found) > 1
+
+
+def main_limit(directory):
+    """A file size limit of the system, which fails the write half way through."""
+    old, new, _ = models = variants()
+    save_adapter(old, directory)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    size = (Path(directory) / WEIGHTS).stat().st_size
+
+    def save():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+        save_adapter(new, directory)
+
+    assert forked(save) == 3
+    assert which(directory, models) == 0
+    assert sorted(p.name for p in Path(directory).iterdir()) == [CONFIG, WEIGHTS]
+
+
+def in_a_process(*args):
+    """Runs a `main_…` of this file by itself: a process that forks must not have threads."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module_of(__file__), *map(str, args)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def finished(*processes):
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=100)
+            assert process.returncode == 0, output[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_a_kill_leaves_the_old_pair_or_the_new_one(tmp_path):
+    names = ("kills", "signals", "limit")
+    finished(*(in_a_process(name, tmp_path / name) for name in names))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO], ids=errno.errorcode.get)
+def test_an_error_leaves_the_old_pair(number, tmp_path):
+    old, new, _ = models = variants()
+
+    def fail():
+        raise OSError(number, os.strerror(number))
+
+    reached = []
+    for at in itertools.count(1):
+        save_adapter(old, tmp_path)
+        with stepping(at, fail) as steps:
+            try:
+                save_adapter(new, tmp_path)
+                break
+            except OSError as error:
+                seen = error.errno
+        assert seen == number
+        reached.append(which(tmp_path, models))
+        assert reached[-1] is not None
+    # until the weights are renamed the old pair, from then on the new one
+    renamed = reached.index(1)
+    assert reached == [0] * renamed + [1] * (len(reached) - renamed)
+    assert renamed > 12
+    assert steps.count == len(reached)
+
+
+def test_a_failed_write_leaves_no_litter(tmp_path, monkeypatch):
+    old, new, _ = variants()
+    save_adapter(old, tmp_path)
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space"):
+        save_adapter(new, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_saving_onto_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        save_adapter(variants()[0], tmp_path / "file")
+    assert (tmp_path / "file").read_text() == ""
+
+
+# two ranks
+
+
+def main_rank(rank, directory):
+    """All ranks call, one writes, an error on it reaches all, and sharded parameters come out whole."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    rank, directory = int(rank), Path(directory)
+    dist.init_process_group("gloo", init_method=f"file://{directory / 'meeting'}", rank=rank, world_size=2)
+    model, _, other = variants()
+    write = files._write
+    if rank == 1:
+
+        def write_elsewhere(*_):
+            raise AssertionError("only rank 0 writes")
+
+        files._write = write_elsewhere
+    save_adapter(model, directory / "whole")
+    assert which(directory / "whole", [model]) == 0  # on both ranks, at once
+
+    (directory / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        save_adapter(other, directory / "file")
+
+    if rank == 0:
+
+        def break_down(*_):
+            raise RuntimeError("not an OSError")
+
+        files._write = break_down
+    with pytest.raises(RuntimeError if rank == 0 else OSError, match="not an OSError"):
+        save_adapter(other, directory / "whole")
+    if rank == 0:
+        files._write = write
+    assert which(directory / "whole", [model]) == 0
+
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in adapters(model).values():
+        for name in ("lora_a", "lora_b"):
+            sharded = distribute_tensor(getattr(layer, name).detach(), mesh, [Shard(0)])
+            setattr(layer, name, nn.Parameter(sharded))
+    save_adapter(model, directory / "sharded")
+    whole, gathered = (load_file(directory / name / WEIGHTS) for name in ("whole", "sharded"))
+    assert set(whole) == set(gathered)  # not the bytes: safetensors orders its metadata at random
+    assert all(torch.equal(whole[key], gathered[key]) for key in whole)
+    expected = {name: layer.lora_b.full_tensor() for name, layer in adapters(model).items()}
+    with torch.no_grad():
+        for layer in adapters(model).values():
+            layer.lora_b.zero_()
+    load_adapter(model, directory / "sharded")
+    for name, layer in adapters(model).items():
+        assert isinstance(layer.lora_b, DTensor)
+        assert torch.equal(layer.lora_b.full_tensor(), expected[name])
+    dist.barrier()
+    os._exit(0)  # gloo's threads may abort a process that shuts down in order
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_two_ranks(tmp_path):
+    finished(in_a_process("rank", 0, tmp_path), in_a_process("rank", 1, tmp_path))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[f"main_{sys.argv[1]}"](*sys.argv[2:])

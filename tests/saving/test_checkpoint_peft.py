@@ -1,0 +1,227 @@
+"""Adapters on disk: PEFT's files, both ways."""
+
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from cotolora import adapters, load_adapter, save_adapter
+from tests.support.saving import (
+    Inner,
+    Many,
+    Net,
+    Odd,
+    X,
+    assert_few_ulps,
+    base,
+    keys,
+    logits,
+    refused,
+    train,
+    trained,
+    tuned,
+)
+
+IDS = {"input_ids": torch.tensor([[1, 5, 2, 7], [3, 4, 8, 6]])}
+
+
+def gpt2(tf):
+    config = tf.GPT2Config(
+        vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    return tf.GPT2LMHeadModel(config)
+
+
+def llama(tf):
+    config = tf.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=16,
+    )  # fmt: skip
+    return tf.LlamaForCausalLM(config)
+
+
+def bert(tf):
+    config = tf.BertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=16, num_labels=3,
+    )  # fmt: skip
+    return tf.BertForSequenceClassification(config)
+
+
+def make_base(tf, make):
+    if make in (Net, Odd, Many, Inner):
+        return base(make), X
+    torch.manual_seed(0)
+    return make(tf).eval(), IDS
+
+
+@contextmanager
+def no_key_warnings():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    assert not [str(w.message) for w in caught if "key" in str(w.message).lower()]
+
+
+PEFT_READS = {
+    "net": (Net, {"rank": 2}),
+    "patterns": (Net, {"rank_pattern": {"^fc": 3, "fc": 5}, "alpha_pattern": {"head.2": 0.3, "blocks.1.*": 7}}),
+    "rslora": (Net, {"use_rslora": True, "rank": 3}),
+    "dora": (Net, {"variant": "dora", "rank": 3, "alpha_pattern": {"^fc": 5}, "trainable": ["head"]}),
+    "dora-rslora": (llama, {"variant": "dora", "rank": 3, "use_rslora": True}),
+    "dora-conv1d": (gpt2, {"variant": "dora", "rank": 2}),
+    "hira": (llama, {"variant": "hira", "rank": 3, "alpha": 7.0}),
+    "hira-conv1d": (gpt2, {"variant": "hira", "rank": 2, "use_rslora": True}),
+    "pissa": (Net, {"init": "pissa", "rank": 2, "trainable": ["norm"]}),
+    "pissa-rslora": (llama, {"init": "pissa", "rank": 3, "use_rslora": True, "rank_pattern": {"q_proj": 2}}),
+    "pissa-dora-conv1d": (gpt2, {"init": "pissa", "variant": "dora", "rank": 2}),
+    "olora": (llama, {"init": "olora", "rank": 3, "alpha_pattern": {"q_proj": 5}}),
+    "olora-conv1d": (gpt2, {"init": "olora", "rank": 2}),
+    "ambiguous-name": (Net, {"targets": "fc", "rank_pattern": {"fc": 3}}),
+    "odd-names": (Odd, {"rank_pattern": {"b": 3, r"\^": 4}, "alpha_pattern": {r".*\$": 3}}),
+    "odd-head": (Odd, {"targets": r"linears\.[aé].*", "trainable": r"linears\.(\(z\)|\$|x\|y)"}),
+    "head": (Net, {"targets": ["fc"], "trainable": ["head"]}),
+    "bias-alone": (Net, {"targets": ["fc"], "trainable": ["head.2.bias"]}),
+    "everything-else": (Net, {"targets": ["fc"], "trainable": ["head", "gamma", "token", "norm"]}),
+    "ambiguous-head": (Net, {"targets": ["fc"], "trainable": "norm"}),
+    "heads-named-as-pefts-own": (Inner, {"targets": ["fc"], "trainable": ["default", "layer", "A"]}),
+    "many": (Many, {"targets": r"layers\..*|q", "rank": 2}),
+    "many-of-one-kind": (Many, {"targets": [f"layers.{i}.{key}" for i in range(12) for key in "qv"], "rank": 2}),
+    "llama": (llama, {"rank": 2, "rank_pattern": {"q_proj": 3}}),
+    "llama-and-norm": (llama, {"rank": 2, "targets": ["q_proj", "down_proj"], "trainable": ["model.norm"]}),
+    "gpt2": (gpt2, {"rank": 2}),
+    "gpt2-one": (gpt2, {"rank": 2, "targets": ["h.1.attn.c_proj"]}),
+    "gpt2-and-its-tied-embedding": (gpt2, {"rank": 2, "targets": ["c_attn"], "trainable": ["wte"]}),
+    "bert": (bert, {"rank": 2, "targets": ["query", "dense"], "trainable": ["classifier"]}),
+}
+
+
+@pytest.mark.parametrize("case", PEFT_READS)
+def test_peft_reads_ours(case, peft, tf, tmp_path):
+    make, options = PEFT_READS[case]
+    model, x = make_base(tf, make)
+    tuned(model, **options)
+    save_adapter(model, tmp_path)
+    with no_key_warnings():
+        theirs = peft.PeftModel.from_pretrained(make_base(tf, make)[0], tmp_path).eval()
+    assert_few_ulps(logits(theirs, x), logits(model, x))
+    assert sorted(theirs.base_model.targeted_module_names) == sorted(adapters(model))
+
+
+def by_peft(peft, model, directory, **config):
+    """A model that PEFT adapted, moved and saved."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's remarks on Conv1D and what it calls in transformers
+        kind = peft.HiraConfig if "hira_dropout" in config else peft.LoraConfig
+        theirs = train(peft.get_peft_model(model, kind(**{"r": 2, **config}))).eval()
+        theirs.save_pretrained(directory)
+    return theirs
+
+
+WE_READ = {
+    "net-list": (Net, {"target_modules": ["fc"]}),
+    "net-regex": (Net, {"target_modules": r"blocks\.\d\.fc|head\.2"}),
+    "net-all-linear": (Net, {"target_modules": "all-linear"}),
+    "net-exclude": (Net, {"target_modules": ["fc", "head.0"], "exclude_modules": ["blocks.0.fc", "0"]}),
+    "net-exclude-regex": (Net, {"target_modules": ["fc"], "exclude_modules": r"blocks\.0\..*"}),
+    "net-head": (Net, {"target_modules": ["fc"], "modules_to_save": ["head"], "use_rslora": True}),
+    "net-norms": (Net, {"target_modules": ["fc"], "modules_to_save": ["norm"]}),
+    "net-target-in-saved": (Net, {"target_modules": ["fc", "head.0"], "modules_to_save": ["head"]}),
+    "net-layers": (Net, {"target_modules": ["fc"], "layers_to_transform": 1}),
+    "net-layers-list": (Net, {"target_modules": ["fc"], "layers_to_transform": [0], "layers_pattern": "blocks"}),
+    "net-no-layers": (Net, {"target_modules": ["fc"], "layers_to_transform": []}),
+    "net-exact-beats-layers": (Net, {"target_modules": ["fc", "blocks.0.fc"], "layers_to_transform": [1]}),
+    "net-gaussian": (Net, {"target_modules": ["fc"], "init_lora_weights": "gaussian", "lora_dropout": 0.1}),
+    "net-mica": (Net, {"target_modules": ["fc"], "init_lora_weights": "MiCA"}),
+    "net-dora": (Net, {"target_modules": ["fc"], "modules_to_save": ["head"], "use_dora": True, "use_rslora": True}),
+    "llama-dora": (llama, {"target_modules": ["q_proj", "up_proj"], "use_dora": True, "rank_pattern": {"up_proj": 3}}),
+    "gpt2-dora": (gpt2, {"target_modules": ["c_attn"], "use_dora": True, "lora_dropout": 0.1}),
+    "llama-hira": (llama, {"target_modules": "all-linear", "hira_dropout": 0.1, "rank_pattern": {"q_proj": 3}}),
+    "gpt2-hira": (gpt2, {"target_modules": ["c_attn", "c_fc"], "hira_dropout": 0.0, "init_weights": "gaussian"}),
+    "llama-list": (llama, {"target_modules": ["q_proj", "v_proj"]}),
+    "llama-regex": (llama, {"target_modules": r".*layers\.1\..*_proj"}),
+    "llama-all-linear": (llama, {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}),
+    "llama-patterns": (
+        llama,
+        {
+            "target_modules": ["q_proj", "k_proj", "up_proj"],
+            "rank_pattern": {"q_proj": 3, r"model\.layers\.\d+\.mlp.*": 1},
+            "alpha_pattern": {"layers.0.self_attn.k_proj": 3, "^model.layers.1.*": 32},
+            "use_rslora": True,
+        },
+    ),
+    "llama-layers": (
+        llama,
+        {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
+    ),
+    "llama-saved": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "gpt2-list": (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "gpt2-all-linear": (gpt2, {"target_modules": "all-linear"}),
+    "gpt2-layers": (gpt2, {"target_modules": ["c_fc", "c_proj"], "layers_to_transform": [1], "layers_pattern": "h"}),
+    "bert-seq-cls": (bert, {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}),
+    "bert-saved": (
+        bert,
+        {"target_modules": ["dense"], "modules_to_save": ["classifier"], "exclude_modules": ["pooler.dense"]},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WE_READ)
+def test_we_read_pefts(case, peft, tf, tmp_path):
+    make, options = WE_READ[case]
+    model, x = make_base(tf, make)
+    theirs = by_peft(peft, model, tmp_path, **options)
+    ours, _ = make_base(tf, make)
+    assert load_adapter(ours, tmp_path) == ([], [])
+    assert list(adapters(ours)) == theirs.base_model.targeted_module_names
+    assert_few_ulps(logits(ours, x), logits(theirs, x))
+    assert not torch.allclose(logits(ours, x), logits(make_base(tf, make)[0], x), atol=1e-3)
+    marks = (".default", "base_model.model.", ".modules_to_save", ".original_module", ".weight")
+    plain = set()
+    for name in trained(theirs):
+        for mark in marks:
+            name = name.replace(mark, "")
+        for their, our in (("_A", "_a"), ("_B", "_b"), ("magnitude_vector", "magnitude"), ("hira_", "lora_")):
+            name = name.replace(their, our)
+        plain.add(name)
+    assert {name.removesuffix(".weight") for name in trained(ours)} == plain
+
+    again = tmp_path / "again"
+    save_adapter(ours, again)
+    third, _ = make_base(tf, make)
+    load_adapter(third, again)
+    assert torch.equal(logits(third, x), logits(ours, x))
+
+
+def test_what_peft_saved_beside_is_loaded_and_stays_frozen(peft, tf, tmp_path):
+    model, x = make_base(tf, llama)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(1)
+    theirs = by_peft(peft, model, tmp_path, target_modules=["q_proj"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(tmp_path, save_embedding_layers=True)  # as PEFT does after a resize
+    assert any("embed_tokens" in key for key in keys(tmp_path))
+    ours, _ = make_base(tf, llama)
+    load_adapter(ours, tmp_path)
+    assert_few_ulps(logits(ours, x), logits(theirs, x))
+    assert not any("embed" in name or "head" in name for name in trained(ours))
+
+
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        ({"bias": "all"}, "bias must be 'none'"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"target_parameters": ["fc.weight"], "target_modules": []}, "target_parameters"),
+    ],
+    ids=str,
+)
+def test_what_peft_wrote_and_we_cannot_read_is_refused(config, match, peft, tmp_path):
+    by_peft(peft, base(), tmp_path, **{"target_modules": ["fc"], **config})
+    model = base()
+    with refused(model, match):
+        load_adapter(model, tmp_path)

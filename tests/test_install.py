@@ -1,0 +1,149 @@
+"""`install`, where inject and load_adapter end: all of the adapters or none, whatever fails and wherever."""
+
+import importlib
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from cotolora import CoToLoRALinear, adapters, inject
+from cotolora.inject import HOOKS, install
+from cotolora.spec import AdapterSpec
+from cotolora.variants import VARIANTS
+
+
+class Foreign(nn.Module):
+    """Maps features, and is no nn.Linear: it stays as a base."""
+
+    in_features = out_features = 8
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.foreign = nn.Linear(8, 8), Foreign()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+        self.last = nn.Linear(8, 8)
+        self.again = nn.ModuleList([self.last])
+
+    def forward(self, x):
+        return self.again[0](self.encoder(self.foreign(self.first(x))))
+
+
+SURGERY = importlib.import_module("cotolora.inject")  # the package has the function under this name
+SPECS = {name: AdapterSpec(rank=2) for name in ("first", "foreign", "encoder.linear1", "last")}
+
+
+def hooked():
+    model = Net().eval()
+    model.first.weight.requires_grad_(False)
+    for module in (model.first, model.foreign, model.last):
+        module.register_forward_hook(lambda *_: None)
+        module.register_state_dict_pre_hook(lambda *_: None)
+        module.register_load_state_dict_pre_hook(lambda *_: None)
+    return model
+
+
+def picture(model):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return (
+        modules,
+        {name: (id(p), p.requires_grad, p._version) for name, p in model.named_parameters(remove_duplicate=False)},
+        [{name: (id(getattr(m, name)), dict(getattr(m, name))) for name in HOOKS} for m in modules.values()],
+        [(m.training, m._is_full_backward_hook) for m in modules.values()],
+        {name: {k: v for k, v in vars(m).items() if k.startswith(("activation_", "_cotolora"))}
+         for name, m in modules.items()},
+    )  # fmt: skip
+
+
+class Fails:
+    """Calls a function, and raises in its nth call before or after it has acted."""
+
+    def __init__(self, function, at, error, after):
+        self.function, self.left, self.error, self.after = function, at, error, after
+
+    def __call__(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0 and not self.after:
+            raise self.error
+        result = self.function(*args, **kwargs)
+        if self.left == 0:
+            raise self.error
+        return result
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["error", "interrupt"])
+@pytest.mark.parametrize(
+    ("owner", "name", "calls"),
+    [
+        (CoToLoRALinear, "from_spec", 4),
+        (VARIANTS["lora"], "share", 1),
+        (SURGERY, "move_hooks", 4),
+        (SURGERY, "replace_module", 5),
+        (SURGERY, "block_fast_path", 1),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_failure_leaves_the_model_as_it_was(owner, name, calls, error, after, monkeypatch):
+    model, x = hooked(), torch.ones(1, 3, 8)
+    before, expected = picture(model), model(x)
+    for at in range(1, calls + 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, Fails(getattr(owner, name), at, error, after))
+            with pytest.raises(type(error)):
+                install(model, SPECS)
+        assert picture(model) == before
+    assert torch.equal(model(x), expected)
+    assert list(install(model, SPECS)) == list(SPECS)
+
+
+def test_a_spec_that_does_not_go_with_its_module_changes_nothing():
+    model = hooked()
+    before = picture(model)
+    with pytest.raises(ValueError, match=r"variant must be one of .* on a Foreign"):
+        install(model, {**SPECS, "foreign": AdapterSpec(rank=2, variant="dora")})
+    assert picture(model) == before
+
+
+def test_parameters_are_filled_before_the_model_gets_them():
+    model = Net()
+
+    def fill(layers):
+        assert list(layers) == list(SPECS)
+        assert not adapters(model)
+        for layer in layers.values():
+            nn.init.ones_(layer.lora_b)
+
+    layers = install(model, SPECS, trained=[model.encoder.norm1.weight], fill=fill)
+    assert list(adapters(model).items()) == list(layers.items())
+    assert model.last is model.again[0] is layers["last"]
+    assert all((layer.lora_b == 1).all() for layer in layers.values())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{name}.lora_{x}" for name in SPECS for x in "ab"} | {"encoder.norm1.weight"}
+
+
+def test_each_spec_counts():
+    specs = {"first": AdapterSpec(3, 7.0, 0.25, True, "dora"), "last": AdapterSpec(2, variant="hira")}
+    model = Net()
+    install(model, specs)
+    assert {name: layer.spec for name, layer in adapters(model).items()} == specs
+
+
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_a_key_that_takes_no_target_is_named_in_a_warning(pattern, caplog):
+    with caplog.at_level(logging.WARNING, "cotolora"):
+        inject(Net(), ["first", "last"], **{pattern: {"last": 3, "l.*": 4}})  # a key that another comes before takes it
+        assert not caplog.records
+        inject(Net(), ["first", "last"], **{pattern: {"last": 3, "attn.*": 2, "qkv": 1}})
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{pattern}: 'attn.*', 'qkv' take none of the targets, 'first', 'last'"
+    ]

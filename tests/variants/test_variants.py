@@ -1,0 +1,802 @@
+"""DoRA, HiRA and the inits taken from W: their numbers, gates, gradients and layers."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cotolora
+from cotolora import CoToLoRALinear, coto_lora_linear, inject, reference, set_backend
+from cotolora.backends.addmm import dora as addmm_dora
+from cotolora.backends.addmm.dora import row_norms
+from cotolora.backends.types import Needs, Operands, Options
+from cotolora.functional import planned
+from cotolora.functional import run as run_plan
+from cotolora.training import reducer
+from cotolora.variants import VARIANTS
+from tests.support.tolerance import assert_as_accurate_as_torch
+from tests.test_functional import BACKENDS, DTYPES, GATES, SCALE, SHAPES, dy_for, fits, operands
+
+NAMES = {
+    "dora": ("x", "weight", "bias", "lora_a", "lora_b", "magnitude"),
+    "hira": ("x", "weight", "bias", "lora_a", "lora_b"),
+}
+KINDS = [
+    pytest.param({"variant": "dora"}, id="dora"),
+    pytest.param({"variant": "hira"}, id="hira"),
+    pytest.param({"init": "pissa"}, id="pissa"),
+    pytest.param({"init": "olora"}, id="olora"),
+    pytest.param({"variant": "dora", "init": "pissa"}, id="dora-pissa"),
+]
+TALL = pytest.param((3, 3, 700), 900, 2, id="several-blocks")
+variants = pytest.mark.parametrize("variant", NAMES)
+
+
+def draw(variant, shape=(3, 2, 4), out=3, rank=2, dtype=torch.float64, bias=True):
+    """Operands by name; m differs from every norm."""
+    named = operands(shape, out, rank, dtype=dtype, bias=bias)._asdict()
+    if variant == "dora":
+        named["magnitude"] = (torch.arange(out) % 5 + 1.5).to(torch.promote_types(dtype, torch.float32))
+    return named
+
+
+def run(variant, named, dy, needs, **options):
+    """y and the gradients asked for, by name."""
+    leaves = {k: None if t is None else t.detach().clone().requires_grad_(k in needs) for k, t in named.items()}
+    y = coto_lora_linear(**leaves, scale=SCALE, variant=variant, **options)
+    asked = {k: t for k, t in leaves.items() if t is not None and t.requires_grad}
+    gradients = torch.autograd.grad(y, list(asked.values()), dy, allow_unused=True)
+    return {"y": y.detach(), **dict(zip(asked, gradients, strict=True))}
+
+
+def double(variant, named):
+    """In float64; A and B by way of x's dtype, where the operation takes them."""
+    via = named["x"].dtype
+    return {k: t if t is None else (t if k == "magnitude" else t.to(via)).double() for k, t in named.items()}
+
+
+# the definitions
+
+
+@variants
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_the_reference_is_pefts(variant, dropout, bias):
+    """Also where the dropout falls, which one seed shows."""
+    peft = pytest.importorskip("peft", reason="compares with PEFT")
+    torch.manual_seed(0)
+    base = nn.Linear(6, 5, bias)
+    if variant == "dora":
+        config = peft.LoraConfig(r=2, lora_alpha=3, lora_dropout=dropout, use_dora=True, target_modules=["0"])
+    else:
+        config = peft.HiraConfig(r=2, hira_dropout=dropout, target_modules=["0"])
+    theirs = peft.inject_adapter_in_model(config, nn.Sequential(copy.deepcopy(base)))
+    layer = CoToLoRALinear.from_linear(base, 2, 3.0 if variant == "dora" else 2.0, dropout=dropout, variant=variant)
+    parameters = [p for name, p in theirs.named_parameters() if "lora_" in name or "hira_" in name]
+    assert len(parameters) == len(layer.adapter_parameters)
+    for p in parameters:
+        p.requires_grad_()
+    with torch.no_grad():
+        if variant == "dora":  # at the start as well
+            torch.testing.assert_close(layer.lora_magnitude, parameters[2], rtol=0, atol=0)
+        for ours, p in zip(layer.adapter_parameters, parameters, strict=True):
+            ours.copy_(p.add_(0.3 * torch.randn_like(p)))
+    found = []
+    for module in (layer, theirs):
+        x = torch.linspace(-1, 1, 24).view(2, 2, 6).requires_grad_()
+        torch.manual_seed(1)
+        with set_backend("reference"):
+            y = module(x)
+        adapter = layer.adapter_parameters if module is layer else parameters
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *adapter])])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def apply(variant, named, norm=None, *, gate=True, dropout=0.0, backend=None, scale=SCALE):
+    """The operation, of DoRA with a constant for its norm if there is one."""
+    if norm is None:
+        options = {"scale": scale, "gate": gate, "dropout": dropout, "variant": variant, "backend": backend}
+        return coto_lora_linear(**named, **options)
+    (out_features, in_features), rank = named["weight"].shape, named["lora_a"].shape[0]
+    plan = planned(VARIANTS[variant], named["x"], rank, in_features, out_features, scale, dropout, backend)
+    x, weight, bias, a, b, magnitude = (named[name] for name in NAMES[variant])
+    return run_plan(plan, x, weight, bias, a, b, (magnitude, norm), None if gate is True else gate)
+
+
+@variants
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dropout", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_those_of_the_function(variant, backend, dropout, gate):
+    named = draw(variant)
+    # numerical differentiation would go through the norm, which is a constant
+    norm = row_norms(*(named[k] for k in ("weight", "lora_a", "lora_b")), SCALE) if variant == "dora" else None
+
+    def function(*tensors):
+        torch.manual_seed(0)
+        given = dict(zip(named, tensors, strict=True))
+        return apply(variant, given, norm, gate=gate, dropout=dropout, backend=backend)
+
+    assert gradcheck(function, tuple(t.requires_grad_() for t in named.values()))
+
+
+@variants
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_each_gradient_alone_is_the_one_among_all(variant, bias, dropout, gate):
+    named = draw(variant, bias=bias)
+    dy = dy_for(operands((3, 2, 4), 3, 2, dtype=torch.float64))
+    options = {"gate": gate, "dropout": dropout, "backend": "addmm"}
+    torch.manual_seed(0)
+    together = run(variant, named, dy, set(named), **options)
+    for name in together.keys() - {"y"}:
+        torch.manual_seed(0)
+        alone = run(variant, named, dy, {name}, **options)
+        torch.testing.assert_close(alone["y"], together["y"], rtol=0, atol=0)
+        torch.testing.assert_close(alone[name], together[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@variants
+@pytest.mark.usefixtures("poison_empty")
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "out", "rank"), [*SHAPES[1:2], *SHAPES[3:7], *SHAPES[9:], TALL])
+def test_addmm_is_as_accurate_as_the_reference(variant, shape, out, rank, dtype, gate):
+    named = draw(variant, shape, out, rank, dtype)
+    gate, dy = fits(gate, named["x"]), dy_for(operands(shape, out, rank, dtype=dtype))
+    ours = run(variant, named, dy, set(named), gate=gate, backend="addmm")
+    torchs = run(variant, named, dy, set(named), gate=gate, backend="reference")
+    exact = run(variant, double(variant, named), dy.double(), set(named), gate=gate, backend="reference")
+    for name, truth in exact.items():
+        # dyᵀ h, of which a part of dm is made, has been rounded to the dtype of x
+        slack = 4.0 if name == "magnitude" and dtype != torch.float32 else 2.0
+        assert_as_accurate_as_torch(ours[name], torchs[name], truth, slack)
+
+
+@pytest.fixture
+def merges(monkeypatch):
+    """Has W and DoRA's update merged at every size, and says how often the gradients were taken so."""
+    taken, right = [], addmm_dora._backward_of_merged
+    monkeypatch.setattr(addmm_dora, "MERGED_ROWS", 0)
+    monkeypatch.setattr(addmm_dora, "MERGED_ENTRIES", math.inf)
+    monkeypatch.setattr(addmm_dora, "_backward_of_merged", lambda *args: taken.append(args) or right(*args))
+    return taken
+
+
+MERGED = {
+    "gradients": lambda: test_gradients_are_those_of_the_function("dora", "addmm", 0.0, True),
+    "no-norm": lambda: test_a_row_without_a_norm_keeps_its_length_and_its_magnitude("addmm"),
+    "output": lambda: test_what_is_done_to_the_output_leaves_the_gradients_alone("dora"),
+    **{
+        str(shape.values[0]): lambda shape=shape: test_addmm_is_as_accurate_as_the_reference(
+            "dora", *shape.values, torch.float32, True
+        )
+        for shape in (*SHAPES[1:2], *SHAPES[3:7], *SHAPES[9:], TALL)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MERGED)
+def test_merged_dora_holds_what_dora_holds(what, merges):
+    MERGED[what]()
+    assert merges
+
+
+def test_merged_dora_starts_as_the_linear(merges):
+    test_a_fresh_layer_and_one_that_is_off_are_the_linear({"variant": "dora"}, torch.float32)
+
+
+@pytest.mark.parametrize("change", [{"rows": 63}, {"in_features": 257}, {"dtype": torch.bfloat16}, {"dropout": 0.1}])
+def test_only_small_weights_and_many_rows_are_merged(change):
+    asked = {"rows": 64, "in_features": 256, "dtype": torch.float32, "dropout": 0.0}
+    needs = Needs(*[True] * 5, (True,))
+
+    def merged(rows, in_features, dtype, dropout, gate=None, needs=needs):
+        tensors = (torch.ones(*size, dtype=dtype) for size in ((rows, in_features), (64, in_features), (64,)))
+        factors = (torch.ones(*size) for size in ((2, in_features), (64, 2)))
+        operands = Operands(*tensors, *factors, (torch.ones(64),))
+        _, saved = addmm_dora.BACKEND.forward(operands, Options(SCALE, dropout, gate), needs)
+        return isinstance(saved, addmm_dora.SavedMerged)
+
+    assert merged(**asked)
+    assert not merged(**asked | change)
+    assert not merged(**asked, gate=torch.tensor(1))
+    assert not merged(**asked, needs=needs._replace(a=False))
+
+
+@pytest.mark.parametrize("wide", ["magnitude", "norm"])
+def test_merged_dora_takes_a_magnitude_and_a_norm_of_any_dtype(wide, merges):
+    named = draw("dora", dtype=torch.float32)
+    norm = row_norms(named["weight"], named["lora_a"], named["lora_b"], SCALE)
+    wider = {"norm": norm, **named} | {wide: {"norm": norm, **named}[wide].double()}
+    norm = wider.pop("norm")
+    plain = run("dora", named, torch.ones(3, 2, 3), set(named), backend="reference")
+    leaves = {name: t.clone().requires_grad_() for name, t in wider.items()}
+    y = apply("dora", leaves, norm, backend="addmm")
+    y.backward(torch.ones(3, 2, 3))
+    torch.testing.assert_close(y, plain["y"])
+    for name, leaf in leaves.items():
+        assert leaf.grad.dtype == (torch.float64 if name == wide else torch.float32)
+        torch.testing.assert_close(leaf.grad.float(), plain[name])
+    assert merges
+
+
+def test_explain_knows_what_is_merged():
+    merged, plain = (cotolora.explain((rows, 64, 64, 8), variant="dora", dtype=torch.float32) for rows in (64, 63))
+    assert [len(half) for half in (merged.forward, merged.backward)] == [4, 8]
+    assert merged.saved_bytes == 4 * 64 * 64 + 8 * 64
+    assert len(plain.backward) == 9
+
+
+# off
+
+
+@variants
+@pytest.mark.parametrize("poison", [float("inf"), float("nan"), 0.0], ids=str)
+@pytest.mark.parametrize("gate", [torch.tensor(0), torch.zeros(3, dtype=torch.bool)], ids=["0-dim", "rows"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_off_is_the_base_whatever_the_adapter_holds(variant, backend, dropout, gate, poison):
+    named = draw(variant, (3, 4, 8), 8, 4, torch.float32)
+    dy = dy_for(operands((3, 4, 8), 8, 4))
+    broken = {k: torch.full_like(t, poison) if k.startswith(("lora", "magn")) else t for k, t in named.items()}
+    got = run(variant, broken, dy, set(named), gate=gate, dropout=dropout, backend=backend)
+    base = run(variant, named, dy, set(named), gate=False)
+    assert torch.equal(got["y"], base["y"])
+    for name in ("x", "weight", "bias"):
+        torch.testing.assert_close(got[name], base[name])
+    for name in set(named) - {"x", "weight", "bias"}:
+        assert base[name] is None
+        assert torch.equal(got[name], torch.zeros_like(named[name]))
+
+
+@variants
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_have_their_own_gates(variant, backend):
+    named, dy = draw(variant), dy_for(operands((3, 2, 4), 3, 2, dtype=torch.float64))
+    options = {"needs": set(named), "backend": backend}
+    mixed = run(variant, named, dy, gate=torch.tensor([1, 0, 1]), **options)
+    on, off = (run(variant, named, dy, gate=gate, **options) for gate in (True, torch.tensor(0)))
+    assert torch.equal(mixed["y"][1], off["y"][1])
+    for got, want in ((mixed["y"][::2], on["y"][::2]), (mixed["x"][::2], on["x"][::2]), (mixed["x"][1], off["x"][1])):
+        torch.testing.assert_close(got, want)
+    spoilt = named | {"lora_b": torch.full_like(named["lora_b"], float("inf"))}
+    got = run(variant, spoilt, dy, gate=torch.tensor([1, 0, 1]), **options)
+    assert torch.equal(got["y"][1], off["y"][1])
+    torch.testing.assert_close(got["x"][1], off["x"][1])
+    assert not got["y"][0].isfinite().any()
+
+
+# DoRA's norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_norm_by_blocks_is_the_norm(dtype, monkeypatch):
+    ops = operands((1, 70), 50, 4, dtype=dtype, factors=torch.float64 if dtype == torch.float64 else torch.float32)
+    lora_a, lora_b = (factor.to(dtype).double() for factor in (ops.lora_a, ops.lora_b))
+    exact = torch.linalg.vector_norm(ops.weight.double() + 2.5 * lora_b @ lora_a, dim=1)
+    monkeypatch.setattr("cotolora.backends.addmm.dora.BLOCK_CPU", 70 * 7)
+    got = row_norms(ops.weight, ops.lora_a, ops.lora_b, 2.5)
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(got.double(), exact, rtol=8 * torch.finfo(got.dtype).eps, atol=0)
+    zero = torch.zeros_like(ops.lora_b)
+    assert torch.equal(
+        row_norms(ops.weight, ops.lora_a, zero, 2.5), reference.row_norms(ops.weight, ops.lora_a, zero, 2.5)
+    )
+
+
+def test_a_row_that_the_update_cancels_has_a_small_norm_and_not_nan():
+    ops = operands((1, 64), 40, 3)
+    weight = -2.0 * ops.lora_b @ ops.lora_a
+    norm = row_norms(weight, ops.lora_a, ops.lora_b, 2.0)
+    assert norm.isfinite().all()
+    assert (norm <= 8 * torch.finfo(norm.dtype).eps * torch.linalg.vector_norm(weight, dim=1)).all()
+
+
+class Sizes(TorchDispatchMode):
+    """The entries of every tensor that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        views = func._schema.returns and any(r.alias_info for r in func._schema.returns)
+        if isinstance(result, torch.Tensor) and not views:
+            self.made.append(result.numel())
+        return result
+
+
+def test_dora_never_makes_a_matrix_of_the_size_of_the_weight(monkeypatch):
+    monkeypatch.setattr("cotolora.backends.addmm.dora.BLOCK_CPU", 64 * 7)
+    named = draw("dora", (8, 64), 96, 3, torch.float32)
+    needing = [named[name].requires_grad_() for name in ("x", "lora_a", "lora_b", "magnitude")]
+    with Sizes() as sizes:
+        y = coto_lora_linear(**named, scale=SCALE, variant="dora", backend="addmm")
+        torch.autograd.grad(y, needing, torch.ones(8, 96))
+    assert 8 * 96 <= max(sizes.made) < 64 * 96
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_without_a_norm_keeps_its_length_and_its_magnitude(backend):
+    named = draw("dora")
+    named["weight"][1] = named["lora_b"][1] = 0
+    got = run("dora", named, torch.ones(3, 2, 3, dtype=torch.float64), set(named), backend=backend)
+    assert all(t.isfinite().all() for t in got.values())
+    assert torch.equal(got["y"][..., 1], named["bias"][1].expand(3, 2))
+    assert got["magnitude"][1] == 0
+    assert (got["magnitude"][[0, 2]] != 0).all()
+    # its c is 1, as what leaves the row tells; each row of dy is 1
+    x = named["x"].reshape(-1, 4)
+    torch.testing.assert_close(got["lora_b"][1], SCALE * (x @ named["lora_a"].T).sum(0))
+    torch.testing.assert_close(got["weight"][1], x.sum(0))
+
+
+def test_the_norm_is_a_constant_to_the_reference_also_where_it_computes_it():
+    named = {name: t.requires_grad_() for name, t in draw("dora").items()}
+    norm = reference.row_norms(named["weight"], named["lora_a"], named["lora_b"], SCALE)
+    found = []
+    for given in (None, norm.detach()):
+        y = reference.dora_linear(**named, scale=SCALE, norm=given)
+        found.append(torch.autograd.grad(y.square().sum(), list(named.values())))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_small_update_of_hira_is_not_rounded_away(backend, dtype):
+    """Where W is 1, so that W ∘ (1 + 1/4096) is W in bfloat16 and float16, and the base's result is 0."""
+    x = torch.tensor([[1.0, -1.0]], dtype=dtype, requires_grad=True)
+    weight, lora_a, lora_b = (torch.tensor(t) for t in ([[1.0, 1.0]], [[1.0, 0.0]], [[1 / 4096]]))
+    y = coto_lora_linear(x, weight.to(dtype), None, lora_a, lora_b, scale=1.0, variant="hira", backend=backend)
+    assert y.item() == 1 / 4096
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_small_update_of_dora_is_not_rounded_away_from_the_gradient_of_x(backend, dtype):
+    """Many rows; W's rows are alike and cancel in dy W, so that B A, 1/4096 of them, is all there is."""
+    x = torch.ones(5, 1, dtype=dtype, requires_grad=True)
+    weight, lora_a, lora_b = (torch.tensor(t) for t in ([[1.0], [1.0]], [[1.0]], [[1 / 4096], [0.0]]))
+    named = {"weight": weight.to(dtype), "bias": None, "lora_a": lora_a, "lora_b": lora_b}
+    named |= {"x": x, "magnitude": torch.ones(2)}
+    y = apply("dora", named, torch.ones(2), backend=backend, scale=1.0)
+    y.backward(torch.tensor([[1.0, -1.0]], dtype=dtype).expand(5, 2))
+    assert torch.equal(x.grad, torch.full_like(x, 1 / 4096))
+
+
+# as the plain operation
+
+
+@pytest.mark.parametrize("variant", ["lora", *NAMES])
+def test_what_is_done_to_the_output_leaves_the_gradients_alone(variant):
+    named, dy = draw(variant), torch.ones(3, 2, 3, dtype=torch.float64)
+    want = run(variant, named, 2 * dy, set(named), backend="addmm")
+    leaves = {k: t.clone().requires_grad_() for k, t in named.items()}
+    y = coto_lora_linear(**leaves, scale=SCALE, variant=variant, backend="addmm")
+    y.mul_(2)
+    y.sum().backward()
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad, want[name])
+
+
+@variants
+def test_only_the_reference_differentiates_twice(variant):
+    named = {k: t.requires_grad_() for k, t in draw(variant).items()}
+    norm = torch.ones(3, dtype=torch.float64) if variant == "dora" else None
+
+    def call(backend):
+        return lambda *tensors: apply(variant, dict(zip(named, tensors, strict=True)), norm, backend=backend)
+
+    assert gradgradcheck(call("reference"), tuple(named.values()))
+    y = call("addmm")(*named.values())
+    adapter = [t for k, t in named.items() if k not in ("x", "weight", "bias")]
+    for gradient in torch.autograd.grad(y.sum(), adapter, create_graph=True):
+        with pytest.raises(RuntimeError, match="backend='addmm' has no double backward"):
+            torch.autograd.grad(gradient.sum(), adapter, retain_graph=True)
+
+
+@variants
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_decides_the_dtype_and_not_the_norm(variant, backend):
+    named = draw(variant, (4, 16), 12, 3, torch.float32)
+    if variant == "dora":  # as a fresh layer has it: c = 1 only if the norm is that of the weight before the cast
+        named["lora_b"] = torch.zeros_like(named["lora_b"])
+        named["magnitude"] = row_norms(named["weight"], named["lora_a"], named["lora_b"], SCALE)
+    leaves = {k: t.clone().requires_grad_(k != "weight") for k, t in named.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        base = F.linear(named["x"], named["weight"], named["bias"])
+        y = coto_lora_linear(**leaves, scale=SCALE, variant=variant, backend=backend)
+        y.sum().backward()  # in here too
+    assert y.dtype == torch.bfloat16
+    assert all(leaves[name].grad.dtype == torch.float32 for name in leaves if name != "weight")
+    if variant == "dora":
+        assert torch.equal(y, base)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"variant": "nola"}, ValueError, r"variant must be one of .*; got 'nola'"),
+        ({"variant": ["dora"]}, ValueError, "variant must be one of"),
+        ({"magnitude": None}, TypeError, "magnitude must be a tensor with variant='dora'; got NoneType"),
+        ({"magnitude": [1.0] * 3}, TypeError, "magnitude must be a tensor"),
+        ({"magnitude": torch.ones(4)}, ValueError, r"magnitude must be \[3\] to fit weight; got shape \(4,\)"),
+        ({"magnitude": torch.ones(3, 1)}, ValueError, r"magnitude must be \[3\]"),
+        ({"magnitude": torch.ones(3, dtype=torch.int64)}, TypeError, "magnitude must be of a floating dtype"),
+        (
+            {"magnitude": torch.ones(3, device="meta")},
+            ValueError,
+            "magnitude must be on the device of x, cpu; got meta",
+        ),
+        (
+            {"magnitude": None, "extra": (torch.ones(3), torch.ones(3))},
+            ValueError,
+            "extra must hold .*magnitude; got 2",
+        ),
+        ({"extra": (torch.ones(3),)}, ValueError, "magnitude and extra must not both be given"),
+        ({"variant": "hira"}, ValueError, "magnitude belongs to variant='dora'; got one with variant='hira'"),
+        (
+            {"variant": "lora", "magnitude": None, "extra": (torch.ones(3),)},
+            ValueError,
+            "extra must hold .*none; got 1",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_arguments(change, error, match):
+    with pytest.raises(error, match=match):
+        coto_lora_linear(**{**draw("dora"), "scale": SCALE, "gate": False, "variant": "dora", **change})
+
+
+# the layer
+
+
+def layer_of(options, dtype=torch.float32, moved=True, **more):
+    torch.manual_seed(0)
+    base = nn.Linear(12, 9, dtype=dtype)
+    layer = CoToLoRALinear.from_linear(base, 4, 6.0, **options, **more)
+    if moved:
+        move(layer)
+    return layer
+
+
+@torch.no_grad()
+def move(layer, by=0.1):
+    for parameter in layer.adapter_parameters:
+        parameter.add_(by * torch.randn_like(parameter))
+
+
+X = torch.linspace(-1, 1, 60).view(5, 12)
+
+
+@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_a_fresh_layer_and_one_that_is_off_are_the_linear(options, dtype):
+    x = X.to(dtype)
+    for moved in (False, True):
+        layer = layer_of(options, dtype, moved=moved)
+        base = F.linear(x, layer.weight, layer.bias)
+        for gate in (False, torch.tensor(0), torch.zeros(5, dtype=torch.int32), True):
+            layer.gate = gate
+            assert torch.equal(layer(x), base) == (not moved or gate is not True)
+        layer.enabled = False
+        assert torch.equal(layer.eval()(x), base)
+        assert layer.lora_a.dtype == (dtype if dtype == torch.float64 else torch.float32)
+        assert all(p.dtype == layer.lora_a.dtype and p.requires_grad for p in layer.adapter_parameters)
+
+
+@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_merging_is_the_forward(options, dtype):
+    layer, x = layer_of(options, dtype).eval(), X.to(dtype)
+    weight, before = layer.weight, layer.weight.clone()
+    with torch.no_grad():
+        y, delta = layer(x), layer.delta_weight()
+        assert delta.dtype == layer.lora_a.dtype
+        exact = F.linear(x.double(), weight.double() + delta.double(), layer.bias.double())
+        rounded = F.linear(x, (weight.double() + delta.double()).to(dtype), layer.bias)
+        layer.merge()
+        if dtype == torch.float64:  # where nothing is more exact
+            torch.testing.assert_close(layer(x), y)
+        else:
+            assert_as_accurate_as_torch(layer(x), rounded, exact)
+            assert_as_accurate_as_torch(y, rounded, exact, slack=3.0)
+        torch.testing.assert_close(layer.delta_weight(), delta, rtol=0, atol=0)
+        assert torch.equal(layer.to_linear()(x), layer(x))
+        layer.unmerge()
+    assert layer.weight is weight
+    assert torch.equal(weight, before)
+    assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_a_conv1d_is_adapted_as_the_linear_it_is(options):
+    utils = pytest.importorskip("transformers.pytorch_utils", reason="has Conv1D")
+    plain = layer_of(options, moved=False)
+    conv = utils.Conv1D(9, 12)
+    conv.weight, conv.bias = nn.Parameter(plain.weight.detach().T.contiguous()), plain.bias
+    layer = CoToLoRALinear.from_linear(conv, 4, 6.0, **options)
+    for backend in BACKENDS:
+        with set_backend(backend):
+            torch.testing.assert_close(layer(X), conv(X))
+            for ours, other in zip(layer.adapter_parameters, plain.adapter_parameters, strict=True):
+                torch.testing.assert_close(ours.detach().abs().sum() > 0, other.detach().abs().sum() > 0)
+                ours.data.copy_(other.detach() + 0.1)
+            for name in ("lora_a0", "lora_b0"):
+                if getattr(layer, name) is not None:
+                    getattr(layer, name).copy_(getattr(plain, name))
+            twin = copy.deepcopy(plain)
+            for parameter in twin.adapter_parameters:
+                parameter.data.add_(0.1)
+            x, other = X.clone().requires_grad_(), X.clone().requires_grad_()
+            y, want = layer(x), twin(other)
+            torch.testing.assert_close(y, want)
+            got = torch.autograd.grad(y.square().sum(), [x, *layer.adapter_parameters])
+            for g, w in zip(
+                got, torch.autograd.grad(want.square().sum(), [other, *twin.adapter_parameters]), strict=True
+            ):
+                torch.testing.assert_close(g, w)
+        with torch.no_grad():
+            merged = layer.to_linear()
+            assert type(merged) is utils.Conv1D
+            torch.testing.assert_close(merged(X), y.detach())
+            layer.reset_parameters()
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_state_copies_and_casts(options):
+    layer = layer_of(options)
+    y = layer(X)
+    other = CoToLoRALinear(12, 9, 4, 6.0, **options)
+    other.load_state_dict(layer.state_dict())
+    for twin in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(X), y)
+    assert set(layer.state_dict()) - {"weight", "bias"} == {
+        "lora_a", "lora_b",
+        *(["lora_magnitude"] if "variant" in options and options["variant"] == "dora" else []),
+        *(["lora_a0", "lora_b0"] if "init" in options else []),
+    }  # fmt: skip
+    layer.half()
+    torch.testing.assert_close(layer(X.half()).float(), y, rtol=0.02, atol=0.02)
+    assert layer.double()(X.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_a_base_checkpoint_loads_and_a_fresh_adapter_follows_it(options):
+    torch.manual_seed(1)
+    base = nn.Linear(12, 9)
+    fresh, trained = CoToLoRALinear(12, 9, 4, 6.0, **options), layer_of(options)
+    kept = [p.detach().clone() for p in trained.adapter_parameters]
+    for layer in (fresh, trained):
+        layer.load_state_dict(base.state_dict(), strict=True)
+        assert torch.equal(layer.weight, base.weight)
+    assert torch.equal(fresh(X), base(X))
+    assert all(torch.equal(p, k) for p, k in zip(trained.adapter_parameters, kept, strict=True))
+    if fresh.lora_a0 is not None:
+        want = CoToLoRALinear.from_linear(base, 4, 6.0, **options)
+        assert torch.equal(fresh.lora_a0, want.lora_a0)
+
+
+def test_meta():
+    layer = CoToLoRALinear(12, 9, 4, variant="dora", device="meta").to_empty(device="cpu")
+    base = nn.Linear(12, 9)
+    layer.load_state_dict(base.state_dict())
+    layer.reset_parameters()
+    assert torch.equal(layer(X), base(X))
+    for init in ("pissa", "olora"):
+        with pytest.raises(ValueError, match=f"init must be 'kaiming' or 'gaussian' on the meta device.*'{init}'"):
+            CoToLoRALinear(12, 9, 4, init=init, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"variant": "nola"}, r"variant must be one of .*; got 'nola'"),
+        ({"init": "eva"}, "init must be one of .*; got 'eva'"),
+        ({"init": "pissa", "variant": "hira"}, "init must be one of .*'gaussian'.* with variant='hira'; got 'pissa'"),
+        ({"init": "pissa", "rank": 10}, "rank must be at most 9 with init='pissa'.*got 10"),
+        ({"init": "olora", "rank": 10}, "rank must be at most 9 with init='olora'.*got 10"),
+        ({"init": "pissa", "alpha": -1.0}, r"alpha must be positive with init='pissa'; got -1\.0"),
+    ],
+    ids=str,
+)
+def test_a_layer_that_cannot_be(options, match):
+    model = nn.Sequential(nn.Linear(12, 9))
+    for make in (
+        lambda: CoToLoRALinear(12, 9, **options),
+        lambda: CoToLoRALinear.from_linear(nn.Linear(12, 9), **options),
+        lambda: inject(model, **options),
+    ):
+        with pytest.raises(ValueError, match=match):
+            make()
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.requires_grad
+
+
+# DoRA's norm in eval()
+
+
+def test_the_norm_is_that_of_the_tensors_however_they_were_written(tmp_path):
+    model = nn.Sequential(layer_of({"variant": "dora"})).eval()
+    layer = model[0]
+    changes = {
+        "an optimizer": lambda: train_a_step(model),
+        "a write": lambda: move(layer),
+        "data": lambda: setattr(layer.lora_b, "data", layer.lora_b.data + 0.1),
+        "vector_to_parameters": lambda: nn.utils.vector_to_parameters(
+            nn.utils.parameters_to_vector(model.parameters()) + 0.1, model.parameters()
+        ),
+        "load_state_dict": lambda: model.load_state_dict({k: v + 0.1 for k, v in model.state_dict().items()}),
+        "assign": lambda: model.load_state_dict({k: v + 0.1 for k, v in model.state_dict().items()}, assign=True),
+        "to": lambda: model.double().float(),
+        "merge": lambda: (layer.merge(), setattr(layer.lora_b, "data", layer.lora_b.data + 0.1), layer.unmerge()),
+        "reset_parameters": lambda: layer.reset_parameters(),
+    }
+    for name, change in changes.items():
+        with torch.no_grad():
+            model(X)
+        change()
+        with torch.no_grad():
+            got = model(X)
+            with set_backend("reference"):
+                torch.testing.assert_close(got, model(X), msg=name)
+    # other tensors in their places, for one call
+    given = {name: p.detach() + 0.2 for name, p in model.named_parameters()}
+    with torch.no_grad():
+        model(X)
+        got = torch.func.functional_call(model, given, (X,))
+        model.load_state_dict(given)
+        torch.testing.assert_close(got, model(X))
+
+
+def train_a_step(model):
+    optimizer = torch.optim.AdamW(cotolora.adapter_parameters(model), lr=0.1, fused=True)
+    model(X).sum().backward()  # in eval(), as some do
+    optimizer.step()
+
+
+# inits taken from W
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_factors_start_where_pefts_do_and_the_weight_stays(init, rslora):
+    peft = pytest.importorskip("peft", reason="compares with PEFT")
+    layer = layer_of({"init": init}, moved=False, use_rslora=rslora)
+    weight = layer.weight.detach().clone()
+    config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=init, use_rslora=rslora, target_modules=["0"])
+    theirs = peft.inject_adapter_in_model(config, nn.Sequential(copy.deepcopy(layer.to_linear(merge=False))))[0]
+    torch.testing.assert_close(layer.lora_a, theirs.lora_A["default"].weight)
+    torch.testing.assert_close(layer.lora_b, theirs.lora_B["default"].weight)
+    part = layer.scale * layer.lora_b @ layer.lora_a
+    torch.testing.assert_close(weight - part, theirs.base_layer.weight)
+    if init == "pissa":  # the best approximation of its rank
+        u, s, v = torch.linalg.svd(weight)
+        torch.testing.assert_close(part, u[:, :4] @ s[:4].diag() @ v[:4])
+    assert torch.equal(layer.weight, weight)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_small_steps_from_a_start_away_from_zero_are_not_lost(init):
+    """In bfloat16 the products of both starts would cancel only to their own rounding, thousands of times the step."""
+    layer = layer_of({"init": init}, torch.bfloat16, moved=False)
+    with torch.no_grad():
+        layer.lora_b.add_(1e-6)
+    # of which float32 has taken what it can hold
+    step = layer.scale * (layer.lora_b - layer.lora_b0).double() @ layer.lora_a.double()
+    torch.testing.assert_close(layer.delta_weight().double(), step, rtol=0.1, atol=1e-7)
+    # in the forward as well, which casts the factors: seen on a base that makes zeros
+    a, b = layer.factors()
+    x = X.bfloat16()
+    got = coto_lora_linear(x, torch.zeros_like(layer.weight), None, a, b, scale=layer.scale)
+    # what rounding may do goes with the sum of magnitudes, of which some torch's own start cancels more
+    most = (x.double().abs() @ step.abs().T).max()
+    assert (got.double() - x.double() @ step.T).abs().max() < 0.005 * most
+    # and its gradients are those of B A, whatever it started from
+    x = X.bfloat16().requires_grad_()
+    got = torch.autograd.grad(layer(x).sum(), [layer.lora_a, layer.lora_b])
+    plain = coto_lora_linear(x, layer.weight, layer.bias, layer.lora_a, layer.lora_b, scale=layer.scale)
+    for g, w in zip(got, torch.autograd.grad(plain.sum(), [layer.lora_a, layer.lora_b]), strict=True):
+        torch.testing.assert_close(g, w, rtol=0.05, atol=0.05)
+
+
+# models
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_a_model_with_adapters_of_a_kind(options):
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 9))
+    plain = model(X)
+    layers = inject(model, rank=2, **options)
+    assert torch.equal(model(X), plain)
+    mine = cotolora.adapter_parameters(model)
+    assert [id(p) for p in mine] == [id(p) for layer in layers.values() for p in layer.adapter_parameters]
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in mine}
+    assert f"trainable params: {sum(p.numel() for p in mine)} " in cotolora.trainable_report(model)
+    slow, fast = cotolora.lora_plus_groups(model, 1e-3)
+    assert [id(p) for p in fast["params"]] == [id(layer.lora_b) for layer in layers.values()]
+    assert {id(p) for p in slow["params"]} == {id(p) for p in mine} - {id(p) for p in fast["params"]}
+    for layer in layers.values():
+        move(layer)
+    mixed = model(X)
+    with cotolora.adapter_mask(model, [True, False]):
+        one = model(X)
+    assert not torch.allclose(one, mixed)
+    with cotolora.adapter_mask(model, torch.tensor([[1, 1]] * 4 + [[1, 0]])):
+        rows = model(X)
+    torch.testing.assert_close(rows, torch.cat([mixed[:4], one[4:]]))
+    with torch.no_grad():
+        before = model(X)
+        cotolora.eject(model)
+        torch.testing.assert_close(model(X), before)
+
+
+def test_what_is_off_has_no_gradient_of_its_magnitude_either(monkeypatch):
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 9))
+    layers = list(inject(model, rank=2, variant="dora").values())
+    steps = cotolora.CoTo(model, 10, unit="module", gates="device")
+    optimizer = torch.optim.AdamW(cotolora.adapter_parameters(model), lr=0.1)
+    steps.attach(optimizer)
+    steps.set_step(next(t for t in range(10) if (steps.set_step(t), steps.mask.tolist() == [True, False])[1]))
+    before = layers[1].lora_magnitude.detach().clone()
+    model(X).square().sum().backward()
+    assert [[p.grad is not None for p in layer.adapter_parameters] for layer in layers] == [[True] * 3] * 2
+    assert not layers[1].lora_magnitude.grad.any()
+    optimizer.step()
+    assert [p.grad for p in layers[1].adapter_parameters] == [None] * 3
+    assert torch.equal(layers[1].lora_magnitude, before)
+    # and DDP's reducer sees all three where a host gate is off
+    monkeypatch.setattr(reducer.dist, "is_initialized", lambda: True)
+    model.zero_grad()
+    layers[1]._set_switch("_gate", False)
+    model(X).square().sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in layers[1].adapter_parameters)
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_compiled_whole(options):
+    layer = layer_of(options)
+    layer.gate = torch.tensor(1)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    found = []
+    for module in (layer, compiled):
+        y = module(X)
+        found.append([y, *torch.autograd.grad(y.square().sum(), layer.adapter_parameters)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("variant", ["lora", "dora", "hira"])
+def test_a_traced_forward_writes_no_product_in_place(variant, dropout, monkeypatch):
+    """The compiler of torch 2.11 takes the gradient of an output that is written in place for zero."""
+    layer = layer_of({"variant": variant}, dropout=dropout)
+
+    def forbidden(*_, **__):
+        raise AssertionError("written in place")
+
+    monkeypatch.setattr(torch.Tensor, "addmm_", forbidden)
+    if variant != "hira" or dropout:
+        with pytest.raises(AssertionError, match="written in place"):
+            layer(X)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    layer(X)
+
+
+def test_explain_says_what_runs_a_variant():
+    plan = cotolora.explain(layer_of({"variant": "hira"}), rows=8)
+    assert plan.backend == "addmm"
+    assert str(plan).startswith("hira, rows 8, 12 -> 9")
+    dropping = cotolora.explain(layer_of({"variant": "dora"}, dropout=0.5), rows=8)
+    assert any("DoRA with dropout" in reason for reason in dropping.others["triton"])
