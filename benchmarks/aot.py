@@ -43,13 +43,13 @@ from cotolora.kernels.partials import sum_partials
 from cotolora.kernels.pre_expand import expand, pre_expand
 from cotolora.kernels.row_norm import row_norm
 from cotolora.kernels.shrink import shrink
-from cotolora.kernels.tiles import PROJECT_MAX_RANK, TABLES, TMA_ARCHITECTURES, UNALIGNED, Row, Stream, Tile, choose
+from cotolora.kernels.tiles import PROJECT_MAX_RANK, TABLES, TMA_ARCHITECTURES, UNALIGNED, Row, Stream, Tile, row_for
 from cotolora.results import write_json
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU to compile for, and what one program may use there."""
+    """A GPU to compile for, and the budget of one program on it."""
 
     gpu: GPUTarget
     shared_limit: int  # bytes
@@ -63,11 +63,11 @@ TARGETS = {
     "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, NVIDIA),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, {"mfma": "v_mfma"}),
 }
-# where the rows for any other GPU are tried, and the least that such a GPU has
+# the targets on which the rows for "any other GPU" are compiled, and the least shared memory that such a GPU has
 GENERIC_TARGETS = ("sm_80", "gfx942")
 GENERIC_SHARED_LIMIT = 64 * 1024
-SCALED = ("one_pass", "one_pass_swapped", "low_rank_gemm", "gram", "project")  # the kernels that DoRA takes as well
-GATES = ("none", "device", "rows")  # by the registers they take
+SCALED = ("one_pass", "one_pass_swapped", "low_rank_gemm", "gram", "project")  # the kernels that DoRA uses as well
+GATES = ("none", "device", "rows")  # ordered by the registers they take
 # --quick compiles for this target the heaviest case of every kind, for any other that of the first kind here which a
 # row takes. It meets the most registers that any case has in 189 of 222 rows under Triton 3.9, in 191 under 3.6, and
 # met each of the 6 rows that 3.6 broke when it was first tried; no simple rule tells the heaviest beforehand
@@ -81,7 +81,7 @@ SPILLS = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill 
 
 @dataclass(frozen=True)
 class Operands:
-    """What a launcher is called on; without memory, but with sizes and strides."""
+    """The operands of a launcher, on the meta device: sizes and strides without memory."""
 
     m: int
     n: int
@@ -137,7 +137,7 @@ class Case:
 
 @dataclass
 class Result:
-    """What the compiler made of one kernel of a case; `broken` lists the parts of the budget that it breaks."""
+    """What one compiled kernel of a case uses; `broken` lists the parts of the budget that it exceeds."""
 
     case: Case
     kernel: str = ""
@@ -175,7 +175,7 @@ class Result:
 
 
 def launch(kernel: str, tile: Tile | Stream, tma: bool, operands: Operands) -> None:
-    """Calls the launchers of a family, every kernel of which is to be compiled."""
+    """Calls every launcher of a kernel family, so that all its kernels are compiled."""
     t = SimpleNamespace(**operands.tensors())
     forward = (t.bias, t.a, t.b, t.gate, 2.0)
     column_scale = t.scaled.get("column_scale")
@@ -214,7 +214,7 @@ def launch(kernel: str, tile: Tile | Stream, tma: bool, operands: Operands) -> N
 
 
 def all_cases(target: str, quick: bool = False) -> Iterator[Case]:
-    """Every row of every table for a target, with operands that come to it: all that matter, or few if `quick`."""
+    """The cases of every row of every table for a target: all that matter, or few if `quick`."""
     for kernel, table in TABLES.items():
         for arch in (target, "generic") if target in GENERIC_TARGETS else (target,):
             for row in table[arch]:
@@ -239,7 +239,7 @@ def row_cases(kernel: str, arch: str, target: str, row: Row, dtype: str, quick: 
     ranks = [rank for rank in (8, 32, 64, 128, 256) if kernel != "project" or rank <= PROJECT_MAX_RANK]
 
     def comes_to_row(rank: int, gate: str, layout: str, dropout: bool, scaled: bool) -> bool:
-        return row is choose(
+        return row is row_for(
             TABLES[kernel], arch, m, n, rank, element_size=scalar.itemsize, precision=precision,
             aligned=layout == "aligned", selects=gate == "rows" or dropout, scaled=scaled,
         ) and not (dropout and (scaled or kernel == "project"))  # fmt: skip
@@ -264,7 +264,7 @@ def row_cases(kernel: str, arch: str, target: str, row: Row, dtype: str, quick: 
 
 
 def light(kernel: str, dtype: str, plain: list[tuple], scaled: list[tuple], quick: bool) -> Iterator[tuple]:
-    """What else is worth compiling of a row beside its heaviest cases."""
+    """The lighter cases of a row that are worth compiling beside its heaviest."""
     smallest = [o for o in plain if o[0] == plain[0][0]]
     if kernel == "one_pass" and dtype == "bfloat16":
         yield from (o for o in smallest if o[1] != "rows")  # which a test compares
@@ -332,12 +332,12 @@ def measure_one(case_and_position: tuple[Case, int]) -> Result:
 
 
 def measure(case: Case) -> list[Result]:
-    """Compiles the kernels of a case and reads what each takes."""
+    """Compiles the kernels of a case and reads what each uses."""
     return [measure_kernel(case, *call) for call in intercept(case.launch)]
 
 
 def measure_kernel(case: Case, kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> Result:
-    """Compiles one kernel and reads what it takes."""
+    """Compiles one kernel and reads what it uses."""
     target, result = TARGETS[case.target], Result(case, kernel.__name__.removesuffix("_kernel"))
     start = time.perf_counter()
     try:
@@ -373,7 +373,7 @@ def broken(result: Result) -> list[str]:
         reasons.append(f"{result.spill_bytes} bytes of spills")
     if result.shared_bytes > shared_limit:
         reasons.append(f"{result.shared_bytes} bytes of shared memory, {shared_limit} allowed")
-    # the kernels that read a matrix once wait for memory, not for the matrix units
+    # kernels that read a matrix once are bound by memory, not by the matrix units
     if result.serialized and result.kernel in ("one_pass", "low_rank_gemm"):
         reasons.append("serialized wgmma")
     if result.kernel == "sum_partials":

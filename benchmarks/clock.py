@@ -15,14 +15,14 @@ from typing import NamedTuple, TypeVar
 import torch
 
 Key = TypeVar("Key", bound=Hashable)
-Clock = Callable[[], float]  # runs something and says how many seconds one call of it took
+Clock = Callable[[], float]  # runs something and returns the seconds that one call of it took
 
 ENOUGH = 2e-3  # seconds of one time on a CPU: far above the clock's resolution and below a scheduler's time slice
-CALLS = 16  # in one time on a GPU, at least: beside a small call's, the cost of two synchronizes would count
+CALLS = 16  # at least so many calls in one time on a GPU: next to a few small calls, two synchronizes would count
 
 
 class Median(NamedTuple):
-    """Of the seconds of many rounds."""
+    """Median and percentiles of the seconds of many rounds."""
 
     median: float
     p20: float
@@ -40,8 +40,8 @@ def median(seconds: Sequence[float]) -> Median:
 def take_turns(clocks: Mapping[Key, Clock], rounds: int) -> dict[Key, list[float]]:
     """Seconds of each round by clock. Every round runs every clock once, in an order of its own, the same in any run.
 
-    So what slows the machine down for a while slows all contenders alike, and none always follows the same other, which
-    may leave the processor's caches and predictors better or worse prepared: 3 % of a small layer's call.
+    So what slows the machine down for a while slows all contenders alike. And none always runs after the same one: what
+    that leaves in the processor's caches and branch predictors makes up to 3 % of a small layer's call.
     """
     order, shuffle = list(clocks), random.Random(0).shuffle
     seconds: dict[Key, list[float]] = {key: [] for key in order}
@@ -63,7 +63,7 @@ def take_turns(clocks: Mapping[Key, Clock], rounds: int) -> dict[Key, list[float
 
 
 def eager(calls: Sequence[Callable[[], object]], device: torch.device, turns: Iterator[int] | None = None) -> Clock:
-    """A clock on the wall for calls made one after the other, each with its own data.
+    """A wall clock for calls made one after the other, each with its own data.
 
     The wall's, because of small calls on a GPU the host is the slower part, which no event sees. `turns` says which
     call is next; several clocks that share it never find in the cache what another has just left there.
@@ -93,7 +93,7 @@ def eager(calls: Sequence[Callable[[], object]], device: torch.device, turns: It
 
 @cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace for each stream."""
+    """The stream of all captures: one, because cuBLAS keeps a workspace for each stream."""
     return torch.cuda.Stream(device)
 
 

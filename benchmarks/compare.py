@@ -1,4 +1,4 @@
-"""Contenders on one workload: refused if wrong, then timed side by side, every time over the frozen linear's."""
+"""Compares contenders on one workload: those that are wrong are refused, the others timed side by side."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTS = ("forward", "backward", "both")
 
 @dataclass
 class Comparison:
-    """Of one workload in one mode.
+    """The measurements of one workload in one mode.
 
     Attributes:
         seconds: by contender and part, of each round; "backward" is "both" less "forward", round by round.
@@ -34,7 +34,7 @@ class Comparison:
     refused: dict[str, str] = field(default_factory=dict)
 
     def median(self, name: str, part: str) -> Median:
-        """Of a contender's seconds."""
+        """The median of a contender's seconds."""
         return clock.median(self.seconds[name][part])
 
     def ratio(self, name: str, other: str = "frozen", part: str = "both") -> float:
@@ -44,7 +44,7 @@ class Comparison:
         return clock.median([a / b if b > 0 else math.nan for a, b in pairs]).median
 
     def rows(self, **where: Any) -> list[dict[str, Any]]:
-        """One for each contender and part, with `where` it was measured."""
+        """A row for each contender and part, with `where` it was measured."""
         made = []
         for name, parts in self.seconds.items():
             for part in parts:
@@ -64,7 +64,7 @@ def compare(
     rounds: int,
     parts: Sequence[str] = ("forward", "both"),
 ) -> list[Comparison]:
-    """Times whoever is right, in each mode ("eager" or "graph"); "backward" needs both parts."""
+    """Times the contenders that are right, in each mode ("eager" or "graph"); "backward" needs both parts."""
     torch._dynamo.reset()  # each workload's static shapes count towards its limit of recompilations
     runners: dict[str, Runner] = {}
     errors: dict[str, float] = {}
@@ -86,7 +86,7 @@ def compare(
 def timed(
     into: Comparison, runners: dict[str, Runner], turns: Iterator[int], rounds: int, parts: Sequence[str]
 ) -> Comparison:
-    """Adds the seconds of those that can be clocked in this mode; `turns` says whose copy is next."""
+    """Adds the seconds of the contenders that run in this mode; `turns` gives the copy of the operands to use next."""
     clocks = dict[tuple[str, str], Clock]()
 
     def clock_of(runner: Runner, part: str) -> Clock:

@@ -45,8 +45,8 @@ class Contender:
         name: in tables.
         build: makes the layer from a frozen linear and an adapter; raises with the reason if it cannot be made here.
         peer: what ``--peers`` calls it; None for the frozen linear and for ours.
-        adapter: whether the update is computed; without, the frozen linear is what is right.
-        lora: whether LoRA is, of whatever variant the others are.
+        adapter: whether it computes the update; otherwise it must equal the frozen linear.
+        lora: whether it computes LoRA even where the others compute another variant.
         context: entered around its calls.
     """
 
@@ -175,7 +175,7 @@ def ours(base: nn.Linear, adapter: Adapter, *, gate: Any = True, as_shipped: boo
 
 
 def our_lora(base: nn.Linear, adapter: Adapter) -> nn.Module:
-    """Ours, but LoRA."""
+    """Our LoRA, to compare our other variants with."""
     return ours(base, replace(adapter, variant="lora", magnitude=None))
 
 
@@ -252,7 +252,7 @@ def ours_in_full(variant: str, dtype: str) -> list[Contender]:
 
 
 def chosen(peers: list[str], dtype: str, variant: str) -> list[Contender]:
-    """Those of `PEERS` asked for that have the variant; where A and B are float32 anyway, PEFT once."""
+    """The peers asked for that have the variant; PEFT only once where A and B are float32 in any case."""
     twice = dtype == "float32"
     able = [c for c in PEERS if variant == "lora" or c.peer in HAVE_VARIANTS]
     return [c for c in able if c.peer in peers and not (twice and c.name.startswith("PEFT, "))]

@@ -55,7 +55,7 @@ LAUNCHERS = (
 DTYPE = torch.bfloat16
 SCALES = {"lora": 2.0, "dora": 2.0, "hira": 1.0}  # PEFT's HiRA has none
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
-OVERWRITING = ("copy_", "fill_", "zero_")  # in place, and yet without reading what was there
+OVERWRITING = ("copy_", "fill_", "zero_")  # in place, but without reading the old values
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def bytes_of(kernels: list[Kernel]) -> int:
 
 
 def storage(t: Tensor) -> int:
-    """What tells memory apart on meta, where every address is 0."""
+    """What identifies memory on the meta device, where every address is 0."""
     return t.untyped_storage()._cdata
 
 
@@ -137,12 +137,12 @@ class Counter(TorchDispatchMode):
 
 
 def native_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """As `F.dropout` is on a GPU: one kernel, where meta tensors take three."""
+    """Stands for `F.dropout`, which is one kernel on a GPU and three on meta tensors."""
     return torch.native_dropout(x, p, training)[0]
 
 
 def contenders(options: argparse.Namespace) -> dict[str, tuple[Callable[[Tensor], Tensor], list[Tensor]]]:
-    """By name, a layer and its parameters."""
+    """The contenders by name: a layer and its parameters."""
     n, k, r, variant = options.out_features, options.in_features, options.rank, options.variant
     base = nn.Linear(k, n, device="meta", dtype=DTYPE).requires_grad_(False)
     factors = (torch.empty(size, device="meta", dtype=torch.float32) for size in ((r, k), (n, r)))

@@ -29,7 +29,7 @@ LEARNING_RATE = 1e-4
 
 @dataclass(frozen=True)
 class Size:
-    """Of a Llama with grouped queries, and of its batches."""
+    """Sizes of a Llama with grouped queries, and of its batches."""
 
     layers: int
     hidden: int
@@ -44,7 +44,7 @@ class Size:
 SIZES = {
     "small": Size(8, 256, 688, heads=8, kv_heads=2, vocab=512, batch=4, tokens=64),
     "medium": Size(16, 1024, 2816, heads=16, kv_heads=4, vocab=4096, batch=8, tokens=512),
-    # some blocks of models that no measurement has room or time for in full
+    # a few blocks of models that are too large to measure in full
     "llama3-8b": Size(4, 4096, 14336, heads=32, kv_heads=8, vocab=4096, batch=2, tokens=1024),
     "llama2-7b": Size(4, 4096, 11008, heads=32, kv_heads=32, vocab=4096, batch=2, tokens=1024),
 }
@@ -52,7 +52,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """A and B of one linear, and whether they count now."""
+    """A and B of one linear, and whether they are switched on."""
 
     a: nn.Parameter
     b: nn.Parameter
@@ -240,7 +240,7 @@ Build = Callable[[str, nn.Module, argparse.Namespace], Runner]
 
 
 def contenders_of(options: argparse.Namespace) -> dict[str, Build]:
-    """Who takes part; where A and B are float32 anyway, PEFT once."""
+    """The contenders; PEFT only once where A and B are float32 in any case."""
     narrow = {} if options.dtype == "float32" else {NARROW: partial(peft, as_shipped=False)}
     peers = {PEFT: peft, **narrow} if "peft" in options.peers else {}
     return {**peers, ON: ours, COTO: partial(ours, coto=True)}
@@ -300,14 +300,14 @@ class Judge:
     def hold(self, what: str, found: Sequence[Tensor], own: Sequence[Tensor], true: Sequence[Tensor]) -> None:
         """The worst of the tensors decides, each by the error in its own norm."""
         worst, peft_errs = (max(error([t], [e]) for t, e in zip(ts, true, strict=True)) for ts in (found, own))
-        # half the digits: beyond that PEFT's own error says nothing about anyone
+        # half of the digits: if PEFT itself errs more, its error is no yardstick
         allowed = min(SLACK * (peft_errs + self.eps), math.sqrt(self.eps))
         if not worst <= allowed:  # so put, NaN is wrong too
             raise RefusedError(f"{what} is off by {worst:.3g} of its norm, allowed is {allowed:.3g}")
 
 
 def switch(runner: Runner, on: set[str]) -> None:
-    """Leaves PEFT the adapters of these linears and no others."""
+    """Switches PEFT's adapters of these linears on and all others off."""
     for name in runner.adapters:
         layer = runner.model.get_submodule(f"base_model.model.{name}")
         layer.enable_adapters(name in on)

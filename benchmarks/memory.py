@@ -38,12 +38,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"shapes": ["three-64", "three-256", "three-768", "vit-b"], "rows": [394]},
 }
 KINDS = 3  # that a table shows, the largest
-UNSEEN = 4096  # bytes kept behind the hooks' back that are not worth a word: autograd keeps its numbers as tensors
+UNSEEN = 4096  # bytes kept without the hooks' knowledge that are not reported: autograd keeps scalars as tensors
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one contender on one workload, in bytes.
+    """What one contender needs on one workload, in bytes.
 
     Attributes:
         saved: what it hands to autograd beyond the operands.
@@ -74,7 +74,7 @@ def size(tensors: Iterable[Tensor]) -> int:
 
 
 def operands(runner: Runner) -> list[tuple[str, Tensor]]:
-    """What is there without any adapter's doing, and the layers' parameters: with the name that it has in a table."""
+    """Tensors that exist in any case, by their names in a table: the operands and the layers' parameters."""
     copy = runner.workload.copies[0]
     named = [("x", x) for x in copy.inputs.values()]
     for base, adapter in zip(copy.bases, copy.adapters, strict=True):
@@ -88,7 +88,7 @@ def saved_by(runner: Runner) -> tuple[list[Tensor], list[Tensor]]:
     free, found = storages(t for _, t in operands(runner)), []
 
     def pack(t: Tensor) -> Tensor:
-        # without its history, which may lead back to this very list
+        # detached: its history may hold this very list
         found.append(t.detach())
         return t
 
@@ -124,7 +124,7 @@ def allocated(run: Callable[[], object], device: torch.device) -> tuple[int, int
     """Bytes over what was allocated before: while what a call returns is alive, and the most during the call."""
     gc.collect()
     if device.type == "cuda":
-        # what was asked for: blocks are larger, each by what it was rounded up
+        # bytes requested, of which the allocator's blocks are rounded up
         asked = lambda: torch.cuda.memory_stats(device)["requested_bytes.all.current"]  # noqa: E731
         torch.cuda.synchronize(device)
         before, asked_before = torch.cuda.memory_allocated(device), asked()
@@ -149,7 +149,7 @@ def allocated(run: Callable[[], object], device: torch.device) -> tuple[int, int
 
 
 def measure(runner: Runner) -> Memory:
-    """One contender's memory; it has run before, so that whatever it sets up once is there."""
+    """One contender's memory; it must have run before, so that one-time allocations are not counted."""
     saved, ys = saved_by(runner)
     saved_bytes, y_bytes, last = size(saved), size(ys), outputs(runner.workload.linears)
     named = kinds(saved, [*operands(runner), *(("y" if i in last else "x", y) for i, y in enumerate(ys))])
@@ -160,7 +160,7 @@ def measure(runner: Runner) -> Memory:
 
 
 def measured(workload: Workload, contenders: Sequence[Contender]) -> tuple[dict[str, Memory], dict[str, str]]:
-    """By name, what each contender takes, or why it is refused; whoever is wrong is."""
+    """By name, what each contender needs, or why it is refused; those that compute something wrong are refused."""
     torch._dynamo.reset()  # each workload's static shapes count towards its limit of recompilations
     del workload.copies[1:]  # which a clock needs
     judge, runners, refused = Judge(workload), {}, {}
@@ -182,7 +182,7 @@ def measured(workload: Workload, contenders: Sequence[Contender]) -> tuple[dict[
 
 
 def rows_of(found: dict[str, Memory], **where: Any) -> list[dict[str, Any]]:
-    """One for each contender, with `where` it was measured, and over the frozen linear's."""
+    """A row for each contender, with `where` it was measured and its ratio to the frozen linear's."""
     frozen = found.get(FROZEN.name)
     made = []
     for name, memory in found.items():
@@ -206,7 +206,7 @@ def amount(count: int | None) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Of one workload: a line for each contender."""
+    """The table of one workload: a line for each contender."""
     titles = ["", "saved", "beyond frozen", "peak", "beyond frozen", "/ frozen", "what is saved"]
     lines = []
     for row in rows:
@@ -227,7 +227,7 @@ def unseen(row: dict[str, Any]) -> bool:
 
 
 def doubts(rows: list[dict[str, Any]], where: str) -> list[str]:
-    """Lines for those that keep more than the hooks see."""
+    """Lines for contenders that keep more than the hooks see."""
     return [
         f"{where}: {row['contender']} keeps {amount(row['unseen_bytes'])} that it does not hand to autograd's hooks"
         for row in rows

@@ -22,15 +22,15 @@ from cotolora.results import rounded, write_json
 
 SCHEMA = 1
 ROOT = Path(__file__).parent.parent
-WIDEST = 13.0  # inches: beyond that a page shrinks a picture until its text cannot be read
-# of a logarithmic axis that spans less than a factor of 8, and more
+WIDEST = 13.0  # inches; a page would shrink a wider picture until its text cannot be read
+# of logarithmic axes: TICKS where the axis spans less than a factor of 8
 TICKS = (0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 2.5, 3, 4, 5, 7, 10)
 COARSE_TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 @dataclass
 class Result:
-    """Of one run of a command.
+    """The result of one run of a command.
 
     Attributes:
         command: its name.
@@ -70,7 +70,7 @@ def version_of(module: str) -> str:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What a number depends on beside the code, and which code it was."""
+    """What measurements depend on: device, versions, and the commit of the code."""
     if device.type == "cuda":
         query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         named = {"device": torch.cuda.get_device_name(device), "driver": output_of(*query) or "unknown"}
@@ -111,7 +111,7 @@ def markdown(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def groups(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[tuple, list[dict[str, Any]]]:
-    """The rows that agree in some values, by these values."""
+    """The rows grouped by their values of `names`."""
     found: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault(tuple(row[name] for name in names), []).append(row)

@@ -40,7 +40,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 # bytes that are copied, and rows of a square matrix: on a GPU twenty times its L2, on a CPU a tenth of a second each
 COPIED, SQUARE = {"cuda": 1 << 30, "cpu": 1 << 28}, {"cuda": 8192, "cpu": 1024}
 LORA = VARIANTS["lora"]
-WRONG = 2.0  # times the model's time, from which on the model is called wrong
+WRONG = 2.0  # how many times the model's time a measurement may take before the model is called wrong
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def products(sizes: Sizes) -> tuple[tuple[int, int, int], ...]:
 
 
 def machine_of(measured: Rates, device: torch.device, dtype: torch.dtype) -> Machine:
-    """As the model takes this machine: with the rates measured, and assumed what was not."""
+    """The machine for the model: with the rates that were measured, and assumptions for the rest."""
     known = cost.MACHINES.get(architecture(device), Machine(0, 0, gemm=1.0))
     # the model has bfloat16's rate and halves it for larger elements
     return replace(known, bandwidth=measured.bandwidth, flops=measured.flops * (1 if dtype.itemsize == 2 else 2))
@@ -105,7 +105,7 @@ def launches_of(contender: str, sizes: Sizes) -> Launches | None:
 def rows_of(
     comparison: Comparison, sizes: Sizes, measured: Rates, machine: Machine, shape: str
 ) -> list[dict[str, Any]]:
-    """One for each contender that was timed: floor, model and measured."""
+    """A row for each contender that was timed: floor, model and measured."""
     least, made = floor(sizes, measured), []
     for name in comparison.seconds:
         captured = comparison.mode == "graph"
@@ -125,12 +125,12 @@ WHERE = ("shape", "rank", "mode")
 
 
 def kinds(row: dict[str, Any]) -> tuple[str, ...]:
-    """What there is of a contender: a model and what was measured, of a peer the latter alone."""
+    """What a table shows of a contender: "model" and "measured"; of peers, which have no model, "measured" alone."""
     return ("model", "measured") if math.isfinite(sweep.value(row, "model_s")) else ("measured",)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Of one linear: a line for each M, for each contender what is modelled and what was measured, over the floor."""
+    """The table of one linear: a line for each M, with each contender's modelled and measured time over the floor."""
     shown = dict.fromkeys((row["contender"], what) for row in rows for what in kinds(row))
     titles = ["rows", "floor", *(f"{name} {what}" for name, what in shown)]
     lines = []
@@ -214,7 +214,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def contenders(options: argparse.Namespace) -> list[Contender]:
-    """Whoever there is a model of, and the peers asked for."""
+    """The contenders that have a model, and the peers asked for."""
     modelled = [FROZEN, *(contender for contender in named("lora") if contender.name != "ours reference")]
     return [*modelled, *chosen(options.peers, options.dtype, "lora")]
 

@@ -54,7 +54,7 @@ def three_linears(hidden: int) -> tuple[Linear, ...]:
 
 
 def inputs(linears: Sequence[Linear]) -> dict[str, int]:
-    """Widths of what comes from outside, by name."""
+    """Widths of the block's inputs, by name."""
     names = {linear.name for linear in linears}
     return {linear.reads: linear.in_features for linear in linears if linear.reads not in names}
 
@@ -79,7 +79,7 @@ BLOCKS = {
 
 
 def title(shape: str) -> str:
-    """What a reader is told of a block beside its name: the widths of a chain, or how many linears; else the name."""
+    """A block's name with the widths of its chain, or its number of linears; any other shape's name alone."""
     if shape not in BLOCKS:
         return shape
     block = BLOCKS[shape]

@@ -22,7 +22,7 @@ from cotolora import demo
 from cotolora.results import rounded
 from cotolora.shapley import PerSample, Shapley, shapley_values
 
-ORDERS = 8  # at 64 samples and more half of it, which is 30 coalitions still
+ORDERS = 8  # half as many from 64 samples on: still 30 coalitions
 
 
 def model_of(width: int, device: torch.device) -> torch.nn.Module:
@@ -75,7 +75,7 @@ def text(result: Result) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table; raises if a batched result is another one."""
+    """Prints the table; raises if a batched result differs from the one of single coalitions."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m benchmarks shapley", description=__doc__, formatter_class=formatter)
     parser.add_argument("--samples", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="inputs of the score")

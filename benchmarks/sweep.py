@@ -38,7 +38,7 @@ from cotolora.variants import VARIANTS
 DTYPES, MODES, PICTURES = ("bfloat16", "float16", "float32"), ("eager", "graph"), (".png", ".pdf", ".svg")
 NOISY = 1.5  # p80 over p20 of the frozen linear, which a quiet machine keeps under 1.1
 CHOSE_WORSE = "ours chose worse than"
-ENOUGH = 10  # rounds, before a choice is judged
+ENOUGH = 10  # rounds that it takes to judge a choice
 BEHIND = 1.03  # how many times the best backend's time ours may take when it chooses for itself
 Case = tuple[str, tuple[Linear, ...], int]  # a name, the linears, and rows
 
@@ -60,7 +60,7 @@ def device_of(text: str) -> torch.device:
 def parser_of(
     command: str, doc: str, *, without: Sequence[str] = (), peers: Sequence[str] = PEER_NAMES
 ) -> argparse.ArgumentParser:
-    """The options that all measurements have, but for those that mean nothing to one; `peers` it can compare with."""
+    """The options of all measurements, `without` those that do not apply; `peers` are those it can compare with."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {command}", description=doc, formatter_class=formatter)
     several: dict[str, Any] = {"action": "extend", "nargs": "+"}
@@ -115,7 +115,7 @@ def settle(
 
 
 def check_files(parser: argparse.ArgumentParser, json: Path | None, plot: Path | None) -> None:
-    """Ends the program now if it could not write in the end, when everything has been measured."""
+    """Ends the program if it could not write its files later, after everything has been measured."""
     for name, path in (("json", json), ("plot", plot)):
         if path is not None and not path.resolve().parent.is_dir():
             parser.error(f"argument --{name}: {path.parent} is no folder")
@@ -131,13 +131,13 @@ def check_files(parser: argparse.ArgumentParser, json: Path | None, plot: Path |
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What was asked to be measured, as JSON has it."""
+    """The options that describe the measurement, in JSON's types."""
     aside = ("device", "json", "plot", "minutes", "out", "dry_run")
     return {k: v if k != "shapes" else list(v) for k, v in vars(options).items() if k not in aside}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Of one workload in one mode: a line for each contender, the ratios to frozen first."""
+    """The table of one workload in one mode: a line for each contender, the ratios to frozen first."""
     contenders: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         contenders.setdefault(row["contender"], {})[row["part"]] = row
@@ -188,7 +188,7 @@ def endings(result: Result) -> str:
 
 
 def noise(comparison: Comparison, where: str) -> list[str]:
-    """A line if the frozen linear's own times say that the machine had something else to do."""
+    """A line if the spread of the frozen linear's own times shows that the machine was busy."""
     if FROZEN.name not in comparison.seconds:
         return []
     times = comparison.median(FROZEN.name, "both")
@@ -199,7 +199,7 @@ def noise(comparison: Comparison, where: str) -> list[str]:
 
 
 def losses(comparison: Comparison, where: str) -> list[str]:
-    """Lines for what ours lost: against each peer, and for what it chose against each of its own backends."""
+    """Lines for where ours is slower than a peer, or its own choice slower than another of its backends."""
     enough = len(comparison.seconds.get(AUTO.name, {}).get("both", ())) >= ENOUGH
     own = dict.fromkeys(c.name for variant in VARIANTS for c in named(variant))
     pairs = [(AUTO.name, name, BEHIND, CHOSE_WORSE) for name in own if enough]
@@ -218,9 +218,9 @@ def each(
     cases: Iterable[Case],
     measure: Callable[[Workload, str, dict[str, Any]], None],
 ) -> None:
-    """Calls `measure` for each case at each rank, with what to call it and what tells its rows apart, while time lasts.
+    """Calls `measure(workload, title, keys of its rows)` for each case and rank, until the time is over.
 
-    One that memory does not suffice for is left out.
+    A case that runs out of memory is refused.
     """
     dtype, begun = getattr(torch, options.dtype), time.monotonic()
     for name, linears, rows, rank in (bar := tqdm([(*case, r) for case in cases for r in options.rank], disable=None)):

@@ -42,7 +42,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def runners_of(result: Result, options: argparse.Namespace) -> list[Runner]:
-    """Those that are right; the others go to `result.refused`."""
+    """The contenders that are right; the others go to `result.refused`."""
     base = llama(options)
     judge, runners = Judge(base, options), []
     for name, build in contenders_of(options).items():
@@ -79,7 +79,7 @@ class Course:
 
 
 def race(runners: Sequence[Runner], options: argparse.Namespace) -> dict[str, Course]:
-    """Runs everyone over the same steps, taking turns in each; who is first rotates."""
+    """Runs all contenders over the same steps; in each they take turns, in an order that rotates."""
     courses = {r.name: Course([[] for _ in range(options.steps)], [None] * options.steps) for r in runners}
     done, off = dict.fromkeys(courses, 0), dict.fromkeys(courses, 0)
     for runner in runners:
@@ -125,7 +125,7 @@ def peaks(runner: Runner, options: argparse.Namespace) -> list[int]:
         if runner.coto is not None:
             runner.coto.set_step(step)
         tokens = tokens_of(options, step)
-        # torch complains of memory that was there before and is freed while it counts, such as CoTo's last mask
+        # torch complains when memory from before is freed while it counts, such as CoTo's last mask
         kept = runner.coto and runner.coto.mask
         found.append(memory.allocated(partial(runner.step, tokens), options.device)[1])
         del kept
@@ -133,7 +133,7 @@ def peaks(runner: Runner, options: argparse.Namespace) -> list[int]:
 
 
 def rows_of(courses: dict[str, Course], held: dict[str, list[int]]) -> list[dict[str, Any]]:
-    """One for each contender's run, then one for each of its steps."""
+    """A row for each contender's run, then one for each step of each."""
     means = {name: [statistics.mean(c.steps(i)) for i in range(1 + len(PHASES))] for name, c in courses.items()}
     runs, steps = [], []
     for name, course in courses.items():
@@ -176,7 +176,7 @@ def table(result: Result) -> str:
 
 
 def saving(runs: dict[str, dict[str, Any]]) -> str:
-    """What each change saves, in percent of the time of PEFT's step; empty if someone is missing."""
+    """What each change saves, in percent of the time of PEFT's step; empty if a contender is missing."""
     if not {PEFT, ON, COTO} <= set(runs):
         return ""
     whole, lines = runs[PEFT]["mean_s"], []

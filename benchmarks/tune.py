@@ -29,7 +29,7 @@ from cotolora.backends.types import Sizes
 from cotolora.results import rounded, write_json
 from cotolora.variants import VARIANTS
 
-# what may be chosen, by the name that the table has for it
+# the contenders that may be chosen, by their names in the table
 CONTENDERS = {
     c.name.removeprefix("ours ").removeprefix("triton:"): c for c in named("lora") if c.name != "ours reference"
 }
@@ -43,7 +43,7 @@ plot = linear.plot
 
 
 def line(rows: list[dict[str, Any]]) -> str:
-    """What was measured of one linear in one mode, over frozen; the fastest, and what would have run without it."""
+    """A line of one linear in one mode: times over frozen, the fastest form, and what the model alone would choose."""
     first, over = rows[0], {row["contender"]: sweep.value(row, "over_frozen") for row in rows}
     seconds = {row["contender"]: row["median_s"] for row in rows}
     able = [name for name, c in CONTENDERS.items() if c.name in seconds]
@@ -89,7 +89,7 @@ def save(path: Path, machine: dict[str, str], rows: list[dict[str, Any]]) -> Non
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options; what cannot be measured or written here ends the program."""
+    """The options; ends the program if it cannot measure or write here."""
     parser = sweep.parser_of("tune", __doc__ or "", without=("variant",))
     linear.add_shapes(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="the table (default: where cotolora looks for it)")

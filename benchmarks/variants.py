@@ -77,7 +77,7 @@ class Runner:
     def __init__(self, model: nn.Module, x: Tensor, dy: Tensor) -> None:
         self.model, self.x, self.dy = model, x, dy
         generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():  # as after some training
+        with torch.no_grad():  # as after some training, when B is no longer zero
             for parameter in factors_of(model):
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
         parameters = factors_of(model) or [nn.Parameter(torch.zeros(()))]
@@ -105,7 +105,7 @@ class Runner:
 
 
 def runners(width: int, rows: int, variant: str) -> dict[str, Runner]:
-    """Everyone on the same numbers; ours is held to PEFT's."""
+    """All contenders on the same operands; raises if ours disagrees with PEFT."""
     generator = torch.Generator().manual_seed(2)
     x, dy = (torch.randn(rows, width, generator=generator) for _ in range(2))
     models = {

@@ -1,7 +1,8 @@
-"""The linears of a block on random data, run by one contender after the other, each held to the truth before a clock.
+"""The linears of a block on random data, as each contender runs them, and the judge of what it computes.
 
-Operands lie in as many copies as fill the largest cache three times, at most `MAX_COPIES`, which calls take in turn,
-whoever's they are: in a model, other layers' weights pass through the cache between two calls of one.
+There are as many copies of the operands as fill the largest cache three times, at most `MAX_COPIES`, and every call, of
+whichever contender, takes the next copy: in a model, too, other layers' weights pass through the cache between two
+calls of one layer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ CACHES, UNITS = Path("/sys/devices/system/cpu/cpu0/cache"), {"K": 10, "M": 20, "
 UPDATE = 0.1  # norm of the low-rank update, over that of the base's output
 SCALE = 2.0  # alpha = 2 rank, as most recipes have it
 FACTORS = {"base": (), "lora": ("A", "B"), "dora": ("A", "B", "m"), "hira": ("A", "B")}
-SLACK = 4.0  # times the reference's own error that a contender may err; a wrong one errs by tenths
+SLACK = 4.0  # how many times the reference's own error a contender may have; wrong ones have relative errors of tenths
 
 
 class RefusedError(Exception):
@@ -40,7 +41,7 @@ def reason(error: BaseException) -> str:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """What the largest cache holds: a GPU's L2, or of the caches that Linux names for the first core."""
+    """Size of the largest cache: a GPU's L2, or the largest that Linux lists for the first core."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     named = (path.read_text().strip() for path in CACHES.glob("index*/size"))
@@ -189,7 +190,7 @@ def chained(
 
 
 def truth(workload: Workload, dtype: torch.dtype, what: str) -> dict[str, list[Tensor]]:
-    """What is right on the first copy, of the base or of a variant, by the reference in `dtype`."""
+    """The reference's results in `dtype` on the first copy, of the base or of a variant."""
     copy, names = workload.copies[0], FACTORS[what]
     leaf = lambda t: t.detach().to(dtype).requires_grad_()  # noqa: E731
     xs = {name: leaf(t) for name, t in copy.inputs.items()}
@@ -238,6 +239,6 @@ class Judge:
                 raise RefusedError(f"gives no {name}")
             errors[name] = error(found[name], exact)
             allowed = SLACK * self.own[what][name] + torch.finfo(self.workload.dtype).eps
-            if not errors[name] <= allowed:  # so put, NaN is wrong too
+            if not errors[name] <= allowed:  # this way round, NaN is wrong too
                 raise RefusedError(f"{name} is off by {errors[name]:.3g} of its norm, allowed is {allowed:.3g}")
         return errors["y"] / self.own["base"]["y"]

@@ -1,4 +1,4 @@
-"""How trained adapters lie in the landscape: along a line between two of them, and with some of them dropped."""
+"""How a model scores along the line between two trained adapters, and with some of its adapters dropped."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class InterpolationCurve:
 
             max_λ  λ score(1) + (1-λ) score(0) - score(λ)
 
-        Never negative, for at the ends it is 0; 0 says that no sampled point is worse than the line.
+        Never negative, because it is 0 at the ends; 0 means that no sampled point is below the line.
         In the units of the score.
 
         Source: the error barrier of Frankle et al. 2020, section 2 (arXiv:1912.05671), of a score instead of an
@@ -107,7 +107,7 @@ def interpolation_curve(
     states = [_state(model, state_a), _state(model, state_b)]
     lambdas = [i / (points - 1) for i in range(points)]
     scores = []
-    with _as_it_was(model):
+    with _restored_afterwards(model):
         for weight in tqdm(lambdas, disable=None, delay=3, desc="interpolation"):
             between = (fuse if of == "factors" else mix)(states, [weight, 1 - weight])
             with between.applied_to(model):
@@ -194,7 +194,7 @@ def dropout_stability(
         raise ValueError(f"model must have enabled adapters; {type(model).__name__} has none")
     subsets = [subset for count in range(len(groups) + 1) for subset in _subsets(len(groups), count, samples, seed)]
     scores: list[list[float]] = [[] for _ in range(len(groups) + 1)]
-    with _as_it_was(model):
+    with _restored_afterwards(model):
         for subset in tqdm(subsets, disable=None, delay=3, desc="dropout stability"):
             on = {name for i, names in enumerate(groups) if i not in subset for name in names}
             with adapter_mask(model, [name in on for name in layers]):
@@ -228,8 +228,8 @@ def _scored(model: nn.Module, score: Score, where: str) -> float:
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Puts train or eval and every buffer of `model` back when the block ends."""
+def _restored_afterwards(model: nn.Module) -> Iterator[None]:
+    """Restores the modes (train or eval) and all buffers of `model` when the block ends."""
     modes = {module: module.training for module in model.modules()}
     buffers = {
         (module, name): (buffer, buffer.clone())

@@ -1,6 +1,6 @@
 """Adapters coming together on real data: ``python -m cotolora.demo``.
 
-A small vision transformer learns the handwritten digits 0 to 4, all of it trained. Then plain LoRA and CoTo each
+A small vision transformer is trained on the handwritten digits 0 to 4. Then plain LoRA and CoTo each
 adapt that same base to all ten digits, with the same budget and several seeds, and are compared.
 """
 
@@ -120,7 +120,7 @@ def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 
 
 def pretrain(data: Data, device: torch.device, progress: Any) -> VisionTransformer:
-    """The base: every parameter trained on the digits 0 to 4."""
+    """A base model, all of it trained on the digits 0 to 4."""
     torch.manual_seed(0)
     model = VisionTransformer().to(device)
     known = data.train[1] < 5
@@ -135,7 +135,7 @@ def pretrain(data: Data, device: torch.device, progress: Any) -> VisionTransform
 
 @dataclass
 class Run:
-    """One adaptation in the making, and what was measured of it."""
+    """One training run, and what was measured during it."""
 
     method: str
     model: nn.Module
@@ -173,7 +173,7 @@ class Run:
             self.skipped += products if layer.active is False else 0
 
 
-# what --variant takes, and what of `inject` it stands for
+# the choices of --variant, and the arguments of `inject` that each stands for
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -218,7 +218,7 @@ def adapt(
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What was trained: every A, every B and the head."""
+    """Copies of all that was trained: every A, every B and the head."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -374,7 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f'the demo needs {error.name}; install it with: pip install "cotolora[demo]"')
     from tqdm import tqdm
 
-    # matrices this small gain nothing from a second thread, and lose where other programs want the core
+    # matrices this small gain nothing from a second thread, which would only compete with other programs
     torch.set_num_threads(1)
     began = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)

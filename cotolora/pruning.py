@@ -30,7 +30,7 @@ class Pruning(ABC):
     """What one call took out of a model, and the way back; a context manager that undoes on leaving.
 
     Attributes:
-        removed: how many entries of A and B went by adapter name, in module order, those that were zero included.
+        removed: by adapter name, in module order, how many entries of A and B were removed; zeros count as well.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, CoToLoRALinear], removed: dict[str, int]) -> None:
@@ -38,7 +38,7 @@ class Pruning(ABC):
         self._model, self._layers, self._undone = model, layers, False
 
     def undo(self) -> None:
-        """Puts back exactly what went, bit for bit. Does nothing the second time.
+        """Puts back exactly what was removed, bit for bit. Does nothing the second time.
 
         Nested calls are undone in reverse, as `with` does; other orders end at the same model.
 
@@ -84,8 +84,9 @@ class _Zeroed(Pruning):
         self, model: nn.Module, layers: dict[str, CoToLoRALinear], chosen: dict[str, tuple[Tensor, ...]]
     ) -> None:
         super().__init__(model, layers, {name: sum(int(mask.sum()) for mask in pair) for name, pair in chosen.items()})
-        # one byte for each entry and the values that go: less than a copy, up to a sparsity of three quarters.
-        # Not what was zero: it belongs to an earlier call perhaps, so that undoing in any order ends where it began
+        # kept: a mask of one byte an entry and the values removed, which is less than a copy up to a sparsity of 3/4.
+        # Entries that are zero already are not among them: an earlier call may have zeroed them and must be the one
+        # that restores them, so that undoing in any order ends at the first model
         chosen = {
             name: tuple(mask & (p != 0) for p, mask in zip(_factors(layers[name]), pair, strict=True))
             for name, pair in chosen.items()
@@ -118,9 +119,9 @@ class _Zeroed(Pruning):
 
 
 def prune(model: nn.Module, keep: Keep, *, unit: Unit = "layer") -> Pruning:
-    r"""Switches adapters off (`enabled`) but for what `keep` names; they then cost nothing and are not saved.
+    r"""Switches off all adapters (`enabled`) except those that `keep` names; they then cost nothing and are not saved.
 
-    What was off already stays off, and still counts as a group, so a label means the same layers at any time.
+    Adapters that are off already stay off, and still count in the groups, so that a label always means the same layers.
 
     Args:
         model: a model with adapters.
@@ -136,7 +137,7 @@ def prune(model: nn.Module, keep: Keep, *, unit: Unit = "layer") -> Pruning:
         unit: what the labels count: "layer", "module" or a callable, as in `CoTo`.
 
     Returns:
-        what went, with `undo`.
+        what was switched off, with `undo`.
 
     Raises:
         TypeError: `model` is not a module, or `keep` is none of these.
@@ -154,7 +155,7 @@ def prune(model: nn.Module, keep: Keep, *, unit: Unit = "layer") -> Pruning:
     if not any(is_enabled(layers[name]) for name in kept):
         off = f", and {len(kept)} that are off already" if kept else ""
         raise ValueError(f"keep must leave an enabled adapter; {keep!r} leaves none of {len(layers)}{off}")
-    # not those that are off already, so that undoing in any order ends where it began
+    # without those that are off already, so that undoing in any order ends at the first model
     going = {name: layer for name, layer in layers.items() if name not in kept and is_enabled(layer)}
     return _SwitchedOff(model, going)
 
@@ -175,13 +176,13 @@ def best(shapley: Shapley, count: int) -> Callable[[str], bool]:
 def magnitude(model: nn.Module, sparsity: float, scope: str = "global") -> Pruning:
     """Zeroes the entries of A and B that are smallest in magnitude, exactly ``round(sparsity · n)`` of n.
 
-    Entries that are zero already count among them. Of equal magnitudes the first in module order go, A before
+    Entries that are zero already count among them. Of equal magnitudes the first in module order are zeroed, A before
     B, row by row. Adapters that are off are left alone and not counted. The entries are found by bisection
     over the bits of the magnitudes, one parameter at a time, so the extra memory is that of the largest; undo
-    keeps one byte for each entry and the values of those that went.
+    keeps one byte for each entry and the values of those that were zeroed.
 
-    Zeroed once, not held there: an optimizer that goes on moves the entries again (even without gradient, by
-    momentum), after which `undo` refuses to mix old values into new weights. Prune after training.
+    The entries are zeroed once and not kept at zero: an optimizer that goes on moves them again (even without gradient,
+    by momentum), after which `undo` refuses to mix old values into new weights. Prune after training.
 
     Args:
         model: a model with adapters.
@@ -190,7 +191,7 @@ def magnitude(model: nn.Module, sparsity: float, scope: str = "global") -> Pruni
             those of each adapter by itself.
 
     Returns:
-        what went, with `undo`.
+        what was zeroed, with `undo`.
 
     Raises:
         TypeError: `model` is not a module.
@@ -242,7 +243,7 @@ def _smallest(parameters: list[nn.Parameter], count: int) -> list[Tensor]:
 
 
 def _border(parameters: list[nn.Parameter], count: int, dtype: torch.dtype) -> tuple[int, int]:
-    """The bits of a magnitude and a number: what lies below goes, and as many as the number of what is equal."""
+    """A magnitude, as bits, and a number: entries below it are among the `count`, and so many of those equal to it."""
     low, below = 0, 0
     high = int(_bits(torch.tensor(torch.inf), dtype)) + 2  # above every count
     while high - low > 1 and below < count:
@@ -277,7 +278,7 @@ def _kept(names: list[str], keep: Keep, groups: list[list[str]]) -> set[str]:
         return {name for name in names if keep(name)}
     if isinstance(keep, str):
         compiled("keep", keep)
-    # what each name, or the one expression, takes
+    # the adapters that each name, or the one expression, matches
     taken = {
         rule: {name for name in names if matches(name, keep if isinstance(keep, str) else [rule])}
         for rule in ([keep] if isinstance(keep, str) else _names_in(keep))

@@ -188,7 +188,7 @@ def _permutation(game: _Game, n: int, samples: int, seed: int) -> tuple[np.ndarr
     gains = np.empty((samples, n))
     for row, order in enumerate(orders):
         gains[row, order] = np.diff(worth[row])
-    # an order and its reverse depend on one another, the pairs do not
+    # an order and its reverse are dependent; pairs of them are independent of each other
     pairs = gains.reshape(samples // 2, 2, n).mean(1)
     return pairs.mean(0), pairs.std(0, ddof=1) / math.sqrt(len(pairs))
 
@@ -210,7 +210,7 @@ def _multilinear(game: _Game, n: int, samples: int, seed: int) -> tuple[np.ndarr
 
 
 class _Game:
-    """v, with a memory. Coalitions are integers: bit i is player i."""
+    """The game: scores each coalition once. A coalition is an integer whose bit i says whether player i is in it."""
 
     def __init__(
         self,
@@ -223,11 +223,11 @@ class _Game:
         self.worth: dict[int, float] = {}
 
     def score(self, coalitions: Iterable[int]) -> np.ndarray:
-        """The worth of each, in their order; those not known yet are scored."""
+        """The worth of each coalition, in their order; those that are not known yet are scored."""
         from tqdm import tqdm
 
         coalitions = list(coalitions)
-        # in the order of their bits: neighbours agree in most players, whose gates can then be plain bools
+        # sorted by their bits: coalitions of one forward agree on most players, whose gates can then be bools
         pending = sorted(set(coalitions) - self.worth.keys())
         size = max(1, self._score.batch // self._score.samples) if isinstance(self._score, PerSample) else 1
         with tqdm(total=len(pending), desc="Shapley values", unit="coalition", disable=None, delay=2) as progress:
@@ -260,7 +260,7 @@ class _Game:
         switches: dict[str, Gate] = {}
         for player, names in enumerate(self.groups.values()):
             inside = [bool(coalition >> player & 1) for coalition in chunk]
-            # a plain bool where all agree: what is off then costs nothing, and what is on is not selected by row
+            # a bool where all coalitions agree: an adapter that is off costs nothing, one that is on needs no selection
             switch = inside[0] if len(set(inside)) == 1 else torch.tensor(inside, device="cpu").repeat_interleave(rows)
             switches |= dict.fromkeys(names, switch)
         return switches
@@ -280,7 +280,7 @@ class _Game:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without autograd; afterwards every module is in the mode that it was in."""
+    """Eval mode without autograd; afterwards every module is in its former mode."""
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()

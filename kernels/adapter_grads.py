@@ -1,4 +1,4 @@
-"""Gradients of A and B, and of DoRA's magnitude: from one read of dy its projection and dB, from one of x dA."""
+"""Gradients of A, B and DoRA's magnitude: one read of dy gives p = dy B and dB, one read of x gives dA."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from cotolora.kernels.tiles import (
     PROJECT_MAX_RANK,
     Stream,
     architecture,
-    choose,
     dot_precision,
     is_aligned,
+    row_for,
     splits,
 )
 
 
 @triton.jit
 def scaled_gradient(dy, u_ptr, rows, columns, row_on, column_ok, N):
-    """``Σ dy ∘ u`` over the rows that are on, of a u that is contiguous."""
+    """``Σ dy ∘ u`` over the rows that are on; u is contiguous."""
     u_ptrs = u_ptr + rows[:, None] * N + columns[None, :]
     u = tl.load(u_ptrs, mask=row_on[:, None] & column_ok[None, :], other=0.0)
     return tl.sum(dy.to(tl.float32) * u.to(tl.float32), axis=0)
@@ -35,7 +35,7 @@ def scaled_gradient(dy, u_ptr, rows, columns, row_on, column_ok, N):
 
 @triton.jit
 def store_magnitude_gradient(dm, norm_ptr, dm_ptr, columns, column_ok):
-    """Stores ``dm / norm``; none where the norm is 0 and y does not depend on the magnitude."""
+    """Stores ``dm / norm``, and 0 where the norm is 0: there y does not depend on the magnitude."""
     norm = tl.load(norm_ptr + columns, mask=column_ok, other=1.0)
     dm = tl.where(norm == 0, 0.0, tl.div_rn(dm, tl.where(norm == 0, 1.0, norm)))
     tl.store(dm_ptr + columns, dm.to(dm_ptr.dtype.element_ty), mask=column_ok)
@@ -154,9 +154,9 @@ def project_kernel(
 
 
 class Dora(NamedTuple):
-    """What DoRA brings to the gradients: ``column_scale [N]``, ``norm [N]``, float32, and ``u [M, N]``, contiguous.
+    """What the gradients need of DoRA: ``column_scale [N]`` and ``norm [N]``, float32; ``u [M, N]``, contiguous.
 
-    Without a u there is no gradient of the magnitude; with it there is one, in `dtype`.
+    The gradient of the magnitude is computed, in `dtype`, if u is given.
     """
 
     column_scale: Tensor
@@ -181,9 +181,9 @@ def gram(
 
     ``t [M, N]``, ``h [M, R]``, of one dtype and any strides → ``out [N, R]`` in `dtype`, contiguous, or the transpose
     of a contiguous ``[R, N]``. dB is ``gram(dy, h, gate, 1)``, dA is ``gram(x, p, gate, 1, transposed=True).T``. `gate`
-    and `seed` as in `shrink`; `split` is over rows. With `dora`, ``out = column_scale ∘ tᵀ h`` by rows, and
-    ``Σ δ t ∘ u / norm`` comes along. The sums are left to the caller, who can do two in one launch; where ``partials``
-    has one part it is done.
+    and `seed` as in `shrink`; the rows are divided among `split` programs. With `dora`, ``out = column_scale ∘ tᵀ h``
+    by rows, and ``Σ δ t ∘ u / norm`` is returned too. The caller adds up the parts (`sum_partials`, two sums in one
+    launch); a result with one part is complete.
     """
     (m, n), rank = t.shape, h.shape[1]
     out = t.new_empty(rank, n, dtype=dtype).T if transposed else t.new_empty(n, rank, dtype=dtype)
@@ -191,7 +191,7 @@ def gram(
         return Sum(out[None], out), None if dora is None else dora.magnitude_sum(1)
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(t.device), dot_precision(t.dtype, t.device)
-    stream = stream or choose(
+    stream = stream or row_for(
         GRAM, arch, m, n, rank, element_size=t.element_size(), precision=precision, scaled=dora is not None
     ).tile  # fmt: skip
     block_r = min(stream.max_ranks, max(16, triton.next_power_of_2(rank)))
@@ -218,7 +218,7 @@ def gram(
 
 
 def scaling(dora: Dora | None, dm: Sum | None) -> tuple[Tensor | None, ...]:
-    """Column scale, u, norm and place of the magnitude's gradient, as the kernels take them."""
+    """The kernels' arguments for DoRA: column scale, u, norm, and where the magnitude's gradient goes."""
     if dora is None:
         return None, None, None, None
     return dora.column_scale, dora.u, dora.norm, None if dm is None else dm.partials
@@ -231,13 +231,13 @@ def project(
     """Launches `project_kernel`: ``p = scale · δ · dy B`` and ``dB = Σ δ_m dy_m ⊗ h_m`` from one read of dy.
 
     ``dy [M, N]``, ``h [M, R]``, ``b [N, R]``, of one dtype and any strides → ``p [M, R]`` in their dtype and ``dB
-    [N, R]`` in `dtype`, both contiguous; R at most `PROJECT_MAX_RANK`. `gate` as in `shrink`; `dora` as in `gram`,
-    and p is of ``column_scale ∘ dy``. The sums are left to the caller.
+    [N, R]`` in `dtype`, both contiguous; R at most `PROJECT_MAX_RANK`. `gate` as in `shrink`, `dora` as in `gram`; with
+    it p is computed from ``column_scale ∘ dy``. The caller adds up the parts.
     """
     (m, n), rank = dy.shape, h.shape[1]
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(dy.device), dot_precision(dy.dtype, dy.device)
-    stream = stream or choose(
+    stream = stream or row_for(
         PROJECT, arch, m, n, rank, element_size=dy.element_size(), precision=precision,
         aligned=dy.stride(1) == 1 and is_aligned(dy), scaled=dora is not None,
     ).tile  # fmt: skip
@@ -268,12 +268,12 @@ def adapter_grads(
     dtype_a: torch.dtype, dtype_b: torch.dtype,
     *, seed: Tensor | None = None, dropout: float = 0.0, dora: Dora | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """``p = scale · δ · dy B``, ``dA = pᵀ dropout(x)``, ``dB = dyᵀ h``, each summed in a fixed order; and dm of DoRA.
+    """``p = scale · δ · dy B``, ``dA = pᵀ dropout(x)``, ``dB = dyᵀ h`` and DoRA's dm, each summed in a fixed order.
 
     ``dy [M, N]``, ``x [M, K]``, ``h [M, R]``, ``b [N, R]``, of one dtype and any strides → ``p [M, R]`` in it, dA ``[R,
-    K]`` in `dtype_a`, dB ``[N, R]`` in `dtype_b`. Without b there is no p and no dA, without x no dA, without h no dB.
-    With `dora`, these are of ``column_scale ∘ dy``, and with its u ``dm [N] = Σ δ dy ∘ u / norm``; it wants h.
-    Reads dy once up to rank `PROJECT_MAX_RANK`. 2 to 5 launches.
+    K]`` in `dtype_a`, dB ``[N, R]`` in `dtype_b`. p needs b; dA needs b and x; dB needs h; what cannot be computed is
+    None. With `dora`, dy is replaced by ``column_scale ∘ dy``, and if its u is given, which requires h, there is
+    ``dm [N] = Σ δ dy ∘ u / norm``. Reads dy once up to rank `PROJECT_MAX_RANK`. 2 to 5 launches.
     """
     p = da = db_sum = dm_sum = None
     pending: list[Sum] = []
@@ -281,7 +281,7 @@ def adapter_grads(
         p_sum, db_sum, dm_sum = project(dy, h, b, gate, scale, dtype_b, dora=dora)
         p, pending = p_sum.out, unfinished(p_sum, dm_sum)
         if x is not None and unfinished(p_sum):
-            sum_partials(*pending)  # at once: dA reads it
+            sum_partials(*pending)  # now, because dA reads p
             pending = []
     else:
         if b is not None:
@@ -301,5 +301,5 @@ def adapter_grads(
 
 
 def unfinished(*sums: Sum | None) -> list[Sum]:
-    """Those that have more than one part."""
+    """Those that still have several parts to add up."""
     return [one for one in sums if one is not None and one.partials.shape[0] > 1]

@@ -1,4 +1,4 @@
-"""What is done to a tile of ``u = x Wᵀ + h Bᵀ`` before it is stored: ``y = column_scale ∘ u + bias``."""
+"""The end of a tile: DoRA's ``y = column_scale ∘ u + bias`` of ``u = x Wᵀ + h Bᵀ``, and the stores."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ def scale_columns(
     # [BLOCK_M, BLOCK_N]; float32 [N] or None; [N] or None
     u, column_scale_ptr, bias_ptr,
     columns, column_ok, row_on, stride_bias_n,
-    ROW_GATES: tl.constexpr,  # rows that are off are not scaled; a gate for all has made the scale itself 1
+    ROW_GATES: tl.constexpr,  # leaves rows that are off unscaled; where one gate for all is off, the scale is 1
 ):  # fmt: skip
-    """``column_scale ∘ u + bias``; without a scale u, to which the bias has been added before."""
+    """``column_scale ∘ u + bias``; without a column scale u as it is, in which the bias is already."""
     if column_scale_ptr is not None:
         column_scale = tl.load(column_scale_ptr + columns, mask=column_ok, other=1.0)
         u = tl.where(row_on[:, None], u * column_scale[None, :], u) if ROW_GATES else u * column_scale[None, :]
@@ -24,13 +24,13 @@ def scale_columns(
 
 @triton.jit
 def store_scaled(
-    # [BLOCK_M, BLOCK_N]; where it goes in y; contiguous [M, N] or None; float32 [N] or None; [N] or None
+    # [BLOCK_M, BLOCK_N]; its addresses in y; contiguous [M, N] or None; float32 [N] or None; [N] or None
     u, y_ptrs, u_ptr, column_scale_ptr, bias_ptr,
     rows, columns, stored, column_ok, row_on, N,
     stride_bias_n,
     ROW_GATES: tl.constexpr,
 ):  # fmt: skip
-    """Stores the rows `stored` of y, and of u where there is a place for it."""
+    """Stores the rows `stored` of y, and of u if `u_ptr` is given."""
     if u_ptr is not None:
         u_ptrs = u_ptr + rows[:, None] * N + columns[None, :]
         tl.store(u_ptrs, u.to(u_ptr.dtype.element_ty), mask=stored[:, None] & column_ok[None, :])

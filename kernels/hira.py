@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale
 from cotolora.kernels.one_pass import swizzled
-from cotolora.kernels.tiles import HIRA, Tile, architecture, choose, dot_precision, is_aligned
+from cotolora.kernels.tiles import HIRA, Tile, architecture, dot_precision, is_aligned, row_for
 
 
 @triton.jit
@@ -33,18 +33,18 @@ def tile_product(
 
 @triton.jit
 def accumulate(
-    # [BLOCK_N, BLOCK_M] twice: the base, or all of it where nothing is SELECTED; and what is to be selected from
+    # [BLOCK_N, BLOCK_M] accumulators
     base, update,
     x_ptr, weight_ptr, a_ptr, b_ptr, seed_ptr,
     rows, columns, row_ok, column_ok, K, R,
     stride_x_m, stride_x_k, stride_weight_n, stride_weight_k, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
     scale, dropout,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr,
-    ON: tl.constexpr,  # without it A and B are not read
+    ON: tl.constexpr,  # if False, A and B are not read
     SELECTED: tl.constexpr, DROPS_INPUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds ``W xᵀ``, and what A and B make of it, in float32 and from one read of x and W."""
+    """Adds ``W xᵀ`` to base and ``(W ∘ scale · B A) xᵀ`` to update (to base unless SELECTED); reads x and W once."""
     for first_k in range(0, K, BLOCK_K):
         ks = first_k + tl.arange(0, BLOCK_K).to(tl.int64)
         k_ok = ks < K
@@ -54,7 +54,7 @@ def accumulate(
         weight = tl.load(weight_ptrs, mask=column_ok[:, None] & k_ok[None, :], other=0.0)
         base = tl.dot(weight, x.T, base, input_precision=PRECISION)
         if ON:
-            # two products: 1 + scale · B A, rounded, would lose a small update in the low precisions
+            # a product of its own: 1 + scale · B A, rounded to a low precision, would lose a small update
             update_weight = weight.to(tl.float32) * scale * tile_product(
                 a_ptr, b_ptr, columns, ks, column_ok, k_ok, R, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
                 BLOCK_N, BLOCK_K, BLOCK_R, RANK_STEPS, PRECISION,
@@ -86,7 +86,7 @@ def hira_kernel(
     RANK_STEPS: tl.constexpr,  # of BLOCK_R ranks each
     GROUP_M: tl.constexpr,
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
-    DROPS_INPUT: tl.constexpr,  # a seed drops x out, for A and B; else what they make of y
+    DROPS_INPUT: tl.constexpr,  # a seed drops out the update's input x; if False, the update itself
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
     """One program writes a [BLOCK_M, BLOCK_N] tile of y."""
@@ -103,7 +103,7 @@ def hira_kernel(
         on = tl.load(gate_ptr) != 0
 
     SELECTED: tl.constexpr = ROW_GATES or seed_ptr is not None
-    # y transposed: the left operand of a product may stay in registers, where W ∘ scale · B A is made
+    # y transposed: only the left operand of a product may be in registers, where W ∘ scale · B A is computed
     base = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     update = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if on:
@@ -122,7 +122,7 @@ def hira_kernel(
         chosen = row_on[:, None] & column_ok[None, :]
         if seed_ptr is not None and not DROPS_INPUT:
             chosen &= keep_mask(tl.load(seed_ptr), rows, tile_n * BLOCK_N, dropout, BLOCK_N)
-        # where: what is off does not count, whatever A and B hold
+        # where, not a product with 0: A and B may hold inf
         base += tl.where(chosen.T, update, 0.0)
     if bias_ptr is not None:
         base += tl.load(bias_ptr + columns * stride_bias_n, mask=column_ok, other=0.0).to(tl.float32)[:, None]
@@ -137,9 +137,9 @@ def hira(
     """Launches `hira_kernel`: ``y = x Wᵀ + δ · dropout(x) (W ∘ scale · B A)ᵀ + bias``.
 
     ``x [M, K]``, ``weight [N, K]``, ``bias [N]`` or None, ``a [R, K]``, ``b [N, R]`` → ``y [M, N]``, of one dtype and
-    any strides; the product of W is rounded to that dtype. `gate` and `seed` as in `one_pass`; what is off has the
-    base, whatever A and B hold. The gradient of x is ``hira(dy, W.T, None, B.T, A.T, gate, scale, drops_input=False)``:
-    there a `seed` drops out the second term instead of its input.
+    any strides; ``W ∘ scale · B A`` is rounded to that dtype. `gate` and `seed` as in `one_pass`; rows that are off get
+    the base's output, whatever A and B hold. The gradient of x is ``hira(dy, W.T, None, B.T, A.T, gate, scale,
+    drops_input=False)``: there a `seed` drops out the second term instead of its input.
     """
     (m, k), n, rank = x.shape, weight.shape[0], a.shape[0]
     y = x.new_empty(m, n)
@@ -147,9 +147,9 @@ def hira(
         return y
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     precision = dot_precision(x.dtype, x.device)
-    tile = tile or choose(
+    tile = tile or row_for(
         HIRA, architecture(x.device), m, n, rank, element_size=x.element_size(), precision=precision,
-        # K of x must lie together: the kernel is not specialised on M
+        # x must be contiguous along K: the kernel is not specialised on M
         aligned=x.stride(1) == 1 and is_aligned(x) and is_aligned(weight),
         selects=row_gates is not None or seed is not None,
     ).tile  # fmt: skip
@@ -172,5 +172,5 @@ def hira(
 
 
 def rank_block(rank: int, element_size: int) -> int:
-    """Ranks taken at a time: full float32 has no matrix instruction on NVIDIA and holds them in registers."""
+    """Ranks taken at a time; few in full float32: without a matrix instruction they are held in registers."""
     return min(64 if element_size == 2 else 16, max(16, triton.next_power_of_2(rank)))

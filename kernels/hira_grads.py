@@ -12,7 +12,7 @@ from cotolora.kernels.hira import rank_block
 from cotolora.kernels.one_pass import swizzled
 from cotolora.kernels.partials import Sum, sum_partials
 from cotolora.kernels.row_norm import any_on
-from cotolora.kernels.tiles import HIRA_GRADS, Tile, architecture, choose, dot_precision, is_aligned, splits
+from cotolora.kernels.tiles import HIRA_GRADS, Tile, architecture, dot_precision, is_aligned, row_for, splits
 
 
 @triton.jit(do_not_specialize=["M", "G", "rows_per_gate", "steps_per_split"])
@@ -93,8 +93,8 @@ def hira_grads(
 
     ``dy [M, N]``, ``x [M, K]``, ``weight [N, K]``, ``a [R, K]``, ``b [N, R]``, of one dtype and any strides → dA ``[R,
     K]`` in `dtype_a`, dB ``[N, R]`` in `dtype_b`, contiguous, summed in a fixed order. `gate` and `seed` as in
-    `one_pass`. `split` is over rows. Each tile of W writes parts of its own, so memory for ``4 R N K (1 / BLOCK_N + 1 /
-    BLOCK_K)`` bytes is taken for the length of the call.
+    `one_pass`. The rows are divided among `split` programs. Each tile of W writes parts of its own, so the call needs
+    ``4 R N K (1 / BLOCK_N + 1 / BLOCK_K)`` bytes of memory for a time.
     """
     (m, n), k, rank = dy.shape, x.shape[1], a.shape[0]
     da, db = dy.new_empty(rank, k, dtype=dtype_a), dy.new_empty(n, rank, dtype=dtype_b)
@@ -102,7 +102,7 @@ def hira_grads(
         return da.zero_(), db.zero_()
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(x.device), dot_precision(x.dtype, x.device)
-    tile = tile or choose(
+    tile = tile or row_for(
         HIRA_GRADS, arch, m, n, rank, element_size=x.element_size(), precision=precision,
         aligned=is_aligned(x) and is_aligned(dy) and is_aligned(weight), selects=seed is not None,
     ).tile  # fmt: skip

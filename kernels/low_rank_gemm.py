@@ -17,8 +17,8 @@ from cotolora.kernels.tiles import (
     TMA_ARCHITECTURES,
     Tile,
     architecture,
-    choose,
     dot_precision,
+    row_for,
 )
 
 
@@ -47,7 +47,7 @@ def low_rank_term(
     BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y + h Bᵀ over all ranks."""
-    # a loop around a product takes 60 registers more where the weight comes by TMA, and saves some where not
+    # not unrolled, a loop around the product takes 60 registers more with TMA, and fewer without it
     if TMA:
         for step in tl.static_range(RANK_STEPS):
             y = add_low_rank(
@@ -65,7 +65,7 @@ def low_rank_term(
 
 @triton.jit
 def scale_x(x, x_scale_ptr, first_k, row_on, K, BLOCK_K: tl.constexpr, ROW_GATES: tl.constexpr):
-    """``x_scale ∘ x``, rounded; rows that are off as they are."""
+    """``x_scale ∘ x``, rounded; rows that are off are left unscaled."""
     ks = first_k + tl.arange(0, BLOCK_K)
     x_scale = tl.load(x_scale_ptr + ks, mask=ks < K, other=0.0)[None, :]
     if ROW_GATES:
@@ -75,7 +75,7 @@ def scale_x(x, x_scale_ptr, first_k, row_on, K, BLOCK_K: tl.constexpr, ROW_GATES
 
 @triton.jit
 def store_tma(y, y_ptr, first_row, first_column, STORES: tl.constexpr):
-    """Stores a tile by its descriptor, in one part or two."""
+    """Stores a tile through its TMA descriptor, in one part or two."""
     if STORES == 1:
         y_ptr.store([first_row, first_column], y.to(y_ptr.dtype))
     else:
@@ -88,7 +88,7 @@ def store_tma(y, y_ptr, first_row, first_column, STORES: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "rows_per_gate"])
 def low_rank_gemm_kernel(
     # [M, K], [N, K], [N] or None, [M, R], [N, R], [] or [G] or None, [] or None, [K] or None, [N] or None, [M, N] and
-    # [M, N] or None; x, weight, y and u are descriptors if TMA, with the weight's of [K, N] unless WEIGHT_ROWS
+    # [M, N] or None; with TMA, x, weight, y and u are descriptors, the weight's of Wᵀ [K, N] unless WEIGHT_ROWS
     x_ptr, weight_ptr, bias_ptr, h_ptr, b_ptr, gate_ptr, seed_ptr, x_scale_ptr, column_scale_ptr, y_ptr, u_ptr,
     M, N, K, R, rows_per_gate,
     stride_x_m, stride_x_k,
@@ -104,11 +104,11 @@ def low_rank_gemm_kernel(
     RANK_STEPS: tl.constexpr,  # of BLOCK_R ranks each
     GROUP_M: tl.constexpr,
     TMA: tl.constexpr, WEIGHT_ROWS: tl.constexpr,
-    STORES: tl.constexpr,  # in how many parts a tile is stored: one would need shared memory for all of it
+    STORES: tl.constexpr,  # in how many parts a tile is stored: each takes shared memory of its own size
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
-    """A program writes every num_programs-th [BLOCK_M, BLOCK_N] tile of y."""
+    """Each program writes several [BLOCK_M, BLOCK_N] tiles of y, num_programs apart."""
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     gate = True
     if gate_ptr is not None and not ROW_GATES:
@@ -125,14 +125,14 @@ def low_rank_gemm_kernel(
             row_on = tl.load(gate_ptr + rows // rows_per_gate * stride_gate_g, mask=row_ok, other=0) != 0
             on = tl.max(row_on.to(tl.int32), axis=0) != 0
 
-        # the low-rank term comes first, while it can be selected from without a second accumulator
+        # the low-rank term first: gates and dropout can be applied to it without a second accumulator
         y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if on:
             y = low_rank_term(
                 y, h_ptr, b_ptr, rows, columns, row_on, column_ok, R, stride_h_m, stride_h_r, stride_b_n, stride_b_r,
                 BLOCK_R, RANK_STEPS, TMA, PRECISION,
             )  # fmt: skip
-        # selections for tiles that are off as well: in the branch they make ptxas serialise every wgmma after it
+        # outside the branch, though tiles that are off need none: inside, ptxas serialises every later wgmma
         if ROW_GATES:
             y = tl.where(row_on[:, None], y, 0.0)
         if seed_ptr is not None:
@@ -181,10 +181,10 @@ def low_rank_gemm(
     """Launches `low_rank_gemm_kernel`: ``y = x Wᵀ + bias + δ · h Bᵀ``, the last term dropped out under a `seed`.
 
     ``x [M, K]``, ``weight [N, K]``, ``bias [N]`` or None, ``h [M, R]``, ``b [N, R]`` → ``y [M, N]``, of one dtype and
-    any strides. `gate`: None (on), ``[]``, or ``[G]`` with row i under gate ``i // (M / G)``; rows that are off have
-    ``x Wᵀ + bias``, whatever h and B hold. The gradient of x is ``low_rank_gemm(dy, W.T, None, p, A.T, gate)``. By
-    TMA where the GPU has it and the strides allow, unless `tma` says otherwise. `column_scale` and `u` as in
-    `one_pass`; with `x_scale`, contiguous float32 ``[K]``, the rows that are on have ``(x_scale ∘ x) Wᵀ``.
+    any strides. `gate`: None (on), ``[]``, or ``[G]`` with row i under gate ``i // (M / G)``; rows that are off are
+    ``x Wᵀ + bias``, whatever h and B hold. The gradient of x is ``low_rank_gemm(dy, W.T, None, p, A.T, gate)``. Uses
+    TMA where the GPU has it and the strides allow it, unless `tma` says otherwise. `column_scale` and `u` as in
+    `one_pass`; with `x_scale`, contiguous float32 ``[K]``, rows that are on use ``x_scale ∘ x`` in place of x.
     """
     (m, k), n, rank = x.shape, weight.shape[0], h.shape[1]
     y = x.new_empty(m, n)
@@ -195,12 +195,12 @@ def low_rank_gemm(
         tma = arch in TMA_ARCHITECTURES and x.stride(1) == 1 and all(map(fits_tma, (x, weight, y)))
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     precision = dot_precision(x.dtype, x.device)
-    tile = tile or choose(
+    tile = tile or row_for(
         LOW_RANK_GEMM, arch, m, n, rank, element_size=x.element_size(), precision=precision, aligned=tma,
         selects=row_gates is not None or seed is not None, scaled=x_scale is not None or column_scale is not None,
     ).tile  # fmt: skip
     weight_rows = weight.stride(1) == 1
-    # 128 x 256 in one part would take the shared memory of a stage and a half
+    # 128 x 256 in one part would take as much shared memory as one and a half pipeline stages
     stores = 2 if tile.block_n > 128 else 1
     operands: tuple = (x, weight, y, u)
     if tma:
@@ -213,7 +213,7 @@ def low_rank_gemm(
             None if u is None else TensorDescriptor.from_tensor(u, [tile.block_m, tile.block_n // stores]),
         )
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
-    # full float32 has no matrix instruction on NVIDIA: a product holds its ranks in registers
+    # full float32 has no matrix instruction on NVIDIA: the ranks of a product are held in registers
     block_r = min(64 if x.element_size() == 2 else 16, max(16, triton.next_power_of_2(rank)))
     with torch.cuda.device_of(x):  # Triton launches on the current device
         low_rank_gemm_kernel[(min(tiles, MULTIPROCESSORS[arch] * tile.programs),)](

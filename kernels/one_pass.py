@@ -9,12 +9,12 @@ from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale
 from cotolora.kernels.epilogue import store_scaled
-from cotolora.kernels.tiles import ONE_PASS, Tile, architecture, choose, dot_precision, is_aligned
+from cotolora.kernels.tiles import ONE_PASS, Tile, architecture, dot_precision, is_aligned, row_for
 
 
 @triton.jit
 def swizzled(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Row and column of the tile-th tile, when `GROUP_M` row tiles are taken together."""
+    """Row and column of the tile-th tile, in an order that visits `GROUP_M` row tiles together."""
     group_size = GROUP_M * tiles_n
     first_m = tile // group_size * GROUP_M
     group_m = tl.minimum(tiles_m - first_m, GROUP_M)
@@ -23,17 +23,17 @@ def swizzled(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def accumulate(
-    # [BLOCK_M, BLOCK_N], what x Wᵀ is added to; then where each row of x, W and A starts
+    # [BLOCK_M, BLOCK_N], to which x Wᵀ is added; then the addresses of the rows of x, W and A
     y, x_rows, weight_rows, a_rows,
     rows, row_ok, column_ok, rank_ok,
     K,
     stride_x_k, stride_weight_k, stride_a_k,
     seed_ptr, dropout,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    LOW_RANK: tl.constexpr,  # without it A is not read and h is zero
+    LOW_RANK: tl.constexpr,  # if False, A is not read and h is zero
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds x Wᵀ to y and makes h = dropout(x) Aᵀ, in float32, from one read of x."""
+    """Adds x Wᵀ to y and computes h = dropout(x) Aᵀ, in float32, from one read of x."""
     h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for first_k in range(0, K, BLOCK_K):
         ks = first_k + tl.arange(0, BLOCK_K).to(tl.int64)
@@ -58,7 +58,7 @@ def expanded(
 ):  # fmt: skip
     """Y + h Bᵀ."""
     if h.dtype == tl.float32 and PRECISION == "ieee" and h.shape[1] > 16:
-        # without a matrix instruction a product holds all its ranks in registers: 16 at a time do not spill
+        # without a matrix instruction all ranks of a product are in registers: 16 at a time do not spill
         parts = tl.reshape(h, (h.shape[0], h.shape[1] // 16, 16))
         for part in range(0, h.shape[1] // 16):
             chosen = tl.arange(0, h.shape[1] // 16) == part
@@ -74,7 +74,7 @@ def expanded(
     return y
 
 
-# M changes from batch to batch, and 1, a multiple of 16 and any other would each be a compilation
+# M changes from batch to batch: specialised, 1, multiples of 16 and all others would each be compiled
 @triton.jit(do_not_specialize=["M", "rows_per_gate"])
 def one_pass_kernel(
     # [M, K], [N, K], [N] or None, [R, K], [N, R], [] or [G] or None, [] or None, [N] or None; [M, N], [M, R], and
@@ -115,12 +115,12 @@ def one_pass_kernel(
 
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if bias_ptr is not None and column_scale_ptr is None:
-        # before the K loop: added after it, a thread's share of 256 columns costs 40 registers [compiled, sm_90]
+        # before the K loop: after it, its 256 columns cost each thread 40 more registers [compiled, sm_90]
         bias = tl.load(bias_ptr + columns * stride_bias_n, mask=column_ok, other=0.0)
         y += bias.to(tl.float32)[None, :]
     x_rows = x_ptr + rows * stride_x_m
     weight_rows, a_rows = weight_ptr + columns * stride_weight_n, a_ptr + ranks * stride_a_r
-    # a loop of its own for each, because a branch inside the loop stops the pipelining of A
+    # two loops, because a branch inside one loop stops the pipelining of A
     if on:
         y, h = accumulate(
             y, x_rows, weight_rows, a_rows, rows, row_ok, column_ok, rank_ok, K, stride_x_k, stride_weight_k,
@@ -132,14 +132,14 @@ def one_pass_kernel(
             stride_a_k, seed_ptr, dropout, BLOCK_M, BLOCK_K, BLOCK_R, False, PRECISION,
         )  # fmt: skip
 
-    # rank_ok: an inf in x makes NaN of the ranks that are not there
+    # rank_ok: an inf in x times the zeros beyond rank R is NaN
     h = tl.where(row_on[:, None] & rank_ok[None, :], scale * h, 0.0).to(h_ptr.dtype.element_ty)
     if tile_n == 0:
         h_ptrs = h_ptr + rows[:, None] * stride_h_m + ranks[None, :] * stride_h_r
         tl.store(h_ptrs, h, mask=row_ok[:, None] & rank_ok[None, :])
     y_ptrs = y_ptr + rows[:, None] * stride_y_m + columns[None, :] * stride_y_n
     if ROW_GATES:
-        # rows that are off leave before B comes in: their zeros times its inf would be NaN
+        # rows that are off are stored before B is used: their zeros times an inf in B would be NaN
         store_scaled(
             y, y_ptrs, u_ptr, column_scale_ptr, bias_ptr, rows, columns, row_ok & ~row_on, column_ok, row_on, N,
             stride_bias_n, ROW_GATES,
@@ -161,9 +161,9 @@ def one_pass(
 
     ``x [M, K]``, ``weight [N, K]``, ``bias [N]`` or None, ``a [R, K]``, ``b [N, R]`` → ``y [M, N]``, ``h [M, R]``, of
     one dtype and any strides. `gate`: None (on), ``[]``, or ``[G]`` with row i under gate ``i // (M / G)``. Rows that
-    are off have the base in y, whatever A and B hold, and zeros in h. `seed`, an int64 ``[]``, drops out. With
-    `column_scale`, contiguous float32 ``[N]``, the rows that are on have ``column_scale ∘ (x Wᵀ + h Bᵀ) + bias`` in y,
-    and `u`, if given, is filled with what is scaled; it is contiguous.
+    are off are ``x Wᵀ + bias`` in y, whatever A and B hold, and zeros in h. With `seed`, an int64 ``[]``, there is
+    dropout. With `column_scale`, contiguous float32 ``[N]``, rows of y that are on are ``column_scale ∘ u + bias`` with
+    ``u = x Wᵀ + h Bᵀ``, which `u`, if given, a contiguous ``[M, N]``, is filled with.
     """
     (m, k), n, rank = x.shape, weight.shape[0], a.shape[0]
     y, h = x.new_empty(m, n), x.new_empty(m, rank)
@@ -171,9 +171,9 @@ def one_pass(
         return y, h
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     precision = dot_precision(x.dtype, x.device)
-    tile = tile or choose(
+    tile = tile or row_for(
         ONE_PASS, architecture(x.device), m, n, rank, element_size=x.element_size(), precision=precision,
-        # K of x must lie together: the kernel is not specialised on M
+        # x must be contiguous along K: the kernel is not specialised on M
         aligned=x.stride(1) == 1 and is_aligned(x) and is_aligned(weight) and is_aligned(a),
         selects=row_gates is not None or seed is not None, scaled=column_scale is not None,
     ).tile  # fmt: skip

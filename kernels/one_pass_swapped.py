@@ -1,4 +1,4 @@
-"""The one-pass linear for few rows: W and A on the wide side of the product, K split over programs."""
+"""`one_pass` for few rows: computes ``[W; A] xᵀ``, with W and A as the left operand and K split over programs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale
 from cotolora.kernels.epilogue import store_scaled
-from cotolora.kernels.tiles import ONE_PASS_SWAPPED, Stream, architecture, choose, dot_precision, is_aligned, splits
+from cotolora.kernels.tiles import ONE_PASS_SWAPPED, Stream, architecture, dot_precision, is_aligned, row_for, splits
 
 
 @triton.jit
 def narrow_product(
-    # [N, K], [M, K], [S, N + R, M]; row n of the first goes to row out_n + n of the last
+    # [N, K], [M, K], [] or None, [N, M] of one split
     wide_ptr, x_ptr, seed_ptr, partials_ptr,
     tile, M, N, K, first_step, last_step,
     stride_wide_n, stride_wide_k,
@@ -29,7 +29,7 @@ def narrow_product(
     rows = tl.arange(0, BLOCK_M).to(tl.int64)
     column_ok, row_ok = columns < N, rows < M
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    # whole steps, so that the compiler sees aligned offsets and the end of K alone needs a mask
+    # in whole steps of BLOCK_K, so that offsets stay aligned and only the end of K is masked
     for step in range(first_step, last_step):
         ks = step * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
         k_ok = ks < K
@@ -57,7 +57,7 @@ def stacked_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,  # BLOCK_M covers M
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
-    """One program writes what steps_per_split times BLOCK_K columns contribute to BLOCK_N rows of ``[W; A] xᵀ``."""
+    """One program writes BLOCK_N rows of ``[W; A] xᵀ``, summed over its steps_per_split · BLOCK_K columns of K."""
     tile, split = tl.program_id(0), tl.program_id(1)
     tiles_n = tl.cdiv(N, BLOCK_N)
     first_step = split * steps_per_split
@@ -125,7 +125,7 @@ def finish_kernel(
             b_ptrs = b_ptr + ranks[:, None] * stride_b_r + columns[None, :] * stride_b_n
             b = tl.load(b_ptrs, mask=rank_ok[:, None] & column_ok[None, :], other=0.0)
             y = tl.dot(h, b, y, input_precision=PRECISION)
-    # where: rows that are off have the base whatever B holds
+    # where, not a product with 0: B may hold inf
     y = tl.where(row_on[:, None], y, 0.0)
     if bias_ptr is not None and column_scale_ptr is None:
         y += tl.load(bias_ptr + columns * stride_bias_n, mask=column_ok, other=0.0).to(tl.float32)[None, :]
@@ -147,8 +147,9 @@ def one_pass_swapped(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launches `stacked_kernel` and `finish_kernel`: ``y = x Wᵀ + bias + h Bᵀ`` with ``h = scale · δ · dropout(x) Aᵀ``.
 
-    As `cotolora.kernels.one_pass.one_pass`, for at most 64 rows of x: the matrix units take 64 rows at once, so W
-    and A give them those, and x as few columns as it has. W is read once, in `split` parts at the same time.
+    As `cotolora.kernels.one_pass.one_pass`, for at most 64 rows of x. A matrix instruction takes 64 rows of its left
+    operand, of which x would leave most unused; so W and A are the left operand and xᵀ the right one. W is read once;
+    K is divided among `split` programs.
     """
     (m, k), n, rank = x.shape, weight.shape[0], a.shape[0]
     y, h = x.new_empty(m, n), x.new_empty(m, rank)
@@ -156,7 +157,7 @@ def one_pass_swapped(
         return y, h
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(x.device), dot_precision(x.dtype, x.device)
-    stream = stream or choose(
+    stream = stream or row_for(
         ONE_PASS_SWAPPED, arch, m, n, rank, element_size=x.element_size(), precision=precision,
         aligned=x.stride(1) == 1 and is_aligned(x) and is_aligned(weight),
     ).tile  # fmt: skip
@@ -175,11 +176,11 @@ def one_pass_swapped(
             PRECISION=precision,
             **stream.meta(),
         )  # fmt: skip
-        # ptxas may spill a few bytes to fit one more block on the SM: more where float32 has no matrix instruction, or
-        # there are a scale and a second result. These shapes it leaves alone, in Triton 3.6 and 3.9 alike [compiled]
+        # ptxas may spill a few bytes to fit one more block on an SM, more so in full float32 and with a column scale.
+        # These sizes compile without spills in Triton 3.6 and 3.9 [compiled]
         scaled, full_float32 = column_scale is not None, x.dtype == torch.float32 and precision == "ieee"
         block_n = 16 if scaled or full_float32 else 32
-        # as many programs as fill a GPU; 16 rows are what tl.dot takes
+        # many small programs, to fill the GPU; tl.dot needs at least 16 rows
         finish_kernel[(triton.cdiv(m, 16), max(1, triton.cdiv(n, block_n)))](
             partials, bias, b, gate, column_scale, y, h, u,
             split, m, n, rank, m if row_gates is None else m // row_gates.shape[0],

@@ -1,4 +1,4 @@
-"""Sums what several programs have contributed, in one fixed order: the same bits in every run."""
+"""Adds up the parts that several programs wrote, in a fixed order, so that every run gives the same bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The low-rank term and the bias alone, for a vendor's product to be added to: ``y0 = h Bᵀ + bias``."""
+"""The low-rank term and the bias alone, ``y0 = h Bᵀ + bias``, to which a vendor's GEMM then adds ``x Wᵀ``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale
-from cotolora.kernels.tiles import PRE_EXPAND, Stream, architecture, choose, dot_precision
+from cotolora.kernels.tiles import PRE_EXPAND, Stream, architecture, dot_precision, row_for
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_gate"])
@@ -30,7 +30,7 @@ def pre_expand_kernel(
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
-    """One program writes BLOCK_M rows of y, and, given x, first those of h; without x it reads h."""
+    """One program writes BLOCK_M rows of y; with x it first computes and stores those of h, else it reads them."""
     # int64: index * stride passes 2**31 for tensors beyond 2 Gi elements
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = rows < M
@@ -61,7 +61,7 @@ def pre_expand_kernel(
             h = tl.where(row_on[:, None], scale * h, 0.0)
             h_ptrs = h_ptr + rows[:, None] * stride_h_m + ranks[None, :] * stride_h_r
             tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=row_ok[:, None] & rank_ok[None, :])
-        # the other threads of the program read what this one has written of h
+        # threads of this program read what others of it have written to h
         tl.debug_barrier()
 
     for first_n in range(0, N, BLOCK_N):
@@ -97,7 +97,7 @@ def pre_expand(
     """Launches `pre_expand_kernel`: ``y0 = h Bᵀ + bias`` with ``h = scale · δ · dropout(x) Aᵀ``, each rounded once.
 
     ``x [M, K]``, ``bias [N]`` or None, ``a [R, K]``, ``b [N, R]`` → ``y0 [M, N]``, ``h [M, R]``, of one dtype and any
-    strides. `gate` and `seed` as in `shrink`. With it, ``y0.addmm_(x, W.T)`` is the layer, at the vendor's speed.
+    strides. `gate` and `seed` as in `shrink`. ``y0.addmm_(x, W.T)`` is then the layer's output, at the vendor's speed.
     """
     h = x.new_empty(x.shape[0], a.shape[0])
     return _launch(x, bias, a, b, None, gate, scale, h, seed, dropout, stream), h
@@ -107,11 +107,11 @@ def expand(
     p: Tensor, a: Tensor, gate: Tensor | None,
     *, add: Tensor | None = None, seed: Tensor | None = None, dropout: float = 0.0, stream: Stream | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launches `pre_expand_kernel` on a p that is there: ``dx0 = δ · dropout(p A)``, plus `add` if given.
+    """Launches `pre_expand_kernel` with a known p: ``dx0 = δ · dropout(p A)``, plus `add` if given.
 
     ``p [M, R]``, ``a [R, K]``, ``add [M, K]`` → ``dx0 [M, K]``, rounded once; ``dx0.addmm_(dy, W)`` is the gradient of
-    x. Under a `seed` the product is dropped out, by the mask that dropped x. ``expand(h, B.T, gate, add=y)`` puts the
-    low-rank part onto a base's own output.
+    x. With a `seed`, ``p A`` is dropped out by the same mask as x was. ``expand(h, B.T, gate, add=y)`` adds the
+    low-rank part to a base's own output y.
     """
     return _launch(None, None, None, a.T, add, gate, 1.0, p, seed, dropout, stream)
 
@@ -128,7 +128,7 @@ def _launch(
     precision = dot_precision(h.dtype, h.device)
     stream = (
         stream
-        or choose(
+        or row_for(
             PRE_EXPAND, architecture(h.device), m, n, rank, element_size=h.element_size(), precision=precision
         ).tile
     )

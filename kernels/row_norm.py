@@ -1,4 +1,4 @@
-"""What DoRA scales its outputs by, ``m / ‖W + scale · B A‖`` row by row, from one read of W."""
+"""DoRA's column scale, ``m / ‖W + scale · B A‖`` with norms of rows, from one read of W."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cotolora.kernels.tiles import ROW_NORM, Stream, architecture, choose, dot_precision, is_aligned
+from cotolora.kernels.tiles import ROW_NORM, Stream, architecture, dot_precision, is_aligned, row_for
 
 
 @triton.jit
@@ -29,8 +29,8 @@ def computed_norm(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``‖W + scale · B A‖`` of the BLOCK_N rows `rows`."""
-    # the sum of squares itself, not ‖W‖² + 2 · scale · W·BA + ‖scale · BA‖²: as many products, and nothing cancels.
-    # K by N, because the matrix units want their many rows, and few rows of W a program make many programs
+    # the sum of squares itself, not ‖W‖² + 2 · scale · W·BA + ‖scale · BA‖²: the same cost without cancellation.
+    # [K, N]: matrix instructions want many rows, and few rows of W in each program make many programs
     squares = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
     for first_k in range(0, K, BLOCK_K):
         ks = first_k + tl.arange(0, BLOCK_K).to(tl.int64)
@@ -66,7 +66,7 @@ def row_norm_kernel(
     RANK_STEPS: tl.constexpr,  # of BLOCK_R ranks each
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
-    """One program writes BLOCK_N norms and, given magnitudes, their ratios to them; ones if no gate is on."""
+    """One program writes BLOCK_N norms and, given magnitudes, ``magnitude / norm``; ones if no gate is on."""
     # int64: index * stride passes 2**31 for tensors beyond 2 Gi elements
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ok = rows < N
@@ -86,7 +86,7 @@ def row_norm_kernel(
             )  # fmt: skip
         if magnitude_ptr is not None:
             magnitude = tl.load(magnitude_ptr + rows * stride_magnitude_n, mask=row_ok, other=1.0).to(tl.float32)
-            # a row of zeros has no direction to give a length to
+            # a row of zeros has no direction: it keeps ratio 1
             ratio = tl.where(norm == 0, 1.0, tl.div_rn(magnitude, tl.where(norm == 0, 1.0, norm)))
     tl.store(norm_ptr + rows, norm, mask=row_ok)
     if magnitude_ptr is not None:
@@ -101,15 +101,15 @@ def row_norm(
 
     ``weight [N, K]``, ``a [R, K]``, ``b [N, R]``, of one dtype, ``norm [N]`` if it is known and ``magnitude [N]``, of
     any, all of any strides → ``norm [N]``, ``ratio [N]``, float32; without a magnitude the ratio is not written. Where
-    the norm is 0, the ratio is 1. `gate` as in `shrink`: if it is off, for every row in the case of row gates, both are
-    ones and nothing else is read, whatever it holds.
+    the norm is 0, the ratio is 1. `gate` as in `shrink`: if no gate is on, both are ones and nothing but the gate is
+    read.
     """
     (n, k), rank = weight.shape, a.shape[0]
     out, ratio = (weight.new_empty(n, dtype=torch.float32) for _ in range(2))
     if n == 0:
         return out, ratio
     precision = dot_precision(weight.dtype, weight.device)
-    stream = stream or choose(
+    stream = stream or row_for(
         ROW_NORM, architecture(weight.device), 0, n, rank, element_size=weight.element_size(), precision=precision,
         aligned=is_aligned(weight) and is_aligned(a),
     ).tile  # fmt: skip

@@ -1,4 +1,4 @@
-"""The down-projection of an adapter: ``h = scale · δ · dropout(x) Aᵀ``, x read once."""
+"""The down-projection of an adapter, ``h = scale · δ · dropout(x) Aᵀ``, from one read of x."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale
 from cotolora.kernels.partials import Sum, sum_partials
-from cotolora.kernels.tiles import SHRINK, Stream, architecture, choose, dot_precision, splits
+from cotolora.kernels.tiles import SHRINK, Stream, architecture, dot_precision, row_for, splits
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_gate", "steps_per_split"])
@@ -27,7 +27,7 @@ def shrink_kernel(
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
-    """One program writes its columns' part, steps_per_split times BLOCK_K, of a [BLOCK_M, BLOCK_R] tile of h."""
+    """One program writes a [BLOCK_M, BLOCK_R] tile of h, summed over its steps_per_split · BLOCK_K columns of x."""
     split = tl.program_id(1)
     # int64: index * stride passes 2**31 for tensors beyond 2 Gi elements
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -42,7 +42,7 @@ def shrink_kernel(
 
     h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if on:
-        # whole steps, so that the compiler sees aligned offsets and the end of K alone needs a mask
+        # in whole steps of BLOCK_K, so that offsets stay aligned and only the end of K is masked
         first_step = split * steps_per_split
         for step in range(first_step, tl.minimum(first_step + steps_per_split, tl.cdiv(K, BLOCK_K))):
             first_k = step * BLOCK_K
@@ -68,8 +68,9 @@ def shrink(
     """Launches `shrink_kernel`: ``h = scale · δ · dropout(x) Aᵀ``, rounded once.
 
     ``x [M, K]``, ``a [R, K]`` → ``h [M, R]``, of one dtype and any strides. `gate`: None (on), ``[]``, or ``[G]`` with
-    row i under gate ``i // (M / G)``. `seed`, an int64 ``[]``, drops out. The same kernel makes p of the backward:
-    ``shrink(dy, B.T, gate, scale)``. Few rows are split over K into `split` parts, summed in order by a second launch.
+    row i under gate ``i // (M / G)``. With `seed`, an int64 ``[]``, there is dropout. The backward's p is
+    ``shrink(dy, B.T, gate, scale)``. With few rows, K is divided among `split` programs, whose parts a second launch
+    adds up in order.
     """
     (m, k), rank = x.shape, a.shape[0]
     h = x.new_empty(m, rank)
@@ -77,7 +78,7 @@ def shrink(
         return h
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(x.device), dot_precision(x.dtype, x.device)
-    stream = stream or choose(SHRINK, arch, m, 0, rank, element_size=x.element_size(), precision=precision).tile
+    stream = stream or row_for(SHRINK, arch, m, 0, rank, element_size=x.element_size(), precision=precision).tile
     block_r = min(stream.max_ranks, max(16, triton.next_power_of_2(rank)))
     tiles = triton.cdiv(m, stream.rows) * triton.cdiv(rank, block_r)
     steps = triton.cdiv(k, stream.columns)

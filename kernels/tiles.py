@@ -1,7 +1,7 @@
 """Launch parameters of the kernels, as data: which tile a kernel takes for which sizes on which GPU.
 
-No row has been timed on a GPU. They follow from counting waves, bytes in flight and shared memory, and from the
-registers and spills that `python -m benchmarks aot` reads out of the compiled kernels.
+No row has been timed on a GPU. They were chosen by counting waves, bytes in flight and shared memory, and by the
+registers and spills of the compiled kernels, which `python -m benchmarks aot` lists.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Tile:
     block_m: int
     block_n: int
     block_k: int
-    group_m: int = 8  # row tiles taken together, so that a tile of the weight is read again while the L2 has it
+    group_m: int = 8  # row tiles visited together, so that they find the same tile of the weight in the L2
     num_warps: int = 4
     num_stages: int = 3
-    programs: int = 1  # on one multiprocessor, where each takes tile after tile
+    programs: int = 1  # per multiprocessor, of kernels whose programs write several tiles each
 
     def meta(self) -> dict[str, int | bool]:
         """Keyword arguments of the launch."""
@@ -35,7 +35,7 @@ class Tile:
             "GROUP_M": self.group_m,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
-            "enable_fp_fusion": True,  # the default of all versions; left unsaid, Triton 3.9 warns
+            "enable_fp_fusion": True,  # every version's default; Triton 3.9 warns if it is not passed
         }
 
 
@@ -45,26 +45,26 @@ class Stream:
 
     rows: int
     columns: int
-    max_ranks: int = 256  # of one program; a larger rank takes several, and reads the matrix several times
+    max_ranks: int = 256  # of one program; a larger rank takes several programs, and each reads the matrix
     num_warps: int = 4
     num_stages: int = 3
 
     def meta(self) -> dict[str, int | bool]:
-        """Keyword arguments of the launch, but for the tile, which the kernels name by their own dimensions."""
+        """Keyword arguments of the launch, without the tile: which dimensions it covers differs among the kernels."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-Launch = TypeVar("Launch", Tile, Stream)
+TileOrStream = TypeVar("TileOrStream", Tile, Stream)
 
 
 @dataclass(frozen=True)
-class Row(Generic[Launch]):
-    """A tile and what it is for: sizes up to and including a bound, and one kind of operand. None is any.
+class Row(Generic[TileOrStream]):
+    """Launch parameters and the calls that they are for: sizes up to and including a bound, and kinds of operands.
 
-    There is no bound on K, which sets the number of steps and nothing else.
+    None allows any. There is no bound on K, which determines only the number of steps.
     """
 
-    tile: Launch
+    tile: TileOrStream
     max_m: int | None = None
     max_n: int | None = None
     min_rank: int = 1
@@ -72,14 +72,14 @@ class Row(Generic[Launch]):
     element_size: int | None = None
     precision: str | None = None
     aligned: bool | None = None
-    selects: bool | None = None  # whether row gates or dropout leave out entries, which takes registers
-    scaled: bool | None = None  # whether columns are scaled, which does too
+    selects: bool | None = None  # whether row gates or dropout mask the update, which takes registers
+    scaled: bool | None = None  # whether columns are scaled, which takes registers too
 
-    def takes(
+    def applies_to(
         self, m: int, n: int, rank: int, *, element_size: int, precision: str, aligned: bool, selects: bool,
         scaled: bool,
     ) -> bool:  # fmt: skip
-        """Whether the row is for these sizes and operands."""
+        """Whether the row is for these sizes and operands; columns that are scaled count as masked, too."""
         sizes = ((m, self.max_m), (n, self.max_n), (rank, self.max_rank))
         kinds = (
             (element_size, self.element_size),
@@ -95,11 +95,11 @@ class Row(Generic[Launch]):
         )
 
 
-# every element has an address of its own, so only more warps per element keep them in registers
+# each element needs an address of its own: more warps, with fewer elements each, hold them in registers
 UNALIGNED = Row(Tile(64, 64, 32, num_warps=8, num_stages=2), element_size=2, aligned=False)
-# NVIDIA has no matrix instruction for full float32: a product holds 16 operands a row in registers. Among tiles of this
-# size ptxas may spill a few bytes to fit one more block on the SM; these it leaves alone, for every BLOCK_R, gate and
-# layout, in Triton 3.6 and 3.9 alike, and the last of each kernel in 3.7 and 3.8 as well [compiled]
+# NVIDIA has no matrix instruction for full float32: a product holds 16 operands of each row in registers. With tiles of
+# this size ptxas may spill a few bytes to fit one more block on an SM. These compile without spills for every BLOCK_R,
+# gate and layout in Triton 3.6 and 3.9, and the last row of each kernel in 3.7 and 3.8 as well [compiled]
 IEEE = (
     Row(Tile(16, 32, 16, num_warps=8, num_stages=2), min_rank=129, element_size=4, precision="ieee"),
     Row(Tile(16, 64, 16, num_stages=2), max_rank=32, element_size=4, precision="ieee"),
@@ -114,62 +114,62 @@ IEEE_SM_100 = (
     Row(Tile(32, 32, 16, num_warps=8), element_size=4, precision="ieee"),
 )
 # h of rank 256 takes four times the registers of y
-WIDE = (
+LARGE_RANK = (
     Row(Tile(32, 32, 16, num_warps=8, num_stages=2), min_rank=129, element_size=4, precision="tf32"),
     Row(Tile(64, 32, 16, num_warps=8, num_stages=2), min_rank=129, element_size=2, aligned=False),
     Row(Tile(64, 64, 32, num_warps=8), min_rank=129, element_size=2),
 )
-WIDE_SMALL = Row(Tile(64, 32, 16, num_warps=8, num_stages=2), min_rank=129, element_size=2)
+LARGE_RANK_SMALL = Row(Tile(64, 32, 16, num_warps=8, num_stages=2), min_rank=129, element_size=2)
 # small enough for rank 128, where h takes twice the registers of y
 TF32 = Row(Tile(64, 64, 32, num_warps=8), element_size=4, precision="tf32")
 
-# the first row that takes the operands counts, and the last of an architecture takes what is left
+# `row_for` takes the first row that applies; the last one of an architecture applies to every call
 ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
     # 108 SMs, 163 KiB
     "sm_80": (
-        *WIDE,
+        *LARGE_RANK,
         UNALIGNED,
         *IEEE_ONE_PASS,
-        # 8 bytes of spills with 32 of K and odd strides, or with 16 of K and 16-byte loads
+        # spills of 8 bytes with block_k 32 and unaligned strides, or with block_k 16 and 16-byte loads
         Row(Tile(64, 64, 32, num_warps=8, num_stages=4), element_size=4, precision="tf32", aligned=True),
         Row(Tile(64, 64, 16, num_warps=8), element_size=4, precision="tf32"),
-        # the weight is read once and all else is small: 32 columns make 128 programs of N = 4096
+        # few rows: time goes into reading the weight, and tiles of 32 columns make 128 programs of N = 4096
         Row(Tile(16, 32, 128, group_m=1, num_stages=4), max_m=16, max_rank=64),
         Row(Tile(64, 32, 128, group_m=1, num_stages=4), max_m=64, max_n=8192, max_rank=32),
-        # a large N has programs enough; a large rank wants A read by fewer of them
+        # a large N makes enough programs; with a large rank, fewer of them should read A
         Row(Tile(64, 64, 64, group_m=1, num_warps=8, num_stages=4), max_m=64),
         # too few rows to fill the GPU with 128 x 128
         Row(Tile(64, 128, 32, num_warps=8, num_stages=4), max_m=512),
         Row(Tile(64, 128, 32, num_warps=8, num_stages=4), scaled=True),
-        # the usual tile of this GPU; above rank 32 h does not fit beside y
+        # the usual tile of this GPU; above rank 32, h does not fit into the registers beside y
         Row(Tile(128, 128, 32, num_warps=8, num_stages=4), max_rank=32),
         Row(Tile(128, 64, 32, num_warps=8, num_stages=4)),
     ),
-    # 132 SMs, 227 KiB; wgmma wants 64 rows for each 4 warps
+    # 132 SMs, 227 KiB; wgmma needs 64 rows for each 4 warps
     "sm_90": (
-        *WIDE,
+        *LARGE_RANK,
         UNALIGNED,
         *IEEE_SM_90,
         Row(Tile(64, 64, 32), max_m=64, element_size=4, precision="tf32", aligned=True),
         Row(Tile(128, 64, 32, num_warps=8), element_size=4, precision="tf32", aligned=True),
         TF32,
-        # the weight is read once and all else is small: 32 columns make 128 programs of N = 4096, 5 stages of 8 KiB
-        # of it each; 4.3 TB/s at 0.7 µs want 23 KiB in flight on an SM
+        # few rows: time goes into reading the weight, and tiles of 32 columns make 128 programs of N = 4096. Each has
+        # 5 stages of 8 KiB; 4.3 TB/s with a latency of 0.7 µs needs 23 KiB in flight on each SM
         Row(Tile(64, 32, 128, group_m=1, num_stages=5), max_m=64, max_n=8192, max_rank=32),
-        # a large N has programs enough, two to an SM; a large rank wants A read by fewer of them
+        # a large N makes enough programs, two for each SM; with a large rank, fewer of them should read A
         Row(Tile(64, 64, 64, group_m=1, num_stages=5), max_m=64),
-        # row gates and a second result beside y: 128 columns of it spill
+        # with row gates and u as a second result, 128 columns spill
         Row(Tile(128, 64, 64, num_warps=8, num_stages=4), scaled=True),
-        # 128 programs of [256, 4096], 128 of [512, 4096]
+        # each makes 128 programs: of y [256, 4096], and of y [512, 4096]
         Row(Tile(64, 128, 64, num_stages=4), max_m=256, max_rank=64),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=512),
-        # the widest: 16 ranks cost 1/16 more products; row gates store y twice, and that spills
+        # the widest tile, where 16 ranks add 1/16 to the products; row gates store y twice, which spills
         Row(Tile(128, 256, 64, num_warps=8), max_rank=64, selects=False),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
     ),
-    # 148 SMs, 227 KiB; tcgen05 wants 64 rows and keeps y in tensor memory
+    # 148 SMs, 227 KiB; tcgen05 needs 64 rows and keeps y in tensor memory
     "sm_100": (
-        *WIDE,
+        *LARGE_RANK,
         UNALIGNED,
         *IEEE_SM_100,
         Row(Tile(64, 64, 32), max_m=64, element_size=4, precision="tf32", aligned=True),
@@ -184,23 +184,23 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(64, 64, 64, num_warps=8), scaled=True),
         Row(Tile(128, 128, 64, num_stages=4), max_m=512, max_rank=64),
         Row(Tile(128, 256, 64, num_warps=8), max_rank=64, selects=False),
-        # 4 warps can read y out of tensor memory, but not above rank 64
+        # up to rank 64, 4 warps are enough to read y out of tensor memory
         Row(Tile(128, 128, 64, num_stages=4), max_rank=64),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
     ),
-    # 304 CUs, 64 KiB, so two stages; matrix instructions exist for full float32
+    # 304 CUs, 64 KiB and therefore two stages; full float32 has matrix instructions
     "gfx942": (
-        WIDE_SMALL,
+        LARGE_RANK_SMALL,
         UNALIGNED,
         Row(Tile(64, 64, 32, num_stages=2), element_size=4),
-        # the weight is read once: narrow tiles for the many CUs
+        # few rows: narrow tiles, for enough programs for the many CUs
         Row(Tile(16, 32, 128, group_m=1, num_stages=2), max_m=16),
         Row(Tile(64, 64, 64, num_stages=2), max_m=512),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=2)),
     ),
     # any other GPU: at most 64 KiB, and no more registers than sm_80 has
     "generic": (
-        WIDE_SMALL,
+        LARGE_RANK_SMALL,
         UNALIGNED,
         *IEEE_ONE_PASS,
         Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4, precision="tf32"),
@@ -210,7 +210,7 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
 }
 
 
-# with eight warps ptxas spills for one more block on the multiprocessor
+# 4 warps: with 8, ptxas spills to fit one more block on an SM
 SCALED_IEEE: Row[Tile] = Row(
     Tile(32, 32, 16, num_stages=2, programs=2),
     min_rank=33, max_rank=64, element_size=4, precision="ieee", aligned=False, scaled=True,
@@ -226,16 +226,16 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(128, 128, 32, num_warps=8, num_stages=4), max_rank=64),
         Row(Tile(128, 64, 32, num_warps=8, num_stages=4, programs=2)),
     ),
-    # by TMA where aligned
+    # aligned rows are for TMA
     "sm_90": (
         Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4, precision="ieee"),
         Row(Tile(64, 32, 32, num_warps=8, programs=2), element_size=4),
         Row(Tile(64, 64, 64, num_warps=8, programs=2), aligned=False, selects=True),
-        # with 64 of K 8 bytes of spills where there is no gate, in Triton 3.6
+        # block_k 64 spills 8 bytes without a gate, in Triton 3.6
         Row(Tile(128, 64, 32, num_warps=8, programs=2), aligned=False),
-        # too few tiles of 128 x 256 to go round
+        # tiles of 128 x 256 would be too few for the SMs
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=1024),
-        # rows off or entries dropped of a low-rank term take registers of their own
+        # masks of rows or of dropped entries take registers
         Row(Tile(128, 256, 64, num_warps=8), selects=False),
         Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
     ),
@@ -263,7 +263,7 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
     ),
 }
 
-# rows of W, columns of K; 3 stages of 8 KiB of W on each of two programs keep 40 KiB in flight on an SM
+# rows of W, columns of K; 5 stages of 8 KiB of W each
 ONE_PASS_SWAPPED: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(32, 16, num_warps=8), element_size=4),
@@ -275,7 +275,7 @@ ONE_PASS_SWAPPED: dict[str, tuple[Row[Stream], ...]] = {
     for arch in ONE_PASS
 }
 
-# what reads a matrix once waits for memory: small tiles, which leave room for several programs on a multiprocessor
+# kernels that read a matrix once are bound by memory: small tiles leave room for several programs on an SM
 SHRINK: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(32, 32, max_ranks=32, num_stages=2), element_size=4),
@@ -291,7 +291,7 @@ GRAM: dict[str, tuple[Row[Stream], ...]] = {
     )
     for arch in ONE_PASS
 }
-# wide, because each tile of columns writes a p of its own
+# wide tiles, because each tile of columns writes its own part of p
 PROJECT: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(16, 32, num_warps=8, num_stages=2), element_size=4),
@@ -310,7 +310,7 @@ PRE_EXPAND: dict[str, tuple[Row[Stream], ...]] = {
     for arch in ONE_PASS
 }
 
-# rows of W, columns of K: W is read once, so few rows make many programs and the small A comes from the L2
+# rows of W, columns of K: few rows make many programs, all of which find the small A in the L2; W is read once
 ROW_NORM: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(16, 32, max_ranks=16, num_warps=8, num_stages=2), element_size=4),
@@ -320,14 +320,14 @@ ROW_NORM: dict[str, tuple[Row[Stream], ...]] = {
     )
     for arch in ONE_PASS
 }
-# y transposed: its 128 rows are columns of the weight, of which W ∘ B A is made in registers. 64 rows of it are the
-# least that wgmma takes, and make the most programs where few rows of x leave nothing to do but read W
-HIRA_ODD = (
+# of y transposed: block_n is rows of W, of which W ∘ B A is computed in registers. wgmma needs 64 of them; where x has
+# few rows, time goes into reading W, and 64 make the most programs
+HIRA_FLOAT32_OR_UNALIGNED = (
     Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4),
     Row(Tile(32, 64, 16, num_warps=8, num_stages=2), aligned=False),
 )
 HIRA_SMALL = (
-    *HIRA_ODD,
+    *HIRA_FLOAT32_OR_UNALIGNED,
     Row(Tile(32, 64, 16, group_m=1, num_warps=8, num_stages=2), max_m=64),
     Row(Tile(32, 64, 16, num_warps=8, num_stages=2), min_rank=65),
     Row(Tile(64, 64, 32, num_warps=8, num_stages=2)),
@@ -338,14 +338,14 @@ HIRA_LARGE = (
     Row(Tile(128, 128, 64, num_warps=8, num_stages=2)),
 )
 HIRA_SM_90 = (
-    *HIRA_ODD,
+    *HIRA_FLOAT32_OR_UNALIGNED,
     HIRA_FEW_ROWS,
     Row(Tile(64, 64, 64, num_warps=8), min_rank=129, selects=True),
     *HIRA_LARGE,
 )
-# of rank 256 Triton 3.6 takes up to twice the shared memory of 3.9: 64 columns and two stages fit in both [compiled]
+# at rank 256 Triton 3.6 takes up to twice the shared memory of 3.9: 64 columns and two stages fit in both [compiled]
 HIRA_SM_100 = (
-    *HIRA_ODD,
+    *HIRA_FLOAT32_OR_UNALIGNED,
     Row(Tile(32, 64, 64, group_m=1, num_warps=8, num_stages=2), max_m=64, min_rank=129),
     Row(Tile(64, 64, 64, num_warps=8, num_stages=2), min_rank=129, selects=True),
     Row(Tile(128, 64, 64, num_warps=8, num_stages=2), min_rank=129),
@@ -383,31 +383,32 @@ TABLES: dict[str, dict[str, tuple[Row[Any], ...]]] = {
 }
 
 
-def choose(
-    table: dict[str, tuple[Row[Launch], ...]], arch: str, m: int, n: int, rank: int,
+def row_for(
+    table: dict[str, tuple[Row[TileOrStream], ...]], arch: str, m: int, n: int, rank: int,
     *, element_size: int, precision: str, aligned: bool = True, selects: bool = False, scaled: bool = False,
-) -> Row[Launch]:  # fmt: skip
-    """The row of a table for ``y [m, n]``, of which kernels that read a matrix once take no notice."""
+) -> Row[TileOrStream]:  # fmt: skip
+    """The first row of a table that applies to ``y [m, n]`` and the kinds of its operands."""
     return next(
         row
         for row in table[arch]
-        if row.takes(
+        if row.applies_to(
             m, n, rank, element_size=element_size, precision=precision, aligned=aligned, selects=selects, scaled=scaled
         )
     )
 
 
-# project writes 4 R bytes and reads them again for each BLOCK_N of dy: above this rank a second read of dy is less
+# for each row and BLOCK_N of dy, `project` writes 4 R bytes of p and reads them again: above this rank it is cheaper to
+# read dy twice
 PROJECT_MAX_RANK = 32
 TMA_ARCHITECTURES = ("sm_90", "sm_100")
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "generic": 64}
 
 
 def splits(arch: str, tiles: int, steps: int) -> int:
-    """Into how many parts `tiles` programs of `steps` steps are split: two programs to a multiprocessor, 4 steps each.
+    """How many programs share the `steps` of each tile: as many as make two per multiprocessor, with 4 steps or more.
 
-    One, if the tiles fill three quarters of the GPU: the second launch that sums the parts would cost more. A function
-    of the architecture and the sizes alone, so that a sum has the same order on every such GPU.
+    One, if the tiles fill three quarters of the GPU: the second launch, which sums the parts, would cost more. Depends
+    only on the architecture and the sizes, so that a sum has the same order on every such GPU.
     """
     if 4 * tiles >= 3 * MULTIPROCESSORS[arch]:
         return 1
@@ -416,31 +417,31 @@ def splits(arch: str, tiles: int, steps: int) -> int:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """Whose rows a device takes: "sm_80", "sm_90", "sm_100", "gfx942", or "generic" for anything else."""
+    """The architecture whose rows a device takes: "sm_80", "sm_90", "sm_100", "gfx942", or else "generic"."""
     if device.type != "cuda":
         return "generic"
     if torch.version.hip:
         name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     else:
         major, minor = torch.cuda.get_device_capability(device)
-        # all of 9 and 10 have 227 KiB of shared memory; 8.0 has 163, but 8.6 and 8.9 have 99
+        # capabilities 9.x and 10.x all have 227 KiB of shared memory; 8.0 has 163, but 8.6 and 8.9 have 99
         name = f"sm_{major}0" if major in (9, 10) or (major, minor) == (8, 0) else "generic"
     return name if name in ONE_PASS else "generic"
 
 
 def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
-    """What `tl.dot` does to float32 operands, "tf32" or "ieee": as torch's own switch says at the moment."""
+    """How `tl.dot` multiplies float32 operands, "tf32" or "ieee": as torch's switch for matmul says at this moment."""
     if dtype != torch.float32 or (torch.version.hip and architecture(device) != "gfx942"):
-        return "ieee"  # of AMD's GPUs, Triton takes "tf32" on gfx942 alone
+        return "ieee"  # of AMD's GPUs, Triton supports "tf32" only on gfx942
     switch = torch.backends.cuda.matmul
-    # torch 2.9 brought fp32_precision; a program that sets it can no longer read allow_tf32
+    # fp32_precision exists since torch 2.9; once a program has set it, reading allow_tf32 raises
     if hasattr(switch, "fp32_precision"):
         return "tf32" if switch.fp32_precision == "tf32" else "ieee"
     return "tf32" if switch.allow_tf32 else "ieee"
 
 
 def is_aligned(matrix: Tensor) -> bool:
-    """Whether Triton can see that 16-byte loads fit: a stride of 1, all else multiples of 16."""
+    """Whether Triton knows that 16-byte loads fit: one stride is 1, all else is a multiple of 16."""
     if 1 not in matrix.stride():
         return False
     inner = matrix.stride().index(1)

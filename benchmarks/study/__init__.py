@@ -42,7 +42,7 @@ SETTINGS: dict[str, Callable[[], Setting]] = {"digits": tasks.digits, "text": ta
 
 @dataclass(frozen=True)
 class Size:
-    """How much of the study runs."""
+    """How much of the study to run."""
 
     seeds: int
     steps: int
@@ -84,7 +84,9 @@ def study(setting: Setting, size: Size, line: int = 0) -> list[dict[str, Any]]:
             }
         )
 
-    trained: dict[str, list[list[Run]]] = {name: [] for name in setting.domains}  # by domain and seed: a run a method
+    trained: dict[str, list[list[Run]]] = {
+        name: [] for name in setting.domains
+    }  # by domain and seed: one run for each method
     with progress(setting, "runs", each * size.seeds, line) as bar:
         for seed in range(size.seeds):
             for name, domain in setting.domains.items():
@@ -208,7 +210,7 @@ def result_of(job: tuple[str, Size, int]) -> Result:
 
 
 def in_processes(function: Callable[[T], S], arguments: Sequence[T]) -> Iterator[S]:
-    """What a function makes of each argument, as it is done, in processes side by side; an error when all are done."""
+    """Yields the function's results in order of completion, from parallel processes; raises errors at the end."""
     if len(arguments) == 1:
         yield function(arguments[0])
         return

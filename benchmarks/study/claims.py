@@ -1,4 +1,4 @@
-"""Each claim of the CoTo paper beside what the study saw of it."""
+"""The claims of the CoTo paper, each with what the study measured of it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ CLAIMS = (
 
 
 def values(rows: Rows, setting: str, method: str, measure: str, at: str | float | None = None) -> dict[int, float]:
-    """By seed: the mean over the domains."""
+    """For each seed the mean over the domains."""
     found: dict[int, list[float]] = {}
     for row in rows:
         if (row["setting"], row["method"], row["measure"], row["at"]) == (setting, method, measure, at):
@@ -74,13 +74,13 @@ def values(rows: Rows, setting: str, method: str, measure: str, at: str | float 
 
 
 def mean_sd(found: dict[int, float]) -> tuple[float, float]:
-    """Over the seeds."""
+    """Mean and standard deviation over the seeds."""
     numbers = list(found.values())
     return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0.0
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean by Student's t; without end where one number is all there is."""
+    """The 95 % interval of the mean by Student's t; infinite if there is only one number."""
     from scipy.stats import t
 
     middle = statistics.fmean(differences)
@@ -138,7 +138,7 @@ def table(rows: Rows, setting: str) -> str:
 
 
 def overview(rows: Rows, setting: str) -> str:
-    """Every measure of every method but for long curves, in Markdown."""
+    """Every measure of every method except long curves, in Markdown."""
     methods = [name for name in dict.fromkeys(row["method"] for row in rows) if name != "base"]
     lines = []
     best = {}

@@ -69,12 +69,12 @@ def save(canvas: Any, axes: list[Any], path: Path) -> Path:
 
 
 def color_of(method: str) -> str:
-    """The same in every picture."""
+    """A method's colour, the same in every picture."""
     return f"C{[known.name for known in METHODS].index(method)}"
 
 
 def methods_of(rows: Rows, setting: str, measure: str) -> list[str]:
-    """In the order of their first row, without the base."""
+    """The methods of a measure in the order of their first row, without the base."""
     return [
         method
         for method in dict.fromkeys(r["method"] for r in rows if (r["setting"], r["measure"]) == (setting, measure))
@@ -83,12 +83,12 @@ def methods_of(rows: Rows, setting: str, measure: str) -> list[str]:
 
 
 def places_of(rows: Rows, setting: str, measure: str) -> list[Any]:
-    """The values of "at", in the order of their first row."""
+    """The values of "at" in the order of their first row."""
     return list(dict.fromkeys(r["at"] for r in rows if (r["setting"], r["measure"]) == (setting, measure)))
 
 
 def curves(axis: Any, rows: Rows, setting: str, measure: str) -> None:
-    """Mean and standard deviation over the seeds."""
+    """Draws mean and standard deviation over the seeds as a curve for each method."""
     places = places_of(rows, setting, measure)
     for method in methods_of(rows, setting, measure):
         middle, spread = zip(*(mean_sd(values(rows, setting, method, measure, at)) for at in places), strict=True)
@@ -99,7 +99,7 @@ def curves(axis: Any, rows: Rows, setting: str, measure: str) -> None:
 
 
 def points(axis: Any, rows: Rows, setting: str, measure: str) -> None:
-    """A group of points for each place, mean and standard deviation."""
+    """Draws mean and standard deviation over the seeds as a group of points for each value of "at"."""
     methods, places = methods_of(rows, setting, measure), places_of(rows, setting, measure)
     width = 0.8 / len(methods)
     for index, method in enumerate(methods):

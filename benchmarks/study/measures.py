@@ -1,4 +1,4 @@
-"""What is measured of trained adapters: of one run, of two seeds, of several tasks. All yield (measure, at, value)."""
+"""Measures of trained adapters: of one run, two seeds, several tasks. All yield (measure, at, value)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAMBDAS = 11
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
 KEPT = ("every-other", "low", "middle", "high")
 HALF = 0.5
-SAMPLES = 8  # of layers dropped at random, of each number
+SAMPLES = 8  # subsets of dropped layers drawn for each number of them
 
 
 def is_product(run: Run) -> bool:
@@ -28,7 +28,7 @@ def is_product(run: Run) -> bool:
 
 
 def of_one(setting: Setting, domain: Domain, run: Run) -> Iterator[Value]:
-    """Of one trained model: how good it is, what it cost, and what is left of it in parts."""
+    """Measures of one trained model: its score, its cost, and its score with parts of the adapters removed."""
 
     def score(model: torch.nn.Module) -> float:
         return setting.score(model, domain.test)
@@ -56,7 +56,7 @@ def contributions(setting: Setting, domain: Domain, run: Run) -> Iterator[Value]
 
 
 def of_pair(setting: Setting, domain: Domain, run: Run, other: Run) -> Iterator[Value]:
-    """Of two seeds of one task: the way between them."""
+    """Measures of two seeds of one task: scores along the line between them."""
 
     def score(model: torch.nn.Module) -> float:
         return setting.score(model, domain.test)
@@ -75,7 +75,7 @@ def of_pair(setting: Setting, domain: Domain, run: Run, other: Run) -> Iterator[
 
 
 def of_tasks(setting: Setting, runs: dict[str, Run]) -> Iterator[Value]:
-    """Of one seed's adapters to all tasks, merged by each operator: the mean score over the tasks."""
+    """Measures of one seed's adapters to all tasks, merged by each operator: the mean score over the tasks."""
     states = [AdapterState.from_model(run.model) for run in runs.values()]
     rank = next(iter(states[0].factors.values())).rank
     aligned = [states[0], *(merging.align(state, onto=states[0]) for state in states[1:])]
@@ -110,5 +110,5 @@ def times(runs: list[Run], over: str) -> Iterator[tuple[Run, float]]:
 
 
 def pairs(runs: list[Run]) -> list[tuple[Run, Run]]:
-    """Each seed with the next, round."""
+    """Each seed with the next one, the last with the first."""
     return list(pairwise([*runs, runs[0]])) if len(runs) > 2 else [(runs[0], runs[1])]

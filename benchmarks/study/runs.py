@@ -17,7 +17,7 @@ from benchmarks.study.tasks import Setting, Split, batches
 
 RANK, ALPHA = 4, 8.0
 RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)
-SWEEP_SEED = 1000  # seeds from here on are for choosing the rate and for nothing else
+SWEEP_SEED = 1000  # seeds from here on are used only to choose the rate
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ METHODS = (
 
 @dataclass
 class Run:
-    """One adaptation, and what was measured on the way."""
+    """One training run, and what was measured during it."""
 
     method: Method
     seed: int

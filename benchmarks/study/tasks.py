@@ -1,4 +1,4 @@
-"""What the study trains on: handwritten digits, and text that every Python brings along."""
+"""What the study trains on: handwritten digits, and text that comes with every Python."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cotolora import demo
 
-Split = tuple[Tensor, Tensor]  # inputs and targets, a row each
+Split = tuple[Tensor, Tensor]  # inputs and targets; a row is a sample
 
 CHARACTERS, LENGTH = 128, 64
 TRAIN, HELD_OUT = 150_000, 6_400  # characters of a domain
@@ -31,12 +31,12 @@ CODE = (
 
 @dataclass(frozen=True)
 class Domain:
-    """One task: to train on, to choose a learning rate by, and to report."""
+    """One task: data to train on, to choose a learning rate by, and to report."""
 
     train: Split
     validation: Split
     test: Split
-    digest: str = ""  # of the data, which another version of Python may have another of
+    digest: str = ""  # of the data, which may differ between versions of Python
 
 
 @dataclass(frozen=True)
@@ -161,20 +161,20 @@ def library_code() -> str:
     for name in CODE:
         try:
             found.append(inspect.getsource(__import__(name, fromlist=["_"])))
-        except (ImportError, OSError):  # an older or a newer Python has not all of them
+        except (ImportError, OSError):  # some are missing in older or newer versions of Python
             continue
     return "".join(found)
 
 
 def prose() -> str:
-    """The language reference as the help system has it."""
+    """The language reference, as Python's help system contains it."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics[name] for name in sorted(topics))
 
 
 def character_names() -> str:
-    """Names of Unicode characters, a line each, in an order of no meaning."""
+    """Names of Unicode characters, one a line, shuffled by a fixed seed."""
     names = [unicodedata.name(chr(code), "") for code in range(0x20, 0x3000)]
     lines = [name for name in names if name]
     random.Random(0).shuffle(lines)
@@ -188,5 +188,5 @@ def code_pages() -> str:
 
     names = sorted(module.name for module in pkgutil.iter_modules(encodings.__path__))
     chosen = [name for name in names if name.startswith(("cp", "iso8859", "koi8", "mac_"))]
-    random.Random(0).shuffle(chosen)  # or the held-out part would be of one family
+    random.Random(0).shuffle(chosen)  # or the held-out part would hold one family of tables only
     return "".join(inspect.getsource(__import__(f"encodings.{name}", fromlist=["_"])) for name in chosen)

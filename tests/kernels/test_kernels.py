@@ -25,7 +25,7 @@ from cotolora.kernels.partials import Sum, sum_partials
 from cotolora.kernels.pre_expand import expand, pre_expand
 from cotolora.kernels.row_norm import row_norm
 from cotolora.kernels.shrink import shrink
-from cotolora.kernels.tiles import TABLES, Stream, Tile, choose, splits
+from cotolora.kernels.tiles import TABLES, Stream, Tile, row_for, splits
 from tests.support.tolerance import assert_as_accurate_as_torch
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -609,7 +609,7 @@ def test_every_row_is_for_something(arch, kernel):
         for selects in (True, False)
         for scaled in (True, False)
     ]
-    chosen = {choose(table, arch, *mnr, **kind) for mnr in itertools.product(sizes, repeat=3) for kind in kinds}
+    chosen = {row_for(table, arch, *mnr, **kind) for mnr in itertools.product(sizes, repeat=3) for kind in kinds}
     rows = table[arch]
     assert chosen == set(rows)
 
