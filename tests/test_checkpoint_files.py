@@ -208,13 +208,49 @@ def test_the_config_must_be_the_one_the_weights_were_saved_with(saved, tmp_path)
     model = base()
     save_adapter(tuned(base(), ["fc"], rank=2, alpha=17.0), tmp_path / "other")
     mine = (saved / CONFIG).read_bytes()
-    for text in ((tmp_path / "other" / CONFIG).read_bytes(), mine + b" ", None):
+    for text in ((tmp_path / "other" / CONFIG).read_bytes(), mine + b"x", mine.replace(b"LORA", b"HIRA"), b"[]", None):
         (saved / CONFIG).unlink() if text is None else (saved / CONFIG).write_bytes(text)
         for strict in (True, False):
             with refused(model, "must be the config that .* was saved with"):
                 load_adapter(model, saved, strict=strict)
     (saved / CONFIG).write_bytes(mine)
     load_adapter(model, saved)
+
+
+EDITS = {
+    "name": lambda fields: {**fields, "base_model_name_or_path": "me/model", "revision": "v2", "task_type": "X"},
+    "order-of-targets": lambda fields: {**fields, "target_modules": fields["target_modules"][::-1]},
+    "order-of-fields": lambda fields: dict(reversed(fields.items())),
+    "defaults-of-peft": lambda fields: {**fields, "lora_bias": False, "layers_pattern": None, "peft_version": "0.21"},
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_what_has_no_bearing_on_the_result_may_be_edited(edit, saved):
+    fields = config_of(saved)
+    fields["target_modules"] = ["blocks.0.fc", "blocks.1.fc", "fc"]
+    (saved / CONFIG).write_text(json.dumps(EDITS[edit](fields)))
+    model = base()
+    load_adapter(model, saved)
+    assert torch.equal(logits(model), logits(tuned(base(), ["fc"], rank=2)))
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b"\r", b" \n\t"])
+def test_line_ends_may_change(end, saved):
+    (saved / CONFIG).write_bytes((saved / CONFIG).read_bytes().replace(b"\n", end) + end)
+    assert load_adapter(base(), saved) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("r", 1), ("lora_alpha", 17), ("use_rslora", True), ("use_dora", True), ("rank_pattern", {"fc": 2}),
+     ("alpha_pattern", {"fc": 3}), ("target_modules", ["fc"]), ("exclude_modules", ["head"]), ("lora_dropout", 0.5),
+     ("modules_to_save", ["head"]), ("layers_to_transform", [1]), ("lora_bias", True), ("something_new", 1)],
+)  # fmt: skip
+def test_what_has_a_bearing_may_not(field, value, saved):
+    (saved / CONFIG).write_text(json.dumps({**config_of(saved), field: value}))
+    with refused(model := base(), "must be the config that .* was saved with"):
+        load_adapter(model, saved)
 
 
 def header(path):

@@ -19,7 +19,7 @@ from cotolora.linear import CoToLoRALinear
 from cotolora.matching import warn_of_idle_keys
 from cotolora.saving.files import CONFIG, WEIGHTS, read_config, read_weights, write
 from cotolora.saving.fitting import AdapterFiles, Fit, fit_files, inside_bases, join_names, own_state, why_not_fill
-from cotolora.saving.peft_config import is_unambiguous, make_config, parse_config
+from cotolora.saving.peft_config import is_same_config, is_unambiguous, make_config, parse_config
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT, Variant
 from cotolora.variants.starts import since_start
@@ -52,8 +52,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     rank and alpha (√2 times alpha with rsLoRA), for the base as it is; PEFT's own would change the base.
 
     A kill at any moment leaves a pair that `load_adapter` reads, the old one or the new one: the
-    weights carry the hash of their config, and where a kill fell between the two renames, the new config
-    still lies beside them under its temporary name.
+    weights carry a copy of their config, and where a kill fell between the two renames, the new config
+    still lies beside them under its temporary name. What of a config has no bearing on the result, such as
+    base_model_name_or_path, the order of its fields and line ends, may be edited.
 
     Args:
         model: a model with adapters.
@@ -121,8 +122,8 @@ def read(directory: str | os.PathLike[str]) -> AdapterFiles:
         FileNotFoundError, ValueError: as `load_adapter`, of what does not depend on a model.
     """
     path = Path(directory)
-    found, config_hash = read_weights(path)
-    fields = read_config(path, config_hash)
+    found, saved_config = read_weights(path)
+    fields = read_config(path, saved_config, is_same_config)
     try:
         config = parse_config(fields)
     except ValueError as error:
@@ -136,7 +137,7 @@ def read(directory: str | os.PathLike[str]) -> AdapterFiles:
             shared[rest] = tensor
         else:
             raise ValueError(f"{path / WEIGHTS} must hold keys that begin with {_PREFIX!r}; got {key!r}")
-    return AdapterFiles(tensors, shared, fields, config, config_hash is not None)
+    return AdapterFiles(tensors, shared, fields, config, saved_config is not None)
 
 
 def _plain_key(key: str, variant: Variant) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -17,23 +16,24 @@ from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_HASH = "cotolora_config_sha256"
+# in the metadata of the weights: the config that they were saved with
+_SAVED_CONFIG = "cotolora_config"
 _DENSE = torch.contiguous_format
 
 
 def write(directory: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Writes config and weights, by rank 0 of a distributed run; the weights carry the hash of their config.
+    """Writes config and weights, by rank 0 of a distributed run; the weights carry a copy of their config.
 
     Raises:
         OSError: the files cannot be written; the old ones are as they were.
     """
-    config = json.dumps(fields, indent=2, sort_keys=True).encode()
-    metadata = {"format": "pt", _HASH: hashlib.sha256(config).hexdigest()}
+    config = json.dumps(fields, indent=2, sort_keys=True)
+    metadata = {"format": "pt", _SAVED_CONFIG: config}
 
     def write_pair() -> None:
         # clones, because safetensors refuses tensors that share memory
         whole = {key: tensor.cpu().clone(memory_format=_DENSE) for key, tensor in tensors.items()}
-        _write(directory, config, serialize(whole, metadata))
+        _write(directory, config.encode(), serialize(whole, metadata))
 
     _on_rank_zero(write_pair)
 
@@ -58,7 +58,7 @@ def _on_rank_zero(write: Callable[[], None]) -> None:
 def _write(directory: Path, config: bytes, weights: bytes) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     new_config, new_weights = directory / _temporary(CONFIG), directory / _temporary(WEIGHTS)
-    if new_config.is_file() and _sha256(new_config) == _saved_hash(directory / WEIGHTS):
+    if new_config.is_file() and new_config.read_bytes() == _saved_config(directory / WEIGHTS):
         # a save was killed between its two renames: its config must not be lost to this one
         os.replace(new_config, directory / CONFIG)
     try:
@@ -73,13 +73,14 @@ def _write(directory: Path, config: bytes, weights: bytes) -> None:
     os.replace(new_config, directory / CONFIG)
 
 
-def _saved_hash(weights: Path) -> str | None:
-    """The hash of the config that `weights` was saved with; None where there is none to read."""
+def _saved_config(weights: Path) -> bytes | None:
+    """The config that `weights` was saved with; None where there is none to read."""
     try:
         with safe_open(weights, framework="pt") as file:
-            return (file.metadata() or {}).get(_HASH)
+            text = (file.metadata() or {}).get(_SAVED_CONFIG)
     except (SafetensorError, OSError):
         return None
+    return None if text is None else text.encode()
 
 
 def _temporary(name: str) -> str:
@@ -94,7 +95,7 @@ def _write_durably(path: Path, data: bytes) -> None:
 
 
 def read_weights(directory: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors by their keys, and the hash of the config they were saved with.
+    """The tensors by their keys, and the config that they were saved with, if `write` wrote them.
 
     Raises:
         FileNotFoundError: there are no weights.
@@ -114,32 +115,37 @@ def read_weights(directory: Path) -> tuple[dict[str, Tensor], str | None]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{path} must be a whole safetensors file; reading it failed: {error}") from error
-    return tensors, metadata.get(_HASH)
+    return tensors, metadata.get(_SAVED_CONFIG)
 
 
-def read_config(directory: Path, config_hash: str | None) -> dict[str, Any]:
-    """The fields of the config that has the hash, also where a kill left it under its temporary name.
+def read_config(directory: Path, saved_config: str | None, is_same: Callable[[Any, Any], bool]) -> dict[str, Any]:
+    """The fields of the config, which must be the same as what the weights were saved with.
+
+    It may lie under its temporary name, if a save was killed.
 
     Raises:
         FileNotFoundError: there is no config.
         ValueError: it is damaged, or another one.
     """
     path = directory / CONFIG
-    found = [p.read_bytes() for p in (path, directory / _temporary(CONFIG)) if p.is_file()]
-    if config_hash is not None:
-        found = [text for text in found if hashlib.sha256(text).hexdigest() == config_hash]
-        if not found:
-            raise ValueError(f"{path} must be the config that {WEIGHTS} was saved with; it is missing or another one")
-    elif not path.is_file():
-        raise FileNotFoundError(f"directory must hold {CONFIG}; there is none in {directory}")
+    if saved_config is None:
+        if not path.is_file():
+            raise FileNotFoundError(f"directory must hold {CONFIG}; there is none in {directory}")
+        return _fields(path)
+    for candidate in (path, directory / _temporary(CONFIG)):
+        try:
+            if candidate.is_file() and is_same(fields := _fields(candidate), json.loads(saved_config)):
+                return fields
+        except (ValueError, RecursionError):  # of one that is damaged
+            continue
+    raise ValueError(f"{path} must be the config that {WEIGHTS} was saved with; it is missing or another one")
+
+
+def _fields(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(found[0].decode("utf-8"))
+        fields = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON; reading it failed: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(fields).__name__}")
     return fields
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
