@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cotolora import adapters, load_adapter, save_adapter
@@ -266,6 +267,59 @@ def test_saving_onto_a_file(tmp_path):
     with pytest.raises(OSError, match="file"):
         save_adapter(variants()[0], tmp_path / "file")
     assert (tmp_path / "file").read_text() == ""
+
+
+# reading while others save
+
+
+@pytest.mark.parametrize("by", ["us", "peft"])
+@pytest.mark.parametrize("step", ["deserialize", "_metadata", "_read_config", "_fields"])
+def test_a_pair_is_read_as_of_one_moment(step, by, tmp_path, monkeypatch):
+    """Another adapter is saved just before, and just after, a step of reading."""
+    models = variants()
+    for i, model in enumerate(models):
+        save_adapter(model, tmp_path / str(i))
+        if by == "peft":  # without our metadata
+            save_file(load_file(tmp_path / str(i) / WEIGHTS), tmp_path / str(i) / WEIGHTS, {"format": "pt"})
+
+    def save(i, directory):
+        for name in (WEIGHTS, CONFIG):
+            shutil.copy(tmp_path / str(i) / name, directory / "new")
+            os.replace(directory / "new", directory / name)
+
+    for when in ("before", "after"):
+        directory = tmp_path / when
+        directory.mkdir()
+        save(0, directory)
+        function, left = getattr(files, step), iter([1, 2])
+
+        def meanwhile(*args, when=when, directory=directory, function=function, left=left):
+            i = next(left, None)
+            if i is not None and when == "before":
+                save(i, directory)
+            result = function(*args)
+            if i is not None and when == "after":
+                save(i, directory)
+            return result
+
+        monkeypatch.setattr(files, step, meanwhile)
+        found = which(directory, models)
+        monkeypatch.undo()
+        assert found is not None
+
+
+def test_a_pair_that_never_holds_still_is_an_error(tmp_path, monkeypatch):
+    save_adapter(variants()[0], tmp_path)
+    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {"format": "pt"})
+    read_config = files._read_config
+
+    def touched(*args):
+        (tmp_path / CONFIG).write_bytes((tmp_path / CONFIG).read_bytes() + b" ")
+        return read_config(*args)
+
+    monkeypatch.setattr(files, "_read_config", touched)
+    with pytest.raises(ValueError, match="must hold still to be read"):
+        load_adapter(base(), tmp_path)
 
 
 # two ranks

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cotolora.checks import finite
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.linear import CoToLoRALinear
-from cotolora.saving.adapter import LoadResult, collect, load_into, read, write_files
+from cotolora.saving.adapter import LoadResult, collect, load_into, read_files, write_files
 from cotolora.saving.fitting import AdapterFiles
 from cotolora.saving.peft_config import adapter_fields, exact_expression, parse_config
 from cotolora.spec import AdapterSpec
@@ -120,7 +120,7 @@ class AdapterState:
         Raises:
             FileNotFoundError, ValueError: as `load_adapter`, or the files do not hold plain LoRA.
         """
-        return cls._of(read(directory), str(directory))
+        return cls._of(read_files(directory), str(directory))
 
     @classmethod
     def from_tensors(

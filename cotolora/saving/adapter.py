@@ -17,7 +17,7 @@ from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.inject import install
 from cotolora.linear import CoToLoRALinear
 from cotolora.matching import warn_of_idle_keys
-from cotolora.saving.files import CONFIG, WEIGHTS, read_config, read_weights, write
+from cotolora.saving.files import CONFIG, WEIGHTS, read, write
 from cotolora.saving.fitting import AdapterFiles, Fit, fit_files, inside_bases, join_names, own_state, why_not_fill
 from cotolora.saving.peft_config import is_same_config, is_unambiguous, make_config, parse_config
 from cotolora.variants import VARIANTS
@@ -115,29 +115,28 @@ def _stored(layer: CoToLoRALinear, variant: Variant) -> dict[str, Tensor]:
     return {part.key: parts[part.attribute] for part in variant.parts if part.key is not None}
 
 
-def read(directory: str | os.PathLike[str]) -> AdapterFiles:
+def read_files(directory: str | os.PathLike[str]) -> AdapterFiles:
     """Reads what `save_adapter` or PEFT wrote.
 
     Raises:
         FileNotFoundError, ValueError: as `load_adapter`, of what does not depend on a model.
     """
     path = Path(directory)
-    found, saved_config = read_weights(path)
-    fields = read_config(path, saved_config, is_same_config)
+    pair = read(path, is_same_config)
     try:
-        config = parse_config(fields)
+        config = parse_config(pair.fields)
     except ValueError as error:
         raise ValueError(f"{path / CONFIG}: {error}") from None
     variant = VARIANTS[config.variant]
     tensors, shared = {}, {}
-    for key, tensor in found.items():
+    for key, tensor in pair.tensors.items():
         if key.startswith(_PREFIX):
             tensors[_plain_key(key.removeprefix(_PREFIX), variant)] = tensor
         elif (rest := key.removeprefix(_SHARED_PREFIX)) != key and rest in variant.shared_keys:
             shared[rest] = tensor
         else:
             raise ValueError(f"{path / WEIGHTS} must hold keys that begin with {_PREFIX!r}; got {key!r}")
-    return AdapterFiles(tensors, shared, fields, config, saved_config is not None)
+    return AdapterFiles(tensors, shared, pair.fields, config, pair.ours)
 
 
 def _plain_key(key: str, variant: Variant) -> str:
@@ -167,7 +166,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bo
         ValueError: a file is damaged, the two do not belong together, the config asks for something that
             is not supported and would change the result, or the adapter does not fit the model.
     """
-    return load_into(model, read(directory), source=str(Path(directory) / WEIGHTS), strict=strict)
+    return load_into(model, read_files(directory), source=str(Path(directory) / WEIGHTS), strict=strict)
 
 
 def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: bool = True) -> LoadResult:

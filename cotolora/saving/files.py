@@ -6,11 +6,12 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
@@ -18,6 +19,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 # in the metadata of the weights: the config that they were saved with
 _SAVED_CONFIG = "cotolora_config"
+_ATTEMPTS = 50  # to read a pair between the saves of others
 _DENSE = torch.contiguous_format
 
 
@@ -94,13 +96,52 @@ def _write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def read_weights(directory: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors by their keys, and the config that they were saved with, if `write` wrote them.
+class Pair(NamedTuple):
+    """The contents of both files: tensors by key, the fields of the config, and whether `write` wrote them."""
+
+    tensors: dict[str, Tensor]
+    fields: dict[str, Any]
+    ours: bool
+
+
+def read(directory: Path, is_same: Callable[[Any, Any], bool]) -> Pair:
+    """The pair as it was at one moment, also while others save.
+
+    Args:
+        directory: where it lies.
+        is_same: whether the fields of two configs mean the same.
 
     Raises:
-        FileNotFoundError: there are no weights.
-        ValueError: they are damaged, or a pickle.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or a pickle, or the config is not what the weights were saved with.
     """
+    for _ in range(_ATTEMPTS):
+        before = _stamps(directory)
+        try:
+            pair = _read(directory, is_same)
+        except (FileNotFoundError, ValueError):
+            if _stamps(directory) == before:
+                raise
+            continue
+        # our weights say which config is theirs; of others' files all that is known is that none changed meanwhile
+        if pair.ours or _stamps(directory) == before:
+            return pair
+    raise ValueError(f"{directory} must hold still to be read; others went on writing to it")
+
+
+def _stamps(directory: Path) -> list[tuple[int, ...] | None]:
+    """What changes when one of the files is replaced or written to."""
+    stamps: list[tuple[int, ...] | None] = []
+    for name in (WEIGHTS, CONFIG):
+        try:
+            stat = (directory / name).stat()
+            stamps.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
+        except OSError:
+            stamps.append(None)
+    return stamps
+
+
+def _read(directory: Path, is_same: Callable[[Any, Any], bool]) -> Pair:
     path = directory / WEIGHTS
     if not path.is_file():
         if (directory / "adapter_model.bin").exists():
@@ -110,23 +151,22 @@ def read_weights(directory: Path) -> tuple[dict[str, Tensor], str | None]:
             )
         raise FileNotFoundError(f"directory must hold {WEIGHTS}; there is none in {directory}")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        data = path.read_bytes()  # once: another file may have this name when it is opened again
+        tensors = deserialize(data)
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, KeyError) as error:
         raise ValueError(f"{path} must be a whole safetensors file; reading it failed: {error}") from error
-    return tensors, metadata.get(_SAVED_CONFIG)
+    saved_config = _metadata(data).get(_SAVED_CONFIG)
+    return Pair(tensors, _read_config(directory, saved_config, is_same), saved_config is not None)
 
 
-def read_config(directory: Path, saved_config: str | None, is_same: Callable[[Any, Any], bool]) -> dict[str, Any]:
-    """The fields of the config, which must be the same as what the weights were saved with.
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file that was found to be whole."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]).get("__metadata__") or {}
 
-    It may lie under its temporary name, if a save was killed.
 
-    Raises:
-        FileNotFoundError: there is no config.
-        ValueError: it is damaged, or another one.
-    """
+def _read_config(directory: Path, saved_config: str | None, is_same: Callable[[Any, Any], bool]) -> dict[str, Any]:
+    """The fields of the config that the weights were saved with; a killed save leaves it under its temporary name."""
     path = directory / CONFIG
     if saved_config is None:
         if not path.is_file():
