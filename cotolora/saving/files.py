@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import platform
+import re
+import secrets
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
@@ -20,6 +26,9 @@ WEIGHTS = "adapter_model.safetensors"
 # in the metadata of the weights: the config that they were saved with
 _SAVED_CONFIG = "cotolora_config"
 _ATTEMPTS = 50  # to read a pair between the saves of others
+_PATIENCE = 5  # hundredths of a second that two savers at once may take to put a config beside its weights
+_TEMPORARY = re.compile(r"\..+-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.new")
+_ABANDONED_SECONDS = 24 * 3600  # of a temporary file whose process cannot be asked for
 _DENSE = torch.contiguous_format
 
 
@@ -58,42 +67,116 @@ def _on_rank_zero(write: Callable[[], None]) -> None:
 
 
 def _write(directory: Path, config: bytes, weights: bytes) -> None:
+    """Replaces the weights, and the config if it is another one.
+
+    Savers into one folder need no lock: each has temporary names of its own, the weights carry their config, and who
+    renames weights sees to it that the config beside them is theirs.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    new_config, new_weights = directory / _temporary(CONFIG), directory / _temporary(WEIGHTS)
-    if new_config.is_file() and new_config.read_bytes() == _saved_config(directory / WEIGHTS):
-        # a save was killed between its two renames: its config must not be lost to this one
-        os.replace(new_config, directory / CONFIG)
+    _finish_killed_saves(directory)
+    new_config, new_weights = _temporary(directory, CONFIG), _temporary(directory, WEIGHTS)
     try:
         _write_durably(new_config, config)
         _write_durably(new_weights, weights)
     except BaseException:
         new_config.unlink(missing_ok=True)
-        new_weights.unlink(missing_ok=True)
         raise
-    # weights first: between the two renames the new config is still there under its temporary name
-    os.replace(new_weights, directory / WEIGHTS)
-    os.replace(new_config, directory / CONFIG)
+    try:
+        # weights first: between the two renames the new config is still there under its temporary name
+        os.replace(new_weights, directory / WEIGHTS)
+    except BaseException:
+        if new_weights.exists():  # and was not renamed
+            new_config.unlink(missing_ok=True)
+            new_weights.unlink(missing_ok=True)
+        raise
+    _put_config(new_config, config, directory)
+    # where another saver's weights have come meanwhile, and its config before ours
+    while (theirs := _saved_config(directory / WEIGHTS)) not in (None, _content(directory / CONFIG)):
+        assert theirs is not None
+        new_config = _temporary(directory, CONFIG)
+        _write_durably(new_config, theirs)
+        _put_config(new_config, theirs, directory)
+
+
+def _put_config(temporary: Path, config: bytes, directory: Path) -> None:
+    if _content(directory / CONFIG) == config:
+        temporary.unlink(missing_ok=True)
+    else:
+        with suppress(FileNotFoundError):  # another saver took its own for killed, and renamed it
+            os.replace(temporary, directory / CONFIG)
+
+
+def _finish_killed_saves(directory: Path) -> None:
+    """Ends a save that was killed between its two renames, and removes what others left."""
+    config = _saved_config(directory / WEIGHTS)
+    if config is not None and _content(directory / CONFIG) != config:
+        # it must not be lost to this save
+        for path in _temporaries(directory, CONFIG):
+            if _content(path) == config:
+                _put_config(path, config, directory)
+    for path in (*_temporaries(directory, CONFIG), *_temporaries(directory, WEIGHTS)):
+        if _is_abandoned(path):
+            path.unlink(missing_ok=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether the saver of a temporary file is no more: by its process, or by age where that cannot be asked."""
+    match = _TEMPORARY.fullmatch(path.name)
+    if match and match["host"] == _host() and os.name == "posix":
+        try:
+            os.kill(int(match["pid"]), 0)
+        except ProcessLookupError:
+            return True
+        except OSError:  # it is another user's
+            pass
+        return False
+    try:
+        return time.time() - path.stat().st_mtime > _ABANDONED_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _temporary(directory: Path, name: str) -> Path:
+    """A name that no other save has, and from which others can tell whose it is."""
+    return directory / f".{name}-{_host()}-{os.getpid()}-{secrets.token_hex(4)}.new"
+
+
+def _temporaries(directory: Path, name: str) -> list[Path]:
+    return sorted(directory.glob(f".{name}-*.new"))
+
+
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 def _saved_config(weights: Path) -> bytes | None:
     """The config that `weights` was saved with; None where there is none to read."""
     try:
-        with safe_open(weights, framework="pt") as file:
-            text = (file.metadata() or {}).get(_SAVED_CONFIG)
-    except (SafetensorError, OSError):
-        return None
-    return None if text is None else text.encode()
-
-
-def _temporary(name: str) -> str:
-    return f".{name}.new"
+        with weights.open("rb") as file:
+            length = file.read(8)
+            most = os.fstat(file.fileno()).st_size  # whatever a damaged length says
+            header = file.read(min(int.from_bytes(length, "little"), most))
+        return _metadata(length + header)[_SAVED_CONFIG].encode()
+    except (OSError, ValueError, OverflowError, MemoryError, RecursionError, LookupError, AttributeError, TypeError):
+        return None  # of what others wrote, or left half written
 
 
 def _write_durably(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 class Pair(NamedTuple):
@@ -102,6 +185,10 @@ class Pair(NamedTuple):
     tensors: dict[str, Tensor]
     fields: dict[str, Any]
     ours: bool
+
+
+class _MismatchError(ValueError):
+    """The config is not what the weights were saved with."""
 
 
 def read(directory: Path, is_same: Callable[[Any, Any], bool]) -> Pair:
@@ -115,13 +202,17 @@ def read(directory: Path, is_same: Callable[[Any, Any], bool]) -> Pair:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged or a pickle, or the config is not what the weights were saved with.
     """
+    patience = _PATIENCE
     for _ in range(_ATTEMPTS):
         before = _stamps(directory)
         try:
             pair = _read(directory, is_same)
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError) as error:
             if _stamps(directory) == before:
-                raise
+                if not isinstance(error, _MismatchError) or not patience:
+                    raise
+                patience -= 1
+                time.sleep(0.01)
             continue
         # our weights say which config is theirs; of others' files all that is known is that none changed meanwhile
         if pair.ours or _stamps(directory) == before:
@@ -160,7 +251,7 @@ def _read(directory: Path, is_same: Callable[[Any, Any], bool]) -> Pair:
 
 
 def _metadata(data: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file that was found to be whole."""
+    """The metadata of a safetensors file, of which `data` holds the header at least."""
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]).get("__metadata__") or {}
 
@@ -172,13 +263,12 @@ def _read_config(directory: Path, saved_config: str | None, is_same: Callable[[A
         if not path.is_file():
             raise FileNotFoundError(f"directory must hold {CONFIG}; there is none in {directory}")
         return _fields(path)
-    for candidate in (path, directory / _temporary(CONFIG)):
-        try:
-            if candidate.is_file() and is_same(fields := _fields(candidate), json.loads(saved_config)):
+    for candidate in (path, *_temporaries(directory, CONFIG)):
+        # of one that is damaged, and of one that was renamed meanwhile
+        with suppress(ValueError, RecursionError, FileNotFoundError):
+            if is_same(fields := _fields(candidate), json.loads(saved_config)):
                 return fields
-        except (ValueError, RecursionError):  # of one that is damaged
-            continue
-    raise ValueError(f"{path} must be the config that {WEIGHTS} was saved with; it is missing or another one")
+    raise _MismatchError(f"{path} must be the config that {WEIGHTS} was saved with; it is missing or another one")
 
 
 def _fields(path: Path) -> dict[str, Any]:
