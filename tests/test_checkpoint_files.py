@@ -303,6 +303,37 @@ def test_flipped_bytes_in_the_header(saved):
     assert refusals > 200
 
 
+def test_a_flipped_bit_in_the_data_is_an_error(saved):
+    data, generator, model = (saved / WEIGHTS).read_bytes(), random.Random(2), base()
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    for place in (start, len(data) - 1, *(generator.randrange(start, len(data)) for _ in range(40))):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << generator.randrange(8)
+        (saved / WEIGHTS).write_bytes(flipped)
+        with refused(model, "must be as it was saved"):
+            load_adapter(model, saved)
+    (saved / WEIGHTS).write_bytes(data)
+    load_adapter(model, saved)
+
+
+def test_tensors_that_changed_places_are_an_error(saved):
+    fields, data = header(saved / WEIGHTS)
+    one, other = (PREFIX + f"blocks.{i}.fc.lora_A.weight" for i in range(2))
+    write_raw(saved / WEIGHTS, {**fields, one: fields[other], other: fields[one]}, data)
+    with refused(model := base(), "must be as it was saved"):
+        load_adapter(model, saved)
+
+
+def test_files_without_a_checksum_are_read(saved):
+    fields, data = header(saved / WEIGHTS)
+    metadata = {key: value for key, value in fields["__metadata__"].items() if "sha256" not in key}
+    assert len(metadata) == len(fields["__metadata__"]) - 1
+    write_raw(saved / WEIGHTS, {**fields, "__metadata__": metadata}, data)
+    load_adapter(base(), saved)
+    write_raw(saved / WEIGHTS, {key: value for key, value in fields.items() if key != "__metadata__"}, data)
+    load_adapter(base(), saved)
+
+
 @pytest.mark.parametrize(
     ("case", "match"),
     [

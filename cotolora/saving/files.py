@@ -25,6 +25,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 # in the metadata of the weights: the config that they were saved with
 _SAVED_CONFIG = "cotolora_config"
+_CHECKSUM = "cotolora_sha256"  # of the tensors: names, dtypes, shapes and bytes
+_NO_CHECKSUM = "0" * 64  # where it goes once the bytes are known
 _ATTEMPTS = 50  # to read a pair between the saves of others
 _PATIENCE = 5  # hundredths of a second that two savers at once may take to put a config beside its weights
 _TEMPORARY = re.compile(r"\..+-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.new")
@@ -39,14 +41,35 @@ def write(directory: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -
         OSError: the files cannot be written; the old ones are as they were.
     """
     config = json.dumps(fields, indent=2, sort_keys=True)
-    metadata = {"format": "pt", _SAVED_CONFIG: config}
+    metadata = {"format": "pt", _SAVED_CONFIG: config, _CHECKSUM: _NO_CHECKSUM}
 
     def write_pair() -> None:
         # clones, because safetensors refuses tensors that share memory
         whole = {key: tensor.cpu().clone(memory_format=_DENSE) for key, tensor in tensors.items()}
-        _write(directory, config.encode(), serialize(whole, metadata))
+        _write(directory, config.encode(), _with_checksum(serialize(whole, metadata)))
 
     _on_rank_zero(write_pair)
+
+
+def _with_checksum(data: bytes) -> bytes:
+    """A safetensors file with its checksum in the metadata."""
+    end = _header_end(data)
+    before, after = (f'"{_CHECKSUM}":"{value}"'.encode() for value in (_NO_CHECKSUM, _checksum(data)))
+    assert data.count(before, 0, end) == 1  # in the names and values of others quotes are escaped
+    return data[:end].replace(before, after) + data[end:]
+
+
+def _checksum(data: bytes) -> str:
+    """What the metadata says of a safetensors file, if `write` wrote it and nothing has changed it since."""
+    end = _header_end(data)
+    tensors = {key: value for key, value in json.loads(data[8:end]).items() if key != "__metadata__"}
+    digest = hashlib.sha256(json.dumps(tensors, sort_keys=True).encode())
+    digest.update(memoryview(data)[end:])
+    return digest.hexdigest()
+
+
+def _header_end(data: bytes) -> int:
+    return 8 + int.from_bytes(data[:8], "little")
 
 
 def _on_rank_zero(write: Callable[[], None]) -> None:
@@ -246,14 +269,16 @@ def _read(directory: Path, is_same: Callable[[Any, Any], bool]) -> Pair:
         tensors = deserialize(data)
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, KeyError) as error:
         raise ValueError(f"{path} must be a whole safetensors file; reading it failed: {error}") from error
-    saved_config = _metadata(data).get(_SAVED_CONFIG)
+    metadata = _metadata(data)
+    if _CHECKSUM in metadata and metadata[_CHECKSUM] != _checksum(data):
+        raise ValueError(f"{path} must be as it was saved; its bytes have changed since, and its checksum says so")
+    saved_config = metadata.get(_SAVED_CONFIG)
     return Pair(tensors, _read_config(directory, saved_config, is_same), saved_config is not None)
 
 
 def _metadata(data: bytes) -> dict[str, str]:
     """The metadata of a safetensors file, of which `data` holds the header at least."""
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    return json.loads(data[8 : _header_end(data)]).get("__metadata__") or {}
 
 
 def _read_config(directory: Path, saved_config: str | None, is_same: Callable[[Any, Any], bool]) -> dict[str, Any]:
