@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cotolora import CoToLoRALinear, adapters, load_adapter, save_adapter
+from cotolora.merging import AdapterState
+from cotolora.variants import VARIANTS
 from tests.saving import CONFIG, PREFIX, WEIGHTS, base, config_of, logits, picture, refused, rewrite, train, tuned
 
 # settings that are not supported, and configs that make no sense
@@ -448,6 +450,42 @@ def test_factors_of_another_floating_dtype_are_cast(dtype, saved):
     model = base()
     load_adapter(model, saved)
     assert torch.equal(model.fc.lora_b, tensors[PREFIX + "fc.lora_B.weight"].float())
+
+
+SMALL_DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("onto", ["base", "adapters"])
+@pytest.mark.parametrize("dtype", [*SMALL_DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", ["lora", "dora", "hira"])
+def test_a_file_of_small_numbers_loses_no_digits(variant, dtype, onto, tmp_path):
+    options = {"targets": ["fc"], "rank": 3, "variant": variant, "trainable": ["head.2"]}
+    save_adapter(tuned(base(), **options), tmp_path)
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(tmp_path / WEIGHTS).items()}
+    rewrite(tmp_path, tensors)
+    model = base()
+    if onto == "adapters":
+        tuned(model, **options, seed=2)
+    assert load_adapter(model, tmp_path) == ([], [])
+    for name, layer in adapters(model).items():
+        stored = [tensors[f"{PREFIX}{name}.{part.key}"] for part in VARIANTS[variant].parts]
+        # HiRA's B is what the file says over the layer's scale, divided as float32
+        scale = layer.scale if variant == "hira" else 1
+        expected = [t.double() if dtype == torch.float64 else t.float() for t in stored]
+        expected[1] = expected[1] / scale
+        for parameter, value in zip(layer.adapter_parameters, expected, strict=True):
+            assert torch.equal(parameter, value.float())
+    assert torch.equal(model.head[2].weight, tensors[PREFIX + "head.2.weight"].float())
+
+
+@pytest.mark.parametrize("dtype", SMALL_DTYPES, ids=str)
+def test_a_state_of_small_numbers_is_merged_as_float32(dtype, saved):
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(saved / WEIGHTS).items()}
+    rewrite(saved, {**tensors, PREFIX + "head.0.bias": torch.ones(4).to(dtype)})
+    state = AdapterState.from_directory(saved)
+    for name, part in state.factors.items():
+        assert torch.equal(part.lora_b, tensors[f"{PREFIX}{name}.lora_B.weight"].float())
+    state.load_into(base())
 
 
 class Bomb:
