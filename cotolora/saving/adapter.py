@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import _unsafe_preserve_version_counter
 
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.inject import install
@@ -220,6 +220,7 @@ def _fill(layers: dict[str, CoToLoRALinear], fit: Fit, files: AdapterFiles, undo
     writes += [(key, target, files.tensors[key]) for key, target in fit.plain.items()]
     _write(writes, undo)
     merged = [layer for layer in layers.values() if layer.merged]
+    # of what was written; all are made before the first takes its place
     for layer, weight in [(layer, layer._merged_weight()) for layer in merged]:
         layer.weight = weight
 
@@ -229,12 +230,27 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _write(writes: Iterable[tuple[str, Tensor, Tensor]], undo: ExitStack) -> None:
+def _write(writes: list[tuple[str, Tensor, Tensor]], undo: ExitStack) -> None:
     """Copies into each target, by its name, its value. What can fail does so before the first is changed."""
+    for key, target, _ in writes:
+        if reason := _why_not_writable(target):
+            raise ValueError(f"{key} must be a tensor of the model that can be written; {reason}")
     ready = [(target, _like(value, target), target.clone()) for _, target, value in writes]
     for target, value, before in ready:
-        target.copy_(value)
+        if not target.is_inference():
+            # taken back, it is as it was for autograd too
+            undo.enter_context(_unsafe_preserve_version_counter(target))
         undo.callback(_restore, target, before)
+        target.copy_(value)
+
+
+def _why_not_writable(target: Tensor) -> str:
+    if target.is_inference() and not torch.is_inference_mode_enabled():
+        return "it was made in inference mode, and may be written in that alone"
+    local = getattr(target, "to_local", lambda: target)()  # of a DTensor
+    if any(stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)):
+        return "it is expanded: several of its entries lie in one place"
+    return ""
 
 
 @torch.no_grad()
