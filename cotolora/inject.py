@@ -6,10 +6,11 @@ import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from cotolora.bases import is_conv1d, is_dense, why_not_adaptable
@@ -150,7 +151,7 @@ def install(
     linears = {plain_name(raw_names[0]): module for module, raw_names in raw_names_of.items()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     with ExitStack() as undo:
-        undo.callback(_set_requires_grad, flags)
+        undo.callback(_restore_requires_grad, flags)
         layers = {name: CoToLoRALinear.from_spec(linears[name], spec) for name, spec in specs.items()}
         for variant in {spec.variant for spec in specs.values()}:
             VARIANTS[variant].share([layer for layer in layers.values() if layer.variant == variant])
@@ -286,6 +287,13 @@ def _plain_model(model: nn.Module) -> nn.Module:
 def _set_requires_grad(flags: Mapping[nn.Parameter, bool]) -> None:
     for parameter, flag in flags.items():
         parameter.requires_grad_(flag)
+
+
+def _restore_requires_grad(flags: Mapping[nn.Parameter, bool]) -> None:
+    for parameter, flag in flags.items():
+        # one that was made in inference mode gets its flag back in that alone
+        with torch.inference_mode() if parameter.is_inference() else nullcontext():
+            parameter.requires_grad_(flag)
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:

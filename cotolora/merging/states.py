@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cotolora.checks import finite
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.linear import CoToLoRALinear
-from cotolora.saving.adapter import LoadResult, collect, load_into, read, write_files
+from cotolora.saving.adapter import LoadResult, collect, load_into, read_files, write_files
 from cotolora.saving.fitting import AdapterFiles
 from cotolora.saving.peft_config import adapter_fields, exact_expression, parse_config
 from cotolora.spec import AdapterSpec
@@ -96,7 +96,7 @@ class AdapterState:
             raise ValueError("factors must hold at least one adapter; got none")
         object.__setattr__(self, "factors", {name: _checked(name, part) for name, part in self.factors.items()})
         for key, tensor in self.besides.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
+            if tensor.is_floating_point() and not _is_finite(tensor):
                 raise ValueError(f"{key} must be finite; it holds NaN or infinity")
 
     def __repr__(self) -> str:
@@ -120,7 +120,7 @@ class AdapterState:
         Raises:
             FileNotFoundError, ValueError: as `load_adapter`, or the files do not hold plain LoRA.
         """
-        return cls._from_files(read(directory), str(directory))
+        return cls._from_files(read_files(directory), str(directory))
 
     @classmethod
     def from_tensors(
@@ -286,6 +286,11 @@ class AdapterState:
         return {key: own[key] for key in self.besides}
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    # float8 has no isfinite
+    return bool((tensor if tensor.element_size() > 1 else tensor.float()).isfinite().all())
+
+
 def _checked(name: str, part: Factors) -> Factors:
     for key, tensor in (("lora_a", part.lora_a), ("lora_b", part.lora_b)):
         if not isinstance(tensor, Tensor) or tensor.dim() != 2 or not tensor.is_floating_point():
@@ -293,7 +298,7 @@ def _checked(name: str, part: Factors) -> Factors:
             raise ValueError(f"{key} of {name} must be a floating matrix; got {got}")
         if tensor.is_meta:
             raise ValueError(f"{key} of {name} must have memory; it is on the meta device")
-        if not tensor.isfinite().all():
+        if not _is_finite(tensor):
             raise ValueError(f"{key} of {name} must be finite; it holds NaN or infinity")
     if part.lora_a.shape[0] != part.lora_b.shape[1] or part.rank < 1:
         raise ValueError(
@@ -301,7 +306,8 @@ def _checked(name: str, part: Factors) -> Factors:
             f"got {tuple(part.lora_a.shape)} and {tuple(part.lora_b.shape)}"
         )
     alpha = finite(f"alpha of {name}", part.alpha)
-    dtype = torch.promote_types(torch.promote_types(part.lora_a.dtype, part.lora_b.dtype), torch.float32)
+    # not promote_types, which knows no float8
+    dtype = torch.float64 if torch.float64 in (part.lora_a.dtype, part.lora_b.dtype) else torch.float32
     return Factors(part.lora_a.detach().to(dtype), part.lora_b.detach().to(dtype), alpha, bool(part.use_rslora))
 
 

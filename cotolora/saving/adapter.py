@@ -5,21 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import _unsafe_preserve_version_counter
 
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.inject import install
 from cotolora.linear import CoToLoRALinear
 from cotolora.matching import warn_of_idle_keys
-from cotolora.saving.files import CONFIG, WEIGHTS, read_config, read_weights, write
+from cotolora.saving.files import CONFIG, WEIGHTS, read, write
 from cotolora.saving.fitting import AdapterFiles, Fit, fit_files, inside_bases, join_names, own_state, why_not_fill
-from cotolora.saving.peft_config import is_unambiguous, make_config, parse_config
+from cotolora.saving.peft_config import is_same_config, is_unambiguous, make_config, parse_config
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT, Variant
 from cotolora.variants.starts import since_start
@@ -52,8 +52,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     rank and alpha (√2 times alpha with rsLoRA), for the base as it is; PEFT's own would change the base.
 
     A kill at any moment leaves a pair that `load_adapter` reads, the old one or the new one: the
-    weights carry the hash of their config, and where a kill fell between the two renames, the new config
-    still lies beside them under its temporary name.
+    weights carry a copy of their config, and where a kill fell between the two renames, the new config
+    still lies beside them under its temporary name. What of a config has no bearing on the result, such as
+    base_model_name_or_path, the order of its fields and line ends, may be edited.
 
     Args:
         model: a model with adapters.
@@ -114,29 +115,28 @@ def _stored(layer: CoToLoRALinear, variant: Variant) -> dict[str, Tensor]:
     return {part.key: parts[part.attribute] for part in variant.parts if part.key is not None}
 
 
-def read(directory: str | os.PathLike[str]) -> AdapterFiles:
+def read_files(directory: str | os.PathLike[str]) -> AdapterFiles:
     """Reads what `save_adapter` or PEFT wrote.
 
     Raises:
         FileNotFoundError, ValueError: as `load_adapter`, of what does not depend on a model.
     """
     path = Path(directory)
-    found, config_hash = read_weights(path)
-    fields = read_config(path, config_hash)
+    pair = read(path, is_same_config)
     try:
-        config = parse_config(fields)
+        config = parse_config(pair.fields)
     except ValueError as error:
         raise ValueError(f"{path / CONFIG}: {error}") from None
     variant = VARIANTS[config.variant]
     tensors, shared = {}, {}
-    for key, tensor in found.items():
+    for key, tensor in pair.tensors.items():
         if key.startswith(_PREFIX):
             tensors[_plain_key(key.removeprefix(_PREFIX), variant)] = tensor
         elif (rest := key.removeprefix(_SHARED_PREFIX)) != key and rest in variant.shared_keys:
             shared[rest] = tensor
         else:
             raise ValueError(f"{path / WEIGHTS} must hold keys that begin with {_PREFIX!r}; got {key!r}")
-    return AdapterFiles(tensors, shared, fields, config, config_hash is not None)
+    return AdapterFiles(tensors, shared, pair.fields, config, pair.ours)
 
 
 def _plain_key(key: str, variant: Variant) -> str:
@@ -166,7 +166,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bo
         ValueError: a file is damaged, the two do not belong together, the config asks for something that
             is not supported and would change the result, or the adapter does not fit the model.
     """
-    return load_into(model, read(directory), source=str(Path(directory) / WEIGHTS), strict=strict)
+    return load_into(model, read_files(directory), source=str(Path(directory) / WEIGHTS), strict=strict)
 
 
 def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: bool = True) -> LoadResult:
@@ -220,6 +220,7 @@ def _fill(layers: dict[str, CoToLoRALinear], fit: Fit, files: AdapterFiles, undo
     writes += [(key, target, files.tensors[key]) for key, target in fit.plain.items()]
     _write(writes, undo)
     merged = [layer for layer in layers.values() if layer.merged]
+    # of what was written; all are made before the first takes its place
     for layer, weight in [(layer, layer._merged_weight()) for layer in merged]:
         layer.weight = weight
 
@@ -229,12 +230,27 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _write(writes: Iterable[tuple[str, Tensor, Tensor]], undo: ExitStack) -> None:
+def _write(writes: list[tuple[str, Tensor, Tensor]], undo: ExitStack) -> None:
     """Copies into each target, by its name, its value. What can fail does so before the first is changed."""
+    for key, target, _ in writes:
+        if reason := _why_not_writable(target):
+            raise ValueError(f"{key} must be a tensor of the model that can be written; {reason}")
     ready = [(target, _like(value, target), target.clone()) for _, target, value in writes]
     for target, value, before in ready:
-        target.copy_(value)
+        if not target.is_inference():
+            # taken back, it is as it was for autograd too
+            undo.enter_context(_unsafe_preserve_version_counter(target))
         undo.callback(_restore, target, before)
+        target.copy_(value)
+
+
+def _why_not_writable(target: Tensor) -> str:
+    if target.is_inference() and not torch.is_inference_mode_enabled():
+        return "it was made in inference mode, and may be written in that alone"
+    local = getattr(target, "to_local", lambda: target)()  # of a DTensor
+    if any(stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)):
+        return "it is expanded: several of its entries lie in one place"
+    return ""
 
 
 @torch.no_grad()

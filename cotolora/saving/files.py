@@ -5,37 +5,71 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+import re
+import secrets
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_HASH = "cotolora_config_sha256"
+# in the metadata of the weights: the config that they were saved with
+_SAVED_CONFIG = "cotolora_config"
+_CHECKSUM = "cotolora_sha256"  # of the tensors: names, dtypes, shapes and bytes
+_NO_CHECKSUM = "0" * 64  # where it goes once the bytes are known
+_ATTEMPTS = 50  # to read a pair between the saves of others
+_PATIENCE = 5  # hundredths of a second that two savers at once may take to put a config beside its weights
+_TEMPORARY = re.compile(r"\..+-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.new")
+_ABANDONED_SECONDS = 24 * 3600  # of a temporary file whose process cannot be asked for
 _DENSE = torch.contiguous_format
 
 
 def write(directory: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Writes config and weights, by rank 0 of a distributed run; the weights carry the hash of their config.
+    """Writes config and weights, by rank 0 of a distributed run; the weights carry a copy of their config.
 
     Raises:
         OSError: the files cannot be written; the old ones are as they were.
     """
-    config = json.dumps(fields, indent=2, sort_keys=True).encode()
-    metadata = {"format": "pt", _HASH: hashlib.sha256(config).hexdigest()}
+    config = json.dumps(fields, indent=2, sort_keys=True)
+    metadata = {"format": "pt", _SAVED_CONFIG: config, _CHECKSUM: _NO_CHECKSUM}
 
     def write_pair() -> None:
         # clones, because safetensors refuses tensors that share memory
         whole = {key: tensor.cpu().clone(memory_format=_DENSE) for key, tensor in tensors.items()}
-        _write(directory, config, serialize(whole, metadata))
+        _write(directory, config.encode(), _with_checksum(serialize(whole, metadata)))
 
     _on_rank_zero(write_pair)
+
+
+def _with_checksum(data: bytes) -> bytes:
+    """A safetensors file with its checksum in the metadata."""
+    end = _header_end(data)
+    before, after = (f'"{_CHECKSUM}":"{value}"'.encode() for value in (_NO_CHECKSUM, _checksum(data)))
+    assert data.count(before, 0, end) == 1  # in the names and values of others quotes are escaped
+    return data[:end].replace(before, after) + data[end:]
+
+
+def _checksum(data: bytes) -> str:
+    """What the metadata says of a safetensors file, if `write` wrote it and nothing has changed it since."""
+    end = _header_end(data)
+    tensors = {key: value for key, value in json.loads(data[8:end]).items() if key != "__metadata__"}
+    digest = hashlib.sha256(json.dumps(tensors, sort_keys=True).encode())
+    digest.update(memoryview(data)[end:])
+    return digest.hexdigest()
+
+
+def _header_end(data: bytes) -> int:
+    return 8 + int.from_bytes(data[:8], "little")
 
 
 def _on_rank_zero(write: Callable[[], None]) -> None:
@@ -56,50 +90,172 @@ def _on_rank_zero(write: Callable[[], None]) -> None:
 
 
 def _write(directory: Path, config: bytes, weights: bytes) -> None:
+    """Replaces the weights, and the config if it is another one.
+
+    Savers into one folder need no lock: each has temporary names of its own, the weights carry their config, and who
+    renames weights sees to it that the config beside them is theirs.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    new_config, new_weights = directory / _temporary(CONFIG), directory / _temporary(WEIGHTS)
-    if new_config.is_file() and _sha256(new_config) == _saved_hash(directory / WEIGHTS):
-        # a save was killed between its two renames: its config must not be lost to this one
-        os.replace(new_config, directory / CONFIG)
+    _finish_killed_saves(directory)
+    new_config, new_weights = _temporary(directory, CONFIG), _temporary(directory, WEIGHTS)
     try:
         _write_durably(new_config, config)
         _write_durably(new_weights, weights)
     except BaseException:
         new_config.unlink(missing_ok=True)
-        new_weights.unlink(missing_ok=True)
         raise
-    # weights first: between the two renames the new config is still there under its temporary name
-    os.replace(new_weights, directory / WEIGHTS)
-    os.replace(new_config, directory / CONFIG)
-
-
-def _saved_hash(weights: Path) -> str | None:
-    """The hash of the config that `weights` was saved with; None where there is none to read."""
     try:
-        with safe_open(weights, framework="pt") as file:
-            return (file.metadata() or {}).get(_HASH)
-    except (SafetensorError, OSError):
+        # weights first: between the two renames the new config is still there under its temporary name
+        os.replace(new_weights, directory / WEIGHTS)
+    except BaseException:
+        if new_weights.exists():  # and was not renamed
+            new_config.unlink(missing_ok=True)
+            new_weights.unlink(missing_ok=True)
+        raise
+    _put_config(new_config, config, directory)
+    # where another saver's weights have come meanwhile, and its config before ours
+    while (theirs := _saved_config(directory / WEIGHTS)) not in (None, _content(directory / CONFIG)):
+        assert theirs is not None
+        new_config = _temporary(directory, CONFIG)
+        _write_durably(new_config, theirs)
+        _put_config(new_config, theirs, directory)
+
+
+def _put_config(temporary: Path, config: bytes, directory: Path) -> None:
+    if _content(directory / CONFIG) == config:
+        temporary.unlink(missing_ok=True)
+    else:
+        with suppress(FileNotFoundError):  # another saver took its own for killed, and renamed it
+            os.replace(temporary, directory / CONFIG)
+
+
+def _finish_killed_saves(directory: Path) -> None:
+    """Ends a save that was killed between its two renames, and removes what others left."""
+    config = _saved_config(directory / WEIGHTS)
+    if config is not None and _content(directory / CONFIG) != config:
+        # it must not be lost to this save
+        for path in _temporaries(directory, CONFIG):
+            if _content(path) == config:
+                _put_config(path, config, directory)
+    for path in (*_temporaries(directory, CONFIG), *_temporaries(directory, WEIGHTS)):
+        if _is_abandoned(path):
+            path.unlink(missing_ok=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether the saver of a temporary file is no more: by its process, or by age where that cannot be asked."""
+    match = _TEMPORARY.fullmatch(path.name)
+    if match and match["host"] == _host() and os.name == "posix":
+        try:
+            os.kill(int(match["pid"]), 0)
+        except ProcessLookupError:
+            return True
+        except OSError:  # it is another user's
+            pass
+        return False
+    try:
+        return time.time() - path.stat().st_mtime > _ABANDONED_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _temporary(directory: Path, name: str) -> Path:
+    """A name that no other save has, and from which others can tell whose it is."""
+    return directory / f".{name}-{_host()}-{os.getpid()}-{secrets.token_hex(4)}.new"
+
+
+def _temporaries(directory: Path, name: str) -> list[Path]:
+    return sorted(directory.glob(f".{name}-*.new"))
+
+
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
         return None
 
 
-def _temporary(name: str) -> str:
-    return f".{name}.new"
+def _saved_config(weights: Path) -> bytes | None:
+    """The config that `weights` was saved with; None where there is none to read."""
+    try:
+        with weights.open("rb") as file:
+            length = file.read(8)
+            most = os.fstat(file.fileno()).st_size  # whatever a damaged length says
+            header = file.read(min(int.from_bytes(length, "little"), most))
+        return _metadata(length + header)[_SAVED_CONFIG].encode()
+    except (OSError, ValueError, OverflowError, MemoryError, RecursionError, LookupError, AttributeError, TypeError):
+        return None  # of what others wrote, or left half written
 
 
 def _write_durably(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
-def read_weights(directory: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors by their keys, and the hash of the config they were saved with.
+class Pair(NamedTuple):
+    """The contents of both files: tensors by key, the fields of the config, and whether `write` wrote them."""
+
+    tensors: dict[str, Tensor]
+    fields: dict[str, Any]
+    ours: bool
+
+
+class _MismatchError(ValueError):
+    """The config is not what the weights were saved with."""
+
+
+def read(directory: Path, is_same: Callable[[Any, Any], bool]) -> Pair:
+    """The pair as it was at one moment, also while others save.
+
+    Args:
+        directory: where it lies.
+        is_same: whether the fields of two configs mean the same.
 
     Raises:
-        FileNotFoundError: there are no weights.
-        ValueError: they are damaged, or a pickle.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged or a pickle, or the config is not what the weights were saved with.
     """
+    patience = _PATIENCE
+    for _ in range(_ATTEMPTS):
+        before = _stamps(directory)
+        try:
+            pair = _read(directory, is_same)
+        except (FileNotFoundError, ValueError) as error:
+            if _stamps(directory) == before:
+                if not isinstance(error, _MismatchError) or not patience:
+                    raise
+                patience -= 1
+                time.sleep(0.01)
+            continue
+        # our weights say which config is theirs; of others' files all that is known is that none changed meanwhile
+        if pair.ours or _stamps(directory) == before:
+            return pair
+    raise ValueError(f"{directory} must hold still to be read; others went on writing to it")
+
+
+def _stamps(directory: Path) -> list[tuple[int, ...] | None]:
+    """What changes when one of the files is replaced or written to."""
+    stamps: list[tuple[int, ...] | None] = []
+    for name in (WEIGHTS, CONFIG):
+        try:
+            stat = (directory / name).stat()
+            stamps.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
+        except OSError:
+            stamps.append(None)
+    return stamps
+
+
+def _read(directory: Path, is_same: Callable[[Any, Any], bool]) -> Pair:
     path = directory / WEIGHTS
     if not path.is_file():
         if (directory / "adapter_model.bin").exists():
@@ -109,37 +265,42 @@ def read_weights(directory: Path) -> tuple[dict[str, Tensor], str | None]:
             )
         raise FileNotFoundError(f"directory must hold {WEIGHTS}; there is none in {directory}")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        data = path.read_bytes()  # once: another file may have this name when it is opened again
+        tensors = deserialize(data)
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, KeyError) as error:
         raise ValueError(f"{path} must be a whole safetensors file; reading it failed: {error}") from error
-    return tensors, metadata.get(_HASH)
+    metadata = _metadata(data)
+    if _CHECKSUM in metadata and metadata[_CHECKSUM] != _checksum(data):
+        raise ValueError(f"{path} must be as it was saved; its bytes have changed since, and its checksum says so")
+    saved_config = metadata.get(_SAVED_CONFIG)
+    return Pair(tensors, _read_config(directory, saved_config, is_same), saved_config is not None)
 
 
-def read_config(directory: Path, config_hash: str | None) -> dict[str, Any]:
-    """The fields of the config that has the hash, also where a kill left it under its temporary name.
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file, of which `data` holds the header at least."""
+    return json.loads(data[8 : _header_end(data)]).get("__metadata__") or {}
 
-    Raises:
-        FileNotFoundError: there is no config.
-        ValueError: it is damaged, or another one.
-    """
+
+def _read_config(directory: Path, saved_config: str | None, is_same: Callable[[Any, Any], bool]) -> dict[str, Any]:
+    """The fields of the config that the weights were saved with; a killed save leaves it under its temporary name."""
     path = directory / CONFIG
-    found = [p.read_bytes() for p in (path, directory / _temporary(CONFIG)) if p.is_file()]
-    if config_hash is not None:
-        found = [text for text in found if hashlib.sha256(text).hexdigest() == config_hash]
-        if not found:
-            raise ValueError(f"{path} must be the config that {WEIGHTS} was saved with; it is missing or another one")
-    elif not path.is_file():
-        raise FileNotFoundError(f"directory must hold {CONFIG}; there is none in {directory}")
+    if saved_config is None:
+        if not path.is_file():
+            raise FileNotFoundError(f"directory must hold {CONFIG}; there is none in {directory}")
+        return _fields(path)
+    for candidate in (path, *_temporaries(directory, CONFIG)):
+        # of one that is damaged, and of one that was renamed meanwhile
+        with suppress(ValueError, RecursionError, FileNotFoundError):
+            if is_same(fields := _fields(candidate), json.loads(saved_config)):
+                return fields
+    raise _MismatchError(f"{path} must be the config that {WEIGHTS} was saved with; it is missing or another one")
+
+
+def _fields(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(found[0].decode("utf-8"))
+        fields = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON; reading it failed: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(fields).__name__}")
     return fields
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

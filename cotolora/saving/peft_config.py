@@ -116,6 +116,10 @@ def parse_config(fields: dict[str, Any]) -> PeftConfig:
         # left in `rest` with a method that does not know it
         return take(name, must, test, default) if method.scaled else default
 
+    def take_names(name: str) -> Any:
+        value = take(name, "a regular expression or a list of names", _optional(_are_names))
+        return sorted(set(value)) if isinstance(value, list) else value  # the order means nothing
+
     config = PeftConfig(
         variant=found[0].name,
         rank=take("r", "a positive integer", _is_size, method.default_rank),
@@ -128,13 +132,13 @@ def parse_config(fields: dict[str, Any]) -> PeftConfig:
         ),
         use_rslora=of_scaled("use_rslora", "a bool", lambda value: isinstance(value, bool), False),
         dropout=take(method.dropout, "a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1, 0.0),
-        targets=take("target_modules", "a regular expression or a list of names", _optional(_are_names)) or [],
-        exclude=take("exclude_modules", "a regular expression or a list of names", _optional(_are_names)),
+        targets=take_names("target_modules") or [],
+        exclude=take_names("exclude_modules"),
         layers_to_transform=_as_list(
             take("layers_to_transform", "an integer or a list of them", _optional(_one_or_many(_is_index)))
         ),
-        layers_pattern=_as_list(take("layers_pattern", "names", _optional(_are_names))),
-        modules_to_save=_as_list(take("modules_to_save", "names", _optional(_are_names))),
+        layers_pattern=_as_list(take_names("layers_pattern")),
+        modules_to_save=_as_list(take_names("modules_to_save")),
         fields={name: take(name, f"like {value!r}", _is_like(value), value) for name, value in method.fields.items()},
     )
     if unsupported := {name: value for name, value in rest.items() if value and name not in _HARMLESS}:
@@ -147,6 +151,14 @@ def parse_config(fields: dict[str, Any]) -> PeftConfig:
     for value in config.layers_pattern:
         compiled("layers_pattern", value)
     return config
+
+
+def is_same_config(one: dict[str, Any], other: Any) -> bool:
+    """Whether the fields of two configs mean the same adapter, whatever else they say."""
+    try:
+        return isinstance(other, dict) and parse_config(one) == parse_config(other)
+    except ValueError:
+        return False
 
 
 def _is_size(value: Any) -> bool:

@@ -5,16 +5,18 @@ import itertools
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cotolora import adapters, load_adapter, save_adapter
@@ -266,6 +268,141 @@ def test_saving_onto_a_file(tmp_path):
     with pytest.raises(OSError, match="file"):
         save_adapter(variants()[0], tmp_path / "file")
     assert (tmp_path / "file").read_text() == ""
+
+
+# two savers at once
+
+
+def main_writers(directory, seconds=4.0):
+    """Two processes save into one folder again and again while a third reads: whole adapters, and one in the end."""
+    models, directory = variants()[:2], Path(directory)
+    os.fsync = lambda _: None
+    end, children = time.monotonic() + seconds, []
+    save_adapter(models[0], directory)
+    for i in range(2):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                while time.monotonic() < end:
+                    save_adapter(models[i], directory)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        children.append(pid)
+    found = set()
+    while time.monotonic() < end:
+        found.add(which(directory, models))
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0]
+    assert found == {0, 1}, found
+    assert sorted(p.name for p in directory.iterdir()) == [CONFIG, WEIGHTS]
+    last = which(directory, models)
+    assert last is not None
+    assert (directory / CONFIG).read_bytes() == files._saved_config(directory / WEIGHTS)  # what PEFT reads, too
+
+
+def test_two_savers_at_once(tmp_path):
+    finished(in_a_process("writers", tmp_path))
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["another-config", "same-config"])
+def test_a_save_inside_another_leaves_one_whole_pair(same, tmp_path):
+    """Another saver comes at every boundary, and is done before the first goes on."""
+    models = variants()
+    if same:
+        models[1] = tuned(base(), ["fc"], rank=2, seed=9)
+    for at in itertools.count(1):
+        save_adapter(models[2], tmp_path)
+        with stepping(at, lambda: save_adapter(models[1], tmp_path)) as steps:
+            save_adapter(models[0], tmp_path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, WEIGHTS], at
+        assert which(tmp_path, models) in ((0, 1) if at <= steps.count else (0,)), at
+        assert (tmp_path / CONFIG).read_bytes() == files._saved_config(tmp_path / WEIGHTS), at
+        if at > steps.count:
+            break
+    assert at > 15
+
+
+def test_a_save_whose_config_did_not_change_renames_one_file(tmp_path, monkeypatch):
+    save_adapter(variants()[0], tmp_path)
+    renamed, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (renamed.append(Path(paths[1]).name), replace(*paths)))
+    save_adapter(tuned(base(), ["fc"], rank=2, seed=9), tmp_path)
+    assert renamed == [WEIGHTS]
+    save_adapter(variants()[1], tmp_path)
+    assert renamed == [WEIGHTS, WEIGHTS, CONFIG]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_what_killed_savers_left_goes_and_what_others_write_stays(tmp_path):
+    save_adapter(variants()[0], tmp_path)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = files._host()
+    left = [f".{WEIGHTS}-{host}-{dead.pid}-00000000.new", f".{CONFIG}-{'0' * 8}-1-00000001.new"]
+    busy = [f".{WEIGHTS}-{host}-{os.getpid()}-00000000.new", f".{CONFIG}-{'0' * 8}-1-00000002.new", ".mine.new"]
+    for name in (*left, *busy):
+        (tmp_path / name).write_text("half")
+    os.utime(tmp_path / left[1], (0, 0))  # of another machine: its age tells
+    save_adapter(variants()[1], tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*busy, CONFIG, WEIGHTS])
+    assert which(tmp_path, variants()) == 1
+
+
+# reading while others save
+
+
+@pytest.mark.parametrize("by", ["us", "peft"])
+@pytest.mark.parametrize("step", ["deserialize", "_metadata", "_read_config", "_fields"])
+def test_a_pair_is_read_as_of_one_moment(step, by, tmp_path, monkeypatch):
+    """Another adapter is saved just before, and just after, a step of reading."""
+    models = variants()
+    for i, model in enumerate(models):
+        save_adapter(model, tmp_path / str(i))
+        if by == "peft":  # without our metadata
+            save_file(load_file(tmp_path / str(i) / WEIGHTS), tmp_path / str(i) / WEIGHTS, {"format": "pt"})
+
+    def save(i, directory):
+        for name in (WEIGHTS, CONFIG):
+            shutil.copy(tmp_path / str(i) / name, directory / "new")
+            os.replace(directory / "new", directory / name)
+
+    for when in ("before", "after"):
+        directory = tmp_path / when
+        directory.mkdir()
+        save(0, directory)
+        function, left = getattr(files, step), iter([1, 2])
+
+        def meanwhile(*args, when=when, directory=directory, function=function, left=left):
+            i = next(left, None)
+            if i is not None and when == "before":
+                save(i, directory)
+            result = function(*args)
+            if i is not None and when == "after":
+                save(i, directory)
+            return result
+
+        monkeypatch.setattr(files, step, meanwhile)
+        found = which(directory, models)
+        monkeypatch.undo()
+        assert found is not None
+
+
+def test_a_pair_that_never_holds_still_is_an_error(tmp_path, monkeypatch):
+    save_adapter(variants()[0], tmp_path)
+    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {"format": "pt"})
+    read_config = files._read_config
+
+    def touched(*args):
+        (tmp_path / CONFIG).write_bytes((tmp_path / CONFIG).read_bytes() + b" ")
+        return read_config(*args)
+
+    monkeypatch.setattr(files, "_read_config", touched)
+    with pytest.raises(ValueError, match="must hold still to be read"):
+        load_adapter(base(), tmp_path)
 
 
 # two ranks

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cotolora import CoToLoRALinear, adapters, load_adapter, save_adapter
+from cotolora.merging import AdapterState
+from cotolora.variants import VARIANTS
 from tests.support.saving import (
     CONFIG,
     PREFIX,
@@ -220,13 +222,49 @@ def test_the_config_must_be_the_one_the_weights_were_saved_with(saved, tmp_path)
     model = base()
     save_adapter(tuned(base(), ["fc"], rank=2, alpha=17.0), tmp_path / "other")
     mine = (saved / CONFIG).read_bytes()
-    for text in ((tmp_path / "other" / CONFIG).read_bytes(), mine + b" ", None):
+    for text in ((tmp_path / "other" / CONFIG).read_bytes(), mine + b"x", mine.replace(b"LORA", b"HIRA"), b"[]", None):
         (saved / CONFIG).unlink() if text is None else (saved / CONFIG).write_bytes(text)
         for strict in (True, False):
             with refused(model, "must be the config that .* was saved with"):
                 load_adapter(model, saved, strict=strict)
     (saved / CONFIG).write_bytes(mine)
     load_adapter(model, saved)
+
+
+EDITS = {
+    "name": lambda fields: {**fields, "base_model_name_or_path": "me/model", "revision": "v2", "task_type": "X"},
+    "order-of-targets": lambda fields: {**fields, "target_modules": fields["target_modules"][::-1]},
+    "order-of-fields": lambda fields: dict(reversed(fields.items())),
+    "defaults-of-peft": lambda fields: {**fields, "lora_bias": False, "layers_pattern": None, "peft_version": "0.21"},
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_what_has_no_bearing_on_the_result_may_be_edited(edit, saved):
+    fields = config_of(saved)
+    fields["target_modules"] = ["blocks.0.fc", "blocks.1.fc", "fc"]
+    (saved / CONFIG).write_text(json.dumps(EDITS[edit](fields)))
+    model = base()
+    load_adapter(model, saved)
+    assert torch.equal(logits(model), logits(tuned(base(), ["fc"], rank=2)))
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b"\r", b" \n\t"])
+def test_line_ends_may_change(end, saved):
+    (saved / CONFIG).write_bytes((saved / CONFIG).read_bytes().replace(b"\n", end) + end)
+    assert load_adapter(base(), saved) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("r", 1), ("lora_alpha", 17), ("use_rslora", True), ("use_dora", True), ("rank_pattern", {"fc": 2}),
+     ("alpha_pattern", {"fc": 3}), ("target_modules", ["fc"]), ("exclude_modules", ["head"]), ("lora_dropout", 0.5),
+     ("modules_to_save", ["head"]), ("layers_to_transform", [1]), ("lora_bias", True), ("something_new", 1)],
+)  # fmt: skip
+def test_what_has_a_bearing_may_not(field, value, saved):
+    (saved / CONFIG).write_text(json.dumps({**config_of(saved), field: value}))
+    with refused(model := base(), "must be the config that .* was saved with"):
+        load_adapter(model, saved)
 
 
 def header(path):
@@ -277,6 +315,37 @@ def test_flipped_bytes_in_the_header(saved):
             assert torch.equal(logits(model), logits(reference))
             train(model)
     assert refusals > 200
+
+
+def test_a_flipped_bit_in_the_data_is_an_error(saved):
+    data, generator, model = (saved / WEIGHTS).read_bytes(), random.Random(2), base()
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    for place in (start, len(data) - 1, *(generator.randrange(start, len(data)) for _ in range(40))):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << generator.randrange(8)
+        (saved / WEIGHTS).write_bytes(flipped)
+        with refused(model, "must be as it was saved"):
+            load_adapter(model, saved)
+    (saved / WEIGHTS).write_bytes(data)
+    load_adapter(model, saved)
+
+
+def test_tensors_that_changed_places_are_an_error(saved):
+    fields, data = header(saved / WEIGHTS)
+    one, other = (PREFIX + f"blocks.{i}.fc.lora_A.weight" for i in range(2))
+    write_raw(saved / WEIGHTS, {**fields, one: fields[other], other: fields[one]}, data)
+    with refused(model := base(), "must be as it was saved"):
+        load_adapter(model, saved)
+
+
+def test_files_without_a_checksum_are_read(saved):
+    fields, data = header(saved / WEIGHTS)
+    metadata = {key: value for key, value in fields["__metadata__"].items() if "sha256" not in key}
+    assert len(metadata) == len(fields["__metadata__"]) - 1
+    write_raw(saved / WEIGHTS, {**fields, "__metadata__": metadata}, data)
+    load_adapter(base(), saved)
+    write_raw(saved / WEIGHTS, {key: value for key, value in fields.items() if key != "__metadata__"}, data)
+    load_adapter(base(), saved)
 
 
 @pytest.mark.parametrize(
@@ -393,6 +462,42 @@ def test_factors_of_another_floating_dtype_are_cast(dtype, saved):
     model = base()
     load_adapter(model, saved)
     assert torch.equal(model.fc.lora_b, tensors[PREFIX + "fc.lora_B.weight"].float())
+
+
+SMALL_DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("onto", ["base", "adapters"])
+@pytest.mark.parametrize("dtype", [*SMALL_DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", ["lora", "dora", "hira"])
+def test_a_file_of_small_numbers_loses_no_digits(variant, dtype, onto, tmp_path):
+    options = {"targets": ["fc"], "rank": 3, "variant": variant, "trainable": ["head.2"]}
+    save_adapter(tuned(base(), **options), tmp_path)
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(tmp_path / WEIGHTS).items()}
+    rewrite(tmp_path, tensors)
+    model = base()
+    if onto == "adapters":
+        tuned(model, **options, seed=2)
+    assert load_adapter(model, tmp_path) == ([], [])
+    for name, layer in adapters(model).items():
+        stored = [tensors[f"{PREFIX}{name}.{part.key}"] for part in VARIANTS[variant].parts]
+        # HiRA's B is what the file says over the layer's scale, divided as float32
+        scale = layer.scale if variant == "hira" else 1
+        expected = [t.double() if dtype == torch.float64 else t.float() for t in stored]
+        expected[1] = expected[1] / scale
+        for parameter, value in zip(layer.adapter_parameters, expected, strict=True):
+            assert torch.equal(parameter, value.float())
+    assert torch.equal(model.head[2].weight, tensors[PREFIX + "head.2.weight"].float())
+
+
+@pytest.mark.parametrize("dtype", SMALL_DTYPES, ids=str)
+def test_a_state_of_small_numbers_is_merged_as_float32(dtype, saved):
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(saved / WEIGHTS).items()}
+    rewrite(saved, {**tensors, PREFIX + "head.0.bias": torch.ones(4).to(dtype)})
+    state = AdapterState.from_directory(saved)
+    for name, part in state.factors.items():
+        assert torch.equal(part.lora_b, tensors[f"{PREFIX}{name}.lora_B.weight"].float())
+    state.load_into(base())
 
 
 class Bomb:

@@ -14,7 +14,7 @@ from cotolora.linear import CoToLoRALinear
 from cotolora.merging import AdapterState
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import Part, PeftMethod, Variant, lora_a, lora_b
-from tests.saving import CONFIG, PREFIX, WEIGHTS, config_of, keys, refused
+from tests.support.saving import CONFIG, PREFIX, WEIGHTS, config_of, keys, refused
 
 X = torch.linspace(-1, 1, 30).reshape(5, 6)
 
