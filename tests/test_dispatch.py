@@ -318,7 +318,7 @@ def test_importing_cotolora_loads_nothing_heavy():
 FLOORS = [
     {"checks"},
     {"schedule", "reference", "training.stepping", "training.agreement", "training.optimizer_state"},
-    {"training.reducer", "training.notices"},
+    {"training.reducer", "training.entry"},
     {"backends.cost"},
     {"backends.addmm.lora"},
     {"backends.addmm.dora", "backends.addmm.hira"},
@@ -331,6 +331,7 @@ FLOORS = [
     {"linear"},
     {"groups", "variants.base"},
     {"masks", "training.switches", "inject", "lora_pro"},
+    {"training.notices"},
     {"coto"},
     {"saving.files"},
     {"saving.peft_config"},
