@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 import weakref
 from collections.abc import Hashable
@@ -16,9 +17,10 @@ from cotolora.checks import integer, one_of
 from cotolora.groups import Unit, group_names, unwrap
 from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
 from cotolora.training.agreement import check_agreement
-from cotolora.training.notices import warn_of_few_groups, warn_of_many_graphs
+from cotolora.training.entry import EntryHooks, entries_below
+from cotolora.training.notices import warn_of_few_groups, warn_of_many_graphs, warn_of_unreached, without_gradient
 from cotolora.training.optimizer_state import keep_whole
-from cotolora.training.reducer import JoinUnused
+from cotolora.training.reducer import OutputJoin
 from cotolora.training.stepping import CombinedHandle, register_before_step, unwrap_optimizer
 from cotolora.training.switches import LayerSwitch, PeftSwitch, Switch, modules_by_users_name, parameters_of, switches
 
@@ -123,10 +125,16 @@ class CoTo:
         self.current_step, self.p = 0, 0.0
         # on the CPU by name: the user may have set another default device
         self.mask = torch.ones(len(self.groups), dtype=torch.bool, device="cpu")
+        self._join = OutputJoin(self._parameters_by_use, self._is_masked, self._is_attached)
+        modules = modules_by_users_name(model)
+        blocks = group_names(self._layers, "layer", modules)
+        parts = entries_below(modules, {name: key for key, names in blocks.items() for name in names})
         self._model = unwrap(model)
-        self._handles: list[RemovableHandle] = []
-        self._join = JoinUnused(self._unused_parameters)
+        self._entries = EntryHooks(self._model, parts, self._after_forward)
+        self._attached = 0
+        self._active = False
         self._warned = False
+        self._unreached: set[str] = set()
         if check_every:
             self._check_ranks()
         self._take_over()
@@ -159,8 +167,8 @@ class CoTo:
         Adapters that another CoTo has taken over are left to it.
         """
         self.p, self.mask = 1.0, torch.ones_like(self.mask)
-        while self._handles:
-            self._handles.pop().remove()
+        self._entries.remove()
+        self._active = False
         for switch in self._layers.values():
             if coto_of(switch.layer) is self:
                 switch.set_gate(True)
@@ -184,7 +192,9 @@ class CoTo:
             TypeError: `optimizer` is not a torch optimizer.
         """
         optimizer = unwrap_optimizer(optimizer)
-        return CombinedHandle(register_before_step(optimizer, self._drop_gradients), *keep_whole(optimizer))
+        before = register_before_step(optimizer, functools.partial(self._before_optimizer_step, optimizer))
+        self._attached += 1
+        return CombinedHandle(before, *keep_whole(optimizer), then=self._detached)
 
     def state_dict(self) -> dict[str, Any]:
         """The step and the settings; masks follow from them."""
@@ -231,11 +241,11 @@ class CoTo:
         for group, on in zip(self._switches(), mask.tolist(), strict=True):
             for switch in group:
                 switch.set_gate(on)
-        if not self._handles:
-            # on the model and not on each layer, where torch.compile would trace a graph for each
-            self._handles = [self._model.register_forward_hook(self._after_forward, always_call=True)]
-            for switch in self._layers.values():
-                switch.install()
+        # on the model and large parts of it, and not on each layer, where torch.compile would trace a graph for each
+        self._entries.install()
+        self._active = True
+        for switch in self._layers.values():
+            switch.install()
 
     def _take_over(self) -> None:
         """Makes this the CoTo of its layers. The mask of an earlier one no longer decides what an optimizer steps."""
@@ -248,7 +258,8 @@ class CoTo:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a copy of a model holds a copy of its CoTo, in its hooks
         self.__dict__.update(state)
-        if self._handles:
+        self._attached = 0  # hooks of an optimizer are not copied
+        if self._active:
             for switch in self._layers.values():
                 _COTO_OF[switch.layer] = weakref.ref(self)
 
@@ -256,20 +267,30 @@ class CoTo:
         facts = {**self.state_dict(), "mask": self.mask.tolist(), "check_every": self._check_every}
         check_agreement("CoTo", facts)
 
-    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _after_forward(self, output: Any) -> Any:
         for switch in self._layers.values():
-            switch.restore()  # of PEFT's, where a forward raised
+            switch.restore()  # where a forward raised
         return self._join(output)
 
-    def _unused_parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters that a forward leaves out of the graph now."""
+    def _parameters_by_use(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The trainable parameters that a forward leaves out of the graph now, and the others."""
         unused: list[Switch] = []
         used: list[Switch] = []
         for switch in self._layers.values():
             (unused if switch.unused else used).append(switch)
-        return [parameter for parameter in parameters_of(unused, used) if parameter.requires_grad]
+        off, on = parameters_of(unused, used), parameters_of(used, ())
+        return [p for p in off if p.requires_grad], [p for p in on if p.requires_grad]
 
-    def _drop_gradients(self) -> None:
+    def _is_masked(self) -> bool:
+        return any(switch.masked for switch in self._layers.values())
+
+    def _detached(self) -> None:
+        self._attached -= 1
+
+    def _is_attached(self) -> bool:
+        return self._attached > 0
+
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         off: list[Switch] = []
         on: list[Switch] = []
         for group, is_on in zip(self._switches(), self.mask.tolist(), strict=True):
@@ -277,5 +298,9 @@ class CoTo:
                 # by the mask and not by the gate, which may be a tensor on a device
                 trains = switch.trainable and (is_on or not switch.training)
                 (on if trains else off).append(switch)
+        if unreached := without_gradient(on, optimizer):
+            names = [name for name, switch in self._layers.items() if switch in unreached]
+            warn_of_unreached([name for name in names if name not in self._unreached])
+            self._unreached.update(names)
         for parameter in parameters_of(off, on):
             parameter.grad = None

@@ -224,7 +224,8 @@ def test_without_at_least_one_every_adapter_may_be_off():
     model = make()
     coto = CoTo(model, 10, initial_p=0.0, at_least_one=False)
     assert not coto.mask.any()
-    assert not model(batch()).requires_grad
+    backward(model)  # a step like any other, in which nothing learns
+    assert all(p.grad is None for p in adapter_parameters(model))
 
 
 @pytest.mark.parametrize("how", ["enabled", "mask", "tensor"])
@@ -359,7 +360,7 @@ def test_one_run_decides_whatever_modules_they_were_made_with(kind, way):
     second = CoTo(modules[late], 10, seed=2, gates=kind, unit="module")
     second.attach(optimizer)
     assert first.mask.all()
-    assert not any(hook.__self__ is first for module in model.modules() for hook in module._forward_hooks.values())
+    assert all(sum(1 for _ in module._forward_hooks) <= 1 for module in model.modules())
     switched = {id(layer) for layer in adapters(modules[late]).values()}
     for step in range(5):
         on = iter(second.mask.tolist())
@@ -412,7 +413,7 @@ def test_a_copied_model_has_a_run_of_its_own(kind, how):
     coto.finish()
     assert gates(other) == before
     second = CoTo(nn.ModuleDict({"model": other}), 20)  # past the module that holds the copied run's hook
-    assert not other._forward_hooks
+    assert len(other._forward_hooks) == 1
     second = CoTo(other, 20)
     second.set_step(1)
     assert len(other._forward_hooks) == 1

@@ -1,80 +1,168 @@
-"""Under DistributedDataParallel: makes parameters that a forward did not use part of its output's graph."""
+"""Keeps a model's output in a graph, and DistributedDataParallel's reducer informed, where adapters are off."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 logger = logging.getLogger("cotolora")
 
 
-class JoinUnused:
-    """Joins unused parameters to a model's output, where a reducer waits for their gradients.
+class OutputJoin:
+    """Joins unused parameters to a model's output, for two reasons.
 
     DDP's reducer waits for a gradient of every trainable parameter. An adapter that is off is in no graph, so its
     parameters are tied to the output by one autograd node, which gives them zeros.
 
+    The adapters that are on may be ones that the loss does not depend on (a pooler that is not read, a layer that was
+    dropped, a tower without input). Without a graph backward would raise, so outputs without one are tied as well.
+    Unless DDP looks for unused parameters itself, it would wait for those of such an adapter whenever it is on, so
+    these are tied then too.
+
     Args:
-        unused: returns the parameters that the forward did not use.
+        parameters: returns the trainable parameters that a forward does not use now, and those that it does.
+        masked: whether adapters are off that the user has not disabled.
+        drops_zeros: whether optimizer steps leave `unused` out whatever its gradients are. If so these are zeros and
+            not None, for GradScaler raises where an optimizer has no gradient at all.
     """
 
-    def __init__(self, unused: Callable[[], Sequence[Tensor]]) -> None:
-        self._unused = unused
+    def __init__(
+        self,
+        parameters: Callable[[], tuple[list[nn.Parameter], list[nn.Parameter]]],
+        masked: Callable[[], bool],
+        drops_zeros: Callable[[], bool],
+    ) -> None:
+        self._parameters, self._masked, self._drops_zeros = parameters, masked, drops_zeros
         self._warned = False
+        # whether the output depended on a parameter when a forward used it for the first time
+        self._reached: dict[nn.Parameter, bool] = {}
 
     def __call__(self, output: Any) -> Any:
         """`output` with the unused parameters in its graph; None where there is nothing to join.
 
         None and not `output`: torch.compile traces a hook that returns a tensor as a graph of its own.
         """
-        if not (dist.is_available() and dist.is_initialized() and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             return None
-        if torch._C._are_functorch_transforms_active():  # no reducer there, and they refuse this kind of Function
+        reducer = dist.is_available() and dist.is_initialized()
+        contents = _contents(output)
+        tensors = [leaf for leaf in pytree.tree_leaves(contents) if isinstance(leaf, Tensor)]
+        without_graph = _without_graph(tensors, _loss_of(output))
+        if tensors and not without_graph and not reducer:
+            return None  # the usual case
+        # torch.func's transforms have no reducer, and refuse this kind of Function
+        if torch._C._are_functorch_transforms_active():
             return None
-        unused = self._unused()
-        return self._joined(output, unused) if unused else None
-
-    def _joined(self, output: Any, unused: Sequence[Tensor]) -> Any:
-        leaves, spec = pytree.tree_flatten(output)
-        if len(leaves) == 1 and leaves[0] is output and dataclasses.is_dataclass(output):
-            # pytree knows only the dataclasses that were registered with it
-            fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-            output = copy.copy(output)
-            for name, value in self._joined(fields, unused).items():
-                object.__setattr__(output, name, value)
-            return output
+        masked = self._masked()
+        if not masked and not reducer:
+            return None
+        unused, used = self._parameters()
+        if reducer:
+            unused += self._unreached(used, tensors)
+        if not unused:
+            return None
+        if not tensors:
+            self._warn(output)
+            return None
+        chosen = [tensor for tensor in tensors if tensor.requires_grad] if reducer else []
+        chosen += without_graph if masked else []
         # by identity: a tensor in two places stays one tensor, or writing to one of them would miss the other's graph
-        tied = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad}
-        if not tied:
-            if not self._warned and not any(isinstance(leaf, Tensor) for leaf in leaves):
-                logger.warning(
-                    "the model's output, a %s, shows no tensors (in tuples, lists, dicts or a dataclass it would): "
-                    "DistributedDataParallel will miss the adapters that are off",
-                    type(output).__name__,
-                )
-                self._warned = True
-            return output
-        joined = dict(zip(tied, _Join.apply(len(tied), *tied.values(), *unused), strict=True))
-        return pytree.tree_unflatten([joined.get(id(leaf), leaf) for leaf in leaves], spec)
+        by_id = {id(tensor): tensor for tensor in chosen}
+        if not by_id:
+            return None
+        zeros = reducer or self._drops_zeros()
+        results = dict(zip(by_id, _Join.apply(len(by_id), zeros, *by_id.values(), *unused), strict=True))
+        return _replaced(output, contents, pytree.tree_map(lambda leaf: results.get(id(leaf), leaf), contents))
+
+    def _unreached(self, used: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> list[nn.Parameter]:
+        """Those of `used` that DDP would wait for in vain."""
+        ddp = nn.parallel.DistributedDataParallel._active_ddp_module
+        if torch.compiler.is_compiling() or ddp is None or (ddp.find_unused_parameters and not ddp.static_graph):
+            return []
+        if new := [parameter for parameter in used if parameter not in self._reached]:
+            reached = _reached_from(tensors)
+            self._reached.update((parameter, reached is None or parameter in reached) for parameter in new)
+        return [parameter for parameter in used if not self._reached[parameter]]
+
+    def _warn(self, output: Any) -> None:
+        if not self._warned:
+            logger.warning(
+                "the model's output, a %s, shows no tensors (in tuples, lists, dicts or a dataclass it would): "
+                "DistributedDataParallel will miss the adapters that are off, and a loss that none of the others "
+                "reaches will have no graph",
+                type(output).__name__,
+            )
+            self._warned = True
+
+
+def _contents(output: Any) -> Any:
+    """`output`, or the fields of a dataclass: pytree knows only those that were registered with it."""
+    if dataclasses.is_dataclass(output) and not isinstance(output, type) and pytree.tree_is_leaf(output):
+        return {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    return output
+
+
+def _replaced(output: Any, contents: Any, new: Any) -> Any:
+    """`output` with `new` in place of its `contents`."""
+    if contents is output:
+        return new
+    output = copy.copy(output)
+    for name, value in new.items():
+        object.__setattr__(output, name, value)
+    return output
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return loss if isinstance(loss, Tensor) else None
+
+
+def _without_graph(tensors: Sequence[Tensor], loss: Tensor | None) -> list[Tensor]:
+    """Those of `tensors` that a loss may be computed from and that have no graph."""
+    return [
+        tensor
+        for tensor in tensors
+        if (tensor.is_floating_point() or tensor.is_complex())
+        and not tensor.requires_grad
+        and not tensor.is_inference()
+        # beside a loss, other scalars are measures of it, which need no graph and may become numpy's
+        and (loss is None or tensor is loss or tensor.dim() > 0)
+    ]
+
+
+def _reached_from(tensors: Sequence[Tensor]) -> set[Tensor] | None:
+    """The leaves of the graph of `tensors`; None if a reentrant checkpoint hides some."""
+    nodes = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen, leaves = set(nodes), set()
+    while nodes:
+        node = nodes.pop()
+        if node.name().startswith("CheckpointFunction"):
+            return None
+        if isinstance(leaf := getattr(node, "variable", None), Tensor):
+            leaves.add(leaf)
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        nodes += new
+    return leaves
 
 
 class _Join(torch.autograd.Function):
-    """Returns the outputs unchanged; its backward gives zeros to the parameters that took no part in them.
+    """Returns the outputs unchanged; its backward gives zeros, or None, to the parameters that took no part in them.
 
-    Zeros and not None: with None, DDP's static_graph lets the ranks drift apart without an error.
+    Zeros under DDP: with None its static_graph lets the ranks drift apart without an error.
     """
 
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        ctx.unused = tensors[count:]
+    def forward(ctx: Any, count: int, zeros: bool, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        ctx.unused, ctx.zeros = tensors[count:], zeros
         # an output that the loss does not use gets None: zeros would cost memory, and 0 · inf further down is NaN
         ctx.set_materialize_grads(False)
         # detached and not viewed: autograd forbids writing in place (loss /= n) to a view made in here
@@ -82,4 +170,5 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, *gradients, *(torch.zeros_like(parameter) for parameter in ctx.unused)
+        unused = (torch.zeros_like(parameter) if ctx.zeros else None for parameter in ctx.unused)
+        return None, None, *gradients, *unused

@@ -49,16 +49,19 @@ def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 class CombinedHandle(RemovableHandle):
-    """One handle that removes several hooks."""
+    """One handle that removes several hooks, and calls `then` once they are removed."""
 
-    def __init__(self, *handles: RemovableHandle) -> None:
+    def __init__(self, *handles: RemovableHandle, then: Callable[[], None]) -> None:
         super().__init__(OrderedDict())
-        self._handles = handles
+        self._handles = list(handles)
+        self._then = then
 
     def remove(self) -> None:
         """Removes all of them. Twice is once."""
-        for handle in self._handles:
-            handle.remove()
+        if self._handles:
+            while self._handles:
+                self._handles.pop().remove()
+            self._then()
 
 
 def _followed_by(action: Callable[[], None], closure: Callable[..., Any]) -> Callable[..., Any]:

@@ -65,6 +65,11 @@ class Switch(ABC):
     def unused(self) -> bool:
         """Whether a forward now leaves the adapter's parameters out of the graph."""
 
+    @property
+    def masked(self) -> bool:
+        """Whether it does so for the gate alone: with the gate on the adapter would train."""
+        return self.unused and self.training and self.trainable
+
     # nothing to do for our own layers
 
     def install(self) -> None:  # noqa: B027

@@ -402,7 +402,7 @@ def test_importing_cotolora_loads_nothing_heavy():
 # lower levels first; a module may import from its own level and below
 FLOORS = [
     {"reference", "results", "training.stepping", "training.agreement", "training.optimizer_state", "saving.files"},
-    {"checks", "backends.types", "backends.addmm.products", "training.notices", "training.reducer"},
+    {"checks", "backends.types", "backends.addmm.products", "training.reducer", "training.entry"},
     {"schedule", "matching", "backends.cost", "backends.measured"},
     {*(f"backends.addmm.{name}" for name in VARIANTS), "backends.fused.common", "backends.off"},
     {"backends.fused.lora"},
@@ -416,6 +416,7 @@ FLOORS = [
     {"linear"},
     {"groups"},
     {"masks", "training.switches", "inject", "lora_pro"},
+    {"training.notices"},
     {"coto", "saving.peft_config"},
     {"saving.fitting"},
     {"saving.adapter"},

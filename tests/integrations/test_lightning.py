@@ -114,6 +114,47 @@ def test_off_adapters_count_no_step_and_all_are_on_after_training(tmp_path):
     assert all(layer.gate is True for layer in adapters(model))
 
 
+@pytest.mark.parametrize("call", ["the-module", "a-part-of-it"])
+def test_an_adapter_that_the_loss_does_not_read_breaks_no_step(call, tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.pooler = nn.ModuleList(Block() for _ in range(4)), Block()
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x, self.pooler(x)
+
+    class Pooled(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = Net()
+            cotolora.inject(self, rank=2)
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, batch_idx):
+            return (self if call == "the-module" else self.net)(*batch)[0].square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(cotolora.adapter_parameters(self), lr=1e-2)
+
+    model = Pooled()
+    ours = CoToLightningCallback(initial_p=0.0, seed=1)
+    trainer = trainer_of(tmp_path, ours, max_steps=40, max_epochs=-1)
+    trainer.fit(model, loader())
+    masks = [ours.coto.schedule.mask(5, step, 40).tolist() for step in range(40)]
+    assert [False] * 4 + [True] in masks
+    (optimizer,) = trainer.optimizers
+    *layers, pooler = adapters(model)
+    for layer, on in zip(layers, zip(*masks, strict=True), strict=False):
+        assert optimizer.state[layer.lora_b]["step"] == sum(on)
+    assert pooler.lora_b not in optimizer.state
+
+
 def test_a_run_that_is_resumed_equals_one_that_was_not(tmp_path):
     whole, first, again = Task(), Task(), Task(seed=1)  # the last takes everything from the checkpoint
     # the same batch over and over: where in the data it goes on is Lightning's affair

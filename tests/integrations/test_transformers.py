@@ -178,6 +178,40 @@ def test_weights_equal_a_plain_loops(kind, tmp_path):
         assert torch.equal(weight, expected[name]), name
 
 
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "pefts"])
+def test_a_pooler_that_the_loss_does_not_read_breaks_no_step(ours, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    class Pooled(InOrder):
+        def compute_loss(self, model, inputs, return_outputs=False, **_):
+            return model(inputs["input_ids"]).last_hidden_state.mean(1).square().mean()
+
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**SMALL, num_hidden_layers=4))
+    if ours:
+        cotolora.inject(model, rank=2)
+    else:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2))
+    start = weights(model)
+    coto = CoToCallback(initial_p=0.0, seed=1)
+    settings = {
+        "output_dir": str(tmp_path),
+        "max_steps": 40,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    arguments = TrainingArguments(**settings, save_strategy="no", weight_decay=0.1, remove_unused_columns=False)
+    Pooled(model, arguments, train_dataset=examples("bert", 64), data_collator=collate, callbacks=[coto]).train()
+    masks = [coto.coto.schedule.mask(5, step, 40).tolist() for step in range(40)]
+    assert list(coto.coto.groups)[-1] == "pooler.dense"
+    assert [False] * 4 + [True] in masks
+    moved = {name for name, weight in weights(model).items() if not torch.equal(weight, start[name])}
+    assert moved
+    assert not any("pooler" in name for name in moved)
+
+
 @pytest.mark.parametrize("gates", ["host", "device"])
 def test_off_adapters_neither_move_nor_count_a_step(gates, tmp_path):
     model = prepared(llama)

@@ -25,8 +25,8 @@ class Case:
     output: what the model returns. checkpoint: "reentrant" or "non-reentrant", around every block.
     compiled: "inside" or "outside" of DDP, "blocks", or "call" (Module.compile). micro: micro-batches a step, all but
     the last without sync. forwards: forwards of one backward. off: adapters the user disabled. merged: those the user
-    merged after the start. sharded: by FSDP2 in place of DDP, "root" alone or "blocks" and root. counted: whether to
-    count what backward runs.
+    merged after the start. unread: one more adapter, last, whose result nothing reads. sharded: by FSDP2 in place of
+    DDP, "root" alone or "blocks" and root. counted: whether to count what backward runs.
     """
 
     ddp: dict[str, Any] = field(default_factory=dict)
@@ -39,6 +39,7 @@ class Case:
     forwards: int = 1
     off: tuple[int, ...] = ()
     merged: tuple[int, ...] = ()
+    unread: bool = False
     train: bool = True
     evaluate: bool = False
     set_to_none: bool = True
@@ -66,6 +67,7 @@ class Net(nn.Module):
         super().__init__()
         self.case = case
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(BLOCKS))
+        self.pooler = nn.Linear(WIDTH, WIDTH) if case.unread else nn.Identity()
 
     def forward(self, x: Tensor, y: Tensor) -> Any:
         if self.case.checkpoint == "reentrant":
@@ -75,6 +77,7 @@ class Net(nn.Module):
                 x = checkpoint(layer, x, use_reentrant=self.case.checkpoint == "reentrant")
             else:
                 x = layer(x)
+        self.pooler(x)
         loss = ((x - y) ** 2).mean()
         return {
             "tensor": lambda: x,

@@ -38,6 +38,8 @@ CASES = {
         "checkpoint-reentrant": Case(checkpoint="reentrant"),
         "device-gates": Case(coto={"gates": "device"}),
         "zeroed-gradients": Case(set_to_none=False),
+        "unread": Case(unread=True),
+        "unread-dict": Case(unread=True, output="dict"),
         "disabled": Case(off=(1,)),
         "nothing-on-at-times": Case(coto={"at_least_one": False}),
         "evaluation-between-steps": Case(evaluate=True),

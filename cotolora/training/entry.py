@@ -1,0 +1,86 @@
+"""Hooks on the modules through which a training loop may enter a model, acting once per entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+class EntryHooks:
+    """Calls `after` with the output of the outermost forward, which may be one of several modules.
+
+    A loop may call the model, or only parts of it: ``training_step`` of a LightningModule is not a forward, towers are
+    called one by one. `after` runs at the end of the outermost of these calls and not of those inside it.
+
+    Args:
+        model: the outermost module.
+        parts: modules inside it that a loop may call by themselves.
+        after: gets the output; returns what takes its place, or None to leave it. Also called, with None, when a
+            forward of `model` has raised.
+    """
+
+    def __init__(self, model: nn.Module, parts: Collection[nn.Module], after: Callable[[Any], Any]) -> None:
+        self._model, self._parts, self._after = model, list(parts), after
+        self._depth = 0
+        self._handles: list[RemovableHandle] = []
+
+    def install(self) -> None:
+        """Puts the hooks on the modules. Twice is once."""
+        self._depth = 0  # a KeyboardInterrupt in a forward leaves it as it was there
+        if not self._handles:
+            for module in (self._model, *self._parts):
+                leave = module.register_forward_hook(self._leave, always_call=module is self._model)
+                self._handles += [module.register_forward_pre_hook(self._enter), leave]
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        # counting would be a guard of every graph; what is compiled is entered through the model
+        if not torch.compiler.is_compiling() and not hasattr(module, "_is_replica"):
+            self._depth = 1 if module is self._model else self._depth + 1
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._after(output) if module is self._model else None
+        if hasattr(module, "_is_replica"):  # of nn.DataParallel, whose threads would share the count
+            return None
+        self._depth -= 1
+        return self._after(output) if self._depth == 0 else None
+
+
+def entries_below(modules: Mapping[str, nn.Module], group_of: Mapping[str, object]) -> list[nn.Module]:
+    """The parts of a model that a loop may call by themselves, without the model itself and the blocks in it.
+
+    Args:
+        modules: of the model, by name.
+        group_of: the group of each adapter by its name: the block that it is in.
+
+    Returns:
+        modules that hold adapters of several groups, and their children that hold some of one, unless that child is an
+        adapter, a block (a child named by an integer), or compiled, where a hook would be traced.
+    """
+    groups: dict[str, set[object]] = {}
+    for name, group in group_of.items():
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            groups.setdefault(".".join(parts[:i]), set()).add(group)
+    compiled = [name for name, module in modules.items() if _is_compiled(module)]
+    found = []
+    for name, inside in groups.items():
+        parent, _, key = name.rpartition(".")
+        whole = len(inside) > 1
+        tower = (not parent or len(groups[parent]) > 1) and not key.isdecimal()
+        if (whole or tower) and not any(f"{name}.".startswith(f"{other}." if other else "") for other in compiled):
+            found.append(modules[name])
+    return found
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

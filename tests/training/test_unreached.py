@@ -1,0 +1,301 @@
+"""A mask never breaks a step: the adapters that are on may be ones that the loss does not depend on."""
+
+import dataclasses
+import logging
+from collections import namedtuple
+
+import pytest
+import torch
+from torch import nn
+
+from cotolora import CoTo, adapter_parameters, adapters, inject
+from tests.support.training import graph_nodes
+
+WIDTH, BLOCKS, STEPS = 6, 4, 40
+Pair = namedtuple("Pair", "hidden pooled")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    hidden: torch.Tensor
+    pooled: torch.Tensor
+
+
+class Encoder(nn.Module):
+    """Blocks and a pooler; `form` says in what the two results are returned, `drop` which blocks a step leaves out."""
+
+    def __init__(self, form=lambda hidden, pooled: (hidden, pooled), drop=lambda step: ()):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(BLOCKS))
+        self.pooler = nn.Linear(WIDTH, WIDTH)
+        self.form, self.drop, self.step = form, drop, 0
+
+    def forward(self, x):
+        dropped = self.drop(self.step)
+        self.step += 1
+        for i, layer in enumerate(self.layers):
+            if i not in dropped:
+                x = x + layer(x)
+        return self.form(x, self.pooler(x))
+
+
+class Towers(nn.Module):
+    """Two encoders, of which a step calls one; the model itself is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.image = Encoder(lambda hidden, pooled: pooled), Encoder(lambda hidden, pooled: pooled)
+
+
+class Experts(nn.Module):
+    """Each sample goes to one expert, and all samples of a step to the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(BLOCKS))
+        self.step = 0
+
+    def forward(self, x):
+        self.step += 1
+        return self.experts[self.step % BLOCKS](x)
+
+
+def hidden_states(hidden, pooled):
+    return {"states": [hidden, {"last": hidden, "tokens": torch.ones(2, dtype=torch.int64)}], "text": "text"}
+
+
+# a model, and the loss of a step of it
+CASES = {
+    "tuple": (Encoder, lambda model, x, step: model(x)[0].square().mean()),
+    "namedtuple": (lambda: Encoder(Pair), lambda model, x, step: model(x).hidden.square().mean()),
+    "dataclass": (lambda: Encoder(Outputs), lambda model, x, step: model(x).hidden.square().mean()),
+    "nested": (lambda: Encoder(hidden_states), lambda model, x, step: model(x)["states"][1]["last"].square().mean()),
+    "loss": (
+        lambda: Encoder(lambda hidden, pooled: {"loss": hidden.square().mean(), "pooled": pooled}),
+        lambda model, x, step: model(x)["loss"],
+    ),
+    "loss-divided-in-place": (
+        lambda: Encoder(lambda hidden, pooled: hidden.square().mean()),
+        lambda model, x, step: model(x).div_(3),
+    ),
+    "pooler-every-other-step": (Encoder, lambda model, x, step: model(x)[step % 2].square().mean()),
+    "layer-drop": (
+        lambda: Encoder(lambda hidden, pooled: hidden, lambda step: (step % BLOCKS, (step + 1) % BLOCKS)),
+        lambda model, x, step: model(x).square().mean(),
+    ),
+    "every-layer-dropped-at-times": (
+        lambda: Encoder(lambda hidden, pooled: hidden, lambda step: range(BLOCKS) if step % 3 == 0 else ()),
+        lambda model, x, step: model(x).square().mean(),
+    ),
+    "towers": (Towers, lambda model, x, step: (model.text if step % 2 else model.image)(x).square().mean()),
+    "tower-in-a-dict": (
+        lambda: nn.ModuleDict({"text": Encoder(), "image": Encoder()}),
+        lambda model, x, step: model["text" if step % 2 else "image"](x)[0].square().mean(),
+    ),
+    "experts": (Experts, lambda model, x, step: model(x).square().mean()),
+    "a-head-outside": (
+        lambda: nn.ModuleDict({"body": Encoder(), "head": nn.Linear(WIDTH, 1)}),
+        lambda model, x, step: model["body"](x)[0].mean() + 0 * model["head"](x).sum().detach(),
+    ),
+    "two-forwards": (Encoder, lambda model, x, step: (model(x)[0] - model(2 * x)[0]).square().mean()),
+}
+
+
+def prepared(make):
+    torch.manual_seed(0)
+    model = make()
+    for layer in inject(model, rank=2).values():
+        nn.init.normal_(layer.lora_b)
+    return model.train()
+
+
+def kept(optimizer, layer):
+    """Everything that a step could change of an adapter."""
+    values = []
+    for p in (layer.lora_a, layer.lora_b):
+        state = optimizer.state.get(p, {})
+        values += [p.detach().clone(), *(torch.as_tensor(state[key]).clone() for key in sorted(state))]
+    return values
+
+
+def same(old, new):
+    return len(old) == len(new) and all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("how", "options"),
+    [
+        *[(how, {}) for how in ("plain", "zeroed", "scaled", "unattached", "device")],
+        ("plain", {"unit": "module", "tilt": 0.5}),
+        ("scaled", {"at_least_one": False}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("case", CASES)
+def test_no_mask_breaks_a_step_and_adapters_that_are_off_stay(case, how, options):
+    make, loss_of = CASES[case]
+    model = prepared(make)
+    optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.01, weight_decay=0.1)
+    gates = "device" if how == "device" else "host"
+    coto = CoTo(model, 4 * STEPS, seed=3, initial_p=0.02, gates=gates, **options)
+    if how != "unattached":
+        coto.attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", enabled=how == "scaled")
+    layers, learned = adapters(model), set()
+    for step in range(STEPS):
+        x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(step))
+        loss = loss_of(model, x, step)
+        if how == "device" and not loss.requires_grad:  # as with ordinary LoRA, where no layer has been called
+            continue
+        scaler.scale(loss).backward()
+        groups = zip(coto.groups.values(), coto.mask.tolist(), strict=True)
+        on = {name for names, is_on in groups if is_on for name in names}
+        before = {name: kept(optimizer, layer) for name, layer in layers.items()}
+        nn.utils.clip_grad_norm_(adapter_parameters(model), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        moved = {name for name, layer in layers.items() if not same(before[name], kept(optimizer, layer))}
+        assert moved <= on
+        learned |= moved
+        optimizer.zero_grad(set_to_none=how != "zeroed")
+        coto.step()
+    assert learned
+
+
+def test_what_needs_no_graph_has_none():
+    """Measures beside the loss, integers, and everything where all adapters are on or gradients are off."""
+
+    def form(hidden, pooled):
+        return {"loss": hidden.mean(), "accuracy": (hidden > 0).float().mean(), "labels": torch.ones(2).long()}
+
+    model = prepared(lambda: Encoder(form))
+    coto = CoTo(model, 10, initial_p=0.0, shape="constant", at_least_one=False)
+    output = model(torch.randn(3, WIDTH))
+    assert output["loss"].requires_grad
+    assert not output["accuracy"].requires_grad
+    assert output["accuracy"].numpy() >= 0
+    with torch.no_grad():
+        assert not model(torch.randn(3, WIDTH))["loss"].requires_grad
+    with torch.inference_mode():
+        model(torch.randn(3, WIDTH))
+    for p in adapter_parameters(model):
+        p.requires_grad_(False)
+    assert not model(torch.randn(3, WIDTH))["loss"].requires_grad, "nothing is trained"
+    coto.finish()
+    model = prepared(lambda: Encoder(lambda hidden, pooled: (hidden.detach(), pooled)))
+    CoTo(model, 10, initial_p=1.0)
+    assert not model(torch.randn(3, WIDTH))[0].requires_grad, "detached by the model"
+
+
+def test_backward_of_a_part_that_a_loop_calls_still_stops_below_the_lowest_active_adapter():
+    """The tie is put on the outermost call alone, not on each part of the model inside it."""
+
+    class WithHead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = Encoder(lambda hidden, pooled: hidden), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return self.head(self.body(x))
+
+    model = nn.ModuleDict({"inner": prepared(WithHead)})
+    model["inner"].body.pooler.enabled = False
+    coto = CoTo(model, 10, initial_p=0.0, shape="constant")
+    seen = set()
+    for step in range(30):
+        coto.set_step(step)
+        lowest = coto.mask.nonzero()[0].item()
+        seen.add(lowest)
+        nodes = [type(node).__name__ for node in graph_nodes(model["inner"](torch.randn(3, WIDTH)))]
+        assert sum("Tanh" in node for node in nodes) == max(0, BLOCKS - lowest)
+        assert not any("Join" in node for node in nodes)
+    assert seen == {*range(BLOCKS), BLOCKS + 1}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_forward_that_raised_does_not_matter_to_the_next_step(error):
+    model = prepared(Towers)
+    coto = CoTo(model, 100, initial_p=0.0, shape="constant", at_least_one=False)
+
+    def fail(*_):
+        raise error("stop")
+
+    handle = model.text.layers[1].register_forward_hook(fail)
+    with pytest.raises(error):
+        model.text(torch.randn(3, WIDTH))
+    handle.remove()
+    coto.step()
+    model.text(torch.randn(3, WIDTH)).mean().backward()
+
+
+def test_adapters_without_a_gradient_are_named_once(caplog):
+    model = prepared(Encoder)
+    optimizer = torch.optim.AdamW(adapter_parameters(model))
+    coto = CoTo(model, 100)
+    coto.attach(optimizer)
+    with caplog.at_level(logging.INFO, logger="cotolora"):
+        optimizer.step()  # nothing has been trained
+        assert not caplog.records
+        for _ in range(100):
+            model(torch.randn(3, WIDTH))[0].square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            coto.step()
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "had no gradient, so they do not learn: pooler (" in message
+
+
+def test_where_every_adapter_learns_nothing_is_said(caplog):
+    model = prepared(lambda: Encoder(lambda hidden, pooled: pooled))
+    optimizer = torch.optim.AdamW(adapter_parameters(model))
+    coto = CoTo(model, 30)
+    coto.attach(optimizer)
+    with caplog.at_level(logging.INFO, logger="cotolora"):
+        for _ in range(30):
+            model(torch.randn(3, WIDTH)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            coto.step()
+    assert not caplog.records
+
+
+# models and layers of other people
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "pefts"])
+@pytest.mark.parametrize("kind", ["bert-pooler", "wav2vec2-layer-drop", "clip-text-alone"])
+def test_transformers_models(kind, ours, tf, peft):
+    small = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 24}
+    tokens = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    if kind == "bert-pooler":
+        model = tf.BertModel(tf.BertConfig(vocab_size=64, **small))
+        loss = lambda model: model(tokens).last_hidden_state.mean(1).square().mean()  # noqa: E731
+    elif kind == "wav2vec2-layer-drop":
+        sizes = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "mask_time_prob": 0.0}
+        more = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "layerdrop": 0.7}
+        model = tf.Wav2Vec2Model(tf.Wav2Vec2Config(**small, **sizes, **more))
+        loss = lambda model: model(torch.ones(1, 400)).last_hidden_state.square().mean()  # noqa: E731
+    else:
+        text = {"vocab_size": 64, "max_position_embeddings": 16, **small}
+        image = {"image_size": 16, "patch_size": 8, **small}
+        model = tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=image, projection_dim=8))
+        loss = lambda model: model.text_model(tokens).last_hidden_state.square().mean()  # noqa: E731
+    if ours:
+        inject(model, rank=2)
+        whole = model
+    else:
+        whole = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2))
+    trained = [p for p in whole.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01)
+    coto = CoTo(whole.train(), 400, initial_p=0.0, seed=1)
+    coto.attach(optimizer)
+    for _ in range(30):
+        loss(model).backward()
+        before = {p: p.detach().clone() for p in trained}
+        off = {p: name for name, s in coto._layers.items() if s.masked for p in s.adapter_parameters}
+        optimizer.step()
+        assert not [name for p, name in off.items() if not torch.equal(p, before[p])]
+        optimizer.zero_grad()
+        coto.step()
