@@ -19,7 +19,7 @@ from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
 from cotolora.training.agreement import check_agreement
 from cotolora.training.entry import EntryHooks, entries_below
 from cotolora.training.notices import warn_of_few_groups, warn_of_many_graphs, warn_of_unreached, without_gradient
-from cotolora.training.optimizer_state import keep_whole
+from cotolora.training.optimizer_state import support_missing_states
 from cotolora.training.reducer import OutputJoin
 from cotolora.training.stepping import CombinedHandle, register_before_step, unwrap_optimizer
 from cotolora.training.switches import LayerSwitch, PeftSwitch, Switch, modules_by_users_name, parameters_of, switches
@@ -182,19 +182,25 @@ class CoTo:
         single process with host gates and ``zero_grad(set_to_none=True)`` has none there anyway; DDP,
         device gates and zeroed gradients leave zeros, with which AdamW would still move and decay weights.
 
-        The optimizer's state_dict holds zeros for adapters that have not been on yet, as
-        torch.distributed.checkpoint needs it; loading one leaves them without a state, as they were.
+        An adapter that has not been on yet has no optimizer state. A state_dict may be loaded before or after this. For
+        torch.distributed.checkpoint, which needs states of all parameters, it holds stand-ins of NaN, which are removed
+        on loading, or by this if they are loaded before.
 
         Args:
             optimizer: also one wrapped by accelerate or Lightning; may run backward in a closure.
 
         Raises:
-            TypeError: `optimizer` is not a torch optimizer.
+            TypeError: `optimizer` is not a torch optimizer, or LBFGS, which steps all parameters together.
         """
         optimizer = unwrap_optimizer(optimizer)
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError(
+                "optimizer must step each parameter by its own gradient; got LBFGS, whose direction is one of all "
+                "parameters and moves adapters that are off"
+            )
         before = register_before_step(optimizer, functools.partial(self._before_optimizer_step, optimizer))
         self._attached += 1
-        return CombinedHandle(before, *keep_whole(optimizer), then=self._detached)
+        return CombinedHandle(before, *support_missing_states(optimizer), then=self._detached)
 
     def state_dict(self) -> dict[str, Any]:
         """The step and the settings; masks follow from them."""

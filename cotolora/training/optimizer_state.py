@@ -1,61 +1,102 @@
-"""Optimizer states that are whole where they are saved, though some parameters have had no step yet."""
+"""Saves and loads the states of an optimizer some of whose parameters have had no step yet."""
 
 from __future__ import annotations
 
+import math
+import sys
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
-def keep_whole(optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
-    """Makes ``optimizer.state_dict()`` hold zeros for parameters that have no state yet; loading them leaves none.
 
-    An adapter that has never been on has none, and which those are differs between the run that saves and the
-    one that loads. torch.distributed.checkpoint loads only into states of the same keys, so without this it
-    refuses the checkpoint or drops a part of it. Nothing in memory changes. Zeros at step 0 are what torch's
-    optimizers begin with anyway, so that such a state also loads where this was not called.
+def support_missing_states(optimizer: torch.optim.Optimizer) -> list[RemovableHandle]:
+    """Makes torch.distributed.checkpoint save and load `optimizer`, though some parameters have no state yet.
 
-    Args:
-        optimizer: one whose states are None, numbers, 0-dim or of their parameter's shape; others are left as they are.
+    An adapter that has never been on has no optimizer state, and none is ever written to a plain ``state_dict()``. But
+    torch.distributed.checkpoint needs states for the same parameters where it saves and where it loads, which differ
+    here. So in a state_dict that it asks for, every parameter without a state has a stand-in, of the right shapes and
+    full of NaN. Stand-ins are removed after they are loaded, now or before this call.
 
     Returns:
         handles that undo this.
     """
+    _remove_stand_ins(optimizer)
     return [
-        optimizer.register_state_dict_post_hook(_fill),
-        optimizer.register_load_state_dict_post_hook(_forget_zeros),
+        optimizer.register_state_dict_post_hook(_add_stand_ins),
+        optimizer.register_load_state_dict_post_hook(_remove_stand_ins),
+        optimizer.register_step_pre_hook(_skip_first_step),
     ]
 
 
-def _fill(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+def _distributed_checkpoint_calls() -> bool:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("torch.distributed.checkpoint"):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _skip_first_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    # torch.distributed.checkpoint makes an optimizer without states step with gradients of zero, and leaves the states
+    if _distributed_checkpoint_calls():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+def _add_stand_ins(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    if not _distributed_checkpoint_calls():
+        return
     saved = state_dict["state"]
     for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         keys = dict(zip(group["params"], packed["params"], strict=True))
-        sample = next((parameter for parameter, key in keys.items() if saved.get(key)), None)
-        if sample is None or not all(_is_plain(value, sample) for value in saved[keys[sample]].values()):
-            continue
-        for parameter, key in keys.items():
-            if parameter.requires_grad and not saved.get(key):
-                saved[key] = {name: _zeros(value, parameter) for name, value in saved[keys[sample]].items()}
+        missing = [p for p, key in keys.items() if p.requires_grad and not saved.get(key)]
+        for parameter, state in zip(missing, _first_states(optimizer, group, missing), strict=True):
+            stand_in = {name: _stand_in(value) for name, value in state.items()}
+            if _is_stand_in(stand_in):
+                saved[keys[parameter]] = stand_in
 
 
-def _is_plain(value: object, parameter: Tensor) -> bool:
-    if isinstance(value, Tensor):
-        return value.dim() == 0 or value.shape == parameter.shape
-    return value is None or isinstance(value, (int, float))
+def _first_states(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: Sequence[Tensor]
+) -> list[dict[str, Any]]:
+    """The states that `optimizer` gives `parameters` of `group` in their first step, taken with copies of them."""
+    copies = [parameter.detach().clone().requires_grad_() for parameter in parameters]
+    for copy in copies:
+        copy.grad = torch.zeros_like(copy)
+    twin = object.__new__(type(optimizer))
+    vars(twin).update(vars(optimizer), state=defaultdict(dict), param_groups=[{**group, "params": copies}])
+    vars(twin).update({name: OrderedDict() for name in _HOOKS})
+    vars(twin).pop("step", None)  # which a learning rate scheduler binds to the optimizer itself
+    if copies:
+        twin.step()
+    return [twin.state[copy] for copy in copies]
 
 
-def _zeros(value: Any, parameter: Tensor) -> Any:
-    if isinstance(value, Tensor):
-        return torch.zeros_like(value if value.dim() == 0 else parameter, dtype=value.dtype, requires_grad=False)
-    return None if value is None else type(value)(0)
+def _stand_in(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return torch.full_like(value, math.nan, requires_grad=False)
+    return math.nan if isinstance(value, float) else value
 
 
-def _forget_zeros(optimizer: torch.optim.Optimizer) -> None:
+def _is_stand_in(state: dict[str, Any]) -> bool:
+    """Whether all numbers of `state` are NaN, counts of steps too, which no training makes of them."""
+    numbers = [
+        value
+        for value in state.values()
+        if isinstance(value, float) or (isinstance(value, Tensor) and value.is_floating_point())
+    ]
+    return bool(numbers) and all(bool(torch.as_tensor(value).isnan().all()) for value in numbers)
+
+
+def _remove_stand_ins(optimizer: torch.optim.Optimizer) -> None:
     for parameter, state in list(optimizer.state.items()):
-        # the count of steps, where there is one, decides without reading everything
-        values = [state["step"]] if "step" in state else list(state.values())
-        if not any(bool(value.any()) if isinstance(value, Tensor) else bool(value) for value in values):
+        if isinstance(parameter, Tensor) and _is_stand_in(state):
             del optimizer.state[parameter]
