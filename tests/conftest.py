@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
     # before anything imports triton: kernels decorated earlier would be compiled for a GPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-pytest.register_assert_rewrite("tests.support.saving", "tests.support.training")
+pytest.register_assert_rewrite("tests.conformance", "tests.support.saving", "tests.support.training")
 
 # the sizes are small, and threads that wait for one another cost more than they save on a shared machine
 torch.set_num_threads(1)

@@ -12,13 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from cotolora import CoToLoRALinear, coto_lora_linear, set_backend
 from cotolora.backends.autograd import autocasts
-from tests.support.tolerance import assert_as_accurate_as_torch
+from tests.support.calls import expanded, offset, sliced, transposed
 
 SCALE = 0.75  # neither 1 nor a power of two: lost, squared or inverted it shows
 BACKENDS = ["reference", "addmm"]
@@ -35,21 +34,6 @@ GATES = [
 ]
 
 # x, out_features, rank
-SHAPES = [
-    pytest.param((3, 4, 8), 8, 4, id="plain"),
-    pytest.param((8,), 5, 2, id="no-leading-dimension"),
-    pytest.param((3, 7), 5, 2, id="one-leading-dimension"),
-    pytest.param((3, 2, 1, 2, 7), 5, 2, id="many-leading-dimensions"),
-    pytest.param((3, 0, 7), 5, 2, id="no-rows"),
-    pytest.param((0, 7), 5, 2, id="no-samples"),
-    pytest.param((1, 7), 5, 2, id="one-row"),
-    pytest.param((3, 3, 7), 5, 2, id="as-many-positions-as-samples"),
-    pytest.param((3, 5, 33), 17, 1, id="rank-one"),
-    pytest.param((3, 5, 6), 4, 9, id="rank-above-both-sizes"),
-    pytest.param((3, 11, 67), 35, 5, id="odd-sizes"),
-    pytest.param((3, 4, 1), 1, 1, id="single-features"),
-    pytest.param((3, 40, 96), 64, 16, id="larger"),
-]
 
 
 class Operands(NamedTuple):
@@ -104,43 +88,7 @@ def dy_for(ops: Operands, seed=1) -> Tensor:
     return torch.randn(*ops.x.shape[:-1], ops.weight.shape[0], generator=g).to(ops.x.dtype)
 
 
-def fits(gate, x: Tensor):
-    """The gate cut to the samples of x, or no row gate where x has no samples."""
-    if isinstance(gate, Tensor) and gate.dim() == 1:
-        return gate[: x.shape[0]] if x.dim() > 1 else gate[0]
-    return gate
-
-
 # numbers
-
-
-@pytest.mark.parametrize("base", ["frozen", "frozen-no-bias", "trained"])
-@pytest.mark.parametrize("dropout", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_are_those_of_the_function(backend, gate, dropout, base):
-    ops = operands((3, 2, 4), 3, 2, dtype=torch.float64, bias=base != "frozen-no-bias")
-    leaves = needing(ops, ALL if base == "trained" else ADAPTER)
-
-    def function(*tensors):
-        torch.manual_seed(0)  # the same mask each time
-        return coto_lora_linear(*tensors, scale=SCALE, gate=gate, dropout=dropout, backend=backend)
-
-    assert gradcheck(function, tuple(leaves))
-
-
-@pytest.mark.usefixtures("poison_empty")
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "out", "rank"), SHAPES)
-def test_addmm_is_as_accurate_as_the_reference(shape, out, rank, dtype, gate):
-    ops = operands(shape, out, rank, dtype=dtype)
-    gate, dy = fits(gate, ops.x), dy_for(ops)
-    ours = run(ops, dy, needs=ALL, gate=gate, backend="addmm")
-    torchs = run(ops, dy, needs=ALL, gate=gate, backend="reference")
-    exact = run(double(ops), dy.double(), needs=ALL, gate=gate, backend="reference")
-    for name in exact:
-        assert_as_accurate_as_torch(ours[name], torchs[name], exact[name], slack=2.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -169,116 +117,7 @@ def test_float32_masters_are_cast_to_x_and_get_float32_gradients(backend, dtype)
         assert torch.equal(got[name], cast[name].to(got[name].dtype)), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_float64_masters_over_a_float32_base(backend):
-    got = run(operands((3, 8), 4, 2, factors=torch.float64), backend=backend)
-    assert (got["y"].dtype, got["lora_a"].dtype) == (torch.float32, torch.float64)
-
-
-@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_nonzero_gate_is_on(backend, kind):
-    ops = operands((3, 4, 8), 8, 4)
-    on, off = run(ops, gate=True, backend=backend), run(ops, gate=torch.zeros((), dtype=kind), backend=backend)
-    for value in (1, 2, 64):
-        got = run(ops, gate=torch.tensor(value).to(kind), backend=backend)
-        rows = run(ops, gate=torch.tensor([0, value, 0]).to(kind), backend=backend)
-        torch.testing.assert_close(got["y"], on["y"])
-        torch.testing.assert_close(rows["y"][1], on["y"][1])
-        assert torch.equal(rows["y"][::2], off["y"][::2])
-
-
-def test_a_row_gate_of_other_strides():
-    ops = operands((4, 2, 8), 8, 4)
-    gate = torch.tensor([0, 7, 1, 7, 1, 7, 0, 7])[::2]
-    expanded = torch.tensor([1]).expand(4)
-    for backend in BACKENDS:
-        got, plain = run(ops, gate=gate, backend=backend), run(ops, gate=gate.contiguous(), backend=backend)
-        assert all(torch.equal(got[name], plain[name]) for name in got)
-        torch.testing.assert_close(run(ops, gate=expanded, backend=backend)["y"], run(ops, backend=backend)["y"])
-
-
 # layouts
-
-
-def transposed(t: Tensor) -> Tensor:
-    return t.movedim(0, -1).contiguous().movedim(-1, 0)
-
-
-def sliced(t: Tensor) -> Tensor:
-    wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"), dtype=t.dtype)
-    wide[..., ::2] = t
-    return wide[..., ::2]
-
-
-def rows_sliced(t: Tensor) -> Tensor:
-    tall = torch.full((2 * t.shape[0], *t.shape[1:]), float("nan"), dtype=t.dtype)
-    tall[1::2] = t
-    return tall[1::2]
-
-
-def offset(t: Tensor) -> Tensor:
-    padded = torch.full((t.numel() + 3,), float("nan"), dtype=t.dtype)
-    padded[3:] = t.flatten()
-    return padded[3:].view(t.shape)
-
-
-def expanded(t: Tensor) -> Tensor:
-    return t[:1].expand(t.shape)
-
-
-def expanded_features(t: Tensor) -> Tensor:
-    return t[..., :1].expand(t.shape)
-
-
-LAYOUTS = [transposed, sliced, rows_sliced, offset, expanded, expanded_features]
-
-
-@pytest.mark.parametrize("gate", [True, torch.tensor(1), torch.tensor([1, 0, 1])], ids=["true", "0-dim", "rows"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("which", ["x", "weight", "lora_a", "lora_b", "dy"])
-def test_any_strides(which, layout, gate):
-    ops = operands((3, 6, 12), 10, 4)
-    dy = dy_for(ops)
-    if which == "dy":
-        dy = layout(dy)
-    else:
-        ops = ops._replace(**{which: layout(getattr(ops, which))})
-        assert getattr(needing(ops), which).stride() == getattr(ops, which).stride()
-    ours = run(ops, dy, needs=ALL, gate=gate, backend="addmm")
-    torchs = run(ops, dy, needs=ALL, gate=gate, backend="reference")
-    exact = run(double(ops), dy.double(), needs=ALL, gate=gate, backend="reference")
-    for name in exact:
-        assert_as_accurate_as_torch(ours[name], torchs[name], exact[name], slack=2.0)
-
-
-def test_leading_dimensions_that_no_view_can_flatten():
-    ops = operands((3, 6, 12), 10, 4)
-    ops = ops._replace(x=operands((6, 3, 12), 10, 4).x.transpose(0, 1))
-    dy = torch.randn(6, 3, 10, generator=torch.Generator().manual_seed(0)).transpose(0, 1)
-    got, want = (run(ops, dy, gate=torch.tensor([1, 0, 1]), backend=backend) for backend in ("addmm", "reference"))
-    for name in want:
-        torch.testing.assert_close(got[name], want[name])
-
-
-def test_operands_are_not_written():
-    ops = operands((3, 4, 8), 8, 4)
-    before, dy = [t.clone() for t in ops], dy_for(ops)
-    dy_before = dy.clone()
-    for gate in (True, torch.tensor(1), torch.tensor([1, 0, 1])):
-        for dropout in (0.0, 0.5):
-            run(ops, dy, needs=ALL, gate=gate, dropout=dropout, backend="addmm")
-    assert all(torch.equal(t, b) for t, b in zip(ops, before, strict=True))
-    assert torch.equal(dy, dy_before)
-
-
-def test_backward_twice_gives_the_same_gradients():
-    leaves = needing(operands((3, 4, 8), 8, 4))
-    y = coto_lora_linear(*leaves, scale=SCALE, dropout=0.3, backend="addmm")
-    asked = [leaves.x, leaves.lora_a, leaves.lora_b]
-    first = torch.autograd.grad(y, asked, torch.ones_like(y), retain_graph=True)
-    second = torch.autograd.grad(y, asked, torch.ones_like(y))
-    assert all(torch.equal(f, s) for f, s in zip(first, second, strict=True))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -351,87 +190,7 @@ def test_dropout_follows_torchs_generator(backend):
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_dropout_leaves_the_generator_alone(backend):
-    before = torch.get_rng_state()
-    run(operands((3, 4, 8), 8, 4), backend=backend)
-    run(operands((3, 4, 8), 8, 4), gate=False, dropout=0.5, backend=backend)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gate", GATES)
-def test_dropout_of_everything_is_the_base(gate, dtype):
-    ops = operands((3, 4, 8), 8, 4, dtype=dtype)
-    for backend in BACKENDS:
-        got = run(ops, gate=gate, dropout=1.0, backend=backend)
-        assert torch.equal(got["y"], F.linear(*ops[:3]))
-        assert not got["lora_a"].any()
-        assert not got["lora_b"].any()
-
-
 # autocast
-
-
-@pytest.mark.parametrize("gate", [True, torch.tensor(1), torch.tensor([1, 0, 1])], ids=["true", "0-dim", "rows"])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16], ids=str)
-def test_autocast_casts_as_linear_does(x_dtype, backend, gate):
-    ops = operands((3, 4, 8), 8, 4)
-    ops = ops._replace(x=ops.x.to(x_dtype))
-    lower = Operands(*(t.to(torch.bfloat16) for t in ops[:3]), *ops[3:])
-    want = run(lower, gate=gate, backend=backend, needs=ALL)
-    with torch.autocast("cpu", torch.bfloat16):
-        base = F.linear(*ops[:3])
-        got = run(ops, gate=gate, backend=backend, needs=ALL)  # the backward runs inside the region as well
-    assert base.dtype == got["y"].dtype == torch.bfloat16
-    for name in want:
-        assert got[name].dtype == (base.dtype if name == "y" else getattr(ops, name).dtype)
-        assert torch.equal(got[name], want[name].to(got[name].dtype)), name
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_backward_inside_and_outside_of_autocast_agree(backend):
-    gradients = []
-    for inside in (True, False):
-        leaves = needing(operands((3, 4, 8), 8, 4))
-        region = torch.autocast("cpu", torch.bfloat16)
-        with region:
-            y = coto_lora_linear(*leaves, scale=SCALE, backend=backend)
-            if inside:
-                y.float().pow(2).sum().backward()
-        if not inside:
-            y.float().pow(2).sum().backward()
-        gradients.append([leaves.x.grad, leaves.lora_a.grad, leaves.lora_b.grad])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def test_float32_forward_keeps_its_precision_if_backward_is_called_under_autocast():
-    ops = operands((3, 4, 8), 8, 4)
-    leaves = needing(ops)
-    y = coto_lora_linear(*leaves, scale=SCALE, backend="addmm")
-    with torch.autocast("cpu", torch.bfloat16):
-        y.backward(torch.ones_like(y))
-    want = run(ops, backend="addmm")
-    for name in ADAPTER:
-        assert torch.equal(getattr(leaves, name).grad, want[name])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_leaves_float64_alone(backend):
-    ops = operands((3, 4, 8), 8, 4, dtype=torch.float64)
-    want = run(ops, backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = run(ops, backend=backend)
-    assert all(got[name].dtype == torch.float64 and torch.equal(got[name], want[name]) for name in want)
-
-
-def test_autocast_with_the_gate_off_is_linear():
-    ops = operands((3, 4, 8), 8, 4)
-    mixed = ops._replace(x=ops.x.half())  # F.linear takes it under autocast, so must the operation
-    with torch.autocast("cpu", torch.bfloat16):
-        for given_ in (ops, mixed):
-            assert torch.equal(coto_lora_linear(*given_, scale=SCALE, gate=False), F.linear(*given_[:3]))
 
 
 # off
@@ -459,19 +218,6 @@ def nodes(y: Tensor) -> list[str]:
             found[node] = node.name()
             todo += [following for following, _ in node.next_functions]
     return sorted(found.values())
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize(("shape", "out", "rank"), SHAPES)
-def test_host_gate_off_is_linear_bit_for_bit(shape, out, rank, dtype):
-    ops = operands(shape, out, rank, dtype=dtype)
-    got, dy = run(ops, dy_for(ops), gate=False, dropout=0.5), dy_for(ops)
-    x = ops.x.clone().requires_grad_()
-    y = F.linear(x, *ops[1:3])
-    assert torch.equal(got["y"], y)
-    assert torch.equal(got["x"], torch.autograd.grad(y, x, dy)[0])
-    assert got["lora_a"] is None
-    assert got["lora_b"] is None
 
 
 @pytest.mark.parametrize("needs_x", [True, False], ids=["x-needs-grad", "x-does-not"])
@@ -509,53 +255,6 @@ def test_backward_stops_below_the_lowest_active_adapter():
     with saved_tensors() as saved:
         chain(on=None)
     assert saved == []
-
-
-@pytest.mark.parametrize("poison", [float("inf"), float("nan")], ids=str)
-@pytest.mark.parametrize("gate", [torch.tensor(0), torch.zeros(3, dtype=torch.bool)], ids=["0-dim", "rows"])
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_off_is_the_base_whatever_a_and_b_hold(backend, dropout, gate, poison):
-    ops = operands((3, 4, 8), 8, 4)
-    base, dy = run(ops, dy_for(ops), gate=False), dy_for(ops)
-    broken = ops._replace(lora_a=torch.full_like(ops.lora_a, poison), lora_b=torch.full_like(ops.lora_b, poison))
-    got = run(broken, dy, gate=gate, dropout=dropout, backend=backend)
-    assert torch.equal(got["y"], base["y"])
-    torch.testing.assert_close(got["x"], base["x"])
-    assert torch.equal(got["lora_a"], torch.zeros_like(ops.lora_a))
-    assert torch.equal(got["lora_b"], torch.zeros_like(ops.lora_b))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_off_rows_beside_on_rows_are_the_base_whatever_a_and_b_hold(backend):
-    ops = operands((3, 4, 8), 8, 4)
-    base, gate = run(ops, gate=False), torch.tensor([0, 1, 0])
-    for name in ("lora_a", "lora_b"):
-        got = run(ops._replace(**{name: torch.full_like(getattr(ops, name), float("inf"))}), gate=gate, backend=backend)
-        assert torch.equal(got["y"][::2], base["y"][::2])
-        torch.testing.assert_close(got["x"][::2], base["x"][::2])
-        assert not got["y"][1].isfinite().any()
-
-
-@pytest.mark.parametrize("gate", [torch.tensor(0), torch.tensor([1, 0, 1])], ids=["0-dim", "rows"])
-@pytest.mark.parametrize("where", ["x", "dy"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_off_adds_nothing_to_the_adapter_gradients_even_if_not_finite(backend, where, gate):
-    ops = operands((3, 4, 8), 8, 4)
-    dy = dy_for(ops)
-    want = run(ops, dy, gate=gate, backend=backend)
-    (ops.x if where == "x" else dy)[1].fill_(float("inf"))
-    got = run(ops, dy, gate=gate, backend=backend)
-    for name in ("lora_a", "lora_b"):
-        torch.testing.assert_close(got[name], want[name])
-
-
-def test_a_gate_changed_before_the_backward_is_noticed():
-    leaves, gate = needing(operands((3, 4, 8), 8, 4)), torch.tensor(1)
-    y = coto_lora_linear(*leaves, scale=SCALE, gate=gate, backend="addmm")
-    gate.fill_(0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
 
 
 # what is saved and computed
@@ -625,47 +324,7 @@ def test_addmm_computes_only_what_is_needed(needs, products):
         assert (leaf.grad is not None) == (name in needs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_that_requires_grad_records_nothing(backend):
-    leaves = needing(operands((3, 4, 8), 8, 4), set())
-    with saved_tensors() as saved:
-        assert coto_lora_linear(*leaves, scale=SCALE, backend=backend).grad_fn is None
-    trained = needing(leaves)
-    with torch.no_grad(), saved_tensors() as without_grad:
-        assert coto_lora_linear(*trained, scale=SCALE, backend=backend).grad_fn is None
-    assert saved == without_grad == []
-
-
 # twice
-
-
-@pytest.mark.parametrize("gate", GATES)
-def test_reference_differentiates_twice(gate):
-    ops = needing(operands((3, 1, 3), 2, 2, dtype=torch.float64), ALL)
-    assert gradgradcheck(lambda *t: coto_lora_linear(*t, scale=SCALE, gate=gate, backend="reference"), tuple(ops))
-
-
-@pytest.mark.parametrize("loss", [lambda y: y.sum(), lambda y: y.pow(2).sum()], ids=["sum", "square"])
-@pytest.mark.parametrize("towards", ["x", "lora_a", "lora_b"])
-def test_addmm_refuses_to_be_differentiated_twice(towards, loss):
-    leaves = needing(operands((3, 4, 8), 8, 4))
-    y = coto_lora_linear(*leaves, scale=SCALE, backend="addmm")
-    gradient = torch.autograd.grad(loss(y), [getattr(leaves, towards)], create_graph=True)[0]
-    with pytest.raises(RuntimeError, match=r"backend='addmm' has no double backward.*backend='reference'"):
-        gradient.sum().backward()
-
-
-@pytest.mark.parametrize("needs", [ADAPTER, {"lora_a", "lora_b"}, {"x", "weight", "lora_b"}], ids=sorted)
-def test_autograd_grad_cannot_walk_around_the_refusal(needs):
-    # autograd.grad visits only the nodes that lead to what it is asked for
-    for of in needs:
-        for towards in needs - {of}:
-            leaves = needing(operands((3, 4, 8), 8, 4), needs)
-            y = coto_lora_linear(*leaves, scale=SCALE, backend="addmm")
-            (gradient,) = torch.autograd.grad(y.sum(), [getattr(leaves, of)], create_graph=True)
-            other = getattr(leaves, towards)
-            with pytest.raises(RuntimeError, match="has no double backward"):
-                torch.autograd.grad(gradient.pow(2).sum() + other.pow(2).sum(), [other])
 
 
 def test_a_hessian_product_is_refused_and_not_zero():
@@ -678,15 +337,6 @@ def test_a_hessian_product_is_refused_and_not_zero():
         torch.autograd.functional.hvp(loss, a, a)
     with set_backend("reference"):
         assert torch.autograd.functional.hvp(loss, a, a)[1].any()
-
-
-def test_gradients_with_a_graph_are_the_gradients():
-    ops = operands((3, 4, 8), 8, 4)
-    want, leaves = run(ops, needs=ALL, backend="addmm"), needing(ops, ALL)
-    y = coto_lora_linear(*leaves, scale=SCALE, backend="addmm")
-    got = torch.autograd.grad(y.sum(), [*leaves], create_graph=True)
-    for name, gradient in zip(ops._fields, got, strict=True):
-        assert torch.equal(gradient, want[name])
 
 
 # torch.func, batched and forward-mode derivatives
@@ -756,25 +406,34 @@ def test_meta_tensors_give_shapes(backend, gate):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("gate", [False, *(p.values[0] for p in GATES)], ids=str)
+@pytest.mark.parametrize(
+    "gates",
+    [
+        pytest.param([False], id="host-off"),
+        pytest.param([True], id="host-on"),
+        pytest.param([torch.tensor(on, dtype=torch.int32) for on in (1, 0)], id="0-dim"),
+        pytest.param([torch.tensor([True, False, True])], id="bool-rows"),
+        pytest.param([torch.tensor(on) for on in ([0, 1, 1], [0, 0, 0])], id="rows"),
+    ],
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_whole_and_equals_eager(backend, gate):
+def test_compiles_whole_and_equals_eager(backend, gates):
     ops = operands((3, 4, 8), 8, 4)
-    want = run(ops, gate=gate, backend=backend)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def compiled(x, weight, bias, a, b, gate):
         return coto_lora_linear(x, weight, bias, a, b, scale=SCALE, gate=gate, backend=backend)
 
-    leaves = needing(ops)
-    y = compiled(*leaves, gate)
-    torch.testing.assert_close(y, want["y"])
-    y.sum().backward()
-    for name in ADAPTER:
-        got = getattr(leaves, name).grad
-        assert (got is None) == (want[name] is None)
-        if got is not None:
-            torch.testing.assert_close(got, want[name])
+    for gate in gates:
+        want, leaves = run(ops, gate=gate, backend=backend), needing(ops)
+        y = compiled(*leaves, gate)
+        torch.testing.assert_close(y, want["y"])
+        y.sum().backward()
+        for name in ADAPTER:
+            got = getattr(leaves, name).grad
+            assert (got is None) == (want[name] is None)
+            if got is not None:
+                torch.testing.assert_close(got, want[name])
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

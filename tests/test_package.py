@@ -80,7 +80,7 @@ def test_a_checkout_whose_link_to_the_kernels_became_a_text_file_runs_on_a_cpu(t
 def test_readme_has_the_two_commands():
     text = (ROOT / "README.md").read_text()
     assert 'pip install -e ".[demo]" && python -m cotolora.demo\n' in text
-    assert 'pip install -e ".[test]" && pytest\n' in text
+    assert 'pip install -e ".[test]" && pytest -n auto --dist loadfile\n' in text
 
 
 def test_readme_names_only_files_that_exist():

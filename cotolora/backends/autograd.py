@@ -44,7 +44,8 @@ class LowRankLinear(torch.autograd.Function):
         operands = Operands(x, weight, bias, a, b, extra, base)
         y, saved, plan = compute(plan, operands, None if gate_is_open else gate, needs)
         ctx.state = plan, type(saved), needs, for_base, gate_is_open
-        ctx.save_for_backward(gate, *saved)
+        # what is extra goes along by reference, for its second derivative to be noticed
+        ctx.save_for_backward(gate, *extra, *saved)
         # autograd forbids writing in place to a view made in here, as that of a y of three dimensions
         return y if torch.compiler.is_compiling() or not y._is_view() else y.detach()
 
@@ -101,7 +102,7 @@ def _gradients(ctx: Any, dy: Tensor) -> Gradients:
     """Those asked for; grad mode and autocast are off."""
     plan, saved_type, needs, _, gate_is_open = ctx.state
     gate, *saved = ctx.saved_tensors
-    saved = saved_type._make(saved)
+    saved = saved_type._make(saved[len(needs.extra) :])
     options = plan.options if gate is None or gate_is_open else plan.options._replace(gate=gate)
     try:
         return plan.backend.backward(dy, saved, options, needs)

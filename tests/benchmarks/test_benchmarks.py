@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks import clock, compare, contenders, gates, linear, report, show, sweep
-from benchmarks.__main__ import COMMANDS
+from benchmarks.__main__ import COMMANDS, main
 from benchmarks.compare import Comparison
 from benchmarks.report import Result
 from benchmarks.shapes import BLOCKS, Linear, distinct, title
@@ -342,33 +342,27 @@ def test_a_busy_machine_is_named():
 # the commands
 
 
-def run(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize(
     "command", [("linear", "--shapes", "8,24,16"), ("block", "--shapes", "three-64", "--rows", "4")], ids=lambda c: c[0]
 )
-def test_a_run_prints_writes_draws_and_shows_again(command, tmp_path):
+def test_a_run_prints_writes_draws_and_shows_again(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     path, picture = tmp_path / "r.json", tmp_path / "p.png"
-    done = run(
-        *command, "--peers", "torchtune", "lorafusion", "--rounds", "2", "--json", str(path), "--plot", str(picture)
-    )
-    assert done.returncode == 0, done.stderr
+    peers = ["--peers", "torchtune", "lorafusion"]
+    assert main([*command, *peers, "--rounds", "2", "--json", str(path), "--plot", str(picture)]) == 0
+    done = capsys.readouterr().out
     (found,) = report.read(path)
     assert found.command == command[0]
     names = {row["contender"] for row in found.rows}
     assert {"frozen", "ours", "ours addmm", "ours off by host gate", "torchtune's order"} <= names
     assert {r["contender"] for r in found.refused} >= {"LoRAFusion"}
     assert all(row["p20_s"] <= row["median_s"] <= row["p80_s"] for row in found.rows)
-    assert f"torch {torch.__version__}" in done.stdout.splitlines()[0]
-    assert "LoRAFusion" in done.stdout
+    assert f"torch {torch.__version__}" in done.splitlines()[0]
+    assert "LoRAFusion" in done
     assert picture.read_bytes()[:4] == b"\x89PNG"
-    again = run("show", str(path))
-    assert again.returncode == 0, again.stderr
-    assert [line for line in again.stdout.splitlines() if line] == [line for line in done.stdout.splitlines() if line]
+    assert main(["show", str(path)]) == 0
+    again = capsys.readouterr().out
+    assert [line for line in again.splitlines() if line] == [line for line in done.splitlines() if line]
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -380,11 +374,12 @@ def test_graphs_of_changing_gates():
 
 
 def test_every_command_can_be_called():
-    usage = run().stdout
+    command = [sys.executable, "-m", "benchmarks"]
+    usage = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in COMMANDS:
         assert f"  {name} " in usage
         assert callable(__import__(f"benchmarks.{name}", fromlist=["main"]).main)
-    assert run("nonsense").returncode == 2
+    assert main(["nonsense"]) == 2
 
 
 def test_minutes_stop_new_shapes_and_say_so(monkeypatch, capsys):
@@ -456,9 +451,9 @@ def test_without_a_gpu_cuda_is_refused(capsys):
 
 def test_a_plot_without_matplotlib_is_refused_before_the_clock(monkeypatch, capsys):
     monkeypatch.setattr(report, "version_of", lambda module: "absent")
-    for main, arguments in ((linear.main, ["--plot", "p.png"]), (show.main, ["f.json", "--plot", str(ROOT)])):
+    for command, arguments in ((linear, ["--plot", "p.png"]), (show, ["f.json", "--plot", str(ROOT)])):
         with pytest.raises(SystemExit):
-            main(arguments)
+            command.main(arguments)
         assert "argument --plot: matplotlib is not installed" in capsys.readouterr().err
 
 

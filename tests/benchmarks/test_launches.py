@@ -95,11 +95,14 @@ def test_the_model_of_a_variants_vendor_gemms_moves_what_is_moved(variant, count
         assert 0.9 < sum(m.bytes for m in model) / sum(k["bytes"] for k in kernels) < 1.02
 
 
-def test_sizes_that_cannot_be_are_refused():
+def test_sizes_that_cannot_be_are_refused(capsys):
+    from benchmarks.__main__ import main
+
     for arguments, message in (
         (["--rank", "300"], "--rank must be at most 256"),
         (["--rows", "0"], "--rows: must be a positive"),
     ):
-        process = run("-m", "benchmarks", "launches", *arguments)
-        assert process.returncode == 2
-        assert message in process.stderr
+        with pytest.raises(SystemExit) as raised:
+            main(["launches", *arguments])
+        assert raised.value.code == 2
+        assert message in capsys.readouterr().err

@@ -2,13 +2,10 @@
 
 import copy
 import math
-import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cotolora
@@ -20,8 +17,9 @@ from cotolora.functional import planned
 from cotolora.functional import run as run_plan
 from cotolora.training import reducer
 from cotolora.variants import VARIANTS
-from tests.support.tolerance import assert_as_accurate_as_torch
-from tests.test_functional import BACKENDS, DTYPES, GATES, SCALE, SHAPES, dy_for, fits, operands
+from tests import conformance
+from tests.support.calls import Subject
+from tests.test_functional import BACKENDS, DTYPES, SCALE, operands
 
 NAMES = {
     "dora": ("x", "weight", "bias", "lora_a", "lora_b", "magnitude"),
@@ -34,7 +32,6 @@ KINDS = [
     pytest.param({"init": "olora"}, id="olora"),
     pytest.param({"variant": "dora", "init": "pissa"}, id="dora-pissa"),
 ]
-TALL = pytest.param((3, 3, 700), 900, 2, id="several-blocks")
 variants = pytest.mark.parametrize("variant", NAMES)
 
 
@@ -110,57 +107,6 @@ def apply(variant, named, norm=None, *, gate=True, dropout=0.0, backend=None, sc
     return run_plan(plan, x, weight, bias, a, b, (magnitude, norm), None if gate is True else gate)
 
 
-@variants
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("dropout", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_are_those_of_the_function(variant, backend, dropout, gate):
-    named = draw(variant)
-    # numerical differentiation would go through the norm, which is a constant
-    norm = row_norms(*(named[k] for k in ("weight", "lora_a", "lora_b")), SCALE) if variant == "dora" else None
-
-    def function(*tensors):
-        torch.manual_seed(0)
-        given = dict(zip(named, tensors, strict=True))
-        return apply(variant, given, norm, gate=gate, dropout=dropout, backend=backend)
-
-    assert gradcheck(function, tuple(t.requires_grad_() for t in named.values()))
-
-
-@variants
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_each_gradient_alone_is_the_one_among_all(variant, bias, dropout, gate):
-    named = draw(variant, bias=bias)
-    dy = dy_for(operands((3, 2, 4), 3, 2, dtype=torch.float64))
-    options = {"gate": gate, "dropout": dropout, "backend": "addmm"}
-    torch.manual_seed(0)
-    together = run(variant, named, dy, set(named), **options)
-    for name in together.keys() - {"y"}:
-        torch.manual_seed(0)
-        alone = run(variant, named, dy, {name}, **options)
-        torch.testing.assert_close(alone["y"], together["y"], rtol=0, atol=0)
-        torch.testing.assert_close(alone[name], together[name], msg=lambda text, name=name: f"{name}: {text}")
-
-
-@variants
-@pytest.mark.usefixtures("poison_empty")
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "out", "rank"), [*SHAPES[1:2], *SHAPES[3:7], *SHAPES[9:], TALL])
-def test_addmm_is_as_accurate_as_the_reference(variant, shape, out, rank, dtype, gate):
-    named = draw(variant, shape, out, rank, dtype)
-    gate, dy = fits(gate, named["x"]), dy_for(operands(shape, out, rank, dtype=dtype))
-    ours = run(variant, named, dy, set(named), gate=gate, backend="addmm")
-    torchs = run(variant, named, dy, set(named), gate=gate, backend="reference")
-    exact = run(variant, double(variant, named), dy.double(), set(named), gate=gate, backend="reference")
-    for name, truth in exact.items():
-        # dyᵀ h, of which a part of dm is made, has been rounded to the dtype of x
-        slack = 4.0 if name == "magnitude" and dtype != torch.float32 else 2.0
-        assert_as_accurate_as_torch(ours[name], torchs[name], truth, slack)
-
-
 @pytest.fixture
 def merges(monkeypatch):
     """Has W and DoRA's update merged at every size, and says how often the gradients were taken so."""
@@ -171,15 +117,19 @@ def merges(monkeypatch):
     return taken
 
 
+def of_dora(check, *arguments):
+    return lambda: check(Subject(VARIANTS["dora"], "addmm"), *arguments)
+
+
 MERGED = {
-    "gradients": lambda: test_gradients_are_those_of_the_function("dora", "addmm", 0.0, True),
+    "gradients": of_dora(conformance.gradients_are_those_of_the_function, True, 0.0),
     "no-norm": lambda: test_a_row_without_a_norm_keeps_its_length_and_its_magnitude("addmm"),
-    "output": lambda: test_what_is_done_to_the_output_leaves_the_gradients_alone("dora"),
+    "output": of_dora(conformance.what_is_done_to_the_output_leaves_the_gradients_alone),
+    "start": of_dora(conformance.a_fresh_layer_and_one_that_is_off_are_the_base, conformance.BASES["linear"], "kaiming",
+                     torch.float32),
     **{
-        str(shape.values[0]): lambda shape=shape: test_addmm_is_as_accurate_as_the_reference(
-            "dora", *shape.values, torch.float32, True
-        )
-        for shape in (*SHAPES[1:2], *SHAPES[3:7], *SHAPES[9:], TALL)
+        name: of_dora(conformance.is_as_accurate_as_the_reference, shape, torch.float32, True)
+        for name, shape in conformance.SHAPES.items()
     },
 }  # fmt: skip
 
@@ -187,11 +137,7 @@ MERGED = {
 @pytest.mark.parametrize("what", MERGED)
 def test_merged_dora_holds_what_dora_holds(what, merges):
     MERGED[what]()
-    assert merges
-
-
-def test_merged_dora_starts_as_the_linear(merges):
-    test_a_fresh_layer_and_one_that_is_off_are_the_linear({"variant": "dora"}, torch.float32)
+    assert merges or what == "start"  # which asks for no gradient
 
 
 @pytest.mark.parametrize("change", [{"rows": 63}, {"in_features": 257}, {"dtype": torch.bfloat16}, {"dropout": 0.1}])
@@ -237,42 +183,6 @@ def test_explain_knows_what_is_merged():
 
 
 # off
-
-
-@variants
-@pytest.mark.parametrize("poison", [float("inf"), float("nan"), 0.0], ids=str)
-@pytest.mark.parametrize("gate", [torch.tensor(0), torch.zeros(3, dtype=torch.bool)], ids=["0-dim", "rows"])
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_off_is_the_base_whatever_the_adapter_holds(variant, backend, dropout, gate, poison):
-    named = draw(variant, (3, 4, 8), 8, 4, torch.float32)
-    dy = dy_for(operands((3, 4, 8), 8, 4))
-    broken = {k: torch.full_like(t, poison) if k.startswith(("lora", "magn")) else t for k, t in named.items()}
-    got = run(variant, broken, dy, set(named), gate=gate, dropout=dropout, backend=backend)
-    base = run(variant, named, dy, set(named), gate=False)
-    assert torch.equal(got["y"], base["y"])
-    for name in ("x", "weight", "bias"):
-        torch.testing.assert_close(got[name], base[name])
-    for name in set(named) - {"x", "weight", "bias"}:
-        assert base[name] is None
-        assert torch.equal(got[name], torch.zeros_like(named[name]))
-
-
-@variants
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_have_their_own_gates(variant, backend):
-    named, dy = draw(variant), dy_for(operands((3, 2, 4), 3, 2, dtype=torch.float64))
-    options = {"needs": set(named), "backend": backend}
-    mixed = run(variant, named, dy, gate=torch.tensor([1, 0, 1]), **options)
-    on, off = (run(variant, named, dy, gate=gate, **options) for gate in (True, torch.tensor(0)))
-    assert torch.equal(mixed["y"][1], off["y"][1])
-    for got, want in ((mixed["y"][::2], on["y"][::2]), (mixed["x"][::2], on["x"][::2]), (mixed["x"][1], off["x"][1])):
-        torch.testing.assert_close(got, want)
-    spoilt = named | {"lora_b": torch.full_like(named["lora_b"], float("inf"))}
-    got = run(variant, spoilt, dy, gate=torch.tensor([1, 0, 1]), **options)
-    assert torch.equal(got["y"][1], off["y"][1])
-    torch.testing.assert_close(got["x"][1], off["x"][1])
-    assert not got["y"][0].isfinite().any()
 
 
 # DoRA's norm
@@ -378,52 +288,6 @@ def test_a_small_update_of_dora_is_not_rounded_away_from_the_gradient_of_x(backe
 # as the plain operation
 
 
-@pytest.mark.parametrize("variant", ["lora", *NAMES])
-def test_what_is_done_to_the_output_leaves_the_gradients_alone(variant):
-    named, dy = draw(variant), torch.ones(3, 2, 3, dtype=torch.float64)
-    want = run(variant, named, 2 * dy, set(named), backend="addmm")
-    leaves = {k: t.clone().requires_grad_() for k, t in named.items()}
-    y = coto_lora_linear(**leaves, scale=SCALE, variant=variant, backend="addmm")
-    y.mul_(2)
-    y.sum().backward()
-    for name, leaf in leaves.items():
-        torch.testing.assert_close(leaf.grad, want[name])
-
-
-@variants
-def test_only_the_reference_differentiates_twice(variant):
-    named = {k: t.requires_grad_() for k, t in draw(variant).items()}
-    norm = torch.ones(3, dtype=torch.float64) if variant == "dora" else None
-
-    def call(backend):
-        return lambda *tensors: apply(variant, dict(zip(named, tensors, strict=True)), norm, backend=backend)
-
-    assert gradgradcheck(call("reference"), tuple(named.values()))
-    y = call("addmm")(*named.values())
-    adapter = [t for k, t in named.items() if k not in ("x", "weight", "bias")]
-    for gradient in torch.autograd.grad(y.sum(), adapter, create_graph=True):
-        with pytest.raises(RuntimeError, match="backend='addmm' has no double backward"):
-            torch.autograd.grad(gradient.sum(), adapter, retain_graph=True)
-
-
-@variants
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_decides_the_dtype_and_not_the_norm(variant, backend):
-    named = draw(variant, (4, 16), 12, 3, torch.float32)
-    if variant == "dora":  # as a fresh layer has it: c = 1 only if the norm is that of the weight before the cast
-        named["lora_b"] = torch.zeros_like(named["lora_b"])
-        named["magnitude"] = row_norms(named["weight"], named["lora_a"], named["lora_b"], SCALE)
-    leaves = {k: t.clone().requires_grad_(k != "weight") for k, t in named.items()}
-    with torch.autocast("cpu", torch.bfloat16):
-        base = F.linear(named["x"], named["weight"], named["bias"])
-        y = coto_lora_linear(**leaves, scale=SCALE, variant=variant, backend=backend)
-        y.sum().backward()  # in here too
-    assert y.dtype == torch.bfloat16
-    assert all(leaves[name].grad.dtype == torch.float32 for name in leaves if name != "weight")
-    if variant == "dora":
-        assert torch.equal(y, base)
-
-
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
@@ -478,98 +342,6 @@ def move(layer, by=0.1):
 
 
 X = torch.linspace(-1, 1, 60).view(5, 12)
-
-
-@pytest.mark.parametrize("options", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
-def test_a_fresh_layer_and_one_that_is_off_are_the_linear(options, dtype):
-    x = X.to(dtype)
-    for moved in (False, True):
-        layer = layer_of(options, dtype, moved=moved)
-        base = F.linear(x, layer.weight, layer.bias)
-        for gate in (False, torch.tensor(0), torch.zeros(5, dtype=torch.int32), True):
-            layer.gate = gate
-            assert torch.equal(layer(x), base) == (not moved or gate is not True)
-        layer.enabled = False
-        assert torch.equal(layer.eval()(x), base)
-        assert layer.lora_a.dtype == (dtype if dtype == torch.float64 else torch.float32)
-        assert all(p.dtype == layer.lora_a.dtype and p.requires_grad for p in layer.adapter_parameters)
-
-
-@pytest.mark.parametrize("options", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
-def test_merging_is_the_forward(options, dtype):
-    layer, x = layer_of(options, dtype).eval(), X.to(dtype)
-    weight, before = layer.weight, layer.weight.clone()
-    with torch.no_grad():
-        y, delta = layer(x), layer.delta_weight()
-        assert delta.dtype == layer.lora_a.dtype
-        exact = F.linear(x.double(), weight.double() + delta.double(), layer.bias.double())
-        rounded = F.linear(x, (weight.double() + delta.double()).to(dtype), layer.bias)
-        layer.merge()
-        if dtype == torch.float64:  # where nothing is more exact
-            torch.testing.assert_close(layer(x), y)
-        else:
-            assert_as_accurate_as_torch(layer(x), rounded, exact)
-            assert_as_accurate_as_torch(y, rounded, exact, slack=3.0)
-        torch.testing.assert_close(layer.delta_weight(), delta, rtol=0, atol=0)
-        assert torch.equal(layer.to_linear()(x), layer(x))
-        layer.unmerge()
-    assert layer.weight is weight
-    assert torch.equal(weight, before)
-    assert torch.equal(layer(x), y)
-
-
-@pytest.mark.parametrize("options", KINDS)
-def test_a_conv1d_is_adapted_as_the_linear_it_is(options):
-    utils = pytest.importorskip("transformers.pytorch_utils", reason="has Conv1D")
-    plain = layer_of(options, moved=False)
-    conv = utils.Conv1D(9, 12)
-    conv.weight, conv.bias = nn.Parameter(plain.weight.detach().T.contiguous()), plain.bias
-    layer = CoToLoRALinear.from_linear(conv, 4, 6.0, **options)
-    for backend in BACKENDS:
-        with set_backend(backend):
-            torch.testing.assert_close(layer(X), conv(X))
-            for ours, other in zip(layer.adapter_parameters, plain.adapter_parameters, strict=True):
-                torch.testing.assert_close(ours.detach().abs().sum() > 0, other.detach().abs().sum() > 0)
-                ours.data.copy_(other.detach() + 0.1)
-            for name in ("lora_a0", "lora_b0"):
-                if getattr(layer, name) is not None:
-                    getattr(layer, name).copy_(getattr(plain, name))
-            twin = copy.deepcopy(plain)
-            for parameter in twin.adapter_parameters:
-                parameter.data.add_(0.1)
-            x, other = X.clone().requires_grad_(), X.clone().requires_grad_()
-            y, want = layer(x), twin(other)
-            torch.testing.assert_close(y, want)
-            got = torch.autograd.grad(y.square().sum(), [x, *layer.adapter_parameters])
-            for g, w in zip(
-                got, torch.autograd.grad(want.square().sum(), [other, *twin.adapter_parameters]), strict=True
-            ):
-                torch.testing.assert_close(g, w)
-        with torch.no_grad():
-            merged = layer.to_linear()
-            assert type(merged) is utils.Conv1D
-            torch.testing.assert_close(merged(X), y.detach())
-            layer.reset_parameters()
-
-
-@pytest.mark.parametrize("options", KINDS)
-def test_state_copies_and_casts(options):
-    layer = layer_of(options)
-    y = layer(X)
-    other = CoToLoRALinear(12, 9, 4, 6.0, **options)
-    other.load_state_dict(layer.state_dict())
-    for twin in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(twin(X), y)
-    assert set(layer.state_dict()) - {"weight", "bias"} == {
-        "lora_a", "lora_b",
-        *(["lora_magnitude"] if "variant" in options and options["variant"] == "dora" else []),
-        *(["lora_a0", "lora_b0"] if "init" in options else []),
-    }  # fmt: skip
-    layer.half()
-    torch.testing.assert_close(layer(X.half()).float(), y, rtol=0.02, atol=0.02)
-    assert layer.double()(X.double()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("options", KINDS)

@@ -168,7 +168,7 @@ class DoraByAddmm:
             if needs.b:
                 db = select(one, across * c.unsqueeze(1))
             if for_magnitude and b is not None:
-                dm = _of_magnitude(on_rows, across, b, saved, on)
+                dm = _of_magnitude(on_rows, across, b, saved, switches)
         if (needs.x or needs.a) and b is not None:
             scaled_b = _scaled_b(c, b, one, dy.dtype)
             p = select(on, times(rows, scaled_b, scale))
@@ -273,19 +273,20 @@ def _of_x(
     return (rows @ scaled).addmm_(p, a)
 
 
-def _of_magnitude(on_rows: Tensor, across: Tensor, b: Tensor, saved: Saved, on: Tensor | None) -> Tensor:
+def _of_magnitude(on_rows: Tensor, across: Tensor, b: Tensor, saved: Saved, switches: Switch) -> Tensor:
     """``Σ_rows dy ∘ u / norm [out_features]`` with ``u = x Wᵀ + h Bᵀ`` and ``across = dyᵀ h``."""
     product, norm = saved.product, saved.norm
     assert product is not None
     assert norm is not None
-    product = cast(product, norm.dtype)
+    # what is off may be infinite there too
+    product = select(switches.rows, cast(product, norm.dtype))
     # less the bias before the sum, not after: a large one would cost the sum its digits
     terms = on_rows * product if saved.product_bias is None else torch.sub(product, saved.product_bias).mul_(on_rows)
     total = terms.sum(0) + (across * b).sum(1)
     # a row without a norm has c = 1 whatever m is
     without_norm = norm.logical_not()
-    if on is not None:
-        without_norm |= ~on.any()
+    if switches.on is not None:
+        without_norm |= ~switches.on.any()
     return (total / norm).masked_fill_(without_norm, 0)
 
 

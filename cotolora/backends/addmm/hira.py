@@ -149,7 +149,7 @@ def _of_factors(
 ) -> tuple[Tensor | None, Tensor | None]:
     """``scale · Bᵀ G [rank, in_features]`` and ``scale · G Aᵀ [out_features, rank]`` with ``G = dyᵀ x ∘ W``."""
     da, parts = None, []
-    size = max(1, (BLOCK_CPU if dy.device.type == "cpu" else BLOCK_DEVICE) // weight.shape[1])
+    size = max(1, (BLOCK_CPU if dy.device.type == "cpu" else BLOCK_DEVICE) // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], size):
         block = slice(start, start + size)
         g = (dy[:, block].T @ x).mul_(weight[block])

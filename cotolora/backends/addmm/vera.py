@@ -98,19 +98,20 @@ class VeraByAddmm:
             dw = rows.T @ flat(x)
         if needs.bias:
             dbias = rows.sum(0)
+        # in float32 where d or b trains: their gradients are sums that may cancel, which rounded products would not
+        wide = torch.promote_types(dy.dtype, torch.float32) if for_d or for_b else dy.dtype
         if needs.b or for_b:
-            across = select(any_on, transposed_times(on_rows, cast(z * lambda_d, dy.dtype), scale))
-            wide = torch.promote_types(across.dtype, torch.float32)
+            h = cast(z, wide) * cast(lambda_d, wide)
+            across = select(any_on, transposed_times(cast(on_rows, wide), h, scale))
             if needs.b:
                 db = select(any_on, across * lambda_b.unsqueeze(1))
             if for_b:
-                d_lambda_b = select(any_on, (across.to(wide) * b.to(wide)).sum(1))
+                d_lambda_b = select(any_on, (across * cast(b, wide)).sum(1))
         if needs.x or needs.a or for_d:
-            q = cast(select(on, times(rows, select(any_on, _scaled_b(b, lambda_b, dy.dtype)), scale)), z.dtype)
+            q = select(on, times(cast(rows, wide), select(any_on, _scaled_b(b, lambda_b, wide)), scale))
             if for_d:
-                wide = torch.promote_types(q.dtype, torch.float32)
-                dd = (q.to(wide) * z.to(wide)).sum(0)
-            p = q * lambda_d
+                dd = (q * cast(z, wide)).sum(0)
+            p = cast(q * cast(lambda_d, wide), z.dtype)
             if needs.a and x is not None:
                 dropped = flat(x if keep is None else masked(x, keep, dropout))
                 da = select(any_on, p.T @ select(by_row, dropped))
