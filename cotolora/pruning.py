@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cotolora.groups import Unit, adapters, group_names, is_enabled, unmerged_adapters
 from cotolora.linear import CoToLoRALinear
-from cotolora.matching import compiled, matches
+from cotolora.matching import check_expression, matches
 from cotolora.reference import Gate
 from cotolora.shapley import Shapley
 
@@ -279,7 +279,7 @@ def _kept(names: list[str], keep: Keep, unit: Unit) -> set[str]:
     if callable(keep):
         return {name for name in names if keep(name)}
     if isinstance(keep, str):
-        compiled("keep", keep)
+        check_expression("keep", keep)
     # what each name, or the one expression, takes
     taken = {
         rule: {name for name in names if matches(name, keep if isinstance(keep, str) else [rule])}
