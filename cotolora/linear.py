@@ -183,10 +183,11 @@ class CoToLoRALinear(nn.Module):
     def _make_factors(self, device: torch.device, dtype: torch.dtype) -> None:
         sizes = {"rank": self.rank, "in_features": self.in_features, "out_features": self.out_features}
         variant = self._variant
-        self.register_parameter("lora_magnitude", None)
         for part in variant.parts:
             empty = torch.empty(part.sizes(**sizes), device=device, dtype=dtype)
             self.register_parameter(part.attribute, nn.Parameter(empty, part.attribute in variant.trained))
+        if "lora_magnitude" not in self._parameters:
+            self.register_parameter("lora_magnitude", None)
         for name, factor in (("lora_a0", self.lora_a), ("lora_b0", self.lora_b)):
             self.register_buffer(name, torch.empty_like(factor.detach()) if self.init in FROM_WEIGHT else None)
         self.reset_parameters()

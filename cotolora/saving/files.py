@@ -268,7 +268,7 @@ def _read(directory: Path, is_same: Callable[[Any, Any], bool]) -> Pair:
         raise FileNotFoundError(f"directory must hold {WEIGHTS}; there is none in {directory}")
     try:
         data = path.read_bytes()  # once: another file may have this name when it is opened again
-        tensors = deserialize(data)
+        tensors = dict(sorted(deserialize(data).items()))  # in no order of its own
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, KeyError) as error:
         raise ValueError(
             f"{path} must be a whole safetensors file; reading it failed: {shortened(str(error))}"

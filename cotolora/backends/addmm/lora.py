@@ -14,6 +14,7 @@ from cotolora.backends.addmm.products import (
     dropped_out,
     flat,
     masked,
+    scaled_product,
     select,
     shaped_like,
     switch,
@@ -28,7 +29,7 @@ class Saved(NamedTuple):
     """What the backward reads, None where it will not.
 
     x, weight, a, b: of the operands.
-    h: ``δ · dropout(x) Aᵀ [rows, rank]``, in the dtype of y.
+    h: ``δ · scale · dropout(x) Aᵀ [rows, rank]``, in the dtype of y.
     keep: boolean dropout mask, of the shape of x.
     """
 
@@ -41,7 +42,7 @@ class Saved(NamedTuple):
 
 
 class LoraByAddmm:
-    """``y = x Wᵀ + bias + scale · h Bᵀ`` or ``y = base + scale · h Bᵀ``, with ``h = δ · dropout(x) Aᵀ``."""
+    """``y = x Wᵀ + bias + h Bᵀ`` or ``y = base + h Bᵀ``, with ``h = δ · scale · dropout(x) Aᵀ``."""
 
     def why_not(self, call: Call) -> list[str]:
         """It takes every call."""
@@ -62,8 +63,8 @@ class LoraByAddmm:
         dtype = x.dtype
         a_cast, b_cast = a if a.dtype is dtype else a.to(dtype), b if b.dtype is y.dtype else b.to(y.dtype)
         dropped, keep = (x, None) if not dropout else dropped_out(x, dropout)
-        h = F.linear(dropped, a_cast)
-        rows, h = (y, h) if y.dim() == 2 else (flat(y), flat(h))
+        rows, dropped = (y, dropped) if y.dim() == 2 else (flat(y), flat(dropped))
+        h = scaled_product(dropped, a_cast.T, scale)
         by_row = None
         if h.dtype is not y.dtype:
             h = h.to(y.dtype)
@@ -72,10 +73,10 @@ class LoraByAddmm:
             h, b_cast = select(on, h), select(one, b_cast)
         if by_row is not None and not zero_times_is_zero(b_cast):
             # a row that is off must not meet a non-finite B, so here the selection comes after the product
-            y = torch.where(by_row, torch.addmm(rows, h, b_cast.T, alpha=scale).view(y.shape), y)
+            y = torch.where(by_row, torch.addmm(rows, h, b_cast.T).view(y.shape), y)
         elif base is not None:
-            y = torch.addmm(rows, h, b_cast.T, alpha=scale).view(y.shape)
-        elif (total := add_product(rows, h, b_cast.T, scale)) is not rows:
+            y = torch.addmm(rows, h, b_cast.T).view(y.shape)
+        elif (total := add_product(rows, h, b_cast.T)) is not rows:
             y = total.view(y.shape)
         return y, Saved(
             x if needs.a or needs.weight else None,
@@ -92,7 +93,7 @@ class LoraByAddmm:
 
         With ``p = δ · scale · dy B`` and D the dropout mask times ``1 / (1 - dropout)``:
 
-            dx = dy W + D ∘ (p A)      dA = pᵀ (D ∘ x)      dB = scale · dyᵀ h
+            dx = dy W + D ∘ (p A)      dA = pᵀ (D ∘ x)      dB = dyᵀ h
             dW = dyᵀ x                 dbias = Σ_rows dy
 
         Without a weight, dx is of the low-rank part alone, and p is cast to the dtype of x.
@@ -109,7 +110,7 @@ class LoraByAddmm:
         if needs.bias:
             dbias = rows.sum(0)
         if needs.b and h is not None:
-            db = transposed_times(rows if by_row is None else select(by_row, rows), h, scale)
+            db = transposed_times(rows if by_row is None else select(by_row, rows), h)
             db = db if one is None else select(one, db)
         if (needs.x or needs.a) and b is not None:
             p = times(rows, b if b.dtype is dy.dtype else b.to(dy.dtype), scale)

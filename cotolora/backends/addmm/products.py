@@ -67,11 +67,9 @@ def times(rows: Tensor, b: Tensor, scale: float) -> Tensor:
     return scaled_product(rows, b, scale)
 
 
-def transposed_times(rows: Tensor, h: Tensor, scale: float = 1.0) -> Tensor:
-    """``scale · rowsᵀ h [features, rank]``, rounded once, in the faster of two orders."""
-    if transposing_is_faster(rows, h.shape[1]):
-        return scaled_product(h.T, rows, scale).T
-    return scaled_product(rows.T, h, scale)
+def transposed_times(rows: Tensor, h: Tensor) -> Tensor:
+    """``rowsᵀ h [features, rank]`` in the faster of two orders."""
+    return (h.T @ rows).T if transposing_is_faster(rows, h.shape[1]) else rows.T @ h
 
 
 class Switch(NamedTuple):

@@ -101,8 +101,8 @@ class VeraByAddmm:
         # in float32 where d or b trains: their gradients are sums that may cancel, which rounded products would not
         wide = torch.promote_types(dy.dtype, torch.float32) if for_d or for_b else dy.dtype
         if needs.b or for_b:
-            h = cast(z, wide) * cast(lambda_d, wide)
-            across = select(any_on, transposed_times(cast(on_rows, wide), h, scale))
+            h = cast(z, wide) * (scale * cast(lambda_d, wide))
+            across = select(any_on, transposed_times(cast(on_rows, wide), h))
             if needs.b:
                 db = select(any_on, across * lambda_b.unsqueeze(1))
             if for_b:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from cotolora.backends.addmm import lora as addmm
@@ -213,9 +212,8 @@ def launches_of_factors(sizes: Sizes) -> tuple[Launch, ...]:
 
 
 def saved_by_addmm(saved: Saved, dy: Tensor, options: Options) -> addmm.Saved:
-    """As vendor GEMMs keep it: h without the scale, and the mask that the kernels drew."""
+    """As vendor GEMMs keep it: with the mask that the kernels drew."""
     x, weight, a, b, h, seed = saved
-    h = None if h is None else h / options.scale if options.scale else torch.zeros_like(h)
     return addmm.Saved(x, weight, a, b, h, mask_of_x(seed, dy, a, options.dropout))
 
 
