@@ -16,19 +16,6 @@ if TYPE_CHECKING:
     from cotolora.variants.base import Variant
 
 
-def shortened(text: str, most: int = 200) -> str:
-    """`text`, or its beginning and how long it is: what comes out of a stranger's file may be of any length."""
-    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
-
-
-def shown(value: object) -> str:
-    """`value` as an error shows it."""
-    try:
-        return shortened(repr(value))
-    except RecursionError:
-        return f"a {type(value).__name__} of many levels"
-
-
 def integer(argument: str, value: object, least: int = 1, below: int | None = None, *, must: str | None = None) -> int:
     """`value` as an int of at least `least`, and less than `below`; numpy's integers are integers, bools are not.
 

@@ -22,6 +22,7 @@ from cotolora.matching import (
     compile_patterns,
     first_match,
     matches,
+    warn_of_idle_keys,
     with_parents,
 )
 from cotolora.spec import AdapterSpec
@@ -112,8 +113,7 @@ def inject(
     _refuse_overlap({name: model.get_submodule(raw_names[0]) for name, raw_names in matched.items()}, trained)
     ranks = compile_patterns("rank_pattern", rank_pattern)
     alphas = compile_patterns("alpha_pattern", alpha_pattern)
-    for patterns in (ranks, alphas):
-        patterns.warn_of_idle_keys(matched)
+    warn_of_idle_keys(ranks, alphas, matched)
     specs = {
         name: AdapterSpec(
             first_match(ranks, name, rank), first_match(alphas, name, alpha), dropout, use_rslora, variant, init

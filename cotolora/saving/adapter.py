@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import _unsafe_preserve_version_counter
 
-from cotolora.checks import shown
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.inject import install
 from cotolora.linear import CoToLoRALinear
-from cotolora.matching import some_of
+from cotolora.matching import warn_of_idle_keys
 from cotolora.saving.files import CONFIG, WEIGHTS, read, write
 from cotolora.saving.fitting import AdapterFiles, Fit, fit_files, inside_bases, join_names, own_state, why_not_fill
 from cotolora.saving.peft_config import is_same_config, is_unambiguous, make_config, parse_config
@@ -136,7 +135,7 @@ def read_files(directory: str | os.PathLike[str]) -> AdapterFiles:
         elif (rest := key.removeprefix(_SHARED_PREFIX)) != key and rest in variant.shared_keys:
             shared[rest] = tensor
         else:
-            raise ValueError(f"{path / WEIGHTS} must hold keys that begin with {_PREFIX!r}; got {shown(key)}")
+            raise ValueError(f"{path / WEIGHTS} must hold keys that begin with {_PREFIX!r}; got {key!r}")
     return AdapterFiles(tensors, shared, pair.fields, config, pair.ours)
 
 
@@ -181,7 +180,7 @@ def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: boo
     if strict and (fit.missing or fit.unexpected):
         raise ValueError(
             f"{source} must hold exactly what {CONFIG} and the model call for; "
-            f"missing keys [{some_of(fit.missing)}], unexpected keys [{some_of(fit.unexpected)}]"
+            f"missing keys {fit.missing}, unexpected keys {fit.unexpected}"
         )
     if not existing and not fit.specs:
         raise ValueError(f"{source} must hold an adapter that fits the model; it holds none")
@@ -195,14 +194,11 @@ def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: boo
         else:
             install(model, fit.specs, _trained(model, fit, files), lambda layers: _fill(layers, fit, files, undo))
         undo.pop_all()
-    for patterns in (files.config.rank_pattern, files.config.alpha_pattern):
-        patterns.warn_of_idle_keys(fit.wanted)
+    warn_of_idle_keys(files.config.rank_pattern, files.config.alpha_pattern, fit.wanted)
     for name, reason in fit.unfit.items():
         logger.warning("%s: passed over %s, which %s", source, name, reason)
     if fit.missing or fit.unexpected:
-        logger.warning(
-            "%s: missing keys [%s], unexpected keys [%s]", source, some_of(fit.missing), some_of(fit.unexpected)
-        )
+        logger.warning("%s: missing keys %s, unexpected keys %s", source, fit.missing, fit.unexpected)
     return LoadResult(fit.missing, fit.unexpected)
 
 

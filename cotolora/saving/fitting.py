@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from cotolora.bases import features, place_of, why_not_adaptable
-from cotolora.checks import shortened, shown
 from cotolora.groups import plain_name
 from cotolora.inject import match_linears, why_not_target
 from cotolora.linear import CoToLoRALinear
@@ -67,8 +66,7 @@ def fit_files(model: nn.Module, files: AdapterFiles, existing: dict[str, CoToLoR
     linears, state = _parts_of_model(model)
     wanted, unfit = _wanted(model, config, linears, existing)
     if not wanted and not unfit:
-        targets = shown(config.targets if isinstance(config.targets, str) else sorted(config.targets))
-        raise ValueError(f"target_modules {targets} must take linear modules of the model; they take none")
+        raise ValueError(f"target_modules {config.targets!r} must take linear modules of the model; they take none")
 
     here = [name for name in wanted if not existing or name in existing]
     bases = tuple(f"{name}." for name in here)
@@ -207,12 +205,8 @@ def _place(linear: nn.Module) -> tuple[tuple[int, int], torch.device]:
 def check_tensor(key: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
     """Raises ValueError unless the tensor of a file can be written into one of such dtype, shape and device."""
     if device.type == "meta":
-        raise ValueError(
-            f"{shortened(key)} must have memory in the model to be loaded into; there it is on the meta device"
-        )
+        raise ValueError(f"{key} must have memory in the model to be loaded into; there it is on the meta device")
     if tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{shortened(key)} must be of shape {shown(shape)}; the file holds {shown(tuple(tensor.shape))}"
-        )
+        raise ValueError(f"{key} must be of shape {shape}; the file holds {tuple(tensor.shape)}")
     if tensor.dtype.is_floating_point != dtype.is_floating_point or tensor.is_complex() != dtype.is_complex:
-        raise ValueError(f"{shortened(key)} must be of a dtype like {dtype}; the file holds {tensor.dtype}")
+        raise ValueError(f"{key} must be of a dtype like {dtype}; the file holds {tensor.dtype}")

@@ -12,11 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from cotolora.checks import shown
-from cotolora.expressions import expression
 from cotolora.groups import plain_name
 from cotolora.linear import CoToLoRALinear
-from cotolora.matching import Patterns, check_expression, checked_names, compile_patterns, matches, with_parents
+from cotolora.matching import Patterns, compile_patterns, compiled, first_match, matches, with_parents
 from cotolora.spec import AdapterSpec
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import Variant
@@ -27,7 +25,6 @@ _HARMLESS = frozenset((
     "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "task_type",
 ))  # fmt: skip
-_MAX_LAYER_PATTERNS = 100
 
 
 @dataclass(frozen=True)
@@ -41,37 +38,34 @@ class PeftConfig:
     alpha_pattern: Patterns
     use_rslora: bool
     dropout: float
-    targets: str | frozenset[str]
-    exclude: str | frozenset[str]
-    layers_to_transform: frozenset[int]
-    layers_pattern: tuple[str, ...]
-    modules_to_save: frozenset[str]
+    targets: str | list[str]
+    exclude: str | list[str] | None
+    layers_to_transform: list[int]
+    layers_pattern: list[str]
+    modules_to_save: list[str]
     fields: dict[str, Any]
 
     def spec_of(self, name: str, stored_rank: int | None = None) -> AdapterSpec:
         """The settings of the adapter of the module `name`, whose tensors are of rank `stored_rank`."""
         method = VARIANTS[self.variant].peft
-        rank = self.rank_pattern.first(name, self.rank)
+        rank = first_match(self.rank_pattern, name, self.rank)
         if not method.patterned and stored_rank == self.rank:
             rank = self.rank  # of a pattern that PEFT wrote and has not followed
-        alpha = self.alpha_pattern.first(name, self.alpha) if method.scaled else rank
+        alpha = first_match(self.alpha_pattern, name, self.alpha) if method.scaled else rank
         return AdapterSpec(rank, alpha, self.dropout, self.use_rslora, self.variant)
 
     def takes(self, name: str) -> bool:
         """PEFT's rule for target_modules, exclude_modules, modules_to_save and layers_to_transform."""
         if (self.exclude and matches(name, self.exclude)) or not matches(name, self.targets):
             return False
-        if any(matches(parent, self.modules_to_save) for parent in with_parents(name)):
+        if any(re.match(rf"(^|.*\.){re.escape(module)}($|\..*)", name) for module in self.modules_to_save):
             return False
         if not self.layers_to_transform or isinstance(self.targets, str) or name in self.targets:
             return True
-        found = next((found for rule in self._layer_rules() if (found := expression(rule).match(name))), None)
-        return found is not None and int(found["index"]) in self.layers_to_transform
-
-    def _layer_rules(self) -> list[str]:
-        """Regular expressions of which the first that takes a name finds its layer."""
         rules = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in self.layers_pattern]
-        return rules or [r".*?\.[^.]*\.(?P<index>\d+)\."]
+        rules = rules or [r".*?\.[^.]*\.(?P<index>\d+)\."]
+        found = next((match for rule in rules if (match := re.match(rule, name))), None)
+        return found is not None and int(found["index"]) in self.layers_to_transform
 
     def saves(self, key: str) -> bool:
         """Whether modules_to_save takes a module around the tensor `key`."""
@@ -89,7 +83,7 @@ def parse_config(fields: dict[str, Any]) -> PeftConfig:
     def take(name: str, must: str, test: Callable[[Any], bool], default: Any = None) -> Any:
         value = rest.pop(name, default)
         if not test(value):
-            raise ValueError(f"{name} must be {must}; got {shown(value)}")
+            raise ValueError(f"{name} must be {must}; got {value!r}")
         return value
 
     types = list(dict.fromkeys(variant.peft.peft_type for variant in VARIANTS.values()))
@@ -124,11 +118,7 @@ def parse_config(fields: dict[str, Any]) -> PeftConfig:
 
     def take_names(name: str) -> Any:
         value = take(name, "a regular expression or a list of names", _optional(_are_names))
-        return checked_names(name, value) if isinstance(value, str) else frozenset(value or ())
-
-    def take_list(name: str, must: str, test: Callable[[Any], bool]) -> list[Any]:
-        value = take(name, must, _optional(_one_or_many(test)))
-        return value if isinstance(value, list) else [] if value in (None, "") else [value]
+        return sorted(set(value)) if isinstance(value, list) else value  # the order means nothing
 
     config = PeftConfig(
         variant=found[0].name,
@@ -142,21 +132,24 @@ def parse_config(fields: dict[str, Any]) -> PeftConfig:
         ),
         use_rslora=of_scaled("use_rslora", "a bool", lambda value: isinstance(value, bool), False),
         dropout=take(method.dropout, "a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1, 0.0),
-        targets=take_names("target_modules"),
+        targets=take_names("target_modules") or [],
         exclude=take_names("exclude_modules"),
-        layers_to_transform=frozenset(take_list("layers_to_transform", "an integer or a list of them", _is_index)),
-        layers_pattern=tuple(take_list("layers_pattern", "a regular expression or a list of them", _is_text)),
-        modules_to_save=frozenset(take_list("modules_to_save", "a list of names", _is_text)),
+        layers_to_transform=_as_list(
+            take("layers_to_transform", "an integer or a list of them", _optional(_one_or_many(_is_index)))
+        ),
+        layers_pattern=_as_list(take_names("layers_pattern")),
+        modules_to_save=_as_list(take_names("modules_to_save")),
         fields={name: take(name, f"like {value!r}", _is_like(value), value) for name, value in method.fields.items()},
     )
     if unsupported := {name: value for name, value in rest.items() if value and name not in _HARMLESS}:
-        raise ValueError(f"these settings are not supported and would change the result: {shown(unsupported)}")
+        raise ValueError(f"these settings are not supported and would change the result: {unsupported}")
     if not config.targets:
-        raise ValueError("target_modules must be a regular expression or a list of names; got none")
-    if len(config.layers_pattern) > _MAX_LAYER_PATTERNS:
-        raise ValueError(f"layers_pattern must be of at most {_MAX_LAYER_PATTERNS}; got {len(config.layers_pattern)}")
-    for rule in config._layer_rules():
-        check_expression("layers_pattern", rule)
+        raise ValueError(f"target_modules must be a regular expression or a list of names; got {config.targets!r}")
+    for name, value in (("target_modules", config.targets), ("exclude_modules", config.exclude)):
+        if isinstance(value, str):
+            compiled(name, value)
+    for value in config.layers_pattern:
+        compiled("layers_pattern", value)
     return config
 
 
@@ -181,12 +174,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -largest <= value <= largest
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def _are_names(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(map(_is_text, value)))
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
 def _is_like(default: Any) -> Callable[[Any], bool]:
@@ -205,6 +194,10 @@ def _map_of(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 def _one_or_many(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: all(test(item) for item in value) if isinstance(value, list) else test(value)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value in (None, "") else [value]
 
 
 def make_config(model: nn.Module, layers: dict[str, CoToLoRALinear], modules_to_save: list[str]) -> dict[str, Any]:
