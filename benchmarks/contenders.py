@@ -192,6 +192,8 @@ def device_gate(on: bool) -> Callable[[torch.device], Tensor]:
 
 
 HAVE_VARIANTS = ("peft", "compile")
+# what a contender can be made of here: those with kernels of ours to compare
+COMPARED = tuple(name for name, variant in VARIANTS.items() if variant.fused)
 
 
 def backends(variant: str) -> tuple[str, ...]:

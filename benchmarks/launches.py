@@ -30,7 +30,7 @@ from triton import knobs
 
 import cotolora
 from benchmarks.aot import intercept
-from benchmarks.contenders import Adapter, ours, peft, unsloth_order
+from benchmarks.contenders import COMPARED, Adapter, ours, peft, unsloth_order
 from benchmarks.shapes import number
 from cotolora.backends import choice as dispatch
 from cotolora.backends.fused.common import MAX_RANK
@@ -233,7 +233,7 @@ def table(counts: dict[str, Count], verbose: bool) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks launches", description=__doc__.splitlines()[0])
-    parser.add_argument("--variant", choices=VARIANTS, default="lora")
+    parser.add_argument("--variant", choices=COMPARED, default="lora")
     for name, default in (("rows", 8192), ("in-features", 4096), ("out-features", 4096), ("rank", 16)):
         parser.add_argument(f"--{name}", type=number(int), default=default)
     parser.add_argument("--dropout", type=float, default=0.0, help="probability in [0, 1)")

@@ -21,6 +21,7 @@ from benchmarks import report
 from benchmarks.compare import PARTS, Comparison, compare
 from benchmarks.contenders import (
     AUTO,
+    COMPARED,
     FROZEN,
     OFF_BY_HOST,
     PEER_NAMES,
@@ -33,7 +34,6 @@ from benchmarks.report import Result
 from benchmarks.shapes import Linear, number, title
 from benchmarks.workload import Workload, reason
 from cotolora.results import rounded
-from cotolora.variants import VARIANTS
 
 DTYPES, MODES, PICTURES = ("bfloat16", "float16", "float32"), ("eager", "graph"), (".png", ".pdf", ".svg")
 NOISY = 1.5  # p80 over p20 of the frozen linear, which a quiet machine keeps under 1.1
@@ -68,7 +68,7 @@ def parser_of(
         "device": {"type": device_of, "help": "cpu, cuda or cuda:N (default: a GPU if there is one)"},
         "rows": {"type": number(int), **several, "metavar": "M", "help": "rows of x, for shapes that do not say"},
         "rank": {"type": number(int), **several, "help": "of the adapters; may be repeated"},
-        "variant": {"choices": tuple(VARIANTS), "default": "lora", "help": "what the adapters are (default: lora)"},
+        "variant": {"choices": COMPARED, "default": "lora", "help": "what the adapters are (default: lora)"},
         "dtype": {"choices": DTYPES, "help": "of x and W (default: bfloat16, on a CPU float32)"},
         "mode": {
             "choices": MODES,
@@ -201,7 +201,7 @@ def noise(comparison: Comparison, where: str) -> list[str]:
 def losses(comparison: Comparison, where: str) -> list[str]:
     """Lines for where ours is slower than a peer, or its own choice slower than another of its backends."""
     enough = len(comparison.seconds.get(AUTO.name, {}).get("both", ())) >= ENOUGH
-    own = dict.fromkeys(c.name for variant in VARIANTS for c in named(variant))
+    own = dict.fromkeys(c.name for variant in COMPARED for c in named(variant))
     pairs = [(AUTO.name, name, BEHIND, CHOSE_WORSE) for name in own if enough]
     pairs += [(AUTO.name, c.name, 1.0, "ours loses to") for c in PEERS]
     pairs += [(OFF_BY_HOST.name, PEFT_OFF.name, 1.0, "ours off loses to")]

@@ -163,7 +163,7 @@ def test_what_cannot_be_made_is_refused_with_the_reason():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("variant", sweep.VARIANTS)
+@pytest.mark.parametrize("variant", sweep.COMPARED)
 def test_every_peer_and_every_gate_of_ours_is_right(variant, dtype):
     pytest.importorskip("peft")
     peers = contenders.chosen(["peft", "unsloth", "torchtune"], str(dtype)[6:], variant)
