@@ -315,10 +315,15 @@ def layouts(subject: Subject) -> dict[str, Callable[[Tensor], Tensor]]:
     return {"sliced_everywhere": every["sliced_everywhere"]} if subject.fused else every
 
 
-@holds(by_backend, layout={layout.__name__: layout for layout in calls.LAYOUTS})
+# but not all columns of all operands alike, whose products cancel to nothing but rounding
+@holds(by_backend, layout={f.__name__: f for f in calls.LAYOUTS if f.__name__ != "expanded_features"})
 def takes_any_strides_of_all(subject, layout):
     named = {name: layout(t) for name, t in draw(subject, (3, 6, 12), 10, 4).items()}
     dy = layout(dy_of(named))
+    if not subject.fused:
+        as_accurate_as_the_reference(subject, named, dy, gate=ON["rows"])
+        return
+    # by the same kernels, whatever the strides
     got = run(subject, named, dy, gate=ON["rows"])
     want = run(subject, {name: t.contiguous() for name, t in named.items()}, dy.contiguous(), gate=ON["rows"])
     for name, value in want.items():

@@ -96,7 +96,8 @@ def test_the_model_of_a_variants_vendor_gemms_moves_what_is_moved(variant, count
         assert 0.9 < sum(m.bytes for m in model) / sum(k["bytes"] for k in kernels) < 1.02
 
 
-def test_sizes_that_cannot_be_are_refused(capsys):
+def test_sizes_that_cannot_be_are_refused(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     from benchmarks.__main__ import main
 
     for arguments, message in (
