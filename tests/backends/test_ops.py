@@ -219,7 +219,7 @@ def test_layers_under_50_masks_are_one_graph(backend, depth):
                 assert_same_step(compiled, model, x)
             else:
                 compiled(x)
-    assert len(masks) > 30
+    assert len(masks) > (30 if depth == 32 else 15)
     assert counter.graphs == 1
     torch.compiler.reset()
 
