@@ -133,6 +133,7 @@ BROKEN = {
 
 def test_broken_budgets_are_reported():
     code = (
+        "import json\n"
         "from benchmarks.aot import *\n"
         "operands = Operands(8192, 4096, 16, torch.bfloat16, 'device', 'aligned', False)\n"
         f"tiles = [{', '.join(tile for tile, _ in BROKEN.values())}]\n"
