@@ -278,6 +278,8 @@ def fastest(call: Call, arch: str, *, captured: bool, table: tuple[dict[str, Any
     """The fastest backend for a call of known sizes, and why: by the nearest measured row, else by the model."""
     sizes = call.sizes
     assert sizes is not None
+    if not (fused := _fused(call.variant.backends_for(call))):
+        return "addmm", f"variant {call.variant.name!r} has no fused backend"
     if not call.adds and call.variant.measured and (row := measured.nearest(table, sizes, captured)):
         form = min(row["seconds"], key=row["seconds"].get)
         at = "x".join(str(row[name]) for name in ("m", "n", "k"))
@@ -286,7 +288,7 @@ def fastest(call: Call, arch: str, *, captured: bool, table: tuple[dict[str, Any
     if arch not in cost.MACHINES:
         return "addmm", f"no fused kernel has been measured on {arch}, and there is no model of it"
     times = modelled(call, arch, captured)
-    name = min(_fused(call.variant.backends_for(call)), key=lambda name: times[name])
+    name = min(fused, key=lambda name: times[name])
     ratio = times["addmm"] / times[name]
     if ratio >= CLEAR_WIN:
         return name, f"modelled, not measured: vendor GEMMs take {ratio:.2f} of its time on {arch}"
