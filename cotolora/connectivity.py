@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cotolora.checks import integer
+from cotolora import checks
+from cotolora.checks import function, integer, module, one_of, size
 from cotolora.groups import Unit, group_names, modules_of, unmerged_adapters
 from cotolora.masks import adapter_mask
 from cotolora.merging import fuse, mix
-from cotolora.merging.combining import StateLike, as_state
+from cotolora.merging.combining import StateLike, named_state
 from cotolora.merging.states import AdapterState
+
+_MUST_SCORE = "a callable of the model"
 
 Score = Callable[[nn.Module], float]
 
@@ -101,10 +104,11 @@ def interpolation_curve(
     >>> curve.barrier
     2.0
     """
-    points = integer("points", points, 2)
-    if of not in ("factors", "products"):
-        raise ValueError(f"of must be 'factors' or 'products'; got {of!r}")
-    states = [_state(model, state_a), _state(model, state_b)]
+    points = size("points", points, 2)
+    one_of("of", of, ("factors", "products"))
+    function("score", score, _MUST_SCORE)
+    module("model", model)
+    states = [_state(model, "state_a", state_a), _state(model, "state_b", state_b)]
     lambdas = [i / (points - 1) for i in range(points)]
     scores = []
     with _restored_afterwards(model):
@@ -183,6 +187,7 @@ def dropout_stability(
     (3.0, 2.0, 1.0, 0.0)
     """
     samples, seed = integer("samples", samples, 2), integer("seed", seed, 0, 2**64)
+    function("score", score, _MUST_SCORE)
     layers = unmerged_adapters(model)
     for name, layer in layers.items():
         if isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0:
@@ -215,13 +220,18 @@ def _subsets(n: int, count: int, samples: int, seed: int) -> list[tuple[int, ...
     return sorted(drawn)
 
 
-def _state(model: nn.Module, state: StateLike | Mapping[str, Tensor]) -> AdapterState:
-    return AdapterState.from_tensors(state, like=model) if isinstance(state, Mapping) else as_state(state)
+def _state(model: nn.Module, argument: str, state: StateLike | Mapping[str, Tensor]) -> AdapterState:
+    if not isinstance(state, Mapping):
+        return named_state(argument, state)
+    try:
+        return AdapterState.from_tensors(state, like=model)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{argument}: {error}") from None
 
 
 def _scored(model: nn.Module, score: Score, where: str) -> float:
     with torch.no_grad():
-        value = float(score(model.eval()))
+        value = checks.score(score(model.eval()))
     if not math.isfinite(value):
         raise ValueError(f"score must be finite; got {value} at {where}")
     return value

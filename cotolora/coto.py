@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from cotolora.checks import integer, one_of
-from cotolora.groups import Unit, group_names, unwrap
+from cotolora.checks import integer, one_of, shown
+from cotolora.groups import Unit, checked_unit, group_names, unwrap
 from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
 from cotolora.training.agreement import check_agreement
 from cotolora.training.entry import EntryHooks, entries_below
@@ -32,6 +32,12 @@ def coto_of(layer: nn.Module) -> CoTo | None:
     """The CoTo that sets the gate of `layer`, if there is one."""
     found = _COTO_OF.get(layer)
     return None if found is None else found()
+
+
+def checked_run(unit: object, gates: object, check_every: object) -> tuple[str, int]:
+    """`gates` and `check_every` of a `CoTo`; raises as its constructor, also of `unit`, without a model."""
+    checked_unit(unit)
+    return one_of("gates", gates, ("host", "device")), integer("check_every", check_every, 0)
 
 
 class CoTo:
@@ -113,7 +119,7 @@ class CoTo:
             raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
         if merged := [name for name, switch in self._layers.items() if switch.merged]:
             raise ValueError(f"model must have no merged adapters, which cannot train; merged: {merged}")
-        one_of("gates", gates, ("host", "device"))
+        gates, check_every = checked_run(unit, gates, check_every)
         if gates == "device" and any(isinstance(switch, PeftSwitch) for switch in self._layers.values()):
             raise ValueError("gates must be 'host' on a PEFT model, whose switch is a bool of the host; got 'device'")
         self.groups: dict[Hashable, list[str]] = group_names(self._layers, unit, modules_by_users_name(model))
@@ -121,7 +127,7 @@ class CoTo:
             schedule, initial_p=initial_p, ramp=ramp, shape=shape, tilt=tilt, at_least_one=at_least_one, seed=seed
         )
         self.total_steps = integer("total_steps", total_steps)
-        self._check_every, self._calls = integer("check_every", check_every, 0), 0
+        self._check_every, self._calls = check_every, 0
         self.current_step, self.p = 0, 0.0
         # on the CPU by name: the user may have set another default device
         self.mask = torch.ones(len(self.groups), dtype=torch.bool, device="cpu")
@@ -220,10 +226,11 @@ class CoTo:
         """
         own = self.state_dict()
         if not isinstance(state, dict) or set(state) != set(own):
-            got = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"state must be a CoTo state_dict with keys {sorted(own)}; got {got}")
-        if state["groups"] != own["groups"]:
-            raise ValueError(f"state must be of a model with the same groups, {own['groups']}; got {state['groups']}")
+            raise ValueError(f"state must be a CoTo state_dict with keys {sorted(own)}; got {shown(state)}")
+        if not isinstance(state["groups"], list) or state["groups"] != own["groups"]:
+            raise ValueError(
+                f"state must be of a model with the same groups, {own['groups']}; got {shown(state['groups'])}"
+            )
         before = self.total_steps, self.schedule
         schedule = Schedule(**{field.name: state[field.name] for field in dataclasses.fields(Schedule)})
         self.total_steps, self.schedule = integer("total_steps", state["total_steps"]), schedule

@@ -19,9 +19,11 @@ from cotolora.checks import (
     check_factors,
     check_gate,
     check_linear_shapes,
+    check_list,
     check_numbers,
     check_tensors,
     one_of,
+    shown,
     surely_right,
 )
 from cotolora.reference import Gate
@@ -106,11 +108,11 @@ def coto_lora_linear(
     if torch.compiler.is_compiling() or not surely_right(x, weight, bias, lora_a, lora_b):
         check_operands(x, weight, bias, lora_a, lora_b)
     kind = VARIANTS[one_of("variant", variant, VARIANTS)]
-    extra = _with_magnitude(kind, magnitude, extra)
+    extra = _with_magnitude(kind, magnitude, check_list("extra", extra))
     if extra or kind.extra:
         check_extra(kind, extra, lora_a.shape[0], weight.shape[1], weight.shape[0], x.device)
     check_gate(gate, x)
-    check_numbers(scale, dropout)
+    scale = check_numbers(scale, dropout)
     if gate is False:
         if backend is not None:
             choice.check_name(backend, "backend")
@@ -164,10 +166,10 @@ def add_low_rank(
     check_factors(lora_a, lora_b, y.shape[-1], x.shape[-1], "x and y")
     adding = [name for name, kind in VARIANTS.items() if kind.addition is not None]
     kind = VARIANTS[one_of("variant", variant, adding)]
-    if extra or kind.extra:
+    if check_list("extra", extra) or kind.extra:
         check_extra(kind, extra, lora_a.shape[0], x.shape[-1], y.shape[-1], x.device)
     check_gate(gate, x)
-    check_numbers(scale, dropout)
+    scale = check_numbers(scale, dropout)
     if gate is False:
         if backend is not None:
             choice.check_name(backend, "backend")
@@ -193,7 +195,8 @@ def check_operands(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tenso
 def _with_magnitude(kind: Variant, magnitude: Tensor | None, extra: Sequence[Tensor]) -> Sequence[Tensor]:
     takes_it = bool(kind.extra) and kind.extra[0].argument == "magnitude"
     if magnitude is not None and not takes_it:
-        raise ValueError(f"magnitude belongs to variant='dora'; got one with variant={kind.name!r}")
+        got = f"one with variant={kind.name!r}, {shown(magnitude)}"
+        raise ValueError(f"magnitude belongs to variant='dora'; got {got}")
     if magnitude is not None and extra:
         raise ValueError("magnitude and extra must not both be given; got both")
     return (magnitude,) if takes_it and not extra else extra  # type: ignore[return-value]

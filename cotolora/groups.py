@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cotolora.checks import number
+from cotolora.checks import function, module, number, shown
 from cotolora.linear import CoToLoRALinear
 
 Unit = str | Callable[[str], Hashable]
@@ -52,11 +52,8 @@ def adapters(model: nn.Module) -> dict[str, CoToLoRALinear]:
     Raises:
         TypeError: `model` is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
-    return {
-        plain_name(name): module for name, module in unwrap(model).named_modules() if isinstance(module, CoToLoRALinear)
-    }
+    inner = unwrap(module("model", model))
+    return {plain_name(name): found for name, found in inner.named_modules() if isinstance(found, CoToLoRALinear)}
 
 
 def unmerged_adapters(model: nn.Module) -> dict[str, CoToLoRALinear]:
@@ -98,11 +95,13 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[d
         two groups with "params" and "lr".
 
     Raises:
-        ValueError: `model` has no adapters; `lr` or `ratio` is not a positive finite number.
+        ValueError: `model` has no adapters; `lr`, `ratio` or their product is not a positive finite number.
 
     Source: LoRA+, Hayou et al. 2024, section 4 (arXiv:2402.12354).
     """
     lr, ratio = _positive("lr", lr), _positive("ratio", ratio)
+    if math.isinf(lr * ratio):
+        raise ValueError(f"ratio must leave lr times ratio finite; got {ratio!r} with lr={lr!r}")
     layers = adapters(model)
     if not layers:
         raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
@@ -124,8 +123,11 @@ def trainable_report(model: nn.Module) -> str:
     >>> _ = inject(model, ["0"], rank=1)
     >>> trainable_report(model)
     'trainable params: 8 || all params: 28 || trainable%: 28.5714'
+
+    Raises:
+        TypeError: `model` is not a module.
     """
-    every = sum(p.numel() for p in model.parameters())
+    every = sum(p.numel() for p in module("model", model).parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = 100 * trained / every if every else 0.0
     return f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {share:.4f}"
@@ -155,24 +157,30 @@ def group_names(
 
     Raises:
         ValueError: `unit` is another string.
-        TypeError: `unit` is neither a string nor a callable.
+        TypeError: `unit` is neither a string nor a callable, or gives what cannot be a key.
 
     >>> group_names(["embed", "blocks.0.q", "blocks.0.v", "blocks.1.q"], "layer")
     {'embed': ['embed'], 'blocks.0': ['blocks.0.q', 'blocks.0.v'], 'blocks.1': ['blocks.1.q']}
     """
-    names = list(names)
-    if isinstance(unit, str):
-        if unit not in ("layer", "module"):
-            raise ValueError(f"unit must be 'layer', 'module' or a callable; got {unit!r}")
-        key: Callable[[str], Hashable] = _layer_key(names, modules) if unit == "layer" else str
-    elif callable(unit):
-        key = unit
-    else:
-        raise TypeError(f"unit must be 'layer', 'module' or a callable; got {type(unit).__name__}")
+    names, unit = list(names), checked_unit(unit)
+    key: Callable[[str], Hashable]
+    key = unit if callable(unit) else str if unit == "module" else _layer_key(names, modules)
     groups: dict[Hashable, list[str]] = {}
     for name in names:
-        groups.setdefault(key(name), []).append(name)
+        if not isinstance(group := key(name), Hashable):
+            raise TypeError(f"unit must give keys that can be hashed; {shown(unit)} gave {shown(group)} for {name!r}")
+        groups.setdefault(group, []).append(name)
     return groups
+
+
+def checked_unit(unit: object) -> Unit:
+    """`unit`; raises ValueError if it is another string, TypeError if it is neither a string nor a callable."""
+    must = "'layer', 'module' or a callable"
+    if isinstance(unit, str):
+        if unit not in ("layer", "module"):
+            raise ValueError(f"unit must be {must}; got {unit!r}")
+        return unit
+    return function("unit", unit, must)
 
 
 def _layer_key(names: Collection[str], modules: Mapping[str, nn.Module] | None) -> Callable[[str], str]:
@@ -225,10 +233,10 @@ def as_mask(mask: object, argument: str = "mask") -> torch.Tensor:
     try:
         # a copy: what the caller writes to `mask` afterwards changes nothing
         values = mask.detach().clone() if isinstance(mask, torch.Tensor) else torch.tensor(mask)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{argument} must be a bool or hold bools, as torch.tensor takes them; {error}") from None
-    if values.dtype == torch.bool:
-        return values
-    if not ((values == 0) | (values == 1)).all():
-        raise ValueError(f"{argument} must hold only 0, 1, True or False; got {mask!r}")
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(
+            f"{argument} must be a bool or hold bools, as torch.tensor takes them; got {shown(mask)}"
+        ) from None
+    if values.is_meta or (values.dtype != torch.bool and not ((values == 0) | (values == 1)).all()):
+        raise ValueError(f"{argument} must hold only 0, 1, True or False; got {shown(mask)}")
     return values != 0

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cotolora import checks
 from cotolora.bases import is_conv1d, is_dense, why_not_adaptable
 from cotolora.groups import adapters, plain_name, unwrap, wrappers
 from cotolora.linear import CoToLoRALinear
@@ -113,6 +114,10 @@ def inject(
     _refuse_overlap({name: model.get_submodule(raw_names[0]) for name, raw_names in matched.items()}, trained)
     ranks = compile_patterns("rank_pattern", rank_pattern)
     alphas = compile_patterns("alpha_pattern", alpha_pattern)
+    for pattern in ranks:
+        checks.size(f"rank_pattern of {pattern.key!r}", pattern.value)
+    for pattern in alphas:
+        checks.finite(f"alpha_pattern of {pattern.key!r}", pattern.value)
     warn_of_idle_keys(ranks, alphas, matched)
     specs = {
         name: AdapterSpec(
@@ -191,6 +196,7 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
             row mask.
     """
     layers = adapters(model)
+    checks.flag("merge", merge)
     if not layers:
         raise ValueError(f"model must have adapters; {type(model).__name__} has none")
     model = unwrap(model)
@@ -229,7 +235,7 @@ def match_linears(
         ValueError: as `inject`.
     """
     targets = checked_names("targets", targets)
-    exclude = checked_names("exclude", exclude or ())
+    exclude = checked_names("exclude", () if exclude is None else exclude)
     trainable = checked_names("trainable", trainable)
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -351,7 +357,7 @@ def _refuse_missing(model: nn.Module, targets: Targets, found: dict[str, list[st
         taken = [plain_name(raw_name) for raw_names in found.values() for raw_name in raw_names]
         missing = [target for target in targets if not any(matches(name, [target]) for name in taken)]
         if not targets:
-            raise ValueError("targets must name at least one module; got none")
+            raise ValueError(f"targets must name at least one module; got none, {checks.shown(targets)}")
     if missing:
         linears = (name for name, module in model.named_modules() if not why_not_adaptable(module))
         ends = sorted({plain_name(name).rpartition(".")[2] for name in linears if name})

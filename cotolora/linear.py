@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,18 @@ from torch import Tensor, nn
 
 from cotolora.backends.autograd import without_autocast
 from cotolora.bases import check_foreign, features, is_conv1d, is_dense, keep_keys, place_of, why_not_adaptable
-from cotolora.checks import check_extra, check_gate, integer
+from cotolora.checks import check_extra, check_gate, check_switch, device_here, flag, floating_dtype, instance, size
 from cotolora.functional import add_low_rank, check_operands, coto_lora_linear, planned, run
 from cotolora.reference import Gate
-from cotolora.spec import AdapterSpec
+from cotolora.spec import SETTINGS, AdapterSpec
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT, Variant
 from cotolora.variants.starts import since_start, start
+
+T = TypeVar("T")
+
+# a spec may be of any rank, as files are; there must be room for a layer's
+_SETTINGS: dict[str, Callable[[str, Any], Any]] = {**SETTINGS, "rank": size}
 
 
 class CoToLoRALinear(nn.Module):
@@ -97,12 +102,14 @@ class CoToLoRALinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = integer("in_features", in_features)
-        self.out_features = integer("out_features", out_features)
+        self.in_features = size("in_features", in_features)
+        self.out_features = size("out_features", out_features)
         self._settle(AdapterSpec(rank, alpha, dropout, use_rslora, variant, init))
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"dtype must be a floating dtype; got {dtype}")
-        base = nn.Linear(self.in_features, self.out_features, bias, device=device, dtype=dtype)
+        dtype = None if dtype is None else floating_dtype("dtype", dtype)
+        device, bias = None if device is None else device_here("device", device), flag("bias", bias)
+        sizes = self.in_features, self.out_features
+        must = f"in_features and out_features must leave room for W; got {sizes}"
+        base = _allocated(must, nn.Linear, *sizes, bias, device=device, dtype=dtype)
         self._share(base.weight, base.bias)  # type: ignore[arg-type]
 
     def _settle(self, spec: AdapterSpec) -> None:
@@ -149,6 +156,7 @@ class CoToLoRALinear(nn.Module):
     @classmethod
     def from_spec(cls, linear: nn.Module, spec: AdapterSpec) -> CoToLoRALinear:
         """As `from_linear`, which makes an `AdapterSpec` of its arguments."""
+        instance("spec", spec, AdapterSpec, "an AdapterSpec")
         if reason := why_not_adaptable(linear):
             raise TypeError(f"linear must be a module that maps in_features to out_features; {reason}")
         dense: Any = linear if is_dense(linear) else None
@@ -167,24 +175,27 @@ class CoToLoRALinear(nn.Module):
         return layer
 
     def _share(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        self.weight, self.bias = weight, bias
+        self._make_factors(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        # only now, when nothing can fail any more: they are the caller's
         weight.requires_grad_(False)
-        self.weight = weight
         if bias is not None:
             bias.requires_grad_(False)
-        self.bias = bias
-        self._make_factors(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
     def _call(self, base: nn.Module) -> None:
         self.weight = self.bias = None
-        self.base = base.requires_grad_(False)
+        self.base = base
         keep_keys(self)
         self._make_factors(*place_of(base))
+        base.requires_grad_(False)
 
     def _make_factors(self, device: torch.device, dtype: torch.dtype) -> None:
         sizes = {"rank": self.rank, "in_features": self.in_features, "out_features": self.out_features}
         variant = self._variant
         for part in variant.parts:
-            empty = torch.empty(part.sizes(**sizes), device=device, dtype=dtype)
+            shape = part.sizes(**sizes)
+            must = f"rank must leave room for {part.attribute} {list(shape)}; got {self.rank}"
+            empty = _allocated(must, torch.empty, shape, device=device, dtype=dtype)
             self.register_parameter(part.attribute, nn.Parameter(empty, part.attribute in variant.trained))
         if "lora_magnitude" not in self._parameters:
             self.register_parameter("lora_magnitude", None)
@@ -246,6 +257,15 @@ class CoToLoRALinear(nn.Module):
         assert self.lora_b0 is not None
         return since_start(self.lora_a, self.lora_b, self.lora_a0, self.lora_b0)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # nn.Module's takes any module or parameter for a part of this one, whatever the name stands for
+        if isinstance(getattr(CoToLoRALinear, name, None), property):
+            object.__setattr__(self, name, value)
+        elif (check := _SETTINGS.get(name)) is not None:
+            object.__setattr__(self, name, check(name, value))
+        else:
+            super().__setattr__(name, value)
+
     @property
     def gate(self) -> Gate:
         """The training switch. Assigning a bool to a 0-dim tensor gate fills that tensor."""
@@ -268,18 +288,11 @@ class CoToLoRALinear(nn.Module):
         self._set_switch("_enabled", value)
 
     def _set_switch(self, name: str, value: Gate) -> None:
-        argument = name.removeprefix("_")
-        if not isinstance(value, (bool, Tensor)):
-            raise TypeError(
-                f"{argument} must be a bool or a bool or integer tensor; got {type(value).__name__} {value!r}"
-            )
-        if isinstance(value, Tensor):
-            if value.is_floating_point() or value.is_complex():
-                raise TypeError(f"{argument} must be a bool or a bool or integer tensor; got a tensor of {value.dtype}")
-            if value.dim() > 1:
-                raise ValueError(f"{argument} must be 0-dim or [batch]; got a tensor of shape {tuple(value.shape)}")
-            if not self.lora_a.is_meta:
-                value = value.to(self.lora_a.device)
+        check_switch(argument := name.removeprefix("_"), value)
+        if isinstance(value, Tensor) and not self.lora_a.is_meta:
+            if value.is_meta:
+                raise ValueError(f"{argument} must have a value; got a tensor on meta")
+            value = value.to(self.lora_a.device)
         self.__dict__.pop(name, None)
         self._buffers.pop(name, None)
         if isinstance(value, Tensor):
@@ -422,6 +435,7 @@ class CoToLoRALinear(nn.Module):
         Raises:
             RuntimeError: `merge` is asked for of an enabled adapter and `enabled` is a row mask, or there is a `base`.
         """
+        flag("merge", merge)
         if self.base is not None and not (merge and torch.as_tensor(self._enabled).any()):
             return self.base
         weight = self._merged_weight() if merge else self._base_weight()
@@ -495,6 +509,16 @@ class CoToLoRALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, {bias}"
             f"rank={self.rank}, alpha={self.alpha}, {switches}, variant={self.variant}"
         )
+
+
+def _allocated(must: str, make: Callable[..., T], *args: Any, **options: Any) -> T:
+    """What `make` makes; where torch refuses such a size, the error says what it `must` be, and why."""
+    try:
+        return make(*args, **options)
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # torch.OutOfMemoryError, which users catch
+            raise
+        raise RuntimeError(f"{must} ({str(error).partition(chr(10))[0]})") from error
 
 
 def _shown(switch: Gate) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from cotolora.checks import check_tensors, number
 from cotolora.groups import adapters
 from cotolora.training.stepping import register_before_step
 
@@ -37,7 +40,8 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandl
     def adjust() -> None:
         for layer in layers.values():
             a, b = layer.lora_a, layer.lora_b
-            if a.grad is not None and b.grad is not None:
+            # a scale of 0 leaves no step that would move anything, and nothing to adjust
+            if a.grad is not None and b.grad is not None and layer.scale != 0:
                 a.grad, b.grad = adjusted(a.detach(), b.detach(), a.grad, b.grad, layer.scale)
 
     return register_before_step(optimizer, adjust)
@@ -64,12 +68,19 @@ def adjusted(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, scale: float)
     Returns:
         g_A and g_B, in the dtypes of `grad_a` and `grad_b`.
 
+    Raises:
+        TypeError: a factor or a gradient is no floating tensor.
+        ValueError: they are on different devices or their shapes do not fit, or `scale` is 0 or not finite.
+
     Source: LoRA-Pro, Wang et al. 2024, theorems 2.1 and 2.3 (arXiv:2407.18242).
 
     >>> one = torch.ones(1, 1)
     >>> adjusted(one, 0 * one, 0 * one, one, scale=0.5)  # B at zero: only B moves, as far as makes up for the scale
     (tensor([[0.]]), tensor([[4.]]))
     """
+    _check(a, b, grad_a, grad_b)
+    # its square is what is divided by
+    scale = number("scale", scale, "a finite number whose square is not 0", lambda scale: 0 < scale * scale < math.inf)
     exact = torch.float32 if a.device.type == "mps" else torch.float64
     a, b, for_a, for_b = (t.to(exact) for t in (a, b, grad_a, grad_b))
     (lambda_b, u), (lambda_a, v) = torch.linalg.eigh(b.T @ b), torch.linalg.eigh(a @ a.T)
@@ -80,6 +91,18 @@ def adjusted(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, scale: float)
     # in the two eigenbases the Sylvester equation is a division; where both eigenvalues vanish nothing depends on X
     x = u @ ((u.T @ (-g_a @ a.T) @ v) * _inverse(lambda_b[:, None] + lambda_a[None, :])) @ v.T
     return (g_a + x @ a).to(grad_a.dtype), (g_b - b @ x).to(grad_b.dtype)
+
+
+def _check(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor) -> None:
+    check_tensors(("a", a), ("b", b), ("grad_a", grad_a), ("grad_b", grad_b))
+    if a.dim() != 2:
+        raise ValueError(f"a must be [rank, in_features]; got shape {tuple(a.shape)}")
+    if b.dim() != 2 or b.shape[1] != a.shape[0]:
+        shapes = f"{tuple(b.shape)} with a of shape {tuple(a.shape)}"
+        raise ValueError(f"b must be [out_features, {a.shape[0]}] to fit a; got shape {shapes}")
+    for name, grad, factor in (("grad_a", grad_a, a), ("grad_b", grad_b, b)):
+        if grad.shape != factor.shape:
+            raise ValueError(f"{name} must be of shape {tuple(factor.shape)}; got shape {tuple(grad.shape)}")
 
 
 def _inverse(eigenvalues: Tensor) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
+
+from cotolora.checks import mapping, strings
 
 logger = logging.getLogger("cotolora")
 
@@ -53,9 +55,8 @@ def compile_patterns(argument: str, pattern: Mapping[str, Any] | None) -> Patter
     Raises:
         ValueError: `pattern` is no map, or a key is no regular expression.
     """
-    if not isinstance(pattern, (Mapping, type(None))):
-        raise ValueError(f"{argument} must be a map from regular expressions to values; got {pattern!r}")
-    return [Pattern(key, compiled(argument, rf"(.*\.)?({key})$"), value) for key, value in (pattern or {}).items()]
+    pattern = mapping(argument, {} if pattern is None else pattern, "a map from regular expressions to values")
+    return [Pattern(key, compiled(argument, rf"(.*\.)?({key})$"), value) for key, value in pattern.items()]
 
 
 def first_match(patterns: Patterns, name: str, default: Any) -> Any:
@@ -80,10 +81,10 @@ def checked_names(argument: str, value: Targets) -> Targets:
     if isinstance(value, str):
         compiled(argument, value)
         return value
-    names = list(value) if isinstance(value, Iterable) else [value]
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{argument} must be a list of names or a regular expression; got {value!r}")
-    return names
+    try:
+        return strings(argument, value, "a list of names or a regular expression")
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def with_parents(name: str) -> list[str]:

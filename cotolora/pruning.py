@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cotolora.checks import integer, number, one_of
+from cotolora.checks import function, instance, integer, number, one_of, shown, strings
 from cotolora.groups import Unit, adapters, group_names, is_enabled, modules_of, unmerged_adapters
 from cotolora.linear import CoToLoRALinear
 from cotolora.matching import compiled, matches
@@ -22,6 +21,7 @@ from cotolora.shapley import Shapley
 THIRDS = ("low", "middle", "high")
 LABELS = ("every-other", *THIRDS)
 SCOPES = ("global", "layer")
+_MUST_KEEP = f"one of {LABELS}, names of adapters or a callable"
 
 Keep = str | Iterable[str] | Callable[[str], object]
 
@@ -154,7 +154,7 @@ def prune(model: nn.Module, keep: Keep, *, unit: Unit = "layer") -> Pruning:
     kept = _kept(list(layers), keep, list(group_names(layers, unit, modules_of(model)).values()))
     if not any(is_enabled(layers[name]) for name in kept):
         off = f", and {len(kept)} that are off already" if kept else ""
-        raise ValueError(f"keep must leave an enabled adapter; {keep!r} leaves none of {len(layers)}{off}")
+        raise ValueError(f"keep must leave an enabled adapter; {shown(keep)} leaves none of {len(layers)}{off}")
     # without those that are off already, so that undoing in any order ends at the first model
     going = {name: layer for name, layer in layers.items() if name not in kept and is_enabled(layer)}
     return _SwitchedOff(model, going)
@@ -164,9 +164,10 @@ def best(shapley: Shapley, count: int) -> Callable[[str], bool]:
     """The adapters of the `count` groups of highest Shapley value, for `prune` to keep; the earlier of equals.
 
     Raises:
+        TypeError: `shapley` is no Shapley.
         ValueError: `count` is not an integer from 1 to the number of groups.
     """
-    n = len(shapley.groups)
+    n = len(instance("shapley", shapley, Shapley, "what shapley_values gives").groups)
     count = integer("count", count, 1, n + 1, must=f"an integer from 1 to {n}, the number of groups")
     order = shapley.values.argsort(descending=True, stable=True)[:count].tolist()
     groups = list(shapley.groups.values())
@@ -275,7 +276,8 @@ def _kept(names: list[str], keep: Keep, groups: list[list[str]]) -> set[str]:
             name for group, third in zip(groups, thirds, strict=True) if third == THIRDS.index(keep) for name in group
         }
     if callable(keep):
-        return {name for name in names if keep(name)}
+        keeps = function("keep", keep, _MUST_KEEP)
+        return {name for name in names if keeps(name)}
     if isinstance(keep, str):
         compiled("keep", keep)
     # the adapters that each name, or the one expression, matches
@@ -290,9 +292,7 @@ def _kept(names: list[str], keep: Keep, groups: list[list[str]]) -> set[str]:
 
 
 def _names_in(keep: object) -> list[str]:
-    names: list[Any] = list(keep) if isinstance(keep, Iterable) else [keep]
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"keep must be one of {LABELS}, names of adapters or a callable; got {keep!r}")
+    names = strings("keep", keep, _MUST_KEEP)
     if not names:
-        raise ValueError("keep must name at least one adapter; got none")
+        raise ValueError(f"keep must name at least one adapter; got none, {shown(keep)}")
     return names

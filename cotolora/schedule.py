@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cotolora.checks import flag, integer, number, one_of, probability
+from cotolora.checks import flag, instance, integer, listed, number, one_of, probability, shown
 
 SHAPES = ("linear", "exponential", "sine", "constant")
 
@@ -93,21 +93,12 @@ def sample_mask(
     """
     n, seed, step = integer("n", n, 0, 2**32), integer("seed", seed, 0, 2**64), integer("step", step, 0, 2**64)
     flag("at_least_one", at_least_one)
-    try:
-        probabilities = np.asarray(p, dtype=np.float64)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"p must be a float or {n} of them, one for each group; got {p!r}") from None
-    if probabilities.ndim == 0:
-        probabilities = np.full(n, probabilities)
-    if probabilities.shape != (n,):
-        raise ValueError(f"p must be a float or {n} of them, one for each group; got shape {probabilities.shape}")
-    if not ((probabilities >= 0) & (probabilities <= 1)).all():
-        raise ValueError(f"p must be in [0, 1]; got {p!r}")
+    probabilities = _probabilities(p, n)
 
     drawn = uniforms(n + 1, seed=seed, step=step)
     active = drawn[1:] < probabilities
     if at_least_one and n > 0:
-        weights = probabilities * np.cumprod(np.concatenate(([1.0], 1 - probabilities[:-1])))
+        weights: np.ndarray = probabilities * np.cumprod(np.concatenate(([1.0], 1 - probabilities[:-1])))
         if not weights.any():
             weights = np.ones(n)
         cumulative = np.cumsum(weights)
@@ -115,6 +106,25 @@ def sample_mask(
         first = int(np.searchsorted(cumulative / cumulative[-1], drawn[0], side="right"))
         active[:first], active[first] = False, True
     return torch.from_numpy(active)  # type: ignore[return-value]
+
+
+def _probabilities(p: object, n: int) -> np.ndarray:
+    """`p` as float64 ``[n]``."""
+    must = f"a float or {n} of them, one for each group"
+    try:
+        found = np.asarray(p)
+        # which numpy would make numbers of, some with a warning
+        numeric = found.dtype.kind not in "SUVbc"
+        found = found.astype(np.float64) if numeric else found
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        numeric = False
+    if not numeric:
+        raise ValueError(f"p must be {must}; got {shown(p)}")
+    if found.ndim and found.shape != (n,):
+        raise ValueError(f"p must be {must}; got shape {found.shape}, {shown(p)}")
+    if not ((found >= 0) & (found <= 1)).all():
+        raise ValueError(f"p must be in [0, 1]; got {shown(p)}")
+    return np.full(n, found)
 
 
 def uniforms(n: int, *, seed: int, step: int) -> np.ndarray:
@@ -184,8 +194,18 @@ class Schedule:
         Args:
             n: number of groups.
             step, total_steps: as in `activation_probability`.
-            available: groups that can be on; default all. `at_least_one` counts these, the others are off.
+            available: for each group whether it can be on; default all. `at_least_one` counts these; others are off.
+
+        Raises:
+            ValueError: an argument is out of its range.
+            TypeError: `available` is no list of bools.
         """
+        n = integer("n", n, 0, 2**32)
+        if available is not None:
+            entries = listed("available", available, must := f"{n} bools, one for each group")
+            if len(entries) != n or not all(isinstance(entry, bool) for entry in entries):
+                raise ValueError(f"available must be {must}; got {shown(available)}")
+            available = entries
         p = self.probability(step, total_steps)
         indices = [index for index in range(n) if available is None or available[index]]
         # on the CPU by name: the user may have set another default device
@@ -216,8 +236,7 @@ def schedule_of(schedule: Schedule | None, **fields: Any) -> Schedule:
     given = {name: value for name, value in fields.items() if value is not NOT_GIVEN}
     if schedule is None:
         return Schedule(**given)
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule must be a Schedule; got {type(schedule).__name__} {schedule!r}")
+    instance("schedule", schedule, Schedule, "a Schedule")
     if given:
         both = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise ValueError(f"schedule must come without {', '.join(given)}, which it holds; got {schedule!r} and {both}")

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from cotolora.checks import integer, one_of
+from cotolora import checks
+from cotolora.checks import integer, one_of, size
 from cotolora.groups import Unit, group_names, is_enabled, modules_of, unmerged_adapters
 from cotolora.linear import CoToLoRALinear
 from cotolora.masks import temporarily_enabled
@@ -84,7 +85,7 @@ class PerSample:
             raise ValueError(f"inputs must be [samples, ...], of equal length; got {[tuple(t.shape) for t in tensors]}")
         if not callable(self.fn):
             raise TypeError(f"fn must be a callable of the model's output; got {type(self.fn).__name__}")
-        integer("batch", self.batch)
+        size("batch", self.batch)
 
     @property
     def samples(self) -> int:
@@ -267,13 +268,7 @@ class _Game:
 
     def _number(self, coalition: int, value: Any) -> float:
         on = [key for player, key in enumerate(self.groups) if coalition >> player & 1]
-        try:
-            number: float | None = float(value)
-        except (TypeError, ValueError, RuntimeError):
-            number = None
-        if number is None or isinstance(value, str):
-            raise TypeError(f"score must give a number; got {type(value).__name__} {value!r}")
-        if not math.isfinite(number):
+        if not math.isfinite(number := checks.score(value)):
             raise ValueError(f"score must be a finite number; got {value!r} with only {on} on, of {list(self.groups)}")
         return number
 
@@ -333,10 +328,10 @@ def _playable(model: nn.Module) -> dict[str, CoToLoRALinear]:
 
 def _checked_arguments(score: object, method: str, samples: int, seed: int) -> tuple[int, int]:
     """Samples and seed as integers of Python's own."""
-    if not callable(score) and not isinstance(score, PerSample):
-        raise TypeError(f"score must be a callable of the model or a PerSample; got {type(score).__name__}")
+    if not isinstance(score, PerSample):
+        checks.function("score", score, "a callable of the model or a PerSample")
     one_of("method", method, METHODS)
     must = "an even number of at least 4, two pairs for an error"
-    if (count := integer("samples", samples, 4, must=must)) % 2:
+    if (count := integer("samples", samples, 4, 2**63, must=must)) % 2:
         raise ValueError(f"samples must be {must}; got {samples!r}")
     return count, integer("seed", seed, 0, 2**64)

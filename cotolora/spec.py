@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from cotolora.checks import finite, flag, integer, one_of, probability
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import INITS
+
+# by setting, what it must be
+SETTINGS: dict[str, Callable[[str, Any], Any]] = {
+    "rank": integer,
+    "alpha": finite,
+    "dropout": probability,
+    "use_rslora": flag,
+    "variant": lambda name, value: one_of(name, value, VARIANTS),
+    "init": lambda name, value: one_of(name, value, INITS),
+}
 
 
 @dataclass(frozen=True)
@@ -26,16 +38,8 @@ class AdapterSpec:
     init: str = "kaiming"
 
     def __post_init__(self) -> None:
-        checked = {
-            "rank": integer("rank", self.rank),
-            "alpha": finite("alpha", self.alpha),
-            "dropout": probability("dropout", self.dropout),
-            "use_rslora": flag("use_rslora", self.use_rslora),
-            "variant": one_of("variant", self.variant, VARIANTS),
-            "init": one_of("init", self.init, INITS),
-        }
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        for name, check in SETTINGS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
 
     @property
     def scale(self) -> float:

@@ -45,7 +45,7 @@ ARGUMENTS = {
     "rank": (lambda n: merging.lego([state(0), state(1)], n).factors["0"].lora_a, 3),
     "density": (lambda x: merging.ties([state(0), state(1)], density=x).factors["0"].lora_a, 0.5),
     "drop": (lambda x: merging.dare([state(0), state(1)], drop=x).factors["0"].lora_a, 0.5),
-    "alpha of 0": (lambda x: state(0, x).factors["0"].scale, 4.0),
+    "alpha": (lambda x: state(0, x).factors["0"].scale, 4.0),
 }
 SEEDED = {
     "lego": lambda n: merging.lego([state(0), state(1)], 3, seed=n).factors["0"].lora_a,
@@ -77,7 +77,7 @@ def test_numpys_numbers_are_numbers(argument):
         (argument, bad)
         for argument in ARGUMENTS
         for bad in (True, np.True_, "4", None, float("nan"), -1.5)
-        if (argument, bad) != ("alpha of 0", -1.5)
+        if (argument, bad) != ("alpha", -1.5)
     ],
 )
 def test_bools_texts_and_what_is_out_of_range_are_none(argument, bad):

@@ -169,7 +169,7 @@ def test_bad_curves_are_refused():
     model, state = scalar_model(), scalar(1, 1)
     for arguments, options, match in (
         ((state, state), {"points": 1}, "points must be an integer of at least 2; got 1"),
-        ((state, state), {"of": "x"}, "of must be 'factors' or 'products'; got 'x'"),
+        ((state, state), {"of": "x"}, "of must be one of .*'factors', 'products'.*; got 'x'"),
         ((state, scalar(1, 1, h=torch.ones(1))), {}, r"only states\[1\] has \['h'\]"),
         ((tuned(), tuned()), {}, "the model has and the state lacks"),
     ):

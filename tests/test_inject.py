@@ -467,8 +467,8 @@ REFUSALS = [
     pytest.param({"dropout": 1.5}, "dropout must be", id="dropout"),
     pytest.param({"init": "zeros"}, "init must be one of", id="init"),
     pytest.param({"variant": "lokr"}, "variant must be one of", id="variant"),
-    pytest.param({"rank_pattern": {"head.2": 0}}, "rank must be a positive integer", id="the-last-layers-rank"),
-    pytest.param({"alpha_pattern": {"head.2": math.inf}}, "alpha must be a finite", id="the-last-layers-alpha"),
+    pytest.param({"rank_pattern": {"head.2": 0}}, "rank_pattern of 'head.2' must", id="the-last-layers-rank"),
+    pytest.param({"alpha_pattern": {"head.2": math.inf}}, "alpha_pattern of 'head.2' must", id="the-last-layers-alpha"),
     pytest.param({"rank_pattern": {"(": 2}}, "rank_pattern must hold regular expressions", id="bad-rank-pattern"),
     pytest.param({"alpha_pattern": ["q_proj"]}, "alpha_pattern must be a map", id="alpha-pattern-a-list"),
 ]  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 
 from cotolora.backends import cost, measured
 from cotolora.backends.types import Backend, Call, Options, transforming
+from cotolora.checks import shown
 from cotolora.variants import VARIANTS
 
 BACKENDS = ("reference", "addmm", "triton")
@@ -101,8 +102,8 @@ def names() -> tuple[str, ...]:
 
 def check_name(backend: object, argument: str) -> None:
     """Raises ValueError unless `backend` is "auto" or the name of a backend."""
-    if backend not in ("auto", *BACKENDS) and backend not in (known := names()):
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}; got {backend!r}")
+    if not isinstance(backend, str) or (backend not in ("auto", *BACKENDS) and backend not in names()):
+        raise ValueError(f"{argument} must be one of {', '.join(map(repr, names()))}; got {shown(backend)}")
 
 
 def requested(backend: str | None) -> tuple[str, str]:

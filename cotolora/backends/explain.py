@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cotolora.backends.choice import BACKENDS, auto, named, requested, why_not
 from cotolora.backends.cost import frozen
 from cotolora.backends.types import Call, Launch, Launches
-from cotolora.checks import integer, one_of
+from cotolora.checks import device as checked_device
+from cotolora.checks import floating_dtype, listed, one_of, probability, shown, size
 from cotolora.variants import VARIANTS
 
 
@@ -76,20 +77,22 @@ def explain(
         backend: as in `coto_lora_linear`.
 
     Raises:
-        TypeError: `layer_or_shapes` is neither.
-        ValueError: a size is negative or the rank is not positive; `backend` is no backend's name.
+        TypeError: `layer_or_shapes` is neither, `dtype` not floating or `device` no device.
+        ValueError: a size is negative or the rank is not positive; another argument is out of its range.
 
     >>> explanation = explain((394, 768, 768, 8))
     >>> explanation.backend, len(explanation.forward), explanation.saved_bytes
     ('addmm', 3, 12608)
     """
-    if isinstance(getattr(layer_or_shapes, "lora_a", None), Tensor):
-        rows = None if rows is None else integer("rows", rows, least=0)
+    rows = None if rows is None else size("rows", rows, least=0)
+    dtype, device = floating_dtype("dtype", dtype), checked_device("device", device)
+    dropout, variant = probability("dropout", dropout), one_of("variant", variant, VARIANTS)
+    if isinstance(layer_or_shapes, nn.Module) and isinstance(getattr(layer_or_shapes, "lora_a", None), Tensor):
         call = _call_of_layer(layer_or_shapes, rows, dtype)
         if (plain := _why_plain(layer_or_shapes)) is not None:
             return _explained(_shown(call), "linear", plain, dict.fromkeys(BACKENDS, (plain,)), _frozen(call))
     else:
-        call = _call_of_shapes(layer_or_shapes, dtype, torch.device(device), dropout, variant)
+        call = _call_of_shapes(layer_or_shapes, dtype, device, dropout, variant)
     name, source = requested(backend)
     if name == "auto":
         runs, reason = auto(call)
@@ -142,23 +145,21 @@ def _call_of_layer(layer: Any, rows: int | None, dtype: torch.dtype) -> Call:
 
 
 def _call_of_shapes(shapes: Any, dtype: torch.dtype, device: torch.device, dropout: float, variant: str) -> Call:
-    try:
-        rows, in_features, out_features, rank = (operator.index(size) for size in shapes)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"layer_or_shapes must be a CoToLoRALinear or (rows, in_features, out_features, rank); got {shapes!r}"
-        ) from None
-    if min(rows, in_features, out_features, rank - 1) < 0:
+    must = "a CoToLoRALinear or (rows, in_features, out_features, rank)"
+    sizes = listed("layer_or_shapes", shapes, must)
+    if len(sizes) != 4 or not all(isinstance(size, Integral) and not isinstance(size, bool) for size in sizes):
+        raise TypeError(f"layer_or_shapes must be {must}; got {shown(shapes)}")
+    rows, in_features, out_features, rank = map(int, sizes)
+    if min(rows, in_features, out_features, rank - 1) < 0 or max(sizes) >= 2**63:
         raise ValueError(
             "layer_or_shapes must be (rows, in_features, out_features, rank), none negative and rank at least 1; "
-            f"got {shapes!r}"
+            f"got {shown(shapes)}"
         )
-    kind = VARIANTS[one_of("variant", variant, VARIANTS)]
-    return Call(kind, device, dtype, rank, dropout, rows, in_features, out_features)
+    return Call(VARIANTS[variant], device, dtype, rank, dropout, rows, in_features, out_features)
 
 
 def _shown(call: Call) -> str:
-    shown = "" if call.variant.name == "lora" else f"{call.variant.name}, "
-    shown += f"rows {'any' if call.rows is None else call.rows}, {call.in_features} -> {call.out_features}, "
-    shown += f"rank {call.rank}, {str(call.dtype).removeprefix('torch.')} on {call.device}"
-    return shown + (", added to what the base makes" if call.adds else "")
+    words = "" if call.variant.name == "lora" else f"{call.variant.name}, "
+    words += f"rows {'any' if call.rows is None else call.rows}, {call.in_features} -> {call.out_features}, "
+    words += f"rank {call.rank}, {str(call.dtype).removeprefix('torch.')} on {call.device}"
+    return words + (", added to what the base makes" if call.adds else "")

@@ -7,8 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.hooks import RemovableHandle
 
-from cotolora.checks import integer
-from cotolora.coto import CoTo
+from cotolora.coto import CoTo, checked_run
 from cotolora.groups import Unit
 from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
 
@@ -56,7 +55,7 @@ class CoToLightningCallback(Callback):
             at_least_one=at_least_one,
             seed=seed,
         )
-        integer("check_every", check_every, 0)
+        gates, check_every = checked_run(unit, gates, check_every)
         self._settings: dict[str, Any] = {
             "schedule": schedule,
             "unit": unit,

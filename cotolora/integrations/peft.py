@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from cotolora import checks
 from cotolora.coto import coto_of
 from cotolora.groups import adapters, is_enabled, unwrap
 from cotolora.inject import HOOKS, block_fast_path, move_hooks, replace_module, why_forward_is_not_its_own
@@ -97,6 +98,12 @@ def to_peft(model: nn.Module, adapter: str = "default", task_type: str | None = 
             trains, or it is one that PEFT's LoRA cannot hold; the model is wrapped, or `task_type` is unknown to PEFT.
     """
     _refuse_in_use(model)
+    if not isinstance(adapter, str) or not adapter or "." in adapter:
+        raise ValueError(
+            f"adapter must be a name that a module can have, not empty and without dots; got {checks.shown(adapter)}"
+        )
+    if task_type is not None:
+        checks.one_of("task_type", task_type, [kind.value for kind in peft.TaskType])
     every = adapters(model)
     if model in every.values():
         raise ValueError("model must hold adapters; it is one itself")
@@ -114,10 +121,15 @@ def to_peft(model: nn.Module, adapter: str = "default", task_type: str | None = 
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         wrapped = _wrapped(model, config, adapter, every, places)
-    except BaseException:
+    except BaseException as error:
         for name, module in places:
             replace_module(model, name, module)
         vars(model).pop("peft_config", None)
+        if isinstance(error, AttributeError) and task_type is not None:
+            kind = type(model).__name__
+            raise ValueError(
+                f"task_type must be one that the model is for; got {task_type!r} for a {kind} ({error})"
+            ) from error
         raise
     finally:
         for parameter, flag in flags.items():
@@ -130,9 +142,7 @@ def to_peft(model: nn.Module, adapter: str = "default", task_type: str | None = 
 
 
 def _refuse_in_use(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
-    if unwrap(model) is not model:
+    if unwrap(checks.module("model", model)) is not model:
         raise ValueError(f"model must not be wrapped; got a {type(model).__name__}: pass the module inside, wrap anew")
     if any(coto_of(module) is not None for module in model.modules()):
         raise ValueError("model must not be driven by a CoTo; call its finish first")
@@ -141,8 +151,8 @@ def _refuse_in_use(model: nn.Module) -> None:
 def _chosen(layers: dict[str, Any], adapter: str | None) -> str:
     present = sorted({name for layer in layers.values() for name in layer._get_available_adapters()})
     active = sorted({name for layer in layers.values() for name in layer.active_adapters if name in present})
-    if adapter is not None and adapter not in present:
-        raise ValueError(f"adapter must be one of {present}; got {adapter!r}")
+    if adapter is not None:
+        checks.one_of("adapter", adapter, present)
     if adapter is None and len(active) != 1:
         raise ValueError(f"adapter must name one of {present}, since {len(active)} are active: {active}")
     return active[0] if adapter is None else adapter

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from cotolora.checks import integer
-from cotolora.coto import CoTo
+from cotolora.checks import flag
+from cotolora.coto import CoTo, checked_run
 from cotolora.groups import Unit, adapters
 from cotolora.saving.adapter import save_adapter
 from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
@@ -61,14 +61,14 @@ class CoToCallback(TrainerCallback):
             at_least_one=at_least_one,
             seed=seed,
         )
-        integer("check_every", check_every, 0)
+        gates, check_every = checked_run(unit, gates, check_every)
         self._settings: dict[str, Any] = {
             "schedule": schedule,
             "unit": unit,
             "gates": gates,
             "check_every": check_every,
         }
-        self._save = save
+        self._save = flag("save", save)
         self._attached: RemovableHandle | None = None
         self.coto: CoTo | None = None
 

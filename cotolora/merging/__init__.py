@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cotolora.checks import integer, number
+from cotolora.checks import flag, integer, number, one_of, size
 from cotolora.merging.alignment import Misfit, best_basis
 from cotolora.merging.combining import (
     StateLike,
@@ -20,6 +20,7 @@ from cotolora.merging.combining import (
     check_same_scale,
     checked_states,
     merged,
+    named_state,
     weighted_sum,
 )
 from cotolora.merging.ensembles import ensemble
@@ -84,7 +85,7 @@ def mix(states: Sequence[StateLike], weights: Weights = None, rank: int | None =
             [0., 2.]])
     """
     if rank is not None:
-        rank = integer("rank", rank)
+        rank = size("rank", rank)
     states, weights = checked_states(states, weights)
 
     def combine(parts: list[Factors]) -> Factors:
@@ -119,10 +120,10 @@ def align(state: StateLike, onto: StateLike, *, iterations: int = 100, max_condi
     Source: LoRA* of Zhuang et al. 2025 (arXiv:2506.05713): the fit of P; the identity above and how the
     minimum is sought are ours.
     """
-    iterations = integer("iterations", iterations)
+    iterations = size("iterations", iterations)
     finite_from_1 = "a finite number of at least 1"
     max_condition = number("max_condition", max_condition, finite_from_1, lambda limit: 1 <= limit < math.inf)
-    states, _ = checked_states([onto, state], None)
+    states, _ = checked_states([named_state("onto", onto), named_state("state", state)], None)
     check_same_scale(states)
 
     def combine(parts: list[Factors]) -> Factors:
@@ -157,7 +158,8 @@ def lego(states: Sequence[StateLike], rank: int, *, reweight: bool = True, seed:
 
     Source: Zhao et al. 2024, "Merging LoRAs like Playing LEGO" (arXiv:2409.16167).
     """
-    rank = integer("rank", rank)
+    rank = size("rank", rank)
+    flag("reweight", reweight)
     states, weights = checked_states(states, None)
     generator = _generator(seed)
 
@@ -271,10 +273,9 @@ def _merged_tensors(
     rank: int | None,
 ) -> AdapterState:
     """The states merged by `merge`, which makes one tensor of several: of all A and of all B, or of the products."""
-    if of not in ("factors", "products"):
-        raise ValueError(f"of must be 'factors' or 'products'; got {of!r}")
+    one_of("of", of, ("factors", "products"))
     if rank is not None:
-        rank = integer("rank", rank)
+        rank = size("rank", rank)
         if of == "factors":
             raise ValueError(f"rank must be None for of='factors', where it is the inputs'; got {rank}")
     if of == "factors":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cotolora.checks import finite, listed, shown
 from cotolora.merging.states import AdapterState, Factors
 
 StateLike = AdapterState | str | os.PathLike[str] | nn.Module
@@ -22,21 +23,32 @@ def as_state(state: StateLike) -> AdapterState:
     """An `AdapterState` as it is, or that of a model or a saved directory.
 
     Raises:
-        ValueError: `state` is a plain mapping of tensors, which does not say by how much ``B A`` is scaled.
+        ValueError: `state` is a plain mapping of tensors, which does not say by how much ``B A`` is scaled; as
+            `AdapterState.from_model` and `AdapterState.from_directory`.
         TypeError: `state` is anything else.
     """
+    return named_state("state", state)
+
+
+def named_state(argument: str, state: StateLike) -> AdapterState:
+    """`as_state` of an argument of another name."""
     if isinstance(state, AdapterState):
         return state
-    if isinstance(state, nn.Module):
-        return AdapterState.from_model(state)
-    if isinstance(state, (str, os.PathLike)):
-        return AdapterState.from_directory(state)
+    try:
+        if isinstance(state, nn.Module):
+            return AdapterState.from_model(state)
+        if isinstance(state, (str, os.PathLike)):
+            return AdapterState.from_directory(state)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from error
     if isinstance(state, Mapping):
         raise ValueError(
-            "state must say by how much B A is scaled, which a mapping of tensors does not; "
-            "use AdapterState.from_tensors(tensors, alpha=...)"
+            f"{argument} must say by how much B A is scaled, which a mapping of tensors does not; "
+            f"use AdapterState.from_tensors(tensors, alpha=...); got {shown(state)}"
         )
-    raise TypeError(f"state must be an AdapterState, a directory or a model; got {type(state).__name__}")
+    raise TypeError(
+        f"{argument} must be an AdapterState, a directory or a model; got {type(state).__name__} {shown(state)}"
+    )
 
 
 def checked_states(
@@ -46,11 +58,12 @@ def checked_states(
 
     Raises:
         ValueError: names what differs.
-        TypeError: `states` is one state.
+        TypeError: `states` is one state, or no sequence.
     """
     if isinstance(states, (AdapterState, str, os.PathLike, nn.Module, Mapping)):
-        raise TypeError(f"states must be a sequence of states; got one {type(states).__name__}")
-    found = [as_state(state) for state in states]
+        raise TypeError(f"states must be a sequence of states; got one {type(states).__name__}, {shown(states)}")
+    given = listed("states", states, "a sequence of states", empty=False)
+    found = [named_state(f"states[{i}]", state) for i, state in enumerate(given)]
     checked = checked_weights(weights, len(found), "states", equal)
     first, *others = found
     for i, other in enumerate(others, 1):
@@ -88,16 +101,15 @@ def checked_weights(weights: Weights, count: int, what: str, equal: float | None
     Raises:
         ValueError: another number of them, or one that is not finite.
     """
-    if count == 0:
-        raise ValueError(f"{what} must hold at least one; got none")
     if weights is None:
         return [1 / count if equal is None else equal] * count
+    must = f"{count} finite numbers, one for each of {what}"
     try:
-        checked = [float(weight) for weight in weights]
+        checked = [finite("weights", weight) for weight in listed("weights", weights, must)]
     except (TypeError, ValueError):
-        raise ValueError(f"weights must be {count} finite numbers, one for each of {what}; got {weights!r}") from None
-    if len(checked) != count or not all(map(math.isfinite, checked)):
-        raise ValueError(f"weights must be {count} finite numbers, one for each of {what}; got {weights!r}")
+        checked = []
+    if len(checked) != count:
+        raise ValueError(f"weights must be {must}; got {shown(weights)}")
     return checked
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cotolora.checks import listed, shown
 from cotolora.merging.combining import Weights, checked_weights, weighted_sum
 
 
@@ -29,10 +30,12 @@ def ensemble(models: Sequence[nn.Module], weights: Weights = None) -> Ensemble:
     >>> ensemble([torch.nn.Identity(), torch.nn.ReLU()], [0.5, 0.5])(torch.tensor([-2.0, 2.0]))
     tensor([-1.,  2.])
     """
-    for model in models:
+    must = "nn.Modules"
+    given = listed("models", list(models) if isinstance(models, nn.ModuleList) else models, must, empty=False)
+    for model in given:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"models must be nn.Modules; got {type(model).__name__}")
-    return Ensemble(models, checked_weights(weights, len(models), "models"))
+            raise TypeError(f"models must be {must}; got {type(model).__name__} {shown(model)}")
+    return Ensemble(given, checked_weights(weights, len(given), "models"))
 
 
 class Ensemble(nn.Module):

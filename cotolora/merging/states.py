@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cotolora.checks import finite
+from cotolora.checks import finite, flag, mapping, module, shown
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.linear import CoToLoRALinear
 from cotolora.saving.adapter import LoadResult, collect, load_into, read_files, write_files
@@ -39,12 +39,27 @@ class Factors:
         lora_a: A, ``[rank, in_features]``, at least float32.
         lora_b: B, ``[out_features, rank]``, at least float32.
         alpha, use_rslora: as in `CoToLoRALinear`.
+
+    Raises:
+        ValueError: a factor is no floating matrix, A and B differ in rank, or a setting is out of its range.
     """
 
     lora_a: Tensor
     lora_b: Tensor
     alpha: float
     use_rslora: bool = False
+
+    def __post_init__(self) -> None:
+        for argument, tensor in (("lora_a", self.lora_a), ("lora_b", self.lora_b)):
+            if not isinstance(tensor, Tensor) or tensor.dim() != 2 or not tensor.is_floating_point():
+                raise ValueError(f"{argument} must be a floating matrix; got {shown(tensor)}")
+            if tensor.is_meta:
+                raise ValueError(f"{argument} must have memory; got a tensor on the meta device")
+        if self.lora_a.shape[0] != self.lora_b.shape[1] or self.rank < 1:
+            shapes = f"{tuple(self.lora_a.shape)} and {tuple(self.lora_b.shape)}"
+            raise ValueError(f"lora_a and lora_b must be [rank, in_features] and [out_features, rank]; got {shapes}")
+        object.__setattr__(self, "alpha", finite("alpha", self.alpha))
+        flag("use_rslora", self.use_rslora)
 
     @property
     def rank(self) -> int:
@@ -78,7 +93,7 @@ class AdapterState:
         kept: fields of the PEFT config that whatever is made of this state inherits.
 
     Raises:
-        ValueError: no factors; a factor is not a finite floating matrix, or A and B differ in rank.
+        ValueError: an argument is no map from strings to such values; no factors, or one that is not finite.
 
     >>> layer = torch.nn.Sequential(torch.nn.Linear(3, 2))
     >>> from cotolora import inject
@@ -92,10 +107,12 @@ class AdapterState:
     kept: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.factors:
-            raise ValueError("factors must hold at least one adapter; got none")
-        object.__setattr__(self, "factors", {name: _checked(name, part) for name, part in self.factors.items()})
-        for key, tensor in self.besides.items():
+        factors = mapping("factors", self.factors, "a map from names to Factors", Factors)
+        if not factors:
+            raise ValueError(f"factors must hold at least one adapter; got none, {shown(factors)}")
+        mapping("kept", self.kept, "a map from fields to their values")
+        object.__setattr__(self, "factors", {name: _checked(name, part) for name, part in factors.items()})
+        for key, tensor in mapping("besides", self.besides, "a map from names to tensors", Tensor).items():
             if tensor.is_floating_point() and not _is_finite(tensor):
                 raise ValueError(f"{key} must be finite; it holds NaN or infinity")
 
@@ -147,17 +164,20 @@ class AdapterState:
         >>> AdapterState.from_tensors(tensors, alpha=4)
         AdapterState(1 adapters, ranks {2})
         """
+        if not mapping("tensors", tensors, "a map from names to tensors", Tensor):
+            raise ValueError(f"tensors must hold at least one adapter; got none, {shown(tensors)}")
         if (alpha is None) == (like is None):
-            raise ValueError(
-                f"one of alpha and like must be given, for the scale; got {'neither' if like is None else 'both'}"
-            )
+            got = f"{'neither' if like is None else 'both'}, alpha={shown(alpha)} and like={shown(like)}"
+            raise ValueError(f"one of alpha and like must be given, for the scale; got {got}")
+        alpha = None if alpha is None else finite("alpha", alpha)
+        flag("use_rslora", use_rslora)
         plain = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-        layers = adapters(like) if like is not None else {}
+        layers = {} if like is None else adapters(module("like", like))
 
         def spec_of(name: str) -> AdapterSpec:
             if alpha is not None:
                 rank = len(plain[f"{name}.lora_A.weight"])
-                return AdapterSpec(rank, finite(f"alpha of {name}", alpha), use_rslora=use_rslora)
+                return AdapterSpec(rank, alpha, use_rslora=use_rslora)
             if name not in layers:
                 raise ValueError(f"tensors must be of adapters that the model has; got {name}")
             return layers[name].spec
@@ -192,10 +212,17 @@ class AdapterState:
         for name, pair in pairs.items():
             if len(pair) < 2:
                 raise ValueError(f"{source} must hold lora_A and lora_B of {name}; got only lora_{next(iter(pair))}")
+            for key, tensor in pair.items():
+                if tensor.dim() != 2 or not tensor.is_floating_point():
+                    raise ValueError(f"lora_{key.lower()} of {name} must be a floating matrix; got {shown(tensor)}")
             spec = spec_of(name)
             if (rank := pair["A"].shape[0]) != spec.rank:
                 raise ValueError(f"{source} must give {name} the rank of its tensors; got {spec.rank}, {rank}")
-            factors[name] = Factors(pair["A"].detach().clone(), pair["B"].detach().clone(), spec.alpha, spec.use_rslora)
+            try:
+                a, b = (pair[factor].detach().clone() for factor in "AB")
+                factors[name] = Factors(a, b, spec.alpha, spec.use_rslora)
+            except ValueError as error:
+                raise ValueError(f"{source} must hold factors of {name}; {error}") from None
         return cls(factors, others, kept)
 
     def _saved(self) -> AdapterFiles:
@@ -293,22 +320,11 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _checked(name: str, part: Factors) -> Factors:
     for key, tensor in (("lora_a", part.lora_a), ("lora_b", part.lora_b)):
-        if not isinstance(tensor, Tensor) or tensor.dim() != 2 or not tensor.is_floating_point():
-            got = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{key} of {name} must be a floating matrix; got {got}")
-        if tensor.is_meta:
-            raise ValueError(f"{key} of {name} must have memory; it is on the meta device")
         if not _is_finite(tensor):
             raise ValueError(f"{key} of {name} must be finite; it holds NaN or infinity")
-    if part.lora_a.shape[0] != part.lora_b.shape[1] or part.rank < 1:
-        raise ValueError(
-            f"lora_a and lora_b of {name} must be [rank, in] and [out, rank]; "
-            f"got {tuple(part.lora_a.shape)} and {tuple(part.lora_b.shape)}"
-        )
-    alpha = finite(f"alpha of {name}", part.alpha)
     # not promote_types, which knows no float8
     dtype = torch.float64 if torch.float64 in (part.lora_a.dtype, part.lora_b.dtype) else torch.float32
-    return Factors(part.lora_a.detach().to(dtype), part.lora_b.detach().to(dtype), alpha, bool(part.use_rslora))
+    return Factors(part.lora_a.detach().to(dtype), part.lora_b.detach().to(dtype), part.alpha, part.use_rslora)
 
 
 def _set_factors(layer: CoToLoRALinear, spec: AdapterSpec, lora_a: Tensor, lora_b: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import _unsafe_preserve_version_counter
 
+from cotolora import checks
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.inject import install
 from cotolora.linear import CoToLoRALinear
@@ -76,7 +77,7 @@ def write_files(files: AdapterFiles, directory: str | os.PathLike[str]) -> None:
     """
     tensors = {_PREFIX + key: tensor for key, tensor in files.tensors.items()}
     shared = {_SHARED_PREFIX + key: tensor for key, tensor in files.shared.items()}
-    write(Path(directory), files.fields, tensors | shared)
+    write(checks.path("directory", directory), files.fields, tensors | shared)
 
 
 def collect(model: nn.Module) -> AdapterFiles:
@@ -121,7 +122,7 @@ def read_files(directory: str | os.PathLike[str]) -> AdapterFiles:
     Raises:
         FileNotFoundError, ValueError: as `load_adapter`, of what does not depend on a model.
     """
-    path = Path(directory)
+    path = checks.path("directory", directory)
     pair = read(path, is_same_config)
     try:
         config = parse_config(pair.fields)
@@ -172,6 +173,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bo
 def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: bool = True) -> LoadResult:
     """`load_adapter` of what was read, or never lay on a disk; `source` names it in errors."""
     existing = adapters(model)
+    checks.flag("strict", strict)
     _shard_again(model)
     fit = fit_files(unwrap(model), files, existing)
     if strict and fit.unfit:

@@ -43,7 +43,7 @@ def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
-    if not hasattr(optimizer, "register_step_pre_hook"):
+    if isinstance(optimizer, type) or not hasattr(optimizer, "register_step_pre_hook"):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {type(optimizer).__name__}")
     return optimizer
 

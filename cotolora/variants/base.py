@@ -152,7 +152,7 @@ class Variant:
             raise ValueError(
                 f"rank must be at most {min(sizes)} with init={init!r}, the smaller of the sizes {sizes}; got {rank}"
             )
-        if alpha <= 0:
+        if not alpha / rank > 0:  # nor too small for the quotient
             raise ValueError(f"alpha must be positive with init={init!r}; got {alpha!r}")
 
     def start(self, layer: CoToLoRALinear, weight: Tensor | None) -> None:
@@ -201,6 +201,18 @@ class Variant:
             ValueError: a tensor is missing or does not fit.
         """
         return {}
+
+
+def without_scale(b: Tensor, scale: float) -> Tensor:
+    """``b / scale``, for methods whose files hold B times the scale.
+
+    Raises:
+        ValueError: that is not finite although `b` is.
+    """
+    quotient = b / scale
+    if b.isfinite().all() and not quotient.isfinite().all():
+        raise ValueError(f"alpha must leave B finite when it is divided by the scale; got a scale of {scale!r}")
+    return quotient
 
 
 def _by_name(addmm: Backend | None, fused: Mapping[str, Backend]) -> dict[str, Backend]:

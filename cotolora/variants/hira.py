@@ -10,7 +10,7 @@ from torch import Tensor
 from cotolora import reference
 from cotolora.backends.addmm import hira as by_addmm
 from cotolora.backends.fused import hira as by_kernels
-from cotolora.variants.base import PeftMethod, Variant, lora_a, lora_b
+from cotolora.variants.base import PeftMethod, Variant, lora_a, lora_b, without_scale
 
 
 class Hira(Variant):
@@ -39,4 +39,4 @@ class Hira(Variant):
 
     def loaded(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
         """B without the scale of the layer."""
-        return tensors | {"lora_b": tensors["lora_b"] / scale}
+        return tensors | {"lora_b": without_scale(tensors["lora_b"], scale)}

@@ -15,6 +15,9 @@ def start(init: str, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, T
     pissa: ``W = U S Vᵀ``, ``A0 = √(S_r / scale) V_rᵀ``, ``B0 = U_r √(S_r / scale)``: ``scale · B0 A0`` is W's best
     approximation of that rank. olora: ``W = Q R``, ``A0 = R_r``, ``B0 = Q_r``, the first rows and columns.
 
+    Raises:
+        ValueError: `scale` is so small that pissa's factors are not finite.
+
     Source: PiSSA, Meng et al. 2024, eq. 2 to 4 (arXiv:2404.02948); OLoRA, Büyükakyüz 2024, algorithm 1
     (arXiv:2406.01775), which scales the product by alpha / rank as PEFT does. Both, unlike us, take it from W.
     """
@@ -22,6 +25,8 @@ def start(init: str, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, T
     if init == "pissa":
         u, s, v = torch.linalg.svd(weight, full_matrices=False)
         root = (s[:rank] / scale).sqrt()
+        if s.isfinite().all() and not root.isfinite().all():
+            raise ValueError(f"alpha must leave A and B finite with init='pissa'; got a scale of {scale!r}")
         return root[:, None] * v[:rank], u[:, :rank] * root
     q, r = torch.linalg.qr(weight)
     return r[:rank], q[:, :rank]

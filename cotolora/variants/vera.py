@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cotolora import reference
 from cotolora.backends.addmm import vera as by_addmm
-from cotolora.variants.base import Part, PeftMethod, Sizes, Variant
+from cotolora.variants.base import Part, PeftMethod, Sizes, Variant, without_scale
 
 if TYPE_CHECKING:
     from cotolora.linear import CoToLoRALinear
@@ -84,7 +84,7 @@ class Vera(Variant):
 
     def loaded(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
         """B without the scale of the layer."""
-        return tensors | {"vera_lambda_b": tensors["vera_lambda_b"] / scale}
+        return tensors | {"vera_lambda_b": without_scale(tensors["vera_lambda_b"], scale)}
 
     def saved_shared(self, layers: Mapping[str, CoToLoRALinear]) -> dict[str, Tensor]:
         """The largest A and B, of which those of the other layers are parts.
