@@ -13,7 +13,8 @@ from cotolora.backends import choice
 from cotolora.backends.autograd import LowRankLinear, apply_directly, autocasts, compute, without_autocast
 from cotolora.backends.choice import Plan
 from cotolora.backends.types import NOTHING, Call, Operands, Options, transforming
-from cotolora.checks import (
+from cotolora.checks import one_of, shown
+from cotolora.operands import (
     check_dtypes,
     check_extra,
     check_factors,
@@ -22,8 +23,6 @@ from cotolora.checks import (
     check_list,
     check_numbers,
     check_tensors,
-    one_of,
-    shown,
     surely_right,
 )
 from cotolora.reference import Gate

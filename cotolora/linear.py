@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from cotolora.backends.autograd import without_autocast
 from cotolora.bases import check_foreign, features, is_conv1d, is_dense, keep_keys, place_of, why_not_adaptable
-from cotolora.checks import check_extra, check_gate, check_switch, device_here, flag, floating_dtype, instance, size
+from cotolora.checks import device_here, flag, floating_dtype, instance, size
 from cotolora.functional import add_low_rank, check_operands, coto_lora_linear, planned, run
+from cotolora.operands import check_extra, check_gate, check_switch
 from cotolora.reference import Gate
 from cotolora.spec import SETTINGS, AdapterSpec
 from cotolora.variants import VARIANTS

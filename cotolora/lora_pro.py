@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from cotolora.checks import check_tensors, number
+from cotolora.checks import number
 from cotolora.groups import adapters
+from cotolora.operands import check_tensors
 from cotolora.training.stepping import register_before_step
 
 

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from torch import nn
 
 import cotolora
 from cotolora import connectivity, lora_pro, merging, pruning, shapley
@@ -282,3 +283,40 @@ def judged(name, argument, kind):
             if changed:
                 world = None
                 yield text, f"changed {sorted(changed)}"
+
+
+@pytest.mark.parametrize("key", World().coto.state_dict())
+def test_a_damaged_state_of_coto_changes_nothing(key):
+    world = World()
+    state, kind = world.coto.state_dict(), nothing if key == "groups" else entry("CoTo.load_state_dict", key)[0]
+    before, problems = dict(world.states()), []
+    for text, make in POOL.items():
+        if kind(value := make()) is False:
+            error = of.outcome(world.coto.load_state_dict, {"state": {**state, key: value}})
+            problems += [(text, fault) for fault in of.faults(error, key, value)] if error else [(text, "is taken")]
+    for damaged in ({k: v for k, v in state.items() if k != key}, {**state, "x": 1}):
+        with pytest.raises(ValueError, match=r"state must be a CoTo state_dict with keys"):
+            world.coto.load_state_dict(damaged)
+    assert problems == []
+    assert dict(world.states()) == before
+
+
+@pytest.mark.parametrize("name", ["scale", "merged", "active", "extra", "spec", "adapter_parameters"])
+@pytest.mark.parametrize(
+    "value", [nn.LayerNorm(2), nn.Parameter(torch.zeros(2)), 2.0], ids=["module", "parameter", "number"]
+)
+def test_what_a_layer_computes_cannot_be_assigned(name, value):
+    world = World()
+    layer, before = world.layer, dict(world.states())
+    with pytest.raises(AttributeError, match=name):
+        setattr(layer, name, value)
+    assert dict(world.states()) == before
+
+
+@pytest.mark.parametrize("switch", ["gate", "enabled"])
+def test_a_module_is_no_switch(switch):
+    layer = World().layer
+    with pytest.raises(TypeError, match=f"{switch} must be a bool or a bool or integer tensor; got LayerNorm"):
+        setattr(layer, switch, nn.LayerNorm(2))
+    assert switch not in layer._modules
+    assert getattr(layer, switch) is True

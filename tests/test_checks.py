@@ -114,3 +114,34 @@ def test_an_integer_may_be_described_by_more_than_its_bounds():
 def test_names_that_are_none_of_those_allowed(call, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         call()
+
+
+class Huge:
+    def __repr__(self):
+        return "x" * 10**6
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        pytest.param("x" * 1000, "'xxx", id="long-text"),
+        pytest.param(list(range(1000)), "[0, 1, 2", id="long-list"),
+        pytest.param({"a": torch.ones(2, 3)}, "{'a': <Tensor of torch.float32, shape (2, 3)>}", id="tensor"),
+        pytest.param(np.ones(3, dtype=np.int8), "<ndarray of int8, shape (3,)>", id="array"),
+        pytest.param(nn.Sequential(nn.Linear(2, 2)), "<Sequential>", id="module"),
+        pytest.param(10**5000, "", id="more-digits-than-python-prints"),
+        pytest.param(Huge(), "xxx", id="long-repr"),
+        pytest.param(1.5, "1.5", id="number"),
+    ],
+)
+def test_an_error_shows_a_value_in_a_few_words(value, words):
+    shown = checks.shown(value)
+    assert shown.startswith(words)
+    assert 0 < len(shown) <= 200
+
+
+def test_a_model_is_no_function_of_itself():
+    assert checks.function("score", len, "a callable") is len
+    for call, got in ((3, "int 3"), (nn.Linear(2, 2), "Linear <Linear>")):
+        with pytest.raises(TypeError, match=f"score must be a callable; got {got}"):
+            checks.function("score", call, "a callable")

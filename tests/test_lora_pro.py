@@ -141,6 +141,34 @@ def test_an_adapter_with_one_frozen_factor_is_passed_over():
     torch.testing.assert_close(layer.lora_a, before - 0.1 * plain)
 
 
+def test_an_adapter_that_alpha_makes_zero_is_passed_over():
+    model = prepared()
+    model[0].alpha = 0
+    optimizer = torch.optim.SGD(cotolora.adapter_parameters(model), lr=0.1)
+    attach(model, optimizer)
+    before = [parameter.detach().clone() for parameter in model[0].adapter_parameters]
+    model(torch.randn(5, 6)).square().mean().backward()
+    optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model[0].adapter_parameters, before, strict=True))
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"scale": 0}, "scale must be a finite number whose square is not 0; got 0"),
+        ({"scale": 1e-200}, "scale must be"),
+        ({"b": torch.ones(9, 4)}, r"b must be \[out_features, 3\] to fit a; got shape \(9, 4\)"),
+        ({"grad_b": torch.ones(3, 9)}, r"grad_b must be of shape \(9, 3\); got shape \(3, 9\)"),
+    ],
+    ids=["no-scale", "tiny-scale", "rank", "transposed-gradient"],
+)
+def test_what_does_not_fit_is_named(change, match):
+    a, b, _, grad_a, grad_b = problem()
+    with pytest.raises(ValueError, match=match):
+        adjusted(**{"a": a, "b": b, "grad_a": grad_a, "grad_b": grad_b, "scale": SCALE, **change})
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="model must have adapters; Linear has none"):
         attach(nn.Linear(2, 2), torch.optim.SGD([nn.Parameter(torch.ones(1))]))

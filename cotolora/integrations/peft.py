@@ -151,8 +151,8 @@ def _refuse_in_use(model: nn.Module) -> None:
 def _chosen(layers: dict[str, Any], adapter: str | None) -> str:
     present = sorted({name for layer in layers.values() for name in layer._get_available_adapters()})
     active = sorted({name for layer in layers.values() for name in layer.active_adapters if name in present})
-    if adapter is not None:
-        checks.one_of("adapter", adapter, present)
+    if adapter is not None and (not isinstance(adapter, str) or adapter not in present):
+        raise ValueError(f"adapter must be one of {present}; got {checks.shown(adapter)}")
     if adapter is None and len(active) != 1:
         raise ValueError(f"adapter must name one of {present}, since {len(active)} are active: {active}")
     return active[0] if adapter is None else adapter

@@ -410,7 +410,7 @@ def test_importing_cotolora_loads_nothing_heavy():
 FLOORS = [
     {"reference", "results", "training.stepping", "training.agreement", "training.optimizer_state", "saving.files"},
     {"checks", "backends.types", "backends.addmm.products", "training.reducer", "training.entry"},
-    {"schedule", "matching", "backends.cost", "backends.measured"},
+    {"operands", "schedule", "matching", "backends.cost", "backends.measured"},
     {*(f"backends.addmm.{name}" for name in VARIANTS), "backends.fused.common", "backends.off"},
     {"backends.fused.lora"},
     {"backends.fused.dora", "backends.fused.hira", "backends.fused.ops"},

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cotolora
-from cotolora import CoToLoRALinear, coto_lora_linear, inject, reference, set_backend
+from cotolora import CoToLoRALinear, coto_lora_linear, inject, load_adapter, reference, save_adapter, set_backend
 from cotolora.backends.addmm import dora as addmm_dora
 from cotolora.backends.addmm.dora import row_norms
 from cotolora.backends.types import Needs, Operands, Options
@@ -380,6 +380,8 @@ def test_meta():
         ({"init": "pissa", "rank": 10}, "rank must be at most 9 with init='pissa'.*got 10"),
         ({"init": "olora", "rank": 10}, "rank must be at most 9 with init='olora'.*got 10"),
         ({"init": "pissa", "alpha": -1.0}, r"alpha must be positive with init='pissa'; got -1\.0"),
+        ({"init": "olora", "alpha": 0}, r"alpha must be positive with init='olora'; got 0\.0"),
+        ({"init": "pissa", "alpha": 1e-90}, "alpha must leave A and B finite with init='pissa'; got a scale of"),
     ],
     ids=str,
 )
@@ -394,6 +396,34 @@ def test_a_layer_that_cannot_be(options, match):
             make()
     assert type(model[0]) is nn.Linear
     assert model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1e-90])
+@pytest.mark.parametrize(("variant", "factor"), [("hira", "lora_b"), ("vera", "vera_lambda_b")])
+def test_a_scale_that_no_file_can_be_divided_by_is_refused(variant, factor, alpha, tmp_path):
+    def model(alpha):
+        made = nn.Sequential(nn.Linear(4, 3))
+        nn.init.ones_(getattr(inject(made, ["0"], rank=2, alpha=alpha, variant=variant)["0"], factor))
+        return made
+
+    save_adapter(model(2.0), tmp_path)
+    tiny = model(alpha)
+    before = copy.deepcopy(tiny.state_dict())
+    with pytest.raises(ValueError, match="scale"):
+        load_adapter(tiny, tmp_path)
+    torch.testing.assert_close(tiny.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", KINDS[:2])
+def test_an_alpha_of_zero_is_an_update_of_zero(options):
+    layer, x = CoToLoRALinear(6, 4, rank=2, alpha=0, **options), torch.randn(3, 6, requires_grad=True)
+    nn.init.normal_(layer.lora_b)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    assert not layer.lora_a.grad.any()
+    assert not layer.lora_b.grad.any()
+    layer.merge()
+    torch.testing.assert_close(layer.weight, layer._original_weight)
 
 
 # DoRA's norm in eval()
