@@ -1,6 +1,7 @@
 """Wrong arguments of every sort, what an argument may be, and whether a call that had one left all as it was."""
 
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -260,7 +261,7 @@ class World:
         for which in ("plain", "model", "peft"):
             if which in vars(self):
                 for name, one in vars(self)[which].named_modules():
-                    yield f"{which}.{name}", (id(one), type(one), one.training, sorted(one._modules))
+                    yield f"{which}.{name}", (id(one), type(one), one.training, list(one._modules))
                     yield f"hooks of {which}.{name}", (len(one._forward_hooks), len(one._forward_pre_hooks))
                     yield from ((f"{which}.{name}.{key}", at(p)) for key, p in one._parameters.items())
                     yield from ((f"{which}.{name}.{key}", at(b)) for key, b in one._buffers.items())
@@ -274,7 +275,7 @@ class World:
         yield "random numbers", torch.get_rng_state().numpy().tobytes()
         yield "numpy's random numbers", np.random.get_state()[2]
         yield "backend", choice._set_here()
-        yield "files", sorted(map(str, Path().rglob("*")))
+        yield "files", list(os.walk("."))
 
 
 def at(tensor: Tensor | None) -> Any:
