@@ -140,10 +140,14 @@ def score(value: object) -> float:
 
 def path(argument: str, value: object) -> Path:
     """`value` as a path; raises TypeError unless it is a str or path-like, ValueError if no file can have the name."""
-    name = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    try:
+        name = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+        possible = isinstance(name, str) and b"\0" not in (os.fsencode(name) or b"\0")
+    except Exception:  # of what a stranger's class does, and of characters that no file system has
+        name, possible = "", False
     if not isinstance(name, str):
         raise TypeError(f"{argument} must be a path, as a str or os.PathLike; got {shown(value)}")
-    if not name or "\0" in name:
+    if not possible:
         raise ValueError(f"{argument} must be the path of a folder; got {shown(value)}")
     return Path(name)
 
@@ -156,7 +160,7 @@ def device(argument: str, value: object) -> torch.device:
         return torch.device(value)
     except (RuntimeError, ValueError, OverflowError, TypeError) as error:
         raise ValueError(
-            f"{argument} must be a torch.device or the name of one; got {shown(value)} ({error})"
+            f"{argument} must be a torch.device or the name of one; got {shown(value)} ({shown(str(error))})"
         ) from None
 
 
@@ -204,7 +208,7 @@ def listed(argument: str, value: object, must: str, *, empty: bool = True) -> li
 
 def strings(argument: str, value: object, must: str) -> list[str]:
     """The entries of any iterable of strings; raises TypeError of anything else, a string included."""
-    refused = (str, bytes, bytearray, Tensor)
+    refused = (str, bytes, bytearray, Tensor, nn.Module)
     try:
         names: list[Any] = [None] if isinstance(value, refused) else list(value)  # type: ignore[call-overload]
     except Exception:  # of what is no iterable, though its class may say so

@@ -178,7 +178,7 @@ def checked_unit(unit: object) -> Unit:
     must = "'layer', 'module' or a callable"
     if isinstance(unit, str):
         if unit not in ("layer", "module"):
-            raise ValueError(f"unit must be {must}; got {unit!r}")
+            raise ValueError(f"unit must be {must}; got {shown(unit)}")
         return unit
     return function("unit", unit, must)
 
@@ -237,6 +237,7 @@ def as_mask(mask: object, argument: str = "mask") -> torch.Tensor:
         raise ValueError(
             f"{argument} must be a bool or hold bools, as torch.tensor takes them; got {shown(mask)}"
         ) from None
-    if values.is_meta or (values.dtype != torch.bool and not ((values == 0) | (values == 1)).all()):
+    dense = not (values.is_meta or values.is_nested or values.is_complex()) and values.layout == torch.strided
+    if not dense or (values.dtype != torch.bool and not ((values == 0) | (values == 1)).all()):
         raise ValueError(f"{argument} must hold only 0, 1, True or False; got {shown(mask)}")
     return values != 0

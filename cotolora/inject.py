@@ -362,7 +362,8 @@ def _refuse_missing(model: nn.Module, targets: Targets, found: dict[str, list[st
         linears = (name for name, module in model.named_modules() if not why_not_adaptable(module))
         ends = sorted({plain_name(name).rpartition(".")[2] for name in linears if name})
         raise ValueError(
-            f"targets {missing} match no linear module in {type(model).__name__}; its linear modules end in {ends}"
+            f"targets {checks.shown(missing)} match no linear module in {type(model).__name__}; "
+            f"its linear modules end in {ends}"
         )
 
 
@@ -380,7 +381,8 @@ def _trainable_parameters(model: nn.Module, trainable: Targets) -> set[nn.Parame
         if not taken:
             children = [name for name, _ in model.named_children()]
             raise ValueError(
-                f"trainable [{target!r}] matches no parameter in {type(model).__name__}; its top modules are {children}"
+                f"trainable {checks.shown([target])} matches no parameter in {type(model).__name__}; "
+                f"its top modules are {children}"
             )
         found |= taken
     return found

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from cotolora.checks import shown
 from cotolora.groups import Unit, adapters, as_mask, group_names, modules_of
 from cotolora.linear import CoToLoRALinear
 from cotolora.reference import Gate
@@ -49,7 +50,7 @@ def adapter_mask(model: nn.Module, mask: object, *, unit: Unit = "module") -> It
     if values.dim() > 2 or (values.dim() > 0 and values.shape[-1] != len(groups)):
         raise ValueError(
             f"mask must be a bool, [{len(groups)}] or [batch, {len(groups)}], one entry for each group; "
-            f"got shape {tuple(values.shape)}"
+            f"got shape {tuple(values.shape)}, {shown(mask)}"
         )
     # plain bools where one value applies to the whole batch: an adapter that is off then costs nothing
     switches: list[bool | Tensor]

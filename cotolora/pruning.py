@@ -287,7 +287,7 @@ def _kept(names: list[str], keep: Keep, groups: list[list[str]]) -> set[str]:
     }
     if missing := [rule for rule, found in taken.items() if not found]:
         ends = sorted({name.rpartition(".")[2] for name in names})
-        raise ValueError(f"keep {missing} matches no adapter; adapters end in {ends}, labels are {LABELS}")
+        raise ValueError(f"keep {shown(missing)} matches no adapter; adapters end in {ends}, labels are {LABELS}")
     return set().union(*taken.values())
 
 

@@ -115,7 +115,7 @@ def _probabilities(p: object, n: int) -> np.ndarray:
         found = np.asarray(p)
         # which numpy would make numbers of, some with a warning
         numeric = found.dtype.kind not in "SUVbc"
-        found = found.astype(np.float64) if numeric else found
+        found = np.array(np.nan) if found.dtype == object else found.astype(np.float64) if numeric else found
     except (TypeError, ValueError, RuntimeError, OverflowError):
         numeric = False
     if not numeric:

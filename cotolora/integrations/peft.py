@@ -125,6 +125,8 @@ def to_peft(model: nn.Module, adapter: str = "default", task_type: str | None = 
         for name, module in places:
             replace_module(model, name, module)
         vars(model).pop("peft_config", None)
+        if isinstance(error, KeyError):
+            raise ValueError(f"adapter must be a name that a module can have; got {adapter!r} ({error})") from error
         if isinstance(error, AttributeError) and task_type is not None:
             kind = type(model).__name__
             raise ValueError(

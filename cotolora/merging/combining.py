@@ -39,8 +39,8 @@ def named_state(argument: str, state: StateLike) -> AdapterState:
             return AdapterState.from_model(state)
         if isinstance(state, (str, os.PathLike)):
             return AdapterState.from_directory(state)
-    except ValueError as error:
-        raise ValueError(f"{argument}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{argument}: {error}") from error
     if isinstance(state, Mapping):
         raise ValueError(
             f"{argument} must say by how much B A is scaled, which a mapping of tensors does not; "

@@ -51,7 +51,8 @@ class Factors:
 
     def __post_init__(self) -> None:
         for argument, tensor in (("lora_a", self.lora_a), ("lora_b", self.lora_b)):
-            if not isinstance(tensor, Tensor) or tensor.dim() != 2 or not tensor.is_floating_point():
+            dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_nested
+            if not dense or tensor.dim() != 2 or not tensor.is_floating_point():
                 raise ValueError(f"{argument} must be a floating matrix; got {shown(tensor)}")
             if tensor.is_meta:
                 raise ValueError(f"{argument} must have memory; got a tensor on the meta device")
@@ -179,7 +180,7 @@ class AdapterState:
                 rank = len(plain[f"{name}.lora_A.weight"])
                 return AdapterSpec(rank, alpha, use_rslora=use_rslora)
             if name not in layers:
-                raise ValueError(f"tensors must be of adapters that the model has; got {name}")
+                raise ValueError(f"tensors must be of adapters that the model has; got {name}, which like has not")
             return layers[name].spec
 
         return cls._from_flat(plain, spec_of, {}, "tensors")
@@ -223,6 +224,8 @@ class AdapterState:
                 factors[name] = Factors(a, b, spec.alpha, spec.use_rslora)
             except ValueError as error:
                 raise ValueError(f"{source} must hold factors of {name}; {error}") from None
+        if not factors:
+            raise ValueError(f"{source} must hold at least one adapter; got none, {shown(tensors)}")
         return cls(factors, others, kept)
 
     def _saved(self) -> AdapterFiles:

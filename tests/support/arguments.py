@@ -33,7 +33,7 @@ POOL: dict[str, Callable[[], Any]] = {
         "torch.device('meta')", "torch.tensor(1.5)", "torch.tensor(True)", "torch.tensor(2)", "torch.zeros(0)",
         "torch.zeros(2, 2, 2)", "torch.zeros(7, 5)", "torch.zeros(2, 4, dtype=torch.int64)", "torch.zeros(2, 4) * 1j",
         "torch.zeros(2, 4, device='meta')", "torch.zeros(2, 4).to(torch.float8_e4m3fn)", "nn.LayerNorm(2)",
-        "nn.Parameter(torch.zeros(3))", "nn.Linear", "Unprintable()",
+        "nn.Parameter(torch.zeros(3))", "nn.Linear", "nn.Sequential()", "np.complex64(1)", "'\\ud800'", "Unprintable()",
     )
 }  # fmt: skip
 
@@ -101,7 +101,7 @@ def other_module(value: Any) -> bool | None:
 
 def path(value: Any) -> bool | None:
     """A path is right if there is something to read."""
-    return None if isinstance(value, Path) or (isinstance(value, str) and value and "\0" not in value) else False
+    return None if isinstance(value, Path) or (isinstance(value, str) and value and value.isprintable()) else False
 
 
 def function(value: Any) -> bool | None:
@@ -123,7 +123,9 @@ def hashing(value: Any) -> bool | None:
 
 def names(value: Any) -> bool | None:
     """Strings in any iterable, which the model must also have."""
-    listed = hasattr(value, "__iter__") and not isinstance(value, (bytes, Tensor, type)) and np.shape(value) != ()
+    listed = (
+        hasattr(value, "__iter__") and not isinstance(value, (bytes, Tensor, type, nn.Module)) and np.shape(value) != ()
+    )
     listed = listed or isinstance(value, (str, dict, set))
     return None if listed and all(isinstance(name, str) for name in value) else False
 
