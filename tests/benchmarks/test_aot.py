@@ -1,9 +1,9 @@
 """Every kernel compiles for every GPU it has tiles for, and keeps its budget. Needs no GPU.
 
 What is compiled here is `python -m benchmarks aot --quick`: each row of each table, in bfloat16 and in float32 of each
-precision, for sm_90 in every kind, for the others in the kind that takes most registers as a rule. CI compiles them under
-two versions of Triton, with the older one for sm_90 alone. Without --quick there are three times as many cases, for a
-change to kernels or tiles.
+precision, for sm_90 in every kind, for the others in the kind that takes most registers as a rule. CI compiles them
+under two versions of Triton, with the older one for sm_90 alone. Without --quick there are three times as many cases,
+for a change to kernels or tiles.
 """
 
 import importlib.metadata
