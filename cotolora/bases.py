@@ -36,6 +36,18 @@ def is_dense(module: nn.Module) -> bool:
     )
 
 
+def is_pefts(module: nn.Module) -> bool:
+    """Whether `module` is of PEFT's making: one of its layers, of its wrappers or of its models."""
+    kinds = (
+        ("peft.tuners.tuners_utils", "BaseTunerLayer"),
+        ("peft.utils.other", "AuxiliaryTrainingWrapper"),
+        ("peft.peft_model", "PeftModel"),
+        ("peft.mixed_model", "PeftMixedModel"),
+    )
+    loaded = ((sys.modules.get(place), kind) for place, kind in kinds)
+    return any(isinstance(module, getattr(place, kind)) for place, kind in loaded if hasattr(place, kind))
+
+
 def features(module: nn.Module) -> tuple[Any, Any]:
     """``in_features`` and ``out_features`` as `module` has them; None where it has none."""
     if is_dense(module):

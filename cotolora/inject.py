@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cotolora.bases import is_conv1d, is_dense, why_not_adaptable
+from cotolora.bases import is_conv1d, is_dense, is_pefts, why_not_adaptable
 from cotolora.groups import adapters, plain_name, unwrap, wrappers
 from cotolora.linear import CoToLoRALinear
 from cotolora.matching import (
@@ -99,14 +99,14 @@ def inject(
     Raises:
         TypeError: `model` is not a module.
         ValueError: a target or `trainable` matches nothing, or both take the same parameter; a match cannot
-            be adapted (the message says why and what to exclude); the model has adapters already, or is inside
-            DistributedDataParallel, which would not synchronise them; an option is out of its range.
+            be adapted (the message says why and what to exclude); the model has adapters already, or PEFT's, or is
+            inside DistributedDataParallel, which would not synchronise them; an option is out of its range.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> list(inject(model, ["0"], rank=2))
     ['0']
     """
-    model = _plain_model(model)
+    model = plain_model(model)
     trainable = checked_names("trainable", trainable)
     matched = match_linears(model, targets, exclude, trainable)
     trained = _trainable_parameters(model, trainable)
@@ -142,9 +142,10 @@ def install(
 
     Raises:
         TypeError: `model` is not a module, or a module of `specs` cannot be adapted.
-        ValueError: `model` has adapters, or is inside DistributedDataParallel; a spec does not go with its module.
+        ValueError: `model` has adapters, or PEFT's, or is inside DistributedDataParallel; a spec does not go with its
+            module.
     """
-    model, trained = _plain_model(model), set(trained)
+    model, trained = plain_model(model), set(trained)
     raw_names_of: dict[nn.Module, list[str]] = {}
     for raw_name, module in model.named_modules(remove_duplicate=False):
         raw_names_of.setdefault(module, []).append(raw_name)
@@ -272,10 +273,18 @@ def match_linears(
     return found
 
 
-def _plain_model(model: nn.Module) -> nn.Module:
+def plain_model(model: nn.Module) -> nn.Module:
     """`model` without its wrappers; raises ValueError unless it can get adapters."""
     if existing := adapters(model):
         raise ValueError(f"model must have no adapters yet; it has {len(existing)} (eject them first)")
+    if pefts := next(((name, module) for name, module in model.named_modules() if is_pefts(module)), None):
+        name, module = pefts
+        raise ValueError(
+            f"model must hold nothing of PEFT; {plain_name(name) or 'it'} is its {type(module).__name__}: call "
+            "cotolora.integrations.peft.from_peft(model), which turns its LoRA layers into this library's, or "
+            "CoTo(model, total_steps), which drives its layers as they are, or first PEFT's unload(), which takes "
+            "them out"
+        )
     if any(isinstance(wrapper, nn.parallel.DistributedDataParallel) for wrapper in wrappers(model)):
         raise ValueError(
             "model must be wrapped in DistributedDataParallel after inject, which synchronises only the parameters "

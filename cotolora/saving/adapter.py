@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import _unsafe_preserve_version_counter
 
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
-from cotolora.inject import install
+from cotolora.inject import install, plain_model
 from cotolora.linear import CoToLoRALinear
 from cotolora.matching import warn_of_idle_keys
 from cotolora.saving.files import CONFIG, WEIGHTS, read, write
@@ -172,6 +172,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bo
 def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: bool = True) -> LoadResult:
     """`load_adapter` of what was read, or never lay on a disk; `source` names it in errors."""
     existing = adapters(model)
+    if not existing:
+        plain_model(model)  # raises before anything is said of names that are not the model's own
     _shard_again(model)
     fit = fit_files(unwrap(model), files, existing)
     if strict and fit.unfit:
