@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -99,6 +100,35 @@ def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     first = next(chain(module.parameters(), module.buffers()), None)
     double = any(parameter.dtype == torch.float64 for parameter in module.parameters())
     return torch.device("cpu") if first is None else first.device, torch.float64 if double else torch.float32
+
+
+class ReadThrough(nn.Module):
+    """What a layer around a `base` shows of it: all that code around the layer would read of the base itself."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # what others keep in a module under a name of their own (accelerate's _hf_hook) is the base's alone
+            if name.startswith("_") or (base := self.__dict__["_modules"].get("base")) is None:
+                raise
+            return getattr(base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            setattr(self.base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """The base first: code asks the first parameter of a model for the dtype and device of all."""
+        found = super().named_modules(memo, prefix, remove_duplicate)
+        own = next(found, None)
+        yield from found
+        if own is not None:
+            yield own
 
 
 def keep_keys(layer: nn.Module) -> None:

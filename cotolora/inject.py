@@ -160,6 +160,7 @@ def install(
             fill(layers)
         _set_requires_grad({parameter: parameter in trained for parameter in flags})
         for name, layer in layers.items():
+            layer._name = name
             linear = linears[name]
             undo.callback(_set_hooks, linear, _hooks_of(linear))
             move_hooks(linear, layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -11,7 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cotolora.backends.autograd import without_autocast
-from cotolora.bases import check_foreign, features, is_conv1d, is_dense, keep_keys, place_of, why_not_adaptable
+from cotolora.bases import (
+    ReadThrough,
+    check_foreign,
+    features,
+    is_conv1d,
+    is_dense,
+    keep_keys,
+    place_of,
+    why_not_adaptable,
+)
 from cotolora.checks import check_extra, check_gate, integer
 from cotolora.functional import add_low_rank, check_operands, coto_lora_linear, planned, run
 from cotolora.reference import Gate
@@ -54,8 +64,8 @@ class CoToLoRALinear(nn.Module):
         weight: ``[out_features, in_features]``, frozen; ``[in_features, out_features]`` if
             `fan_in_fan_out`, which marks a layer made from a transformers Conv1D.
         bias: ``[out_features]`` or None, frozen.
-        base: a module that makes ``x Wᵀ + bias``, frozen, in place of `weight` and `bias`, which then are
-            None; else None.
+        base: a module that makes ``x Wᵀ + bias``, frozen; `weight`, `bias` and whatever else the layer itself has not
+            are then the base's. Else None.
         lora_a: A, ``[rank, in_features]``.
         lora_b: B, ``[out_features, rank]``.
         lora_magnitude: m of DoRA, ``[out_features]``, at first ``‖W‖`` by rows; else None.
@@ -72,7 +82,7 @@ class CoToLoRALinear(nn.Module):
     CoToLoRALinear(in_features=8, out_features=4, bias=True, rank=2, alpha=4.0, gate=True, variant=lora)
     """
 
-    weight: nn.Parameter | None
+    weight: nn.Parameter
     bias: nn.Parameter | None
     base: nn.Module | None
     lora_a: nn.Parameter
@@ -80,6 +90,7 @@ class CoToLoRALinear(nn.Module):
     lora_magnitude: nn.Parameter | None
     lora_a0: Tensor | None
     lora_b0: Tensor | None
+    _name = ""  # in the model that `inject` put it into, for errors
 
     def __init__(
         self,
@@ -154,7 +165,8 @@ class CoToLoRALinear(nn.Module):
         dense: Any = linear if is_dense(linear) else None
         if dense is None:
             check_foreign(linear, spec.variant, spec.init)
-        layer = cls.__new__(cls)
+        kind: type[CoToLoRALinear] = _Around if dense is None and cls is CoToLoRALinear else cls
+        layer = kind.__new__(kind)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = features(linear)
         layer._settle(spec)
@@ -175,7 +187,6 @@ class CoToLoRALinear(nn.Module):
         self._make_factors(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
     def _call(self, base: nn.Module) -> None:
-        self.weight = self.bias = None
         self.base = base.requires_grad_(False)
         keep_keys(self)
         self._make_factors(*place_of(base))
@@ -300,12 +311,9 @@ class CoToLoRALinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., in_features]`` → ``[..., out_features]``. A merged layer is a plain linear."""
-        gate, dropout = self.active, self.dropout if self.training else 0.0
         if self.base is not None:
-            return add_low_rank(
-                self.base(input), input, self.lora_a, self.lora_b, scale=self.scale, gate=gate, dropout=dropout,
-                variant=self.variant, extra=self.extra,
-            )  # fmt: skip
+            return self._added_to(self.base(input), input)
+        gate, dropout = self.active, self.dropout if self.training else 0.0
         if torch.compiler.is_compiling():
             return self._checked(input, gate, dropout)
         # in the dict of parameters a look-up takes a tenth of the time; a wrapper may have moved them out of it
@@ -336,8 +344,18 @@ class CoToLoRALinear(nn.Module):
             check_operands(input, weight, bias, *self.factors())
             raise
 
+    def _added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"{self._name or 'the layer'} must have a base that returns a tensor; this {type(self.base).__name__} "
+                f"returned a {type(y).__name__}"
+            )
+        return add_low_rank(
+            y, x, self.lora_a, self.lora_b, scale=self.scale, gate=self.active,
+            dropout=self.dropout if self.training else 0.0, variant=self.variant, extra=self.extra,
+        )  # fmt: skip
+
     def _checked(self, x: Tensor, gate: Gate, dropout: float) -> Tensor:
-        assert self.weight is not None
         weight = self._matrix(self.weight)
         if self._original_weight is not None:
             return F.linear(x, weight, self.bias)
@@ -375,13 +393,12 @@ class CoToLoRALinear(nn.Module):
         Raises:
             RuntimeError: there is none, only a `base`.
         """
-        weight = self.weight if self._original_weight is None else self._original_weight
-        if weight is None:
+        if self.base is not None:
             raise RuntimeError(
                 f"the base is a {type(self.base).__name__}, which has no dense floating weight that could hold the "
                 "update; leave it unmerged, or take it back with to_linear(merge=False) or eject(model, merge=False)"
             )
-        return weight
+        return self.weight if self._original_weight is None else self._original_weight
 
     @torch.no_grad()
     def _merged_weight(self) -> nn.Parameter:
@@ -495,6 +512,21 @@ class CoToLoRALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, {bias}"
             f"rank={self.rank}, alpha={self.alpha}, {switches}, variant={self.variant}"
         )
+
+
+class _Around(ReadThrough, CoToLoRALinear):
+    """A layer around a `base`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As that of `CoToLoRALinear`, called as the base is: by its names, and with whatever else it takes."""
+        assert self.base is not None
+        if not args:
+            first = "input" if "input" in kwargs else next(iter(signature(self.base.forward).parameters))
+            args = (kwargs.pop(first, None),)
+        return self._added_to(self.base(*args, **kwargs), args[0])
+
+
+_Around.__name__ = CoToLoRALinear.__name__  # to whoever asks it is the same layer; pickle goes by the other name
 
 
 def _shown(switch: Gate) -> str:

@@ -279,9 +279,125 @@ def test_only_the_adapter_trains_and_is_float32(make):
     base = make()
     layer = around(base)
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"lora_a", "lora_b"}
-    assert (layer.base, layer.weight, layer.bias) == (base, None, None)
+    assert layer.base is base
     assert layer.lora_a.dtype == layer.lora_b.dtype == torch.float32
     assert (layer.in_features, layer.out_features) == (12, 12 if isinstance(base, Same) else 10)
+
+
+# what the code around a layer reads
+
+
+def read(module, name):
+    """An attribute, or the type of error that reading it raises."""
+    try:
+        return getattr(module, name)
+    except AttributeError as error:
+        return type(error)
+
+
+def test_what_code_reads_of_a_base_it_reads_of_the_layer(make):
+    base = make()
+    base.temperature = 3.0
+    layer = around(base)
+    layer.to(torch.float64)
+    if isinstance(base, Packed):
+        base.step = base.step.clone()  # a tensor that the base has put in place of another
+    for name in ("weight", "bias", "in_features", "out_features", "codes", "step", "temperature", "nothing"):
+        found, expected = read(layer, name), read(base, name)
+        assert found is expected or torch.equal(found, expected)
+        assert hasattr(layer, name) is hasattr(base, name)
+    base._hook_of_accelerate = 1
+    assert not hasattr(layer, "_hook_of_accelerate")
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickled(module)], ids=["deepcopy", "pickle"])
+def test_a_copy_shows_its_own_base(duplicate):
+    twin = duplicate(around(squashed()))
+    assert twin.weight is twin.base.weight
+    twin.half()
+    state = {key: t + 1 for key, t in twin.state_dict().items()}
+    twin.load_state_dict(state, assign=True)
+    assert twin.weight is twin.base.weight
+    assert torch.equal(twin.weight, state["weight"])
+    assert twin.weight.dtype == torch.float16
+
+
+def test_showing_the_base_counts_no_tensor_twice():
+    layer = around(squashed())
+    names = ["base.weight", "base.bias", "lora_a", "lora_b"]
+    assert [name for name, _ in layer.named_parameters(remove_duplicate=False)] == names
+    assert list(layer.state_dict()) == ["lora_a", "lora_b", "weight", "bias"]
+    holder = nn.ModuleList([layer, layer])
+    assert [name for name, _ in holder.named_parameters()] == [f"0.{name}" for name in names]
+    assert len(list(holder.parameters())) == 4
+    assert len(list(holder.named_parameters(remove_duplicate=False))) == 8
+    assert list(dict(holder.named_modules())) == ["", "0.base", "0"]
+
+
+def test_a_weight_that_is_tied_to_a_layer_is_tied_to_its_base():
+    layer, embedding = around(squashed()), nn.Embedding(10, 12)
+    layer.weight, layer.bias = embedding.weight, None
+    assert layer.base.weight is embedding.weight
+    assert layer.bias is layer.base.bias is None
+    assert list(layer.state_dict()) == ["lora_a", "lora_b", "weight"]
+
+
+class ByItsWeight(nn.Module):
+    """As T5 and many others find the dtype to compute in."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.up = base
+
+    def forward(self, x):
+        assert x.dtype == torch.float32
+        x = x.to(self.up.weight.dtype if hasattr(self.up, "weight") else next(self.parameters()).dtype)
+        return self.up(x.to(self.up.bias.device))
+
+
+@pytest.mark.parametrize("kind", ["subclass", "parametrized", "tensor-subclass"])
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_code_that_asks_for_the_dtype_of_the_weight_gets_that_of_the_base(kind, mode):
+    model, x = ByItsWeight(BASES[kind]().bfloat16()), inputs().detach()
+    expected = model(x)
+    inject(model, ["up"])
+    if mode == "compiled":
+        if kind == "tensor-subclass":
+            pytest.skip("torch.compile does not trace such a base by itself")
+        torch.compiler.reset()
+        model = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(model(x), expected)
+    assert expected.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["packed", "subclass", "sparse"])
+def test_the_first_parameter_of_a_model_is_its_own(kind):
+    model = nn.Sequential(BASES[kind]().bfloat16(), nn.Linear(10, 2).bfloat16())
+    before = [(p.dtype, p.shape) for p in model.parameters()]
+    inject(model, ["0", "1"], rank=2)
+    after = [(p.dtype, p.shape) for p in model.parameters()]
+    assert after[0] == before[0]
+    assert [p for p in after if p[0] != torch.float32] == before
+
+
+def test_what_else_a_layer_is_called_with_goes_to_its_base():
+    class Scaled(nn.Linear):
+        def forward(self, x, factor, *, shift=0.0):
+            return super().forward(x * factor) + shift
+
+    torch.manual_seed(0)
+    base, x = Scaled(12, 10), inputs()
+    expected = base(x, 2.0, shift=1.0)
+    layer = CoToLoRALinear.from_linear(base)
+    assert torch.equal(layer(x, 2.0, shift=1.0), expected)
+    for by_name in ({"input": x}, {"x": x}):
+        assert torch.equal(layer(factor=2.0, shift=1.0, **by_name), expected)
+    with pytest.raises(TypeError, match="factor"):
+        layer(x)
+    with pytest.raises(TypeError):
+        CoToLoRALinear.from_linear(squashed())()
+    dense = CoToLoRALinear(12, 10)
+    assert torch.equal(dense(input=x), dense(x))
 
 
 def test_factors_are_float64_beside_float64_parameters_and_where_the_base_is():
