@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -16,6 +19,8 @@ from cotolora.variants.base import FROM_WEIGHT, INITS
 
 # inits that do not read the weight of a base
 FOREIGN_INITS = tuple(init for init in INITS if init not in FROM_WEIGHT)
+
+_COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -81,7 +86,67 @@ def why_not_adaptable(module: nn.Module) -> str:
         return f"got {kind}, which has no forward"
     if any(hasattr(t, "device_mesh") for t in chain(module.parameters(), module.buffers())):
         return f"got a {kind} that is sharded already: an adapter made now would be on no other rank's account"
-    return ""
+    return why_no_linear_map(module)
+
+
+def why_no_linear_map(module: nn.Module) -> str:
+    """Why the forward of `module` does not map in_features to out_features; empty if it does or cannot be tried.
+
+    It is tried on the meta device, where nothing is computed and every rank finds the same. Some subclasses of
+    nn.Linear are routers, which return a tuple, or hold the weights of several groups.
+    """
+    forward = type(module).forward
+    if forward in (nn.Linear.forward, nn.Identity.forward) or is_conv1d(module) or _wants_more_than_x(forward):
+        return ""
+    tensors = [*module.parameters(), *module.buffers()]
+    # a packed weight needs a kernel of its own; its module was made to stand for a linear
+    if not all(
+        type(t) in (nn.Parameter, Tensor) and t.dtype in _COMPUTED_IN and t.layout == torch.strided for t in tensors
+    ):
+        return ""
+    ins, outs = features(module)
+    dtype = tensors[0].dtype if tensors else torch.float32
+    kind, reasons = type(module).__name__, []
+    for leading in ((1,), (1, 1), (1, 1, 1)):
+        shape, x = (*leading, ins), torch.empty(*leading, ins, dtype=dtype, device="meta")
+        try:
+            with torch.no_grad():
+                y = forward(_on_meta(module), x)
+        except Exception as error:
+            if "meta" in str(error).lower():  # what it does cannot be done there
+                return ""
+            reasons.append(f"raises on an input of shape {shape}: {type(error).__name__}: {str(error)[:200]}")
+            continue
+        if isinstance(y, Tensor) and y.is_floating_point() and y.shape == (*leading, outs):
+            return ""
+        got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        reasons.append(f"returns {got}, not a tensor of shape {(*leading, outs)}, for an input of shape {shape}")
+    return f"got a {kind}, whose forward {reasons[0]}"
+
+
+def _wants_more_than_x(forward: Callable[..., Any]) -> bool:
+    others = list(inspect.signature(forward).parameters.values())[2:]
+    return any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in others)
+
+
+def _on_meta(module: nn.Module) -> nn.Module:
+    """`module` without memory and hooks, everything else shared."""
+    twin = copy.copy(module)
+    twin.__dict__.pop("forward", None)
+    for name, value in vars(module).items():
+        if name.endswith("_hooks") and isinstance(value, dict):
+            twin.__dict__[name] = OrderedDict()
+    twin._parameters = {name: _without_memory(t) for name, t in module._parameters.items()}
+    twin._buffers = {name: _without_memory(t) for name, t in module._buffers.items()}
+    twin._modules = {name: None if child is None else _on_meta(child) for name, child in module._modules.items()}
+    return twin
+
+
+def _without_memory(t: Tensor | None) -> Any:
+    if t is None:
+        return None
+    empty = torch.empty_like(t, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
 
 
 def check_foreign(module: nn.Module, variant: str, init: str) -> None:

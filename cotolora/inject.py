@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cotolora.bases import is_conv1d, is_dense, is_pefts, why_not_adaptable
+from cotolora.bases import is_conv1d, is_dense, is_pefts, why_no_linear_map, why_not_adaptable
 from cotolora.groups import adapters, plain_name, unwrap, wrappers
 from cotolora.linear import CoToLoRALinear
 from cotolora.matching import (
@@ -22,6 +22,7 @@ from cotolora.matching import (
     compile_patterns,
     first_match,
     matches,
+    some_of,
     warn_of_idle_keys,
     with_parents,
 )
@@ -74,7 +75,8 @@ def inject(
     Names are matched as PEFT matches them: a list holds whole names or their dotted ends (``"q_proj"`` takes
     ``layers.0.q_proj``, not ``not_q_proj``); a string is a regular expression for the whole name, or
     "all-linear": every ``nn.Linear``, subclasses included, and transformers ``Conv1D`` except what `trainable` takes
-    and, in a transformers model, the output embedding. By name, any other module is taken too that has
+    and, in a transformers model, the output embedding; subclasses whose forward is no map from in_features to
+    out_features (routers of experts) are left out, which is logged. By name, any other module is taken too that has
     integer `in_features` and `out_features`: see `CoToLoRALinear.from_linear`, which says what becomes of a base
     without a dense weight. What lies inside of such a module is its own and no target.
 
@@ -241,7 +243,7 @@ def match_linears(
     for raw_name, module in modules.items():
         raw_names_of.setdefault(module, []).append(raw_name)
 
-    found = {}
+    found, no_maps = {}, {}
     for module, raw_names in raw_names_of.items():
         names = [plain_name(raw_name) for raw_name in raw_names]
         if not everything and not any(matches(name, targets) for name in names):
@@ -263,6 +265,9 @@ def match_linears(
             raise ValueError(f"targets and trainable must not overlap; both take {names[0]}")
         if module is head:
             continue
+        if everything and (reason := why_no_linear_map(module)):
+            no_maps[names[0]] = reason
+            continue
         if reason := why_not_target(raw_names, modules):
             if unfit is None:
                 leaf = names[0].rpartition(".")[2]
@@ -270,6 +275,9 @@ def match_linears(
             unfit[names[0]] = reason
         inside.update(set(module.modules()) - {module})
         found[names[0]] = raw_names
+    if no_maps:
+        reason = next(iter(no_maps.values())).removeprefix("got ")
+        logger.warning("all-linear leaves out what is no linear map: %s; the first is %s", some_of(no_maps), reason)
     _refuse_missing(model, targets, found)
     return found
 

@@ -341,14 +341,18 @@ class CoToLoRALinear(nn.Module):
             return run(plan, input, weight, bias, a, b, extra, gate)  # type: ignore[arg-type]
         except Exception:
             # torch's own errors name no argument: what was wrong is looked for only where something was
-            check_operands(input, weight, bias, *self.factors())
+            try:
+                check_operands(input, weight, bias, *self.factors())
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{self._name}: {error}" if self._name else str(error)) from None
             raise
 
     def _added_to(self, y: Tensor, x: Tensor) -> Tensor:
-        if not isinstance(y, Tensor):
+        if not isinstance(y, Tensor) or y.shape[-1:] != (self.out_features,):
+            got = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
             raise TypeError(
-                f"{self._name or 'the layer'} must have a base that returns a tensor; this {type(self.base).__name__} "
-                f"returned a {type(y).__name__}"
+                f"{self._name or 'the layer'} must have a base that returns [..., {self.out_features}]; its "
+                f"{type(self.base).__name__} returned {got}"
             )
         return add_low_rank(
             y, x, self.lora_a, self.lora_b, scale=self.scale, gate=self.active,

@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import pickle
+import re
 import warnings
 from typing import NamedTuple
 
@@ -842,6 +843,131 @@ def test_coto_and_masks_drive_them():
     for i, mask in enumerate(([1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1])):
         with adapter_mask(model, mask):
             torch.testing.assert_close(together[i], model(x)[i])
+
+
+# linears by class that are no linear maps
+
+
+class Router(nn.Linear):
+    """Scores and the best, as Phimoe's and Llama 4's; each call changes what it keeps, and draws random numbers."""
+
+    def __init__(self, in_features=12, out_features=10):
+        super().__init__(in_features, out_features)
+        self.calls = 0
+        self.register_buffer("seen", torch.zeros(out_features))
+
+    def forward(self, hidden_states):
+        self.calls += 1
+        scores = super().forward(hidden_states * torch.empty_like(hidden_states).uniform_(0.9, 1.1))
+        self.seen += scores.sum(0)
+        return scores, scores.topk(2, dim=-1)
+
+
+class Grouped(nn.Linear):
+    """Each group of the input has rows of the weight of its own, as in DeepSeek-V4."""
+
+    def forward(self, x):
+        weight = self.weight.view(2, -1, self.in_features).transpose(1, 2)
+        return torch.bmm(x.reshape(-1, 2, self.in_features).transpose(0, 1), weight).transpose(0, 1)
+
+
+class Wider(nn.Linear):
+    def forward(self, x):
+        return torch.cat([super().forward(x), x], dim=-1)
+
+
+class Chosen(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).argmax(-1, keepdim=True).expand(*x.shape[:-1], self.out_features)
+
+
+class Checked(nn.Linear):
+    """A linear map that looks at its input, which the meta device cannot."""
+
+    def forward(self, x):
+        return super().forward(x) if x.abs().max().item() < 1e9 else x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+class Sequences(nn.Linear):
+    """A linear map of three dimensions alone."""
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        return super().forward(x.reshape(batch * length, -1)).view(batch, length, -1)
+
+
+NO_MAPS = {
+    "router": (Router, r"a Router, whose forward returns a tuple, not a tensor of shape \(1, 10\)"),
+    "grouped": (Grouped, r"a Grouped, whose forward raises on an input of shape \(1, 12\): RuntimeError: shape"),
+    "wider": (Wider, r"a Wider, whose forward returns torch.float32 of shape \(1, 22\)"),
+    "chosen": (Chosen, r"a Chosen, whose forward returns torch.int64"),
+}
+MAPS = {"squashed": Squashed, "affine": lambda *_: Affine(12, 10), "checked": Checked, "sequences": Sequences}
+
+
+def mixed(odd):
+    torch.manual_seed(0)
+    return nn.ModuleDict({"q": nn.Linear(12, 10), "odd": odd(12, 10), "more": nn.ModuleList([odd(12, 10)])})
+
+
+@pytest.mark.parametrize("meta", [False, True], ids=["cpu", "meta"])
+@pytest.mark.parametrize("kind", NO_MAPS)
+def test_what_is_no_linear_map_is_left_out_or_refused_by_name(kind, meta, caplog):
+    odd, says = NO_MAPS[kind]
+    model = mixed(odd).to("meta") if meta else mixed(odd)
+    with caplog.at_level("INFO", "cotolora"):
+        assert list(inject(model)) == ["q"]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert re.match(rf"all-linear leaves out what is no linear map: 'odd', 'more.0'; the first is {says}", message)
+    assert type(model["odd"]) is odd
+    caplog.clear()
+    assert list(inject(mixed(odd), exclude=["odd", "more.0"])) == ["q"]
+    assert not caplog.records
+    with pytest.raises(ValueError, match=rf"odd must be a module that maps .*; got {says}.*exclude=\['odd'\]"):
+        inject(mixed(odd), ["q", "odd"])
+    with pytest.raises(TypeError, match=rf"linear must be a module that maps .*; got {says}"):
+        CoToLoRALinear.from_linear(mixed(odd)["odd"])
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_a_linear_map_of_another_class_is_taken(kind, caplog):
+    model = mixed(MAPS[kind])
+    expected = {"q", "odd", "more.0"}
+    assert set(inject(model)) == expected
+    assert not caplog.records
+    assert model["odd"](inputs()).shape == (3, 4, 10)
+
+
+def test_looking_at_a_module_leaves_it_and_the_random_numbers_alone():
+    model, seen = mixed(Router), []
+    router = model["odd"]
+    router.register_forward_hook(lambda *_: seen.append("hook"))
+    before, draws = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with pytest.raises(ValueError, match="a Router"):
+        inject(model, ["odd"])
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert (router.calls, seen) == (0, [])
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("odd", [Router, Wider])
+def test_a_forward_that_fails_names_the_layer(odd):
+    class Late(odd):  # it cannot be looked at before
+        def forward(self, x):
+            x.max().item()
+            return super().forward(x)
+
+    model = mixed(Late)
+    inject(model)
+    returned = "a tuple" if odd is Router else r"a tensor of shape \(2, 22\)"
+    with pytest.raises(
+        TypeError, match=rf"^more.0 must have a base that returns \[..., 10\]; its Late returned {returned}"
+    ):
+        model["more"][0](inputs(2))
+    with pytest.raises(ValueError, match=r"^q: x must be \[..., 12\] to fit weight; got shape \(2, 3\)"):
+        model["q"](torch.ones(2, 3))
+    with pytest.raises(TypeError, match=r"^the layer must have a base"):
+        CoToLoRALinear.from_linear(Late(12, 10))(inputs(2))
 
 
 def test_old_reparametrisations_inside_of_a_subclass_are_refused():
