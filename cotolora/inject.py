@@ -80,10 +80,10 @@ def inject(
     integer `in_features` and `out_features`: see `CoToLoRALinear.from_linear`, which says what becomes of a base
     without a dense weight. What lies inside of such a module is its own and no target.
 
-    A module under several names becomes one adapter, named after the first. Hooks move to the new
-    layer, except that a module which stays as a base keeps those of its state dict. Weights are shared, not
-    copied; tied weights stay tied. Names are those of the unwrapped model, as
-    `adapters` gives them.
+    A module under several names becomes one adapter, named after the first. `save_adapter` refuses it, because PEFT
+    adapts the first place alone, unless these are names of one place, as where a block is held twice. Hooks move to the
+    new layer, except that a module which stays as a base keeps those of its state dict. Weights are shared, not copied;
+    tied weights stay tied. Names are those of the unwrapped model, as `adapters` gives them.
 
     Args:
         model: the model; changed in place, and unchanged if anything raises.

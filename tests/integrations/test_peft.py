@@ -131,7 +131,7 @@ def test_a_rescaled_adapter_keeps_its_scale():
     torch.testing.assert_close(output(to_peft(ours)), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_a_module_under_two_names_and_its_hooks_stay_one():
+def test_a_module_under_two_names_and_its_hooks_stay_one(caplog):
     base = mlp()
     base.layers[2][0] = base.layers[0][0]
     plain, seen = cotolora.inject(base, rank=2), []
@@ -140,6 +140,7 @@ def test_a_module_under_two_names_and_its_hooks_stay_one():
     handle = base.layers[0][0].register_forward_hook(lambda *_: seen.append(1))
     expected = output(base)
     back = to_peft(base)
+    assert "several places of the model; from its files PEFT adapts the first alone: layers.0.0" in caplog.text
     torch.testing.assert_close(output(back), expected, rtol=1e-6, atol=1e-7)
     again = from_peft(back)
     assert again.layers[2][0] is again.layers[0][0]
