@@ -6,7 +6,7 @@ import copy
 import inspect
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -196,10 +196,25 @@ class ReadThrough(nn.Module):
             yield own
 
 
+def materialise(layer: nn.Module, names: Iterable[str], device: torch.device) -> None:
+    """Gives the tensors of such names that are on the meta device memory on `device`, not initialised."""
+    for name in names:
+        if (t := getattr(layer, name)) is not None and t.is_meta:
+            empty = torch.empty_like(t, device=device)
+            setattr(layer, name, nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty)
+
+
 def keep_keys(layer: nn.Module) -> None:
     """Gives the tensors of ``layer.base`` the keys that they have in a state dict without the layer around it."""
     layer.register_state_dict_post_hook(_without_base)
     layer.register_load_state_dict_pre_hook(_with_base)
+    # the base is loaded after the layer
+    layer.register_load_state_dict_post_hook(_start_beside_base)
+
+
+def _start_beside_base(layer: Any, incompatible_keys: Any) -> None:
+    if layer.lora_a.is_meta and place_of(layer.base)[0].type != "meta":
+        layer.reset_parameters()
 
 
 def _without_base(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

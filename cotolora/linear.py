@@ -19,6 +19,7 @@ from cotolora.bases import (
     is_conv1d,
     is_dense,
     keep_keys,
+    materialise,
     place_of,
     why_not_adaptable,
 )
@@ -210,9 +211,14 @@ class CoToLoRALinear(nn.Module):
     def reset_parameters(self) -> None:
         """Starts the adapter anew: draws A, sets B to zero, takes from W what comes from W. The base stays as it is.
 
+        An adapter on the meta device gets new parameters where the base is, if that is elsewhere.
+
         Raises:
             ValueError: `init` is taken from W, and W is on the meta device.
         """
+        device = self._base_weight().device if self.base is None else place_of(self.base)[0]
+        if device.type != "meta":
+            materialise(self, (*(part.attribute for part in self._variant.parts), "lora_a0", "lora_b0"), device)
         if self.init == "kaiming":
             nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         elif self.init == "gaussian":
@@ -457,7 +463,15 @@ class CoToLoRALinear(nn.Module):
         return linear.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoToLoRALinear:
+        was_meta, switches = self.lora_a.is_meta, {name: self._buffers.get(name) for name in ("_gate", "_enabled")}
         super()._apply(fn, recurse)
+        # to_empty leaves arbitrary numbers, of which a checkpoint of the base would replace none of these
+        for name, before in switches.items():
+            after: Any = self._buffers.get(name)
+            if before is not None and after is not before and not after.is_meta:
+                after.fill_(1) if before.is_meta else after.copy_(before)
+        if was_meta and not self.lora_a.is_meta and self.init not in FROM_WEIGHT and not self._is_sharded:
+            self.reset_parameters()
         if (original := self._original_weight) is not None and original is not self.weight:
             with torch.no_grad():
                 moved = fn(original)
@@ -489,11 +503,20 @@ class CoToLoRALinear(nn.Module):
         )
         own = {prefix + part.attribute for part in self._variant.parts} | {prefix + "lora_a0", prefix + "lora_b0"}
         if own.isdisjoint(state_dict):  # a checkpoint of the base model, which knows no adapters
-            missing_keys[:] = [key for key in missing_keys if key not in own]
+            assigned = self.lora_a.is_meta and local_metadata.get("assign_to_params_buffers", False)
+            # what is one with the tensors of other layers or ranks cannot be started here, and is missing
+            if not assigned or not (self._variant.shared_keys or self._is_sharded):
+                missing_keys[:] = [key for key in missing_keys if key not in own]
+                if assigned and self.base is None and not self._base_weight().is_meta:
+                    self.reset_parameters()
             if prefix + "weight" in state_dict and self._is_fresh():
                 self._take_from_weight()
         if was_merged:
             self.merge()
+
+    @property
+    def _is_sharded(self) -> bool:
+        return hasattr(self.lora_a, "device_mesh")
 
     def _is_fresh(self) -> bool:
         """Whether B is where it started, so that what was taken from an earlier W can be taken from a new one."""
