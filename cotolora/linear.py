@@ -349,6 +349,8 @@ class CoToLoRALinear(nn.Module):
             # torch's own errors name no argument: what was wrong is looked for only where something was
             try:
                 check_operands(input, weight, bias, *self.factors())
+                if input.is_nested:  # which no backend takes as it is
+                    return self._checked(input, self.active, dropout)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{self._name}: {error}" if self._name else str(error)) from None
             raise
