@@ -15,7 +15,7 @@ from torch import nn
 
 from cotolora.bases import is_conv1d, is_dense, is_pefts, why_no_linear_map, why_not_adaptable
 from cotolora.groups import adapters, plain_name, unwrap, wrappers
-from cotolora.linear import CoToLoRALinear
+from cotolora.linear import CoToLoRALinear, warn_of_uncalled
 from cotolora.matching import (
     Targets,
     checked_names,
@@ -27,6 +27,7 @@ from cotolora.matching import (
     with_parents,
 )
 from cotolora.spec import AdapterSpec
+from cotolora.training.unreached import watch
 from cotolora.variants import VARIANTS
 
 logger = logging.getLogger("cotolora")
@@ -162,7 +163,6 @@ def install(
             fill(layers)
         _set_requires_grad({parameter: parameter in trained for parameter in flags})
         for name, layer in layers.items():
-            layer._name = name
             linear = linears[name]
             undo.callback(_set_hooks, linear, _hooks_of(linear))
             move_hooks(linear, layer)
@@ -172,7 +172,16 @@ def install(
         undo.callback(_restore_fast_path, model)
         block_fast_path(model)
         undo.pop_all()
+    settle(layers)
     return layers
+
+
+def settle(layers: Mapping[str, CoToLoRALinear]) -> None:
+    """Tells layers that have been put into a model what they are called there, and looks after their gradients."""
+    told: set[str] = set()
+    for name, layer in layers.items():
+        layer._name, layer._told = name, told
+    watch(layers)
 
 
 def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
@@ -182,7 +191,9 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
 
     Args:
         model: changed in place, and unchanged if anything raises.
-        merge: fold the enabled adapters into new weights; False gives back the original weights.
+        merge: fold the enabled adapters into new weights; False gives back the original weights. Adapters that no
+            forward has called are named in a warning: a model that reads their weights past them has had no use of
+            them, and merged they change its outputs.
 
     Returns:
         the plain modules by name, in module order.
@@ -205,6 +216,8 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
             raise ValueError(f"{name} must have its own forward to be ejected; {reason}")
     shared = _shared_weights(model, layers)
     plain = {id(layer): layer.to_linear(merge) for layer in layers.values()}
+    unmerged = {name: layer for name, layer in layers.items() if merge and not layer.merged}
+    warn_of_uncalled([name for name, layer in unmerged.items() if layer._merges_uncalled(plain[id(layer)].weight)])  # type: ignore[arg-type]
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, CoToLoRALinear):
             replace_module(model, name, plain[id(module)])

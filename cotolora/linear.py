@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import cached_property
 from inspect import signature
 from typing import Any
 
@@ -30,6 +32,8 @@ from cotolora.spec import AdapterSpec
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT, Variant
 from cotolora.variants.starts import since_start, start
+
+logger = logging.getLogger("cotolora")
 
 
 class CoToLoRALinear(nn.Module):
@@ -91,7 +95,10 @@ class CoToLoRALinear(nn.Module):
     lora_magnitude: nn.Parameter | None
     lora_a0: Tensor | None
     lora_b0: Tensor | None
-    _name = ""  # in the model that `inject` put it into, for errors
+    _name = ""  # in the model that `inject` put it into
+    _told: frozenset[str] | set[str] = (
+        frozenset()
+    )  # of layers that were put in together: which have been told of as uncalled
 
     def __init__(
         self,
@@ -321,12 +328,13 @@ class CoToLoRALinear(nn.Module):
             return self._added_to(self.base(input), input)
         gate, dropout = self.active, self.dropout if self.training else 0.0
         if torch.compiler.is_compiling():
+            _note_trace()
             return self._checked(input, gate, dropout)
         # in the dict of parameters a look-up takes a tenth of the time; a wrapper may have moved them out of it
         own = self._parameters
         weight: Any = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 (self.weight is slow)
         bias: Any = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
-        if self.fan_in_fan_out:
+        if self._transposed:
             weight = weight.T
         try:
             if gate is False or self._original_weight is not None:
@@ -354,6 +362,17 @@ class CoToLoRALinear(nn.Module):
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{self._name}: {error}" if self._name else str(error)) from None
             raise
+
+    @cached_property
+    def _transposed(self) -> bool:
+        """`fan_in_fan_out`. Only forward reads it, so that it lies in __dict__ once a forward has run, at no cost."""
+        return self.fan_in_fan_out
+
+    def _merges_uncalled(self, merged: Tensor) -> bool:
+        """Whether `merged` is another weight, though no forward of the model that holds the layer has called it."""
+        if "_transposed" in self.__dict__ or _traced or not self._name or self.base is not None or merged.is_meta:
+            return False
+        return not torch.equal(merged, self._base_weight())
 
     def _added_to(self, y: Tensor, x: Tensor) -> Tensor:
         if not isinstance(y, Tensor) or y.shape[-1:] != (self.out_features,):
@@ -436,6 +455,9 @@ class CoToLoRALinear(nn.Module):
         """
         if self._original_weight is None:
             merged, original = self._merged_weight(), self.weight
+            if not self._told and self._merges_uncalled(merged):
+                self._told |= {self._name}
+                warn_of_uncalled([self._name])
             self.weight = merged
             # past nn.Module's __setattr__, which would register a second parameter
             self.__dict__["_original_weight"] = original
@@ -540,6 +562,30 @@ class CoToLoRALinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {bias}"
             f"rank={self.rank}, alpha={self.alpha}, {switches}, variant={self.variant}"
+        )
+
+
+# whether torch.compile has traced a layer: such a call leaves no mark in it
+_traced = False
+
+
+def _note_trace() -> bool:
+    global _traced
+    _traced = True
+    return True
+
+
+# torch.compiler.assume_constant_result, by which it runs while a layer is traced, does this too, and imports Triton
+_note_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def warn_of_uncalled(names: Collection[str]) -> None:
+    """Warns of adapters that are to be merged and that no forward has called."""
+    if names:
+        logger.warning(
+            "merging changes the weights of %s, whose adapters no forward has called yet; if the model reads these "
+            "weights past the layers, it has computed without the adapters and its outputs will change",
+            ", ".join(names),
         )
 
 

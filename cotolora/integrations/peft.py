@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cotolora.coto import coto_of
 from cotolora.groups import adapters, held_at, is_enabled, unwrap, why_not_pefts
-from cotolora.inject import HOOKS, block_fast_path, move_hooks, replace_module, why_forward_is_not_its_own
+from cotolora.inject import HOOKS, block_fast_path, move_hooks, replace_module, settle, why_forward_is_not_its_own
 from cotolora.linear import CoToLoRALinear, is_conv1d, why_not_adaptable
 from cotolora.saving.adapter import trained_outside_adapters
 from cotolora.saving.peft_config import make_config
@@ -76,6 +76,7 @@ def from_peft(model: nn.Module, adapter: str | None = None) -> nn.Module:
         if "_hf_peft_config_loaded" in vars(module):  # transformers, of an adapter that it added
             module._hf_peft_config_loaded = False  # type: ignore[assignment]
     block_fast_path(base)
+    settle(adapters(base))
     return base
 
 
