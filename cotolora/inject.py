@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from cotolora.bases import is_conv1d, is_dense, is_pefts, why_no_linear_map, why_not_adaptable
+from cotolora.coverage import warn_of_frozen_share
 from cotolora.groups import adapters, plain_name, unwrap, wrappers
 from cotolora.linear import CoToLoRALinear, warn_of_uncalled
 from cotolora.matching import (
@@ -86,6 +87,9 @@ def inject(
     new layer, except that a module which stays as a base keeps those of its state dict. Weights are shared, not copied;
     tied weights stay tied. Names are those of the unwrapped model, as `adapters` gives them.
 
+    Where most weights outside the embeddings are of no linear module and stay frozen, as those of experts that a model
+    holds in parameters of three dimensions, a warning says which and how many.
+
     Args:
         model: the model; changed in place, and unchanged if anything raises.
         targets: which modules to replace.
@@ -123,7 +127,9 @@ def inject(
         )
         for name in matched
     }
-    return install(model, specs, trained)
+    layers = install(model, specs, trained)
+    warn_of_frozen_share(model)
+    return layers
 
 
 def install(
@@ -216,7 +222,7 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
             raise ValueError(f"{name} must have its own forward to be ejected; {reason}")
     shared = _shared_weights(model, layers)
     plain = {id(layer): layer.to_linear(merge) for layer in layers.values()}
-    unmerged = {name: layer for name, layer in layers.items() if merge and not layer.merged}
+    unmerged = {name: layer for name, layer in layers.items() if merge and layer.base is None and not layer.merged}
     warn_of_uncalled([name for name, layer in unmerged.items() if layer._merges_uncalled(plain[id(layer)].weight)])  # type: ignore[arg-type]
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, CoToLoRALinear):

@@ -370,7 +370,7 @@ class CoToLoRALinear(nn.Module):
 
     def _merges_uncalled(self, merged: Tensor) -> bool:
         """Whether `merged` is another weight, though no forward of the model that holds the layer has called it."""
-        if "_transposed" in self.__dict__ or _traced or not self._name or self.base is not None or merged.is_meta:
+        if "_transposed" in self.__dict__ or _traced or not self._name or merged.is_meta:
             return False
         return not torch.equal(merged, self._base_weight())
 

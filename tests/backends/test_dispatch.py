@@ -430,6 +430,7 @@ FLOORS = [
     {"functional"},
     {"linear"},
     {"groups"},
+    {"coverage"},
     {"masks", "training.switches", "inject", "lora_pro"},
     {"training.notices"},
     {"coto", "saving.peft_config"},
