@@ -130,12 +130,12 @@ def _wants_more_than_x(forward: Callable[..., Any]) -> bool:
 
 
 def _on_meta(module: nn.Module) -> nn.Module:
-    """`module` without memory and hooks, everything else shared."""
+    """`module` without memory and hooks; what its forward may write to is its own."""
     twin = copy.copy(module)
     twin.__dict__.pop("forward", None)
     for name, value in vars(module).items():
-        if name.endswith("_hooks") and isinstance(value, dict):
-            twin.__dict__[name] = OrderedDict()
+        if isinstance(value, (dict, list, set)):
+            twin.__dict__[name] = OrderedDict() if name.endswith("_hooks") else copy.copy(value)
     twin._parameters = {name: _without_memory(t) for name, t in module._parameters.items()}
     twin._buffers = {name: _without_memory(t) for name, t in module._buffers.items()}
     twin._modules = {name: None if child is None else _on_meta(child) for name, child in module._modules.items()}

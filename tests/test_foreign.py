@@ -853,11 +853,12 @@ class Router(nn.Linear):
 
     def __init__(self, in_features=12, out_features=10):
         super().__init__(in_features, out_features)
-        self.calls = 0
+        self.calls, self.history = 0, []
         self.register_buffer("seen", torch.zeros(out_features))
 
     def forward(self, hidden_states):
         self.calls += 1
+        self.history.append(self.calls)
         scores = super().forward(hidden_states * torch.empty_like(hidden_states).uniform_(0.9, 1.1))
         self.seen += scores.sum(0)
         return scores, scores.topk(2, dim=-1)
@@ -946,7 +947,7 @@ def test_looking_at_a_module_leaves_it_and_the_random_numbers_alone():
     with pytest.raises(ValueError, match="a Router"):
         inject(model, ["odd"])
     assert torch.equal(torch.get_rng_state(), draws)
-    assert (router.calls, seen) == (0, [])
+    assert (router.calls, router.history, seen) == (0, [], [])
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
 
 
