@@ -12,6 +12,7 @@ from torch import nn
 
 from cotolora.checks import number
 from cotolora.linear import CoToLoRALinear
+from cotolora.matching import some_of
 
 Unit = str | Callable[[str], Hashable]
 
@@ -135,6 +136,27 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     """Every module of `model` by the name that it has without wrappers; under that name what a wrapper holds."""
     # in this order: a wrapper and what it holds have one name, and the latter comes second
     return {plain_name(name): module for name, module in unwrap(model).named_modules()}
+
+
+def held_at(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Where the model has each module: a name for every attribute, of whatever module, that holds it."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, holder in model.named_modules():
+        for key, child in holder._modules.items():
+            if child is not None:
+                found.setdefault(child, []).append(plain_name(f"{name}.{key}" if name else key))
+    return found
+
+
+def why_not_pefts(names: Collection[str]) -> str:
+    """Why PEFT has no adapter like ours on a module in these places; empty if it can have one."""
+    if len(names) < 2:
+        return ""
+    return (
+        f"must be in one place of the model; it is in {some_of(names)}, and an adapter of PEFT's files is in the first "
+        "of these alone, while one of this library is in all (give the other places copies of the module, which may "
+        "share its weight)"
+    )
 
 
 def group_names(

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import _unsafe_preserve_version_counter
 
-from cotolora.groups import adapters, is_enabled, plain_name, unwrap
-from cotolora.inject import install
+from cotolora.groups import adapters, held_at, is_enabled, plain_name, unwrap, why_not_pefts
+from cotolora.inject import install, plain_model
 from cotolora.linear import CoToLoRALinear
 from cotolora.matching import warn_of_idle_keys
 from cotolora.saving.files import CONFIG, WEIGHTS, read, write
@@ -61,8 +61,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         directory: made if need be; other files in it are left alone.
 
     Raises:
-        ValueError: the model has no enabled adapter or is one itself, its adapters are of more than one variant, or
-            the base weight or bias of an adapter trains: the format has no place for these.
+        ValueError: the model has no enabled adapter or is one itself, its adapters are of more than one variant, one is
+            in several places of the model, or the base weight or bias of one trains: the format has no place for these.
         OSError: the files cannot be written; the old ones are as they were.
     """
     write_files(collect(model), directory)
@@ -93,6 +93,10 @@ def collect(model: nn.Module) -> AdapterFiles:
     model = unwrap(model)
     if model in layers.values():
         raise ValueError("model must hold adapters; it is one itself, which has no name to save it by")
+    held = held_at(model)
+    for name, layer in layers.items():
+        if reason := why_not_pefts(held[layer]):
+            raise ValueError(f"{name} {reason}")
     _shard_again(model)
     trained, modules = trained_outside_adapters(model)
     fields = make_config(model, layers, modules)
@@ -172,6 +176,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bo
 def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: bool = True) -> LoadResult:
     """`load_adapter` of what was read, or never lay on a disk; `source` names it in errors."""
     existing = adapters(model)
+    if not existing:
+        plain_model(model)  # raises before anything is said of names that are not the model's own
     _shard_again(model)
     fit = fit_files(unwrap(model), files, existing)
     if strict and fit.unfit:

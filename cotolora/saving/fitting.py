@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cotolora.bases import features, place_of, why_not_adaptable
-from cotolora.groups import plain_name
+from cotolora.groups import held_at, plain_name, why_not_pefts
 from cotolora.inject import match_linears, why_not_target
 from cotolora.linear import CoToLoRALinear
 from cotolora.saving.peft_config import PeftConfig
@@ -155,6 +155,10 @@ def _wanted(
         for name in wanted:
             if name not in existing and (reason := why_not_target(raw_names[linears[name]], modules)):
                 unfit[name] = reason
+    held = held_at(model)
+    for name in wanted:
+        if reason := why_not_pefts(held.get(linears[name], ())):
+            unfit[name] = reason
     return [name for name in wanted if name not in unfit], unfit
 
 

@@ -314,14 +314,14 @@ def test_shared_modules_are_saved_once(tmp_path):
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a = nn.Linear(4, 4)
+            self.a = nn.Sequential(nn.Linear(4, 4))
             self.b, self.norm, self.again = nn.ModuleList([self.a]), nn.LayerNorm(4), nn.ModuleList()
             self.again.append(self.norm)
 
         def forward(self, x):
             return self.again[0](self.b[0](self.norm(self.a(x))))
 
-    model, other = tuned(base(Shared), ["a"], trainable=["again.0"]), base(Shared)
+    model, other = tuned(base(Shared), ["a.0"], trainable=["again.0"]), base(Shared)
     save_adapter(model, tmp_path)
     load_adapter(other, tmp_path)
     assert torch.equal(logits(other), logits(model))

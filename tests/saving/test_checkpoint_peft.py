@@ -1,12 +1,14 @@
 """Adapters on disk: PEFT's files, both ways."""
 
+import copy
 import warnings
 from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import nn
 
-from cotolora import adapters, load_adapter, save_adapter
+from cotolora import adapters, inject, load_adapter, save_adapter
 from tests.support.saving import (
     Inner,
     Many,
@@ -225,3 +227,71 @@ def test_what_peft_wrote_and_we_cannot_read_is_refused(config, match, peft, tmp_
     model = base()
     with refused(model, match):
         load_adapter(model, tmp_path)
+
+
+# modules in several places, of which PEFT adapts the first alone
+
+
+class Places(nn.Module):
+    """Two linears, each in two places: of two modules, of one module, or of one block that the model holds twice."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        shared, other = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.first = nn.ModuleDict({"a": shared, "b": other})
+        self.second = {
+            "modules": nn.ModuleDict({"a": shared, "b": other}),
+            "block": self.first,
+            "copies": nn.ModuleDict({"a": copy.deepcopy(shared), "b": copy.deepcopy(other)}),
+            "attributes": nn.Sequential(other),
+        }[how]
+        if how == "attributes":
+            self.first["again"] = shared
+
+    def forward(self, x):
+        for linear in (*self.first.children(), *self.second.children()):
+            x = linear(x).tanh()
+        return x
+
+
+# PEFT, which asks for a tensor under each of its names, says the same of its own file
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
+@pytest.mark.parametrize("how", ["block", "copies"])
+def test_one_place_of_several_names_is_saved_and_loaded_as_pefts(how, peft, tmp_path):
+    x = torch.randn(3, 4)
+    for targets in ("all-linear", ["first.a"]):
+        theirs = peft.get_peft_model(Places(how), peft.LoraConfig(target_modules=targets, init_lora_weights=False))
+        theirs.save_pretrained(tmp_path / "theirs")
+        ours = Places(how)
+        load_adapter(ours, tmp_path / "theirs")
+        torch.testing.assert_close(ours(x), theirs(x))
+        save_adapter(ours, tmp_path / "ours")
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(Places(how), tmp_path / "ours")(x), ours(x))
+
+
+@pytest.mark.parametrize("how", ["modules", "attributes"])
+def test_several_places_are_refused_both_ways(how, peft, tmp_path):
+    others = {"modules": "'first.a', 'second.a'", "attributes": "'first.a', 'first.again'"}[how]
+    says = rf"first.a must be in one place of the model; it is in {others}, .*give the other places copies"
+    peft.get_peft_model(Places(how), peft.LoraConfig(target_modules=["first.a"])).save_pretrained(tmp_path)
+    model = Places(how)
+    with refused(model, says):
+        load_adapter(model, tmp_path)
+    inject(model, ["first.a"])
+    with refused(model, says):
+        load_adapter(model, tmp_path)
+    with refused(model, says):
+        save_adapter(model, tmp_path)
+
+
+def test_what_is_in_one_place_is_loaded_where_other_modules_are_in_several(peft, tmp_path, caplog):
+    theirs = peft.get_peft_model(Places("attributes"), peft.LoraConfig(target_modules="all-linear"))
+    theirs.base_model.model.first["b"].lora_B["default"].weight.data.normal_()
+    theirs.save_pretrained(tmp_path)
+    model = nn.ModuleDict({"first": nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})})
+    model["alias"] = model["first"]["a"]
+    load_adapter(model, tmp_path, strict=False)
+    assert list(adapters(model)) == ["first.b"]
+    assert "passed over first.a, which must be in one place" in caplog.text
+    save_adapter(model, tmp_path)
