@@ -18,6 +18,7 @@ from cotolora.linear import CoToLoRALinear
 from cotolora.saving.adapter import LoadResult, collect, load_into, read_files, write_files
 from cotolora.saving.fitting import AdapterFiles
 from cotolora.saving.peft_config import adapter_fields, exact_expression, parse_config
+from cotolora.saving.places import base_tensors
 from cotolora.spec import AdapterSpec
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT
@@ -279,6 +280,7 @@ class AdapterState:
         if not self.besides:
             return {}
         own = {plain_name(key): tensor for key, tensor in unwrap(model).state_dict(keep_vars=True).items()}
+        own |= base_tensors(adapters(model), self.besides)
         for key, tensor in self.besides.items():
             if key not in own or own[key].shape != tensor.shape:
                 found = f"of shape {tuple(own[key].shape)}" if key in own else "not there"

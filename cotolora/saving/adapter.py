@@ -18,8 +18,9 @@ from cotolora.inject import install
 from cotolora.linear import CoToLoRALinear
 from cotolora.matching import warn_of_idle_keys
 from cotolora.saving.files import CONFIG, WEIGHTS, read, write
-from cotolora.saving.fitting import AdapterFiles, Fit, fit_files, inside_bases, join_names, own_state, why_not_fill
+from cotolora.saving.fitting import AdapterFiles, Fit, fit_files, why_not_fill
 from cotolora.saving.peft_config import is_same_config, is_unambiguous, make_config, parse_config
+from cotolora.saving.places import inside_bases, join_names, own_state
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT, Variant
 from cotolora.variants.starts import since_start
@@ -217,7 +218,7 @@ def _fill(layers: dict[str, CoToLoRALinear], fit: Fit, files: AdapterFiles, undo
     for name, parts in fit.parts.items():
         values = variant.loaded({key: _at_least_float32(value) for key, value in parts.items()}, layers[name].scale)
         writes += [(f"{name}.{key}", getattr(layers[name], key), value) for key, value in values.items()]
-    writes += [(key, target, files.tensors[key]) for key, target in fit.plain.items()]
+    writes += [(key, target, files.tensors[key]) for key, target in (fit.bases | fit.plain).items()]
     _write(writes, undo)
     merged = [layer for layer in layers.values() if layer.merged]
     # of what was written; all are made before the first takes its place

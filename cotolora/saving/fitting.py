@@ -14,6 +14,7 @@ from cotolora.groups import plain_name
 from cotolora.inject import match_linears, why_not_target
 from cotolora.linear import CoToLoRALinear
 from cotolora.saving.peft_config import PeftConfig
+from cotolora.saving.places import base_tensors, inside_bases, join_names, own_state
 from cotolora.spec import AdapterSpec
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT, Sizes, Variant
@@ -43,6 +44,7 @@ class Fit(NamedTuple):
     specs: settings of the adapters to fill, by module.
     parts: their tensors as the files hold them, by module and attribute.
     plain: the model's own tensors to fill, by key.
+    bases: those of them that adapters are around, by key.
     missing, unexpected: keys.
     """
 
@@ -51,6 +53,7 @@ class Fit(NamedTuple):
     specs: dict[str, AdapterSpec]
     parts: dict[str, dict[str, Tensor]]
     plain: dict[str, Tensor]
+    bases: dict[str, Tensor]
     missing: list[str]
     unexpected: list[str]
 
@@ -69,17 +72,18 @@ def fit_files(model: nn.Module, files: AdapterFiles, existing: dict[str, CoToLoR
         raise ValueError(f"target_modules {config.targets!r} must take linear modules of the model; they take none")
 
     here = [name for name in wanted if not existing or name in existing]
-    bases = tuple(f"{name}." for name in here)
-    plain = {key: tensor for key, tensor in state.items() if key in tensors and not key.startswith(bases)}
+    around = tuple(f"{name}." for name in here)
+    plain = {key: tensor for key, tensor in state.items() if key in tensors and not key.startswith(around)}
+    bases = base_tensors({name: linears[name] for name in here}, tensors)
     saved = {key for key in state if config.saves(key)}
     missing = ({*_keys(variant, wanted), *_keys(variant, existing)} | saved) - set(tensors)
-    unexpected = set(tensors) - set(_keys(variant, here)) - set(plain)
+    unexpected = set(tensors) - set(_keys(variant, here)) - set(plain) - set(bases)
     whole = [name for name in here if missing.isdisjoint(_keys(variant, [name]))]
     specs = {name: config.spec_of(name, _stored_rank(variant, name, tensors)) for name in whole}
     parts = _parts_of_files(files, variant, specs, linears)
-    for key, target in plain.items():
+    for key, target in (plain | bases).items():
         check_tensor(key, tensors[key], target.dtype, tuple(target.shape), target.device)
-    return Fit(wanted, unfit, specs, parts, plain, sorted(missing), sorted(unexpected))
+    return Fit(wanted, unfit, specs, parts, plain, bases, sorted(missing), sorted(unexpected))
 
 
 def why_not_fill(layer: CoToLoRALinear, spec: AdapterSpec) -> str:
@@ -101,23 +105,6 @@ def why_not_fill(layer: CoToLoRALinear, spec: AdapterSpec) -> str:
     if layer.merged and isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0:
         return "must not be merged while enabled is a row mask; unmerge it to load"
     return ""
-
-
-def own_state(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of `module` itself."""
-    kept = (item for item in module.named_buffers(recurse=False) if item[0] not in module._non_persistent_buffers_set)
-    return dict([*module.named_parameters(recurse=False), *kept])
-
-
-def inside_bases(model: nn.Module) -> set[nn.Module]:
-    """The modules that adapters call as their base, with all that these hold."""
-    bases = (module.base for module in model.modules() if isinstance(module, CoToLoRALinear))
-    return {module for base in bases if base is not None for module in base.modules()}
-
-
-def join_names(*names: str) -> str:
-    """The names that are not empty, with dots between."""
-    return ".".join(filter(None, names))
 
 
 def _parts_of_model(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:

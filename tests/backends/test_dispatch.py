@@ -422,7 +422,7 @@ FLOORS = [
     {"functional"},
     {"linear"},
     {"groups"},
-    {"masks", "training.switches", "inject", "lora_pro"},
+    {"masks", "training.switches", "inject", "lora_pro", "saving.places"},
     {"training.notices"},
     {"coto", "saving.peft_config"},
     {"saving.fitting"},
