@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from cotolora.checks import finite
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.linear import CoToLoRALinear
+from cotolora.matching import some_of
 from cotolora.saving.adapter import LoadResult, collect, load_into, read_files, write_files
 from cotolora.saving.fitting import AdapterFiles
 from cotolora.saving.peft_config import adapter_fields, exact_expression, parse_config
-from cotolora.saving.places import base_tensors
+from cotolora.saving.places import Places, base_tensors
 from cotolora.spec import AdapterSpec
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT
@@ -285,6 +286,10 @@ class AdapterState:
             if key not in own or own[key].shape != tensor.shape:
                 found = f"of shape {tuple(own[key].shape)}" if key in own else "not there"
                 raise ValueError(f"{key} must be in the model, of shape {tuple(tensor.shape)}; it is {found}")
+        copies, _ = Places(unwrap(model)).copies(self._saved().config.wraps, self.besides)
+        if copies:
+            keys, _, _, others = copies[0]
+            raise ValueError(f"{keys[0]} must be a tensor of its own in the model; it is tied to {some_of(others)}")
         return {key: own[key] for key in self.besides}
 
 

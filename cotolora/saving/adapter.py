@@ -9,18 +9,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.autograd import _unsafe_preserve_version_counter
 
-from cotolora.groups import adapters, is_enabled, plain_name, unwrap
+from cotolora.groups import adapters, is_enabled, unwrap
 from cotolora.inject import install
 from cotolora.linear import CoToLoRALinear
-from cotolora.matching import warn_of_idle_keys
+from cotolora.matching import some_of, warn_of_idle_keys
 from cotolora.saving.files import CONFIG, WEIGHTS, read, write
+from cotolora.saving.filling import fill, untied
 from cotolora.saving.fitting import AdapterFiles, Fit, fit_files, why_not_fill
 from cotolora.saving.peft_config import is_same_config, is_unambiguous, make_config, parse_config
-from cotolora.saving.places import inside_bases, join_names, own_state
+from cotolora.saving.places import Places, join_names, own_state, superseded
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT, Variant
 from cotolora.variants.starts import since_start
@@ -137,6 +136,8 @@ def read_files(directory: str | os.PathLike[str]) -> AdapterFiles:
             shared[rest] = tensor
         else:
             raise ValueError(f"{path / WEIGHTS} must hold keys that begin with {_PREFIX!r}; got {key!r}")
+    for key in superseded(tensors, config.saves):
+        del tensors[key]
     return AdapterFiles(tensors, shared, pair.fields, config, pair.ours)
 
 
@@ -152,6 +153,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bo
 
     A model without adapters gets them first, as `inject` would make them, and is frozen but for them; on
     one with adapters, targets, variant, ranks and alphas must agree. Nothing is changed unless all of it fits.
+
+    PEFT's modules_to_save are copies: where such a weight is tied to another in the model, and the file does not give
+    both one value, it becomes a parameter of its own, which a warning says.
 
     Args:
         model: the base model, or one with adapters.
@@ -174,7 +178,10 @@ def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: boo
     """`load_adapter` of what was read, or never lay on a disk; `source` names it in errors."""
     existing = adapters(model)
     _shard_again(model)
-    fit = fit_files(unwrap(model), files, existing)
+    try:
+        fit = fit_files(unwrap(model), files, existing)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     if strict and fit.unfit:
         name, reason = next(iter(fit.unfit.items()))
         raise ValueError(f"{name} {reason}; strict=False passes over it")
@@ -183,6 +190,12 @@ def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: boo
             f"{source} must hold exactly what {CONFIG} and the model call for; "
             f"missing keys {fit.missing}, unexpected keys {fit.unexpected}"
         )
+    if existing and fit.copies:
+        keys, _, _, others = fit.copies[0]
+        raise ValueError(
+            f"{source}: modules_to_save takes {keys[0]}, whose trained copy is its own, and in the model it is tied to "
+            f"{some_of(others)}; load onto a model without adapters, where it is untied, or untie it before inject"
+        )
     if not existing and not fit.specs:
         raise ValueError(f"{source} must hold an adapter that fits the model; it holds none")
     if existing:
@@ -190,10 +203,11 @@ def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: boo
             if reason := why_not_fill(existing[name], spec):
                 raise ValueError(f"{name} {reason}")
     with ExitStack() as undo:
+        fit = untied(fit, undo)
         if existing:
-            _fill(existing, fit, files, undo)
+            fill(existing, fit, files, undo)
         else:
-            install(model, fit.specs, _trained(model, fit, files), lambda layers: _fill(layers, fit, files, undo))
+            install(model, fit.specs, _trained(model, fit, files), lambda layers: fill(layers, fit, files, undo))
         undo.pop_all()
     warn_of_idle_keys(files.config.rank_pattern, files.config.alpha_pattern, fit.wanted)
     for name, reason in fit.unfit.items():
@@ -211,72 +225,16 @@ def _trained(model: nn.Module, fit: Fit, files: AdapterFiles) -> set[nn.Paramete
     return {t for t in trained if isinstance(t, nn.Parameter) and (t.is_floating_point() or t.is_complex())}
 
 
-def _fill(layers: dict[str, CoToLoRALinear], fit: Fit, files: AdapterFiles, undo: ExitStack) -> None:
-    """Writes the files' tensors into the model's, all or none; `undo` takes them back if a later step fails."""
-    variant = VARIANTS[files.config.variant]
-    writes = []
-    for name, parts in fit.parts.items():
-        values = variant.loaded({key: _at_least_float32(value) for key, value in parts.items()}, layers[name].scale)
-        writes += [(f"{name}.{key}", getattr(layers[name], key), value) for key, value in values.items()]
-    writes += [(key, target, files.tensors[key]) for key, target in (fit.bases | fit.plain).items()]
-    _write(writes, undo)
-    merged = [layer for layer in layers.values() if layer.merged]
-    # of what was written; all are made before the first takes its place
-    for layer, weight in [(layer, layer._merged_weight()) for layer in merged]:
-        layer.weight = weight
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-@torch.no_grad()
-def _write(writes: list[tuple[str, Tensor, Tensor]], undo: ExitStack) -> None:
-    """Copies into each target, by its name, its value. What can fail does so before the first is changed."""
-    for key, target, _ in writes:
-        if reason := _why_not_writable(target):
-            raise ValueError(f"{key} must be a tensor of the model that can be written; {reason}")
-    ready = [(target, _like(value, target), target.clone()) for _, target, value in writes]
-    for target, value, before in ready:
-        if not target.is_inference():
-            # taken back, it is as it was for autograd too
-            undo.enter_context(_unsafe_preserve_version_counter(target))
-        undo.callback(_restore, target, before)
-        target.copy_(value)
-
-
-def _why_not_writable(target: Tensor) -> str:
-    if target.is_inference() and not torch.is_inference_mode_enabled():
-        return "it was made in inference mode, and may be written in that alone"
-    local = getattr(target, "to_local", lambda: target)()  # of a DTensor
-    if any(stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)):
-        return "it is expanded: several of its entries lie in one place"
-    return ""
-
-
-@torch.no_grad()
-def _restore(target: Tensor, before: Tensor) -> None:
-    target.copy_(before)
-
-
-def _like(value: Tensor, target: Tensor) -> Tensor:
-    """`value` where `target` is and of its dtype, in shards if it is."""
-    value = value.to(target.device, target.dtype)
-    if not hasattr(target, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, target.device_mesh, target.placements)  # type: ignore[attr-defined]
-
-
 def trained_outside_adapters(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """What trains outside the adapters, with buffers beside it, and the modules that PEFT can find by name."""
     tensors: dict[str, Tensor] = {}
     modules = []
-    inside = inside_bases(model)
-    named = {plain_name(name): module for name, module in model.named_modules() if module not in inside}
+    places = Places(model)
+    # PEFT makes a copy for each place; inside a module of several names, one place has several names too
+    named = {places.slot(name): name for name in reversed(places.modules)}
     variants = {layer.variant for layer in adapters(model).values()}
-    for name, module in named.items():
+    for name in reversed(named.values()):
+        module = places.modules[name]
         own = dict(module.named_parameters(recurse=isinstance(module, CoToLoRALinear)))
         trained = [key for key, parameter in own.items() if parameter.requires_grad]
         if isinstance(module, CoToLoRALinear):
@@ -287,7 +245,7 @@ def trained_outside_adapters(model: nn.Module) -> tuple[dict[str, Tensor], list[
             frozen = set(own) - set(trained)
             tensors |= {join_names(name, key): t for key, t in own_state(module).items() if key not in frozen}
             alone = name and not frozen and not list(module.children())
-            if alone and all(is_unambiguous(name, named, VARIANTS[variant]) for variant in variants):
+            if alone and all(is_unambiguous(name, places.modules, VARIANTS[variant]) for variant in variants):
                 modules.append(name)
     return tensors, modules
 

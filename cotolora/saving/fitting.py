@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from cotolora.groups import plain_name
 from cotolora.inject import match_linears, why_not_target
 from cotolora.linear import CoToLoRALinear
 from cotolora.saving.peft_config import PeftConfig
-from cotolora.saving.places import base_tensors, inside_bases, join_names, own_state
+from cotolora.saving.places import Copy, Places, base_tensors, inside_bases, is_same, memory
 from cotolora.spec import AdapterSpec
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT, Sizes, Variant
@@ -45,6 +45,7 @@ class Fit(NamedTuple):
     parts: their tensors as the files hold them, by module and attribute.
     plain: the model's own tensors to fill, by key.
     bases: those of them that adapters are around, by key.
+    copies: what of `plain` must be untied before it is filled.
     missing, unexpected: keys.
     """
 
@@ -54,6 +55,7 @@ class Fit(NamedTuple):
     parts: dict[str, dict[str, Tensor]]
     plain: dict[str, Tensor]
     bases: dict[str, Tensor]
+    copies: list[Copy]
     missing: list[str]
     unexpected: list[str]
 
@@ -66,24 +68,26 @@ def fit_files(model: nn.Module, files: AdapterFiles, existing: dict[str, CoToLoR
     """
     tensors, config = files.tensors, files.config
     variant = VARIANTS[config.variant]
-    linears, state = _parts_of_model(model)
+    places = Places(model)
+    linears = _linears(model)
     wanted, unfit = _wanted(model, config, linears, existing)
     if not wanted and not unfit:
         raise ValueError(f"target_modules {config.targets!r} must take linear modules of the model; they take none")
 
     here = [name for name in wanted if not existing or name in existing]
     around = tuple(f"{name}." for name in here)
-    plain = {key: tensor for key, tensor in state.items() if key in tensors and not key.startswith(around)}
+    plain = {key: tensor for key, tensor in places.state.items() if key in tensors and not key.startswith(around)}
     bases = base_tensors({name: linears[name] for name in here}, tensors)
-    saved = {key for key in state if config.saves(key)}
-    missing = ({*_keys(variant, wanted), *_keys(variant, existing)} | saved) - set(tensors)
+    copies, without = places.copies(config.wraps, tensors)
+    missing = {*_keys(variant, wanted), *_keys(variant, existing), *without} - set(tensors)
     unexpected = set(tensors) - set(_keys(variant, here)) - set(plain) - set(bases)
     whole = [name for name in here if missing.isdisjoint(_keys(variant, [name]))]
     specs = {name: config.spec_of(name, _stored_rank(variant, name, tensors)) for name in whole}
     parts = _parts_of_files(files, variant, specs, linears)
     for key, target in (plain | bases).items():
         check_tensor(key, tensors[key], target.dtype, tuple(target.shape), target.device)
-    return Fit(wanted, unfit, specs, parts, plain, bases, sorted(missing), sorted(unexpected))
+    _check_ties(tensors, plain | bases, copies)
+    return Fit(wanted, unfit, specs, parts, plain, bases, copies, sorted(missing), sorted(unexpected))
 
 
 def why_not_fill(layer: CoToLoRALinear, spec: AdapterSpec) -> str:
@@ -107,20 +111,26 @@ def why_not_fill(layer: CoToLoRALinear, spec: AdapterSpec) -> str:
     return ""
 
 
-def _parts_of_model(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
-    """What can be or is an adapter, and the tensors outside of adapters, by name."""
-    linears: dict[str, nn.Module] = {}
-    state: dict[str, Tensor] = {}
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    """What can be or is an adapter, by name."""
     inside = inside_bases(model)
-    for raw_name, module in model.named_modules():
-        if module in inside:
-            continue
-        name = plain_name(raw_name)
-        if isinstance(module, (CoToLoRALinear, nn.Linear)) or not why_not_adaptable(module):
-            linears[name] = module
-        if not isinstance(module, CoToLoRALinear):
-            state |= {join_names(name, key): tensor for key, tensor in own_state(module).items()}
-    return linears, state
+    return {
+        plain_name(raw_name): module
+        for raw_name, module in model.named_modules()
+        if module not in inside and (isinstance(module, (CoToLoRALinear, nn.Linear)) or not why_not_adaptable(module))
+    }
+
+
+def _check_ties(tensors: dict[str, Tensor], targets: dict[str, Tensor], copies: list[Copy]) -> None:
+    """Raises ValueError where a file gives several values to what is one tensor of the model."""
+    places: dict[Hashable, str] = {}
+    own = {key: number for number, copy in enumerate(copies) for key in copy.keys}
+    for key, target in targets.items():
+        first = places.setdefault(own.get(key, memory(target)), key)
+        if first != key and not is_same(tensors[first], tensors[key]):
+            raise ValueError(
+                f"{first} and {key} are tied in the model and must be equal; the file gives them two values"
+            )
 
 
 def _wanted(

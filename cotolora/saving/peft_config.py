@@ -67,9 +67,13 @@ class PeftConfig:
         found = next((match for rule in rules if (match := re.match(rule, name))), None)
         return found is not None and int(found["index"]) in self.layers_to_transform
 
+    def wraps(self, name: str) -> bool:
+        """PEFT's rule for modules_to_save, which takes the ends of names, dotted or not."""
+        return any(end and name.endswith(end) for end in self.modules_to_save)
+
     def saves(self, key: str) -> bool:
         """Whether modules_to_save takes a module around the tensor `key`."""
-        return any(matches(name, self.modules_to_save) for name in with_parents(key)[:-1])
+        return any(self.wraps(name) for name in with_parents(key)[:-1])
 
 
 def parse_config(fields: dict[str, Any]) -> PeftConfig:

@@ -426,6 +426,7 @@ FLOORS = [
     {"training.notices"},
     {"coto", "saving.peft_config"},
     {"saving.fitting"},
+    {"saving.filling"},
     {"saving.adapter"},
     {"merging.kmeans", "merging.states"},
     {"merging.combining"},
