@@ -18,6 +18,7 @@ from cotolora.matching import some_of, warn_of_idle_keys
 from cotolora.saving.files import CONFIG, WEIGHTS, read, write
 from cotolora.saving.filling import fill, untied
 from cotolora.saving.fitting import AdapterFiles, Fit, fit_files, why_not_fill
+from cotolora.saving.old_names import why_not_renamed
 from cotolora.saving.peft_config import is_same_config, is_unambiguous, make_config, parse_config
 from cotolora.saving.places import Places, join_names, own_state, superseded
 from cotolora.variants import VARIANTS
@@ -187,8 +188,8 @@ def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: boo
         raise ValueError(f"{name} {reason}; strict=False passes over it")
     if strict and (fit.missing or fit.unexpected):
         raise ValueError(
-            f"{source} must hold exactly what {CONFIG} and the model call for; "
-            f"missing keys {fit.missing}, unexpected keys {fit.unexpected}"
+            f"{source} must hold exactly what {CONFIG} and the model call for; missing keys {fit.missing}, "
+            f"unexpected keys {fit.unexpected}{why_not_renamed(unwrap(model), fit.unexpected)}"
         )
     if existing and fit.copies:
         keys, _, _, others = fit.copies[0]

@@ -42,7 +42,7 @@ def fill(layers: dict[str, CoToLoRALinear], fit: Fit, files: AdapterFiles, undo:
     for name, parts in fit.parts.items():
         values = variant.loaded({key: _at_least_float32(value) for key, value in parts.items()}, layers[name].scale)
         writes += [(f"{name}.{key}", getattr(layers[name], key), value) for key, value in values.items()]
-    writes += [(key, target, files.tensors[key]) for key, target in (fit.bases | fit.plain).items()]
+    writes += [(key, target, fit.tensors[key]) for key, target in (fit.bases | fit.plain).items()]
     _write(writes, undo)
     merged = [layer for layer in layers.values() if layer.merged]
     # of what was written; all are made before the first takes its place

@@ -13,6 +13,7 @@ from cotolora.bases import features, place_of, why_not_adaptable
 from cotolora.groups import plain_name
 from cotolora.inject import match_linears, why_not_target
 from cotolora.linear import CoToLoRALinear
+from cotolora.saving.old_names import renamed, why_not_renamed
 from cotolora.saving.peft_config import PeftConfig
 from cotolora.saving.places import Copy, Places, base_tensors, inside_bases, is_same, memory
 from cotolora.spec import AdapterSpec
@@ -39,6 +40,7 @@ class AdapterFiles(NamedTuple):
 class Fit(NamedTuple):
     """How files fit a model.
 
+    tensors: of the files, by their names in the model.
     wanted: the modules that the config takes.
     unfit: modules that it takes too and that cannot be adapted, with the reasons.
     specs: settings of the adapters to fill, by module.
@@ -49,6 +51,7 @@ class Fit(NamedTuple):
     missing, unexpected: keys.
     """
 
+    tensors: dict[str, Tensor]
     wanted: list[str]
     unfit: dict[str, str]
     specs: dict[str, AdapterSpec]
@@ -66,14 +69,19 @@ def fit_files(model: nn.Module, files: AdapterFiles, existing: dict[str, CoToLoR
     Raises:
         ValueError: the config takes nothing of the model, or a tensor has the wrong shape or kind.
     """
-    tensors, config = files.tensors, files.config
+    config = files.config
     variant = VARIANTS[config.variant]
     places = Places(model)
     linears = _linears(model)
     wanted, unfit = _wanted(model, config, linears, existing)
     if not wanted and not unfit:
-        raise ValueError(f"target_modules {config.targets!r} must take linear modules of the model; they take none")
+        raise ValueError(
+            f"target_modules {config.targets!r} must take linear modules of the model; they take none"
+            + why_not_renamed(model, files.tensors)
+        )
 
+    known = {*_keys(variant, wanted), *_keys(variant, existing), *places.state}
+    tensors = renamed(model, files.tensors, lambda key: key in known or bool(base_tensors(linears, [key])))
     here = [name for name in wanted if not existing or name in existing]
     around = tuple(f"{name}." for name in here)
     plain = {key: tensor for key, tensor in places.state.items() if key in tensors and not key.startswith(around)}
@@ -83,11 +91,11 @@ def fit_files(model: nn.Module, files: AdapterFiles, existing: dict[str, CoToLoR
     unexpected = set(tensors) - set(_keys(variant, here)) - set(plain) - set(bases)
     whole = [name for name in here if missing.isdisjoint(_keys(variant, [name]))]
     specs = {name: config.spec_of(name, _stored_rank(variant, name, tensors)) for name in whole}
-    parts = _parts_of_files(files, variant, specs, linears)
+    parts = _parts_of_files(files._replace(tensors=tensors), variant, specs, linears)
     for key, target in (plain | bases).items():
         check_tensor(key, tensors[key], target.dtype, tuple(target.shape), target.device)
     _check_ties(tensors, plain | bases, copies)
-    return Fit(wanted, unfit, specs, parts, plain, bases, copies, sorted(missing), sorted(unexpected))
+    return Fit(tensors, wanted, unfit, specs, parts, plain, bases, copies, sorted(missing), sorted(unexpected))
 
 
 def why_not_fill(layer: CoToLoRALinear, spec: AdapterSpec) -> str:

@@ -408,7 +408,15 @@ def test_importing_cotolora_loads_nothing_heavy():
 
 # lower levels first; a module may import from its own level and below
 FLOORS = [
-    {"reference", "results", "training.stepping", "training.agreement", "training.optimizer_state", "saving.files"},
+    {
+        "reference",
+        "results",
+        "training.stepping",
+        "training.agreement",
+        "training.optimizer_state",
+        "saving.files",
+        "saving.old_names",
+    },
     {"checks", "backends.types", "backends.addmm.products", "training.reducer", "training.entry"},
     {"schedule", "matching", "backends.cost", "backends.measured"},
     {*(f"backends.addmm.{name}" for name in VARIANTS), "backends.fused.common", "backends.off"},
