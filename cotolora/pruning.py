@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cotolora.checks import integer, number, one_of
 from cotolora.groups import Unit, adapters, group_names, is_enabled, modules_of, unmerged_adapters
 from cotolora.linear import CoToLoRALinear
-from cotolora.matching import compiled, matches
+from cotolora.matching import checked_names, matches
 from cotolora.reference import Gate
 from cotolora.shapley import Shapley
 
@@ -277,7 +277,7 @@ def _kept(names: list[str], keep: Keep, groups: list[list[str]]) -> set[str]:
     if callable(keep):
         return {name for name in names if keep(name)}
     if isinstance(keep, str):
-        compiled("keep", keep)
+        checked_names("keep", keep)
     # the adapters that each name, or the one expression, matches
     taken = {
         rule: {name for name in names if matches(name, keep if isinstance(keep, str) else [rule])}

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from cotolora.checks import finite
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.linear import CoToLoRALinear
-from cotolora.matching import some_of
 from cotolora.saving.adapter import LoadResult, collect, load_into, read_files, write_files
 from cotolora.saving.fitting import AdapterFiles
 from cotolora.saving.peft_config import adapter_fields, exact_expression, parse_config
@@ -23,6 +22,7 @@ from cotolora.saving.places import Places, base_tensors
 from cotolora.spec import AdapterSpec
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT
+from cotolora.wording import listed, shown, some_of
 
 # variants whose update is a product, which merging takes apart; their files differ in nothing
 PRODUCTS = tuple(name for name, variant in VARIANTS.items() if variant.product)
@@ -187,7 +187,7 @@ class AdapterState:
             if match := _FACTOR.fullmatch(key):
                 pairs.setdefault(match["name"], {})[match["factor"]] = tensor
             elif _OTHER_PART.search(key) or key.endswith(ends):
-                raise ValueError(f"{source} must hold plain LoRA of linears, lora_A and lora_B; got {key!r}")
+                raise ValueError(f"{source} must hold plain LoRA of linears, lora_A and lora_B; got {shown(key)}")
             else:
                 others[key] = tensor.detach().clone()
         factors = {}
@@ -260,7 +260,7 @@ class AdapterState:
         needed = {name for name, layer in layers.items() if is_enabled(layer)}
         if missing := sorted(needed - set(self.factors)) or sorted(set(self.factors) - set(layers)):
             whose = "the model has and the state lacks" if missing[0] in layers else "the state has and the model lacks"
-            raise ValueError(f"state must hold the adapters of the model; {whose} {missing}")
+            raise ValueError(f"state must hold the adapters of the model; {whose} {listed(missing)}")
         layers = {name: layer for name, layer in layers.items() if name in self.factors}
         for name, layer in layers.items():
             part = self.factors[name]

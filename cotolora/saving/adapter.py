@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cotolora.groups import adapters, is_enabled, unwrap
 from cotolora.inject import install
 from cotolora.linear import CoToLoRALinear
-from cotolora.matching import some_of, warn_of_idle_keys
+from cotolora.matching import warn_of_idle_keys
 from cotolora.saving.files import CONFIG, WEIGHTS, read, write
 from cotolora.saving.filling import fill, untied
 from cotolora.saving.fitting import AdapterFiles, Fit, fit_files, why_not_fill
@@ -24,12 +24,14 @@ from cotolora.saving.places import Places, join_names, own_state, superseded
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT, Variant
 from cotolora.variants.starts import since_start
+from cotolora.wording import listed, shown, some_of
 
 logger = logging.getLogger("cotolora")
 
 # what PEFT puts before the names of the base model, and before those of tensors that belong to no module of it
 _PREFIX = "base_model.model."
 _SHARED_PREFIX = "base_model."
+_ROOM = 1600  # characters of keys in a log line
 
 
 class LoadResult(NamedTuple):
@@ -136,7 +138,7 @@ def read_files(directory: str | os.PathLike[str]) -> AdapterFiles:
         elif (rest := key.removeprefix(_SHARED_PREFIX)) != key and rest in variant.shared_keys:
             shared[rest] = tensor
         else:
-            raise ValueError(f"{path / WEIGHTS} must hold keys that begin with {_PREFIX!r}; got {key!r}")
+            raise ValueError(f"{path / WEIGHTS} must hold keys that begin with {_PREFIX!r}; got {shown(key)}")
     for key in superseded(tensors, config.saves):
         del tensors[key]
     return AdapterFiles(tensors, shared, pair.fields, config, pair.ours)
@@ -184,12 +186,13 @@ def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: boo
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     if strict and fit.unfit:
-        name, reason = next(iter(fit.unfit.items()))
-        raise ValueError(f"{name} {reason}; strict=False passes over it")
+        names, reason = _by_reason(fit.unfit)[0]
+        raise ValueError(f"{names} {reason}; strict=False passes over what {source} holds for such modules")
     if strict and (fit.missing or fit.unexpected):
         raise ValueError(
-            f"{source} must hold exactly what {CONFIG} and the model call for; missing keys {fit.missing}, "
-            f"unexpected keys {fit.unexpected}{why_not_renamed(unwrap(model), fit.unexpected)}"
+            f"{source} must hold exactly what {CONFIG} and the model call for; missing keys {listed(fit.missing)}, "
+            f"unexpected keys {listed(fit.unexpected)}{why_not_renamed(unwrap(model), fit.unexpected)}; strict=False "
+            "loads what fits"
         )
     if existing and fit.copies:
         keys, _, _, others = fit.copies[0]
@@ -211,11 +214,19 @@ def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: boo
             install(model, fit.specs, _trained(model, fit, files), lambda layers: fill(layers, fit, files, undo))
         undo.pop_all()
     warn_of_idle_keys(files.config.rank_pattern, files.config.alpha_pattern, fit.wanted)
-    for name, reason in fit.unfit.items():
-        logger.warning("%s: passed over %s, which %s", source, name, reason)
-    if fit.missing or fit.unexpected:
-        logger.warning("%s: missing keys %s, unexpected keys %s", source, fit.missing, fit.unexpected)
+    for names, reason in _by_reason(fit.unfit):
+        logger.warning("%s: passed over %s, which %s", source, names, reason)
+    for kind, keys in (("missing", fit.missing), ("unexpected", fit.unexpected)):
+        if keys:
+            logger.warning("%s: %s keys %s", source, kind, listed(keys, _ROOM))
     return LoadResult(fit.missing, fit.unexpected)
+
+
+def _by_reason(unfit: dict[str, str]) -> list[tuple[str, str]]:
+    names: dict[str, list[str]] = {}
+    for name, reason in unfit.items():
+        names.setdefault(reason, []).append(name)
+    return [(first + (f" (and {some_of(others)})" if others else ""), r) for r, (first, *others) in names.items()]
 
 
 def _trained(model: nn.Module, fit: Fit, files: AdapterFiles) -> set[nn.Parameter]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd import _unsafe_preserve_version_counter
 
 from cotolora.linear import CoToLoRALinear
-from cotolora.matching import some_of
 from cotolora.saving.fitting import AdapterFiles, Fit
 from cotolora.variants import VARIANTS
+from cotolora.wording import some_of
 
 logger = logging.getLogger("cotolora")
 

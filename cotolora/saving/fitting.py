@@ -19,6 +19,7 @@ from cotolora.saving.places import Copy, Places, base_tensors, inside_bases, is_
 from cotolora.spec import AdapterSpec
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT, Sizes, Variant
+from cotolora.wording import shown
 
 
 class AdapterFiles(NamedTuple):
@@ -76,7 +77,7 @@ def fit_files(model: nn.Module, files: AdapterFiles, existing: dict[str, CoToLoR
     wanted, unfit = _wanted(model, config, linears, existing)
     if not wanted and not unfit:
         raise ValueError(
-            f"target_modules {config.targets!r} must take linear modules of the model; they take none"
+            f"target_modules {shown(config.targets)} must take linear modules of the model; they take none"
             + why_not_renamed(model, files.tensors)
         )
 
@@ -212,6 +213,6 @@ def check_tensor(key: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int,
     if device.type == "meta":
         raise ValueError(f"{key} must have memory in the model to be loaded into; there it is on the meta device")
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{key} must be of shape {shape}; the file holds {tuple(tensor.shape)}")
+        raise ValueError(f"{key} must be of shape {shown(shape)}; the file holds {shown(tuple(tensor.shape))}")
     if tensor.dtype.is_floating_point != dtype.is_floating_point or tensor.is_complex() != dtype.is_complex:
         raise ValueError(f"{key} must be of a dtype like {dtype}; the file holds {tensor.dtype}")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from cotolora import adapters, load_adapter, save_adapter
 from cotolora.merging import mix
@@ -27,6 +28,24 @@ from tests.support.saving import (
     trained,
     tuned,
 )
+
+
+class Nested(nn.Module):
+    """Blocks within blocks."""
+
+    def __init__(self):
+        super().__init__()
+        inner = (nn.ModuleDict({"inner": nn.ModuleList(nn.Linear(4, 4) for _ in range(3))}) for _ in range(2))
+        self.outer = nn.ModuleList(inner)
+        for block in self.outer:
+            block["inner"] = nn.ModuleList(nn.ModuleDict({"fc": linear}) for linear in block["inner"])
+
+    def forward(self, x):
+        for block in self.outer:
+            for layer in block["inner"]:
+                x = x + layer["fc"](x)
+        return x
+
 
 IDS = {"input_ids": torch.tensor([[1, 5, 2, 7], [3, 4, 8, 6]])}
 
@@ -56,7 +75,7 @@ def bert(tf):
 
 
 def make_base(tf, make, *tied):
-    if make in (Net, Odd, Many, Inner):
+    if make in (Net, Odd, Many, Inner, Nested):
         return base(make), X
     torch.manual_seed(0)
     return make(tf, *tied).eval(), IDS
@@ -136,6 +155,10 @@ WE_READ = {
     "net-target-in-saved": (Net, {"target_modules": ["fc", "head.0"], "modules_to_save": ["head"]}),
     "net-layers": (Net, {"target_modules": ["fc"], "layers_to_transform": 1}),
     "net-layers-list": (Net, {"target_modules": ["fc"], "layers_to_transform": [0], "layers_pattern": "blocks"}),
+    "nested-layers": (
+        Nested,
+        {"target_modules": ["fc"], "layers_to_transform": [1], "layers_pattern": ["outer", "inner"]},
+    ),
     "net-no-layers": (Net, {"target_modules": ["fc"], "layers_to_transform": []}),
     "net-exact-beats-layers": (Net, {"target_modules": ["fc", "blocks.0.fc"], "layers_to_transform": [1]}),
     "net-gaussian": (Net, {"target_modules": ["fc"], "init_lora_weights": "gaussian", "lora_dropout": 0.1}),

@@ -111,7 +111,7 @@ def test_a_key_that_fits_keeps_its_name_and_one_that_never_does_too(tmp_path):
     strange = {f"{PREFIX}old.fc.lora_A.weight": torch.ones(2, 4), f"{PREFIX}older.lora_A.weight": torch.ones(2, 4)}
     rewrite(tmp_path, tensors | strange)
     model = base(Stating)
-    with refused(model, r"unexpected keys \['old.fc.lora_A.weight', 'older.lora_A.weight'\]$"):
+    with refused(model, r"unexpected keys \['old.fc.lora_A.weight', 'older.lora_A.weight'\]; strict=False"):
         load_adapter(model, tmp_path)
     assert load_adapter(model, tmp_path, strict=False).unexpected_keys == [
         "old.fc.lora_A.weight",
