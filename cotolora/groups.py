@@ -12,6 +12,7 @@ from torch import nn
 
 from cotolora.checks import number
 from cotolora.linear import CoToLoRALinear
+from cotolora.wording import listed, shown
 
 Unit = str | Callable[[str], Hashable]
 
@@ -82,7 +83,7 @@ def unmerged_adapters(model: nn.Module) -> dict[str, CoToLoRALinear]:
         raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
     if merged := [name for name, layer in layers.items() if layer.merged]:
         raise ValueError(
-            f"model must have no merged adapters, which no switch reaches (unmerge them); merged: {merged}"
+            f"model must have no merged adapters, which no switch reaches (unmerge them); merged: {listed(merged)}"
         )
     return layers
 
@@ -174,7 +175,7 @@ def group_names(
     names = list(names)
     if isinstance(unit, str):
         if unit not in ("layer", "module"):
-            raise ValueError(f"unit must be 'layer', 'module' or a callable; got {unit!r}")
+            raise ValueError(f"unit must be 'layer', 'module' or a callable; got {shown(unit)}")
         key: Callable[[str], Hashable] = _layer_key(names, modules) if unit == "layer" else str
     elif callable(unit):
         key = unit
@@ -241,5 +242,5 @@ def as_mask(mask: object, argument: str = "mask") -> torch.Tensor:
     if values.dtype == torch.bool:
         return values
     if not ((values == 0) | (values == 1)).all():
-        raise ValueError(f"{argument} must hold only 0, 1, True or False; got {mask!r}")
+        raise ValueError(f"{argument} must hold only 0, 1, True or False; got {shown(mask)}")
     return values != 0

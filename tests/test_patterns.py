@@ -140,6 +140,24 @@ def test_telling_takes_bounded_time_too(expression):
     assert time.perf_counter() - began < 5
 
 
+LONG = "x" * 1_000_000
+FLOODS = [
+    {"targets": LONG}, {"targets": [LONG]}, {"targets": [f"t{i}" for i in range(50_000)]}, {"targets": [LONG, 3]},
+    {"targets": "a", "exclude": LONG + "("}, {"trainable": LONG}, {"trainable": [f"t{i}" for i in range(50_000)]},
+    {"rank": LONG}, {"rank": [LONG] * 50}, {"alpha": LONG}, {"dropout": LONG}, {"variant": LONG}, {"init": LONG},
+    {"use_rslora": LONG}, {"rank_pattern": {LONG + "(": 1}}, {"rank_pattern": LONG}, {"rank_pattern": {".*": LONG}},
+    {"alpha_pattern": {f"a{i}(": 1 for i in range(50_000)}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", FLOODS, ids=lambda options: repr(options)[:40])
+def test_no_argument_makes_a_long_error(options):
+    model = nn.ModuleDict({f"layer_of_a_long_name_{i}": nn.ModuleDict({f"a{i}": nn.Linear(1, 1)}) for i in range(300)})
+    with pytest.raises(ValueError, match=rf"{list(options)[-1].removesuffix('_pattern')}.* (must|match)") as caught:
+        inject(model, **options)
+    assert len(str(caught.value)) < 2000
+
+
 def test_a_name_beyond_all_measure_is_refused_by_expressions_alone():
     name = "a" * (LONGEST_NAME + 1)
     model = nn.ModuleDict({name: nn.Linear(2, 2)})
