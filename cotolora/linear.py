@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -104,6 +105,7 @@ class CoToLoRALinear(nn.Module):
             raise TypeError(f"dtype must be a floating dtype; got {dtype}")
         base = nn.Linear(self.in_features, self.out_features, bias, device=device, dtype=dtype)
         self._share(base.weight, base.bias)  # type: ignore[arg-type]
+        _freeze((self.weight, self.bias))
 
     def _settle(self, spec: AdapterSpec) -> None:
         spec.check_sizes(self.in_features, self.out_features)
@@ -164,19 +166,16 @@ class CoToLoRALinear(nn.Module):
             layer.fan_in_fan_out = is_conv1d(linear)
             layer._share(dense.weight, dense.bias)
         layer.training = linear.training
+        _freeze(linear.parameters() if dense is None else (dense.weight, dense.bias))
         return layer
 
     def _share(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
-        weight.requires_grad_(False)
-        self.weight = weight
-        if bias is not None:
-            bias.requires_grad_(False)
-        self.bias = bias
+        self.weight, self.bias = weight, bias  # type: ignore[assignment]
         self._make_factors(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
     def _call(self, base: nn.Module) -> None:
         self.weight = self.bias = None
-        self.base = base.requires_grad_(False)
+        self.base = base
         keep_keys(self)
         self._make_factors(*place_of(base))
 
@@ -499,3 +498,14 @@ class CoToLoRALinear(nn.Module):
 
 def _shown(switch: Gate) -> str:
     return f"tensor{list(switch.shape)}" if isinstance(switch, Tensor) else str(switch)
+
+
+def _freeze(parameters: Iterable[nn.Parameter | None]) -> None:
+    """All or none."""
+    with ExitStack() as undo:
+        for parameter in parameters:
+            if parameter is None:
+                continue
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        undo.pop_all()

@@ -206,6 +206,7 @@ def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: boo
         for name, spec in fit.specs.items():
             if reason := why_not_fill(existing[name], spec):
                 raise ValueError(f"{name} {reason}")
+    warn_of_idle_keys(files.config.rank_pattern, files.config.alpha_pattern, fit.wanted)
     with ExitStack() as undo:
         fit = untied(fit, undo)
         if existing:
@@ -213,7 +214,6 @@ def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: boo
         else:
             install(model, fit.specs, _trained(model, fit, files), lambda layers: fill(layers, fit, files, undo))
         undo.pop_all()
-    warn_of_idle_keys(files.config.rank_pattern, files.config.alpha_pattern, fit.wanted)
     for names, reason in _by_reason(fit.unfit):
         logger.warning("%s: passed over %s, which %s", source, names, reason)
     for kind, keys in (("missing", fit.missing), ("unexpected", fit.unexpected)):

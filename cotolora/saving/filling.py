@@ -47,6 +47,7 @@ def fill(layers: dict[str, CoToLoRALinear], fit: Fit, files: AdapterFiles, undo:
     merged = [layer for layer in layers.values() if layer.merged]
     # of what was written; all are made before the first takes its place
     for layer, weight in [(layer, layer._merged_weight()) for layer in merged]:
+        undo.callback(setattr, layer, "weight", layer.weight)
         layer.weight = weight
 
 
@@ -73,8 +74,11 @@ def _why_not_writable(target: Tensor) -> str:
     if target.is_inference() and not torch.is_inference_mode_enabled():
         return "it was made in inference mode, and may be written in that alone"
     local = getattr(target, "to_local", lambda: target)()  # of a DTensor
-    if any(stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)):
-        return "it is expanded: several of its entries lie in one place"
+    reach = 0
+    for stride, size in sorted(zip(local.stride(), local.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return "it is expanded: several of its entries lie in one place"
+        reach += stride * (size - 1)
     return ""
 
 
