@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Hashable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from cotolora.saving.filling import fill, untied
 from cotolora.saving.fitting import AdapterFiles, Fit, fit_files, why_not_fill
 from cotolora.saving.old_names import why_not_renamed
 from cotolora.saving.peft_config import is_same_config, is_unambiguous, make_config, parse_config
-from cotolora.saving.places import Places, join_names, own_state, superseded
+from cotolora.saving.places import Places, join_names, memory, own_state, superseded
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT, Variant
 from cotolora.variants.starts import since_start
@@ -233,8 +234,12 @@ def _trained(model: nn.Module, fit: Fit, files: AdapterFiles) -> set[nn.Paramete
     """The parameters besides the adapters that trained when the files were saved."""
     # all of what we saved did; of what PEFT saved, modules_to_save did
     trained = (target for key, target in fit.plain.items() if files.ours or files.config.saves(key))
-    # others cannot have a gradient
-    return {t for t in trained if isinstance(t, nn.Parameter) and (t.is_floating_point() or t.is_complex())}
+    # others cannot have a gradient; and of those that share memory one is enough
+    able = (t for t in trained if isinstance(t, nn.Parameter) and (t.is_floating_point() or t.is_complex()))
+    first: dict[Hashable, nn.Parameter] = {}
+    for parameter in able:
+        first.setdefault(memory(parameter), parameter)
+    return set(first.values())
 
 
 def trained_outside_adapters(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
@@ -245,14 +250,21 @@ def trained_outside_adapters(model: nn.Module) -> tuple[dict[str, Tensor], list[
     # PEFT makes a copy for each place; inside a module of several names, one place has several names too
     named = {places.slot(name): name for name in reversed(places.modules)}
     variants = {layer.variant for layer in adapters(model).values()}
+    # what shares its memory with something that trains changes too
+    changing = {memory(tensor) for tensor in places.state.values() if tensor.requires_grad}
     for name in reversed(named.values()):
         module = places.modules[name]
         own = dict(module.named_parameters(recurse=isinstance(module, CoToLoRALinear)))
-        trained = [key for key, parameter in own.items() if parameter.requires_grad]
+        if isinstance(module, CoToLoRALinear) and module.merged:
+            own["weight"] = module._base_weight()
+        trained = [key for key, parameter in own.items() if parameter.requires_grad or memory(parameter) in changing]
         if isinstance(module, CoToLoRALinear):
             parts = {part.attribute for part in VARIANTS[module.variant].parts}
             if trained := [key for key in trained if key not in parts]:
-                raise ValueError(f"model must not train the base of an adapter; {name}.{trained[0]} requires grad")
+                raise ValueError(
+                    f"model must not train the base of an adapter; {name}.{trained[0]} requires grad, or what "
+                    "shares its memory does"
+                )
         elif trained:
             frozen = set(own) - set(trained)
             tensors |= {join_names(name, key): t for key, t in own_state(module).items() if key not in frozen}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -59,7 +60,7 @@ def _renamer(model: nn.Module) -> Callable[[str], str] | None:
 
 def _of_kind(model: nn.Module, kind: str) -> list[Any]:
     """The conversions by which transformers reads old checkpoints of `model`, of one of its classes."""
-    if not hasattr(getattr(model, "config", None), "model_type"):
+    if "transformers" not in sys.modules or not hasattr(getattr(model, "config", None), "model_type"):
         return []
     try:
         from transformers import conversion_mapping, core_model_loading

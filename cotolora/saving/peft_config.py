@@ -79,7 +79,7 @@ class PeftConfig:
 
     def wraps(self, name: str) -> bool:
         """PEFT's rule for modules_to_save, which takes the ends of names, dotted or not."""
-        return any(name[place:] in self._saved for place in range(len(name)))
+        return bool(self._saved) and any(name[place:] in self._saved for place in range(len(name)))
 
     def saves(self, key: str) -> bool:
         """Whether modules_to_save takes a module around the tensor `key`."""

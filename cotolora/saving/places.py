@@ -40,7 +40,12 @@ def base_state(linear: nn.Module) -> dict[str, Tensor]:
             bias = {} if linear.bias is None else {"bias": linear.bias}
             return {"weight": linear._base_weight(), **bias}
         linear = linear.base
-    return {key: value for key, value in linear.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    # not state_dict, whose hooks may gather or repack what they find
+    return {
+        join_names(name, key): tensor
+        for name, module in linear.named_modules()
+        for key, tensor in own_state(module).items()
+    }
 
 
 def base_tensors(linears: Mapping[str, nn.Module], keys: Iterable[str]) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ from tests.support.saving import (
     assert_few_ulps,
     base,
     config_of,
-    keys,
     logits,
     refused,
     rewrite,
@@ -138,16 +137,38 @@ def test_our_trained_tied_weight_stays_tied_and_peft_gives_it_to_both(trainable,
     assert torch.equal(logits(untied, IDS), logits(model, IDS))
 
 
-def test_a_tie_by_memory_is_a_tie(tmp_path):
-    model = base(lambda: Tied(by_data=True))
-    save_adapter(tuned(model, ["mid"], rank=2, trainable=["embed"]), tmp_path)
-    rewrite(tmp_path)
-    assert PREFIX + "head.weight" not in keys(tmp_path)
-    ours = base(lambda: Tied(by_data=True))
+def tied_by_data():
+    return base(lambda: Tied(by_data=True))
+
+
+@pytest.mark.parametrize("trainable", ["embed", "head"])
+def test_a_tie_by_memory_is_a_tie(trainable, peft, tmp_path):
+    model = tuned(tied_by_data(), ["mid"], rank=2, trainable=[trainable])
+    assert torch.equal(model.embed.weight, model.head.weight)
+    save_adapter(model, tmp_path)
+    ours = tied_by_data()
+    load_adapter(ours, tmp_path)
+    assert torch.equal(logits(ours), logits(model))
+    assert len(trained(ours)) == len(trained(model))  # one of the two
+    assert_few_ulps(logits(read_by_peft(peft, tied_by_data(), tmp_path)), logits(model))
+
+
+def test_pefts_copy_leaves_a_tie_by_memory(peft, tmp_path):
+    theirs = by_peft(peft, tied_by_data(), tmp_path, target_modules=["mid"], modules_to_save=["embed"])
+    ours = tied_by_data()
     before = ours.head.weight.clone()
     load_adapter(ours, tmp_path)
-    assert torch.equal(ours.embed.weight, load_file(tmp_path / WEIGHTS)[PREFIX + "embed.weight"])
+    assert_few_ulps(logits(ours), logits(theirs))
     assert torch.equal(ours.head.weight, before)
+
+
+def test_an_adapter_whose_base_trains_through_its_memory_is_not_saved(tmp_path):
+    model = tied_by_data()
+    inject(model, ["head"], rank=2, trainable=["embed"])
+    for change in (lambda: None, model.head.merge):
+        change()
+        with pytest.raises(ValueError, match=r"must not train the base of an adapter; head.weight requires grad, or"):
+            save_adapter(model, tmp_path)
 
 
 def only_the_embedding(directory):
