@@ -75,7 +75,7 @@ def test_an_expression_that_could_hang_is_refused_by_the_name_of_its_argument(ex
             ValueError, match=rf"^{argument} must hold regular expressions whose matching takes bounded"
         ):
             inject(model, **options)
-        assert time.perf_counter() - began < 1
+        assert time.perf_counter() - began < 5
     inject(model)
     with pytest.raises(ValueError, match=r"^keep must hold regular expressions whose matching takes bounded time"):
         prune(model, expression)
@@ -102,7 +102,7 @@ WORST = {
 def test_what_is_accepted_takes_bounded_time_on_the_worst_of_names(expression):
     began = time.perf_counter()
     assert not taking("targets", expression)(WORST[expression])
-    assert time.perf_counter() - began < 2
+    assert time.perf_counter() - began < 5
 
 
 def test_expressions_of_one_argument_are_bounded_together():
@@ -169,7 +169,7 @@ def test_a_name_beyond_all_measure_is_refused_by_expressions_alone():
 TEXT = st.text(alphabet="ab.1_\\|^-\n é$", max_size=8)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(names=st.lists(TEXT, min_size=1, max_size=4), other=TEXT, escape=st.booleans())
 def test_names_that_an_expression_spells_out_are_taken_as_re_takes_them(names, other, escape):
     expression = "|".join(map(re.escape, names)) if escape else "|".join(names)
@@ -197,7 +197,7 @@ PIECE = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(expression=PIECE, unit=st.text(alphabet="ab._", min_size=1, max_size=4), end=st.sampled_from(["", "!", "."]))
 def test_whatever_is_accepted_ends_soon(expression, unit, end):
     try:
@@ -206,4 +206,4 @@ def test_whatever_is_accepted_ends_soon(expression, unit, end):
         return
     began = time.perf_counter()
     pattern.fullmatch((unit * 200)[:199] + end)
-    assert time.perf_counter() - began < 3
+    assert time.perf_counter() - began < 5
