@@ -12,25 +12,36 @@ from torch import nn
 
 from cotolora.checks import number
 from cotolora.linear import CoToLoRALinear
-from cotolora.matching import some_of
+from cotolora.wording import listed, shown, some_of
 
 Unit = str | Callable[[str], Hashable]
 
-_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+# classes that hold a whole model, and the name that it has there; torch.compile's is found by that name
+_HOLDERS = {
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+    "timm.utils.model_ema.ModelEmaV2": "module",
+    "timm.utils.model_ema.ModelEmaV3": "module",
+    "deepspeed.runtime.engine.DeepSpeedEngine": "module",
+    "lightning.fabric.wrappers._FabricModule": "_forward_module",
+    "lightning_fabric.wrappers._FabricModule": "_forward_module",
+}
 # components that compile, checkpoint and FSDP1 wrappers put into the names of what they wrap
 _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
 
 
 def wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """`model` and what lies inside it, as long as that is DistributedDataParallel, DataParallel or torch.compile."""
+    """`model` and what lies inside it, as long as that is DistributedDataParallel, a moving average or the like."""
     yield model
-    inner = model.module if isinstance(model, _PARALLEL) else getattr(model, "_orig_mod", None)
+    kinds = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__)
+    inner = getattr(model, next((_HOLDERS[kind] for kind in kinds if kind in _HOLDERS), "_orig_mod"), None)
     if isinstance(inner, nn.Module):
         yield from wrappers(inner)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside DistributedDataParallel, DataParallel and torch.compile."""
+    """The user's own module inside DistributedDataParallel, torch.compile, a moving average and other wrappers."""
     *_, inner = wrappers(model)
     return inner
 
@@ -72,7 +83,7 @@ def unmerged_adapters(model: nn.Module) -> dict[str, CoToLoRALinear]:
         raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
     if merged := [name for name, layer in layers.items() if layer.merged]:
         raise ValueError(
-            f"model must have no merged adapters, which no switch reaches (unmerge them); merged: {merged}"
+            f"model must have no merged adapters, which no switch reaches (unmerge them); merged: {listed(merged)}"
         )
     return layers
 
@@ -185,7 +196,7 @@ def group_names(
     names = list(names)
     if isinstance(unit, str):
         if unit not in ("layer", "module"):
-            raise ValueError(f"unit must be 'layer', 'module' or a callable; got {unit!r}")
+            raise ValueError(f"unit must be 'layer', 'module' or a callable; got {shown(unit)}")
         key: Callable[[str], Hashable] = _layer_key(names, modules) if unit == "layer" else str
     elif callable(unit):
         key = unit
@@ -252,5 +263,5 @@ def as_mask(mask: object, argument: str = "mask") -> torch.Tensor:
     if values.dtype == torch.bool:
         return values
     if not ((values == 0) | (values == 1)).all():
-        raise ValueError(f"{argument} must hold only 0, 1, True or False; got {mask!r}")
+        raise ValueError(f"{argument} must hold only 0, 1, True or False; got {shown(mask)}")
     return values != 0

@@ -21,15 +21,16 @@ from cotolora.matching import (
     Targets,
     checked_names,
     compile_patterns,
+    dotted_ends,
     first_match,
-    matches,
-    some_of,
+    taking,
     warn_of_idle_keys,
     with_parents,
 )
 from cotolora.spec import AdapterSpec
 from cotolora.training.unreached import watch
 from cotolora.variants import VARIANTS
+from cotolora.wording import listed, some_of
 
 logger = logging.getLogger("cotolora")
 
@@ -255,6 +256,8 @@ def match_linears(
     exclude = checked_names("exclude", exclude or ())
     trainable = checked_names("trainable", trainable)
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
+    takes, excludes = taking("targets", targets), taking("exclude", exclude)
+    trains = taking("trainable", trainable)
     modules = dict(model.named_modules(remove_duplicate=False))
     inside: set[nn.Module] = set()  # of a base that stays whole
     head = _output_embedding(model) if everything else None
@@ -265,9 +268,9 @@ def match_linears(
     found, no_maps = {}, {}
     for module, raw_names in raw_names_of.items():
         names = [plain_name(raw_name) for raw_name in raw_names]
-        if not everything and not any(matches(name, targets) for name in names):
+        if not everything and not any(map(takes, names)):
             continue
-        if names == [""] or (exclude and any(matches(name, exclude) for name in names)):
+        if names == [""] or (exclude and any(map(excludes, names))):
             continue
         if module in inside:
             continue
@@ -278,7 +281,7 @@ def match_linears(
                     f"leave it out with exclude=[{names[0]!r}]"
                 )
             continue
-        if any(matches(parent, trainable) for name in names for parent in with_parents(name)):
+        if any(trains(parent) for name in names for parent in with_parents(name)):
             if everything:
                 continue
             raise ValueError(f"targets and trainable must not overlap; both take {names[0]}")
@@ -385,15 +388,16 @@ def _refuse_missing(model: nn.Module, targets: Targets, found: dict[str, list[st
     if isinstance(targets, str):
         missing = [] if found else [targets]
     else:
-        taken = [plain_name(raw_name) for raw_names in found.values() for raw_name in raw_names]
-        missing = [target for target in targets if not any(matches(name, [target]) for name in taken)]
+        taken = {end for names in found.values() for name in names for end in dotted_ends(plain_name(name))}
+        missing = [target for target in targets if target not in taken]
         if not targets:
             raise ValueError("targets must name at least one module; got none")
     if missing:
         linears = (name for name, module in model.named_modules() if not why_not_adaptable(module))
         ends = sorted({plain_name(name).rpartition(".")[2] for name in linears if name})
         raise ValueError(
-            f"targets {missing} match no linear module in {type(model).__name__}; its linear modules end in {ends}"
+            f"targets {listed(missing)} match no linear module in {type(model).__name__}; its linear modules end in "
+            f"{listed(ends)}"
         )
 
 
@@ -404,16 +408,25 @@ def _trainable_parameters(model: nn.Module, trainable: Targets) -> set[nn.Parame
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.is_floating_point() or parameter.is_complex()  # others cannot have a gradient
     ]
-    found = set()
-    for target in [trainable] if isinstance(trainable, str) else trainable:
-        rule = target if isinstance(trainable, str) else [target]
-        taken = {p for name, p in parameters if any(matches(part, rule) for part in with_parents(name))}
-        if not taken:
-            children = [name for name, _ in model.named_children()]
-            raise ValueError(
-                f"trainable [{target!r}] matches no parameter in {type(model).__name__}; its top modules are {children}"
-            )
-        found |= taken
+    if not trainable:
+        return set()
+    by_end: dict[str, set[nn.Parameter]] = {}  # of their names, and of those of modules around them
+    for name, parameter in parameters:
+        for part in with_parents(name):
+            for end in [part] if isinstance(trainable, str) else dotted_ends(part):
+                by_end.setdefault(end, set()).add(parameter)
+    takes = taking("trainable", trainable)
+    found = set().union(*(taken for end, taken in by_end.items() if takes(end)))
+    if isinstance(trainable, str):
+        missing = [] if found else [trainable]
+    else:
+        missing = [target for target in trainable if target not in by_end]
+    if missing:
+        children = [name for name, _ in model.named_children()]
+        raise ValueError(
+            f"trainable {listed(missing)} matches no parameter in {type(model).__name__}; its top modules are "
+            f"{listed(children)}"
+        )
     return found
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
 from functools import cached_property
 from inspect import signature
 from typing import Any
@@ -123,6 +124,7 @@ class CoToLoRALinear(nn.Module):
             raise TypeError(f"dtype must be a floating dtype; got {dtype}")
         base = nn.Linear(self.in_features, self.out_features, bias, device=device, dtype=dtype)
         self._share(base.weight, base.bias)  # type: ignore[arg-type]
+        _freeze((self.weight, self.bias))
 
     def _settle(self, spec: AdapterSpec) -> None:
         spec.check_sizes(self.in_features, self.out_features)
@@ -184,18 +186,15 @@ class CoToLoRALinear(nn.Module):
             layer.fan_in_fan_out = is_conv1d(linear)
             layer._share(dense.weight, dense.bias)
         layer.training = linear.training
+        _freeze(linear.parameters() if dense is None else (dense.weight, dense.bias))
         return layer
 
     def _share(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
-        weight.requires_grad_(False)
-        self.weight = weight
-        if bias is not None:
-            bias.requires_grad_(False)
-        self.bias = bias
+        self.weight, self.bias = weight, bias  # type: ignore[assignment]
         self._make_factors(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
     def _call(self, base: nn.Module) -> None:
-        self.base = base.requires_grad_(False)
+        self.base = base
         keep_keys(self)
         self._make_factors(*place_of(base))
 
@@ -606,3 +605,14 @@ _Around.__name__ = CoToLoRALinear.__name__  # to whoever asks it is the same lay
 
 def _shown(switch: Gate) -> str:
     return f"tensor{list(switch.shape)}" if isinstance(switch, Tensor) else str(switch)
+
+
+def _freeze(parameters: Iterable[nn.Parameter | None]) -> None:
+    """All or none."""
+    with ExitStack() as undo:
+        for parameter in parameters:
+            if parameter is None:
+                continue
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        undo.pop_all()

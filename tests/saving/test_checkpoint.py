@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 
 from cotolora import CoToLoRALinear, adapters, eject, inject, load_adapter, save_adapter
 from cotolora.saving import adapter as checkpoint
@@ -265,7 +266,15 @@ WRAPS = {
     "DataParallel": nn.DataParallel,
     "compile": lambda model: torch.compile(model, backend="eager"),
     "checkpoint": checkpoint_wrapper,
+    "average": AveragedModel,
+    "average-of-compiled": lambda model: AveragedModel(torch.compile(model, backend="eager")),
+    "fabric": lambda model: in_fabric(model),
 }
+
+
+def in_fabric(model):
+    lightning = pytest.importorskip("lightning", reason="wraps a model as Lightning Fabric does")
+    return lightning.Fabric(accelerator="cpu").setup(model)
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
