@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import numbers
 import os
-import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,38 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cotolora.wording import shown
+
 T = TypeVar("T")
 
 # what a linear is computed in
 FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
 _MOST = 2**63  # what an int64 cannot hold
-
-
-class _Short(reprlib.Repr):
-    """As repr, cut where it is long; of tensors, arrays and modules what they are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxother = 200
-        self.maxlist = self.maxtuple = self.maxset = self.maxdict = 10
-
-    def repr_instance(self, x: Any, level: int) -> str:
-        """Of what is no container and no string."""
-        if isinstance(x, (Tensor, np.ndarray)):
-            return f"<{type(x).__name__} of {x.dtype}, shape {tuple(x.shape)}>"
-        return f"<{type(x).__name__}>" if isinstance(x, nn.Module) else super().repr_instance(x, level)
-
-
-_SHORT = _Short()
-
-
-def shown(value: object) -> str:
-    """`value` for an error, in a few words."""
-    try:
-        return _SHORT.repr(value)
-    except Exception:  # of an integer of thousands of digits, for one
-        return f"<{type(value).__name__}>"
 
 
 def integer(argument: str, value: object, least: int = 1, below: int | None = None, *, must: str | None = None) -> int:
@@ -185,7 +160,7 @@ def floating_dtype(argument: str, value: object) -> torch.dtype:
     return value
 
 
-def listed(argument: str, value: object, must: str, *, empty: bool = True) -> list[Any]:
+def entries(argument: str, value: object, must: str, *, empty: bool = True) -> list[Any]:
     """The entries of a list, which may be `empty` or not.
 
     Raises:
@@ -196,14 +171,14 @@ def listed(argument: str, value: object, must: str, *, empty: bool = True) -> li
     if isinstance(value, no_list) or not isinstance(value, Iterable):
         raise TypeError(f"{argument} must be {must}; got {shown(value)}")
     try:
-        entries = value.tolist() if isinstance(value, (Tensor, np.ndarray)) else list(value)
+        found = value.tolist() if isinstance(value, (Tensor, np.ndarray)) else list(value)
     except Exception:  # of a tensor on meta, and of what a stranger's class does
-        entries = None
-    if not isinstance(entries, list):  # of a tensor without dimensions
+        found = None
+    if not isinstance(found, list):  # of a tensor without dimensions
         raise TypeError(f"{argument} must be {must}; got {shown(value)}")
-    if not entries and not empty:
+    if not found and not empty:
         raise ValueError(f"{argument} must hold at least one; got none, {shown(value)}")
-    return entries
+    return found
 
 
 def strings(argument: str, value: object, must: str) -> list[str]:

@@ -33,7 +33,7 @@ def surely_right(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor,
             and device == weight.device == lora_a.device == lora_b.device
             and (bias is None or (bias.dtype is dtype and bias.shape == (out_features,) and bias.device == device))
         )
-    except (AttributeError, IndexError, TypeError, ValueError):  # of what is no tensor or has too few dimensions
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # of what is no tensor of such dimensions
         return False
 
 
@@ -47,6 +47,11 @@ def check_tensors(*tensors: tuple[str, Tensor | None]) -> None:
             raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
         if not t.is_floating_point():
             raise TypeError(f"{name} must be of a floating dtype; got {t.dtype}")
+        if t.is_nested and t.layout != torch.jagged:
+            raise RuntimeError(
+                f"{name} must be dense, or nested with layout=torch.jagged, which every backend takes; got a nested "
+                "tensor of the strided layout, which has no shape"
+            )
         device = device or t.device
         if t.device != device:
             raise ValueError(f"{name} must be on the device of {tensors[0][0]}, {device}; got {t.device}")
@@ -130,6 +135,12 @@ def check_gate(gate: Gate, x: Tensor) -> None:
             f"a row gate [batch] needs x [batch, ..., in_features] with the same batch; "
             f"got gate of shape {tuple(gate.shape)}, x of shape {tuple(x.shape)}"
         )
+
+
+def refuse_nested(x: Tensor) -> None:
+    """Raises TypeError where a backend would get a nested tensor, of which it computes the values alone."""
+    if x.is_nested:
+        raise TypeError("x must be dense here; got a nested tensor")
 
 
 def check_numbers(scale: float, dropout: float) -> float:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from cotolora.checks import function, instance, integer, number, one_of, shown, strings
+from cotolora.checks import function, instance, integer, number, one_of, strings
 from cotolora.groups import Unit, adapters, group_names, is_enabled, modules_of, unmerged_adapters
 from cotolora.linear import CoToLoRALinear
-from cotolora.matching import compiled, matches
+from cotolora.matching import checked_names, matches
 from cotolora.reference import Gate
 from cotolora.shapley import Shapley
+from cotolora.wording import listed, shown
 
 THIRDS = ("low", "middle", "high")
 LABELS = ("every-other", *THIRDS)
@@ -52,7 +53,7 @@ class Pruning(ABC):
         if gone := [name for name, layer in self._layers.items() if id(layer) not in present]:
             raise RuntimeError(f"undo needs the adapters that were pruned; the model no longer has {gone}")
         if merged := [name for name, layer in self._layers.items() if layer.merged]:
-            raise RuntimeError(f"undo needs unmerged adapters (call their unmerge first); merged: {merged}")
+            raise RuntimeError(f"undo needs unmerged adapters (call their unmerge first); merged: {listed(merged)}")
         self._restore()
         self._undone = True
 
@@ -279,7 +280,7 @@ def _kept(names: list[str], keep: Keep, groups: list[list[str]]) -> set[str]:
         keeps = function("keep", keep, _MUST_KEEP)
         return {name for name in names if keeps(name)}
     if isinstance(keep, str):
-        compiled("keep", keep)
+        checked_names("keep", keep)
     # the adapters that each name, or the one expression, matches
     taken = {
         rule: {name for name in names if matches(name, keep if isinstance(keep, str) else [rule])}
@@ -287,7 +288,9 @@ def _kept(names: list[str], keep: Keep, groups: list[list[str]]) -> set[str]:
     }
     if missing := [rule for rule, found in taken.items() if not found]:
         ends = sorted({name.rpartition(".")[2] for name in names})
-        raise ValueError(f"keep {shown(missing)} matches no adapter; adapters end in {ends}, labels are {LABELS}")
+        raise ValueError(
+            f"keep {listed(missing)} matches no adapter; adapters end in {listed(ends)}, labels are {LABELS}"
+        )
     return set().union(*taken.values())
 
 

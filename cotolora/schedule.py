@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cotolora.checks import flag, instance, integer, listed, number, one_of, probability, shown
+from cotolora.checks import entries, flag, instance, integer, number, one_of, probability, shown
 
 SHAPES = ("linear", "exponential", "sine", "constant")
 
@@ -112,10 +112,10 @@ def _probabilities(p: object, n: int) -> np.ndarray:
     """`p` as float64 ``[n]``."""
     must = f"a float or {n} of them, one for each group"
     try:
-        found = np.asarray(p)
-        # which numpy would make numbers of, some with a warning
-        numeric = found.dtype.kind not in "SUVbc"
-        found = np.array(np.nan) if found.dtype == object else found.astype(np.float64) if numeric else found
+        found = np.asarray(math.nan if p is None else p)
+        # of the others numpy would make numbers of some, with a warning at most
+        numeric = found.dtype.kind in "fiu"
+        found = found.astype(np.float64) if numeric else found
     except (TypeError, ValueError, RuntimeError, OverflowError):
         numeric = False
     if not numeric:
@@ -202,10 +202,10 @@ class Schedule:
         """
         n = integer("n", n, 0, 2**32)
         if available is not None:
-            entries = listed("available", available, must := f"{n} bools, one for each group")
-            if len(entries) != n or not all(isinstance(entry, bool) for entry in entries):
+            found = entries("available", available, must := f"{n} bools, one for each group")
+            if len(found) != n or not all(isinstance(entry, bool) for entry in found):
                 raise ValueError(f"available must be {must}; got {shown(available)}")
-            available = entries
+            available = found
         p = self.probability(step, total_steps)
         indices = [index for index in range(n) if available is None or available[index]]
         # on the CPU by name: the user may have set another default device

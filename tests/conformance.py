@@ -615,6 +615,7 @@ def the_reference_differentiates_twice(subject, gate):
     needs=lambda s: {
         "all": None,
         "factors": ("lora_a", "lora_b"),
+        "last": ("x", s.adapter[-1]),
         **({} if s.adds else {"mixed": ("x", "weight", "lora_b")}),
     },
     loss={"sum": torch.sum, "square": lambda out: out.square().sum()},

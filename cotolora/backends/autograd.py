@@ -45,7 +45,8 @@ class LowRankLinear(torch.autograd.Function):
         y, saved, plan = compute(plan, operands, None if gate_is_open else gate, needs)
         ctx.state = plan, type(saved), needs, for_base, gate_is_open
         # what is extra goes along by reference, for its second derivative to be noticed
-        ctx.save_for_backward(gate, *extra, *saved)
+        hides_x = for_x and not for_a and (for_b or any(for_extra))
+        ctx.save_for_backward(gate, _trace_of(x) if hides_x else None, *extra, *saved)
         # autograd forbids writing in place to a view made in here, as that of a y of three dimensions
         return y if torch.compiler.is_compiling() or not y._is_view() else y.detach()
 
@@ -101,7 +102,7 @@ def compute(plan: Plan, operands: Operands, gate: Tensor | None, needs: Needs) -
 def _gradients(ctx: Any, dy: Tensor) -> Gradients:
     """Those asked for; grad mode and autocast are off."""
     plan, saved_type, needs, _, gate_is_open = ctx.state
-    gate, *saved = ctx.saved_tensors
+    gate, _, *saved = ctx.saved_tensors
     saved = saved_type._make(saved[len(needs.extra) :])
     options = plan.options if gate is None or gate_is_open else plan.options._replace(gate=gate)
     try:
@@ -112,6 +113,14 @@ def _gradients(ctx: Any, dy: Tensor) -> Gradients:
         note_failure(plan, error)
         saved = plan.backend.saved_elsewhere(saved, dy, options)
         return plan.instead.backend.backward(dy, saved, options, needs)
+
+
+def _trace_of(x: Tensor) -> Tensor | None:
+    """An empty slice of x, which ties a backward to x in the graph where x itself is not kept: without dA."""
+    if torch.compiler.is_compiling():
+        return None
+    with torch.enable_grad():
+        return x[:0].clone()
 
 
 def readable(gate: Tensor) -> bool:

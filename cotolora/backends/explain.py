@@ -14,7 +14,7 @@ from cotolora.backends.choice import BACKENDS, auto, named, requested, why_not
 from cotolora.backends.cost import frozen
 from cotolora.backends.types import Call, Launch, Launches
 from cotolora.checks import device as checked_device
-from cotolora.checks import floating_dtype, listed, one_of, probability, shown, size
+from cotolora.checks import entries, floating_dtype, one_of, probability, shown, size
 from cotolora.variants import VARIANTS
 
 
@@ -146,7 +146,7 @@ def _call_of_layer(layer: Any, rows: int | None, dtype: torch.dtype) -> Call:
 
 def _call_of_shapes(shapes: Any, dtype: torch.dtype, device: torch.device, dropout: float, variant: str) -> Call:
     must = "a CoToLoRALinear or (rows, in_features, out_features, rank)"
-    sizes = listed("layer_or_shapes", shapes, must)
+    sizes = entries("layer_or_shapes", shapes, must)
     if len(sizes) != 4 or not all(isinstance(size, Integral) and not isinstance(size, bool) for size in sizes):
         raise TypeError(f"layer_or_shapes must be {must}; got {shown(shapes)}")
     rows, in_features, out_features, rank = map(int, sizes)

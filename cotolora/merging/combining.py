@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cotolora.checks import finite, listed, shown
+from cotolora.checks import entries, finite
 from cotolora.merging.states import AdapterState, Factors
+from cotolora.wording import listed, shown
 
 StateLike = AdapterState | str | os.PathLike[str] | nn.Module
 Weights = Sequence[float] | None
@@ -62,7 +63,7 @@ def checked_states(
     """
     if isinstance(states, (AdapterState, str, os.PathLike, nn.Module, Mapping)):
         raise TypeError(f"states must be a sequence of states; got one {type(states).__name__}, {shown(states)}")
-    given = listed("states", states, "a sequence of states", empty=False)
+    given = entries("states", states, "a sequence of states", empty=False)
     found = [named_state(f"states[{i}]", state) for i, state in enumerate(given)]
     checked = checked_weights(weights, len(found), "states", equal)
     first, *others = found
@@ -85,8 +86,8 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def _check_same(what: str, i: int, first: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> None:
     if first.keys() != other.keys():
         raise ValueError(
-            f"states must hold the same {what}; only states[0] has {sorted(first.keys() - other.keys())}, "
-            f"only states[{i}] has {sorted(other.keys() - first.keys())}"
+            f"states must hold the same {what}; only states[0] has {listed(sorted(first.keys() - other.keys()))}, "
+            f"only states[{i}] has {listed(sorted(other.keys() - first.keys()))}"
         )
     for name, shape in first.items():
         if shape != other[name]:
@@ -105,7 +106,7 @@ def checked_weights(weights: Weights, count: int, what: str, equal: float | None
         return [1 / count if equal is None else equal] * count
     must = f"{count} finite numbers, one for each of {what}"
     try:
-        checked = [finite("weights", weight) for weight in listed("weights", weights, must)]
+        checked = [finite("weights", weight) for weight in entries("weights", weights, must)]
     except (TypeError, ValueError):
         checked = []
     if len(checked) != count:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cotolora.checks import listed, shown
+from cotolora.checks import entries, shown
 from cotolora.merging.combining import Weights, checked_weights, weighted_sum
 
 
@@ -31,7 +31,7 @@ def ensemble(models: Sequence[nn.Module], weights: Weights = None) -> Ensemble:
     tensor([-1.,  2.])
     """
     must = "nn.Modules"
-    given = listed("models", list(models) if isinstance(models, nn.ModuleList) else models, must, empty=False)
+    given = entries("models", list(models) if isinstance(models, nn.ModuleList) else models, must, empty=False)
     for model in given:
         if not isinstance(model, nn.Module):
             raise TypeError(f"models must be {must}; got {type(model).__name__} {shown(model)}")

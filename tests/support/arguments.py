@@ -286,6 +286,8 @@ def at(tensor: Tensor | None) -> Any:
 
 # the verdict on a call
 
+CUT = 18  # characters of a long value that an error has to show
+
 
 def outcome(call: Callable[..., Any], arguments: dict[str, Any]) -> Exception | None:
     """The error that a call raises, also one that a context manager raises on entering."""
@@ -314,7 +316,8 @@ def faults(error: Exception, argument: str, value: Any) -> list[str]:
 
 
 def occurs(word: str, text: str) -> bool:
-    before, after = (r"(?<!\w)" if word[:1].isalnum() else ""), (r"(?!\w)" if word[-1:].isalnum() else "")
+    before = r"(?<!\w)" if word[:1].isalnum() else ""
+    after = r"(?!\w)" if word[-1:].isalnum() and len(word) != CUT else ""
     return re.search(before + re.escape(word) + after, text) is not None
 
 
@@ -331,7 +334,7 @@ def looks(value: Any) -> Iterator[str]:
         yield f"({len(value)},)"
         yield from (look for item in value for look in looks(item))
     if isinstance(value, dict):
-        yield from (look for item in value.values() for look in looks(item))
+        yield from (look for item in (*value, *value.values()) for look in looks(item))
     if not isinstance(value, Unprintable):
         text = repr(value)
-        yield text if len(text) < 100 else text[:18]
+        yield text if len(text) < 100 else text[:CUT]
