@@ -75,7 +75,7 @@ bench() { part "$1" "$2" "${prefix[@]}" "$python" -m benchmarks "$1" --minutes {
 
 if [ -n "$dry" ]; then
     prefix=(env TRITON_INTERPRET=1)
-    part tests 30 "$python" -m pytest -q -rf -p no:cacheprovider tests/kernels/test_gpu.py
+    part tests 30 "$python" -m pytest -q -rf -m "" -p no:cacheprovider tests/kernels/test_gpu.py
     part tune 30 "${prefix[@]}" "$python" -m benchmarks tune --dry-run --out "$out/tune.json"
     tiny=(--rounds 1 --peers peft unsloth torchtune lorafusion)
     bench linear 30 --shapes 16,32,48 "${tiny[@]}" "${plot[@]}"

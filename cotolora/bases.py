@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -15,6 +19,8 @@ from cotolora.variants.base import FROM_WEIGHT, INITS
 
 # inits that do not read the weight of a base
 FOREIGN_INITS = tuple(init for init in INITS if init not in FROM_WEIGHT)
+
+_COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -34,6 +40,18 @@ def is_dense(module: nn.Module) -> bool:
         and weight.is_floating_point()
         and weight.layout == torch.strided
     )
+
+
+def is_pefts(module: nn.Module) -> bool:
+    """Whether `module` is of PEFT's making: one of its layers, of its wrappers or of its models."""
+    kinds = (
+        ("peft.tuners.tuners_utils", "BaseTunerLayer"),
+        ("peft.utils.other", "AuxiliaryTrainingWrapper"),
+        ("peft.peft_model", "PeftModel"),
+        ("peft.mixed_model", "PeftMixedModel"),
+    )
+    loaded = ((sys.modules.get(place), kind) for place, kind in kinds)
+    return any(isinstance(module, getattr(place, kind)) for place, kind in loaded if hasattr(place, kind))
 
 
 def features(module: nn.Module) -> tuple[Any, Any]:
@@ -68,7 +86,67 @@ def why_not_adaptable(module: nn.Module) -> str:
         return f"got {kind}, which has no forward"
     if any(hasattr(t, "device_mesh") for t in chain(module.parameters(), module.buffers())):
         return f"got a {kind} that is sharded already: an adapter made now would be on no other rank's account"
-    return ""
+    return why_no_linear_map(module)
+
+
+def why_no_linear_map(module: nn.Module) -> str:
+    """Why the forward of `module` does not map in_features to out_features; empty if it does or cannot be tried.
+
+    It is tried on the meta device, where nothing is computed and every rank finds the same. Some subclasses of
+    nn.Linear are routers, which return a tuple, or hold the weights of several groups.
+    """
+    forward = type(module).forward
+    if forward in (nn.Linear.forward, nn.Identity.forward) or is_conv1d(module) or _wants_more_than_x(forward):
+        return ""
+    tensors = [*module.parameters(), *module.buffers()]
+    # a packed weight needs a kernel of its own; its module was made to stand for a linear
+    if not all(
+        type(t) in (nn.Parameter, Tensor) and t.dtype in _COMPUTED_IN and t.layout == torch.strided for t in tensors
+    ):
+        return ""
+    ins, outs = features(module)
+    dtype = tensors[0].dtype if tensors else torch.float32
+    kind, reasons = type(module).__name__, []
+    for leading in ((1,), (1, 1), (1, 1, 1)):
+        shape, x = (*leading, ins), torch.empty(*leading, ins, dtype=dtype, device="meta")
+        try:
+            with torch.no_grad():
+                y = forward(_on_meta(module), x)
+        except Exception as error:
+            if "meta" in str(error).lower():  # what it does cannot be done there
+                return ""
+            reasons.append(f"raises on an input of shape {shape}: {type(error).__name__}: {str(error)[:200]}")
+            continue
+        if isinstance(y, Tensor) and y.is_floating_point() and y.shape == (*leading, outs):
+            return ""
+        got = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        reasons.append(f"returns {got}, not a tensor of shape {(*leading, outs)}, for an input of shape {shape}")
+    return f"got a {kind}, whose forward {reasons[0]}"
+
+
+def _wants_more_than_x(forward: Callable[..., Any]) -> bool:
+    others = list(inspect.signature(forward).parameters.values())[2:]
+    return any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in others)
+
+
+def _on_meta(module: nn.Module) -> nn.Module:
+    """`module` without memory and hooks; what its forward may write to is its own."""
+    twin = copy.copy(module)
+    twin.__dict__.pop("forward", None)
+    for name, value in vars(module).items():
+        if isinstance(value, (dict, list, set)):
+            twin.__dict__[name] = OrderedDict() if name.endswith("_hooks") else copy.copy(value)
+    twin._parameters = {name: _without_memory(t) for name, t in module._parameters.items()}
+    twin._buffers = {name: _without_memory(t) for name, t in module._buffers.items()}
+    twin._modules = {name: None if child is None else _on_meta(child) for name, child in module._modules.items()}
+    return twin
+
+
+def _without_memory(t: Tensor | None) -> Any:
+    if t is None:
+        return None
+    empty = torch.empty_like(t, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(t, nn.Parameter) else empty
 
 
 def check_foreign(module: nn.Module, variant: str, init: str) -> None:
@@ -89,10 +167,54 @@ def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu") if first is None else first.device, torch.float64 if double else torch.float32
 
 
+class ReadThrough(nn.Module):
+    """What a layer around a `base` shows of it: all that code around the layer would read of the base itself."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # what others keep in a module under a name of their own (accelerate's _hf_hook) is the base's alone
+            if name.startswith("_") or (base := self.__dict__["_modules"].get("base")) is None:
+                raise
+            return getattr(base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            setattr(self.base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """The base first: code asks the first parameter of a model for the dtype and device of all."""
+        found = super().named_modules(memo, prefix, remove_duplicate)
+        own = next(found, None)
+        yield from found
+        if own is not None:
+            yield own
+
+
+def materialise(layer: nn.Module, names: Iterable[str], device: torch.device) -> None:
+    """Gives the tensors of such names that are on the meta device memory on `device`, not initialised."""
+    for name in names:
+        if (t := getattr(layer, name)) is not None and t.is_meta:
+            empty = torch.empty_like(t, device=device)
+            setattr(layer, name, nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty)
+
+
 def keep_keys(layer: nn.Module) -> None:
     """Gives the tensors of ``layer.base`` the keys that they have in a state dict without the layer around it."""
     layer.register_state_dict_post_hook(_without_base)
     layer.register_load_state_dict_pre_hook(_with_base)
+    # the base is loaded after the layer
+    layer.register_load_state_dict_post_hook(_start_beside_base)
+
+
+def _start_beside_base(layer: Any, incompatible_keys: Any) -> None:
+    if layer.lora_a.is_meta and place_of(layer.base)[0].type != "meta":
+        layer.reset_parameters()
 
 
 def _without_base(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cotolora.reference import Gate
+from cotolora.wording import shown
 
 if TYPE_CHECKING:
     from cotolora.variants.base import Variant
@@ -28,7 +29,7 @@ def integer(argument: str, value: object, least: int = 1, below: int | None = No
     bounds = "a positive integer" if least == 1 else f"an integer of at least {least}"
     if below is not None:
         bounds = f"an integer in [{least}, {below})"
-    raise ValueError(f"{argument} must be {must or bounds}; got {value!r}")
+    raise ValueError(f"{argument} must be {must or bounds}; got {shown(value)}")
 
 
 def number(argument: str, value: object, must: str, fits: Callable[[float], bool] = math.isfinite) -> float:
@@ -43,7 +44,7 @@ def number(argument: str, value: object, must: str, fits: Callable[[float], bool
                 return as_float
         except OverflowError:  # of an integer that no float can hold
             pass
-    raise ValueError(f"{argument} must be {must}; got {value!r}")
+    raise ValueError(f"{argument} must be {must}; got {shown(value)}")
 
 
 def finite(argument: str, value: object) -> float:
@@ -59,14 +60,14 @@ def probability(argument: str, value: object) -> float:
 def flag(argument: str, value: object) -> bool:
     """`value`; raises ValueError unless it is True or False."""
     if not isinstance(value, bool):
-        raise ValueError(f"{argument} must be True or False; got {value!r}")
+        raise ValueError(f"{argument} must be True or False; got {shown(value)}")
     return value
 
 
 def one_of(argument: str, value: object, allowed: Collection[str]) -> str:
     """`value`; raises ValueError unless it is one of `allowed`."""
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{argument} must be one of {tuple(allowed)}; got {value!r}")
+        raise ValueError(f"{argument} must be one of {tuple(allowed)}; got {shown(value)}")
     return value
 
 
@@ -88,7 +89,13 @@ def surely_right(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor,
             and device == weight.device == lora_a.device == lora_b.device
             and (bias is None or (bias.dtype is dtype and bias.shape == (out_features,) and bias.device == device))
         )
-    except (AttributeError, IndexError, TypeError, ValueError):  # of what is no tensor or has too few dimensions
+    except (
+        AttributeError,
+        IndexError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # of what is no tensor or has no such shape
         return False
 
 
@@ -102,6 +109,11 @@ def check_tensors(*tensors: tuple[str, Tensor | None]) -> None:
             raise TypeError(f"{name} must be a tensor; got {type(t).__name__}")
         if not t.is_floating_point():
             raise TypeError(f"{name} must be of a floating dtype; got {t.dtype}")
+        if t.is_nested and t.layout != torch.jagged:
+            raise RuntimeError(
+                f"{name} must be dense, or nested with layout=torch.jagged, which every backend takes; got a nested "
+                "tensor of the strided layout, which has no shape"
+            )
         device = device or t.device
         if t.device != device:
             raise ValueError(f"{name} must be on the device of x, {device}; got {t.device}")
@@ -170,11 +182,17 @@ def check_gate(gate: Gate, x: Tensor) -> None:
         )
 
 
+def refuse_nested(x: Tensor) -> None:
+    """Raises TypeError where a backend would get a nested tensor, of which it computes the values alone."""
+    if x.is_nested:
+        raise TypeError("x must be dense here; got a nested tensor")
+
+
 def check_numbers(scale: float, dropout: float) -> None:
     """Raises unless `scale` is finite and `dropout` a probability."""
     for name, value in (("scale", scale), ("dropout", dropout)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} must be a number; got {type(value).__name__} {value!r}")
+            raise TypeError(f"{name} must be a number; got {type(value).__name__} {shown(value)}")
     # not math.isfinite, which torch.compile cannot trace once it takes a changing scale for a symbol
     if not abs(scale) < math.inf:
         raise ValueError(f"scale must be finite; got {scale!r}")

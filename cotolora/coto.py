@@ -18,11 +18,12 @@ from cotolora.groups import Unit, group_names, unwrap
 from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
 from cotolora.training.agreement import check_agreement
 from cotolora.training.entry import EntryHooks, entries_below
-from cotolora.training.notices import warn_of_few_groups, warn_of_many_graphs, warn_of_unreached, without_gradient
+from cotolora.training.notices import warn_of_few_groups, warn_of_many_graphs
 from cotolora.training.optimizer_state import support_missing_states
 from cotolora.training.reducer import OutputJoin
 from cotolora.training.stepping import CombinedHandle, register_before_step, unwrap_optimizer
 from cotolora.training.switches import LayerSwitch, PeftSwitch, Switch, modules_by_users_name, parameters_of, switches
+from cotolora.training.unreached import unwatch, warn_of_unreached, without_gradient
 
 # which CoTo sets the gate of a layer. Weak and outside the layers, so that copies of a layer hold no CoTo
 _COTO_OF: weakref.WeakKeyDictionary[nn.Module, weakref.ref[CoTo]] = weakref.WeakKeyDictionary()
@@ -198,6 +199,7 @@ class CoTo:
                 "optimizer must step each parameter by its own gradient; got LBFGS, whose direction is one of all "
                 "parameters and moves adapters that are off"
             )
+        unwatch(switch.layer for switch in self._layers.values())  # seen below, by the mask
         before = register_before_step(optimizer, functools.partial(self._before_optimizer_step, optimizer))
         self._attached += 1
         return CombinedHandle(before, *support_missing_states(optimizer), then=self._detached)

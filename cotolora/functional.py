@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from cotolora.checks import (
     check_numbers,
     check_tensors,
     one_of,
+    refuse_nested,
     surely_right,
 )
 from cotolora.reference import Gate
@@ -60,7 +62,8 @@ def coto_lora_linear(
     which `cotolora.reference` defines, with their sources.
 
     Args:
-        x: inputs, ``[..., in_features]``; any strides, any leading dimensions, also none or empty.
+        x: inputs, ``[..., in_features]``; any strides, any leading dimensions, also none or empty; or a jagged nested
+            tensor, of which the values are computed.
         weight: base weight W, ``[out_features, in_features]``, in the dtype of `x`.
         bias: base bias, ``[out_features]``, in the dtype of `x`, or None.
         lora_a: A, ``[rank, in_features]``, floating; float32 masters are usual. Cast to the dtype of `x` for
@@ -115,6 +118,13 @@ def coto_lora_linear(
         if backend is not None:
             choice.check_name(backend, "backend")
         return F.linear(x, weight, bias)
+    if x.is_nested:
+        options: dict[str, Any] = {"scale": scale, "dropout": dropout, "variant": variant, "extra": extra}
+        return _of_jagged(
+            x, gate, lambda values, rows: coto_lora_linear(
+                values, weight, bias, lora_a, lora_b, gate=rows, backend=backend, **options
+            )
+        )  # fmt: skip
     plan_for = planned_anew if torch.compiler.is_compiling() else planned
     plan = plan_for(kind, x, lora_a.shape[0], weight.shape[1], weight.shape[0], scale, dropout, backend, None)
     return run(plan, x, weight, bias, lora_a, lora_b, extra, None if gate is True else gate)
@@ -172,9 +182,29 @@ def add_low_rank(
         if backend is not None:
             choice.check_name(backend, "backend")
         return y
+    if x.is_nested:
+        options: dict[str, Any] = {"scale": scale, "dropout": dropout, "variant": variant, "extra": extra}
+        return _of_jagged(
+            x, gate, lambda values, rows: add_low_rank(
+                y.values(), values, lora_a, lora_b, gate=rows, backend=backend, **options
+            )
+        )  # fmt: skip
     plan_for = planned_anew if torch.compiler.is_compiling() else planned
     plan = plan_for(kind, x, lora_a.shape[0], x.shape[-1], y.shape[-1], scale, dropout, backend, y.dtype)
     return run(plan, x, None, None, lora_a, lora_b, extra, None if gate is True else gate, y)
+
+
+def _of_jagged(x: Tensor, gate: Gate, compute: Callable[[Tensor, Gate], Tensor]) -> Tensor:
+    """`compute`, given the values of a jagged nested tensor and the gates of their rows, in the structure of `x`."""
+    values, offsets, ragged = x.values(), x.offsets(), x._ragged_idx  # type: ignore[attr-defined]
+    if isinstance(gate, Tensor) and gate.dim():
+        if ragged != 1:
+            raise ValueError(f"a row gate [batch] needs x jagged in dimension 1; got x jagged in dimension {ragged}")
+        gate = gate.repeat_interleave(offsets.diff(), output_size=values.shape[0])
+    # what is known of the lengths is handed on, which attention would else ask a device for
+    known = {f"{end}_seqlen": getattr(x, f"_maybe_{end}_seqlen", None) for end in ("min", "max")}
+    lengths = x.lengths()  # type: ignore[attr-defined]
+    return torch.nested.nested_tensor_from_jagged(compute(values, gate), offsets, lengths, ragged, **known)
 
 
 def check_operands(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
@@ -250,6 +280,7 @@ def planned_anew(
     base_dtype: torch.dtype | None,
 ) -> Plan:
     """The plan for such a call. In a trace the number of rows, which may be a symbol, has no part in it."""
+    refuse_nested(x)
     cast_to = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else None
     rows = None if torch.compiler.is_compiling() else math.prod(x.shape[:-1])
     dtype = x.dtype if cast_to is None or x.dtype == torch.float64 else cast_to
@@ -316,6 +347,7 @@ def _run_reference(
     gate: Tensor | None,
     base: Tensor | None,
 ) -> Tensor:
+    refuse_nested(x)
     variant, (scale, dropout, _) = plan.call.variant, plan.options
     options = {"scale": scale, "gate": True if gate is None else gate, "dropout": dropout}
     if base is None:

@@ -12,24 +12,36 @@ from torch import nn
 
 from cotolora.checks import number
 from cotolora.linear import CoToLoRALinear
+from cotolora.wording import listed, shown, some_of
 
 Unit = str | Callable[[str], Hashable]
 
-_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+# classes that hold a whole model, and the name that it has there; torch.compile's is found by that name
+_HOLDERS = {
+    "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+    "torch.nn.parallel.data_parallel.DataParallel": "module",
+    "torch.optim.swa_utils.AveragedModel": "module",
+    "timm.utils.model_ema.ModelEmaV2": "module",
+    "timm.utils.model_ema.ModelEmaV3": "module",
+    "deepspeed.runtime.engine.DeepSpeedEngine": "module",
+    "lightning.fabric.wrappers._FabricModule": "_forward_module",
+    "lightning_fabric.wrappers._FabricModule": "_forward_module",
+}
 # components that compile, checkpoint and FSDP1 wrappers put into the names of what they wrap
 _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
 
 
 def wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """`model` and what lies inside it, as long as that is DistributedDataParallel, DataParallel or torch.compile."""
+    """`model` and what lies inside it, as long as that is DistributedDataParallel, a moving average or the like."""
     yield model
-    inner = model.module if isinstance(model, _PARALLEL) else getattr(model, "_orig_mod", None)
+    kinds = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__)
+    inner = getattr(model, next((_HOLDERS[kind] for kind in kinds if kind in _HOLDERS), "_orig_mod"), None)
     if isinstance(inner, nn.Module):
         yield from wrappers(inner)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module inside DistributedDataParallel, DataParallel and torch.compile."""
+    """The user's own module inside DistributedDataParallel, torch.compile, a moving average and other wrappers."""
     *_, inner = wrappers(model)
     return inner
 
@@ -71,7 +83,7 @@ def unmerged_adapters(model: nn.Module) -> dict[str, CoToLoRALinear]:
         raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
     if merged := [name for name, layer in layers.items() if layer.merged]:
         raise ValueError(
-            f"model must have no merged adapters, which no switch reaches (unmerge them); merged: {merged}"
+            f"model must have no merged adapters, which no switch reaches (unmerge them); merged: {listed(merged)}"
         )
     return layers
 
@@ -137,6 +149,27 @@ def modules_of(model: nn.Module) -> dict[str, nn.Module]:
     return {plain_name(name): module for name, module in unwrap(model).named_modules()}
 
 
+def held_at(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Where the model has each module: a name for every attribute, of whatever module, that holds it."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, holder in model.named_modules():
+        for key, child in holder._modules.items():
+            if child is not None:
+                found.setdefault(child, []).append(plain_name(f"{name}.{key}" if name else key))
+    return found
+
+
+def why_not_pefts(names: Collection[str]) -> str:
+    """Why PEFT has no adapter like ours on a module in these places; empty if it can have one."""
+    if len(names) < 2:
+        return ""
+    return (
+        f"must be in one place of the model; it is in {some_of(names)}, and an adapter of PEFT's files is in the first "
+        "of these alone, while one of this library is in all (give the other places copies of the module, which may "
+        "share its weight)"
+    )
+
+
 def group_names(
     names: Iterable[str], unit: Unit, modules: Mapping[str, nn.Module] | None = None
 ) -> dict[Hashable, list[str]]:
@@ -163,7 +196,7 @@ def group_names(
     names = list(names)
     if isinstance(unit, str):
         if unit not in ("layer", "module"):
-            raise ValueError(f"unit must be 'layer', 'module' or a callable; got {unit!r}")
+            raise ValueError(f"unit must be 'layer', 'module' or a callable; got {shown(unit)}")
         key: Callable[[str], Hashable] = _layer_key(names, modules) if unit == "layer" else str
     elif callable(unit):
         key = unit
@@ -230,5 +263,5 @@ def as_mask(mask: object, argument: str = "mask") -> torch.Tensor:
     if values.dtype == torch.bool:
         return values
     if not ((values == 0) | (values == 1)).all():
-        raise ValueError(f"{argument} must hold only 0, 1, True or False; got {mask!r}")
+        raise ValueError(f"{argument} must hold only 0, 1, True or False; got {shown(mask)}")
     return values != 0

@@ -13,20 +13,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from cotolora.bases import is_conv1d, is_dense, why_not_adaptable
+from cotolora.bases import is_conv1d, is_dense, is_pefts, why_no_linear_map, why_not_adaptable
+from cotolora.coverage import warn_of_frozen_share
 from cotolora.groups import adapters, plain_name, unwrap, wrappers
-from cotolora.linear import CoToLoRALinear
+from cotolora.linear import CoToLoRALinear, warn_of_uncalled
 from cotolora.matching import (
     Targets,
     checked_names,
     compile_patterns,
+    dotted_ends,
     first_match,
-    matches,
+    taking,
     warn_of_idle_keys,
     with_parents,
 )
 from cotolora.spec import AdapterSpec
+from cotolora.training.unreached import watch
 from cotolora.variants import VARIANTS
+from cotolora.wording import listed, some_of
 
 logger = logging.getLogger("cotolora")
 
@@ -74,14 +78,18 @@ def inject(
     Names are matched as PEFT matches them: a list holds whole names or their dotted ends (``"q_proj"`` takes
     ``layers.0.q_proj``, not ``not_q_proj``); a string is a regular expression for the whole name, or
     "all-linear": every ``nn.Linear``, subclasses included, and transformers ``Conv1D`` except what `trainable` takes
-    and, in a transformers model, the output embedding. By name, any other module is taken too that has
+    and, in a transformers model, the output embedding; subclasses whose forward is no map from in_features to
+    out_features (routers of experts) are left out, which is logged. By name, any other module is taken too that has
     integer `in_features` and `out_features`: see `CoToLoRALinear.from_linear`, which says what becomes of a base
     without a dense weight. What lies inside of such a module is its own and no target.
 
-    A module under several names becomes one adapter, named after the first. Hooks move to the new
-    layer, except that a module which stays as a base keeps those of its state dict. Weights are shared, not
-    copied; tied weights stay tied. Names are those of the unwrapped model, as
-    `adapters` gives them.
+    A module under several names becomes one adapter, named after the first. `save_adapter` refuses it, because PEFT
+    adapts the first place alone, unless these are names of one place, as where a block is held twice. Hooks move to the
+    new layer, except that a module which stays as a base keeps those of its state dict. Weights are shared, not copied;
+    tied weights stay tied. Names are those of the unwrapped model, as `adapters` gives them.
+
+    Where most weights outside the embeddings are of no linear module and stay frozen, as those of experts that a model
+    holds in parameters of three dimensions, a warning says which and how many.
 
     Args:
         model: the model; changed in place, and unchanged if anything raises.
@@ -99,14 +107,14 @@ def inject(
     Raises:
         TypeError: `model` is not a module.
         ValueError: a target or `trainable` matches nothing, or both take the same parameter; a match cannot
-            be adapted (the message says why and what to exclude); the model has adapters already, or is inside
-            DistributedDataParallel, which would not synchronise them; an option is out of its range.
+            be adapted (the message says why and what to exclude); the model has adapters already, or PEFT's, or is
+            inside DistributedDataParallel, which would not synchronise them; an option is out of its range.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> list(inject(model, ["0"], rank=2))
     ['0']
     """
-    model = _plain_model(model)
+    model = plain_model(model)
     trainable = checked_names("trainable", trainable)
     matched = match_linears(model, targets, exclude, trainable)
     trained = _trainable_parameters(model, trainable)
@@ -120,7 +128,9 @@ def inject(
         )
         for name in matched
     }
-    return install(model, specs, trained)
+    layers = install(model, specs, trained)
+    warn_of_frozen_share(model)
+    return layers
 
 
 def install(
@@ -142,9 +152,10 @@ def install(
 
     Raises:
         TypeError: `model` is not a module, or a module of `specs` cannot be adapted.
-        ValueError: `model` has adapters, or is inside DistributedDataParallel; a spec does not go with its module.
+        ValueError: `model` has adapters, or PEFT's, or is inside DistributedDataParallel; a spec does not go with its
+            module.
     """
-    model, trained = _plain_model(model), set(trained)
+    model, trained = plain_model(model), set(trained)
     raw_names_of: dict[nn.Module, list[str]] = {}
     for raw_name, module in model.named_modules(remove_duplicate=False):
         raw_names_of.setdefault(module, []).append(raw_name)
@@ -168,7 +179,16 @@ def install(
         undo.callback(_restore_fast_path, model)
         block_fast_path(model)
         undo.pop_all()
+    settle(layers)
     return layers
+
+
+def settle(layers: Mapping[str, CoToLoRALinear]) -> None:
+    """Tells layers that have been put into a model what they are called there, and looks after their gradients."""
+    told: set[str] = set()
+    for name, layer in layers.items():
+        layer._name, layer._told = name, told
+    watch(layers)
 
 
 def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
@@ -178,7 +198,9 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
 
     Args:
         model: changed in place, and unchanged if anything raises.
-        merge: fold the enabled adapters into new weights; False gives back the original weights.
+        merge: fold the enabled adapters into new weights; False gives back the original weights. Adapters that no
+            forward has called are named in a warning: a model that reads their weights past them has had no use of
+            them, and merged they change its outputs.
 
     Returns:
         the plain modules by name, in module order.
@@ -201,6 +223,8 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
             raise ValueError(f"{name} must have its own forward to be ejected; {reason}")
     shared = _shared_weights(model, layers)
     plain = {id(layer): layer.to_linear(merge) for layer in layers.values()}
+    unmerged = {name: layer for name, layer in layers.items() if merge and layer.base is None and not layer.merged}
+    warn_of_uncalled([name for name, layer in unmerged.items() if layer._merges_uncalled(plain[id(layer)].weight)])  # type: ignore[arg-type]
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, CoToLoRALinear):
             replace_module(model, name, plain[id(module)])
@@ -232,6 +256,8 @@ def match_linears(
     exclude = checked_names("exclude", exclude or ())
     trainable = checked_names("trainable", trainable)
     everything = isinstance(targets, str) and targets.lower() == "all-linear"
+    takes, excludes = taking("targets", targets), taking("exclude", exclude)
+    trains = taking("trainable", trainable)
     modules = dict(model.named_modules(remove_duplicate=False))
     inside: set[nn.Module] = set()  # of a base that stays whole
     head = _output_embedding(model) if everything else None
@@ -239,12 +265,12 @@ def match_linears(
     for raw_name, module in modules.items():
         raw_names_of.setdefault(module, []).append(raw_name)
 
-    found = {}
+    found, no_maps = {}, {}
     for module, raw_names in raw_names_of.items():
         names = [plain_name(raw_name) for raw_name in raw_names]
-        if not everything and not any(matches(name, targets) for name in names):
+        if not everything and not any(map(takes, names)):
             continue
-        if names == [""] or (exclude and any(matches(name, exclude) for name in names)):
+        if names == [""] or (exclude and any(map(excludes, names))):
             continue
         if module in inside:
             continue
@@ -255,11 +281,14 @@ def match_linears(
                     f"leave it out with exclude=[{names[0]!r}]"
                 )
             continue
-        if any(matches(parent, trainable) for name in names for parent in with_parents(name)):
+        if any(trains(parent) for name in names for parent in with_parents(name)):
             if everything:
                 continue
             raise ValueError(f"targets and trainable must not overlap; both take {names[0]}")
         if module is head:
+            continue
+        if everything and (reason := why_no_linear_map(module)):
+            no_maps[names[0]] = reason
             continue
         if reason := why_not_target(raw_names, modules):
             if unfit is None:
@@ -268,14 +297,25 @@ def match_linears(
             unfit[names[0]] = reason
         inside.update(set(module.modules()) - {module})
         found[names[0]] = raw_names
+    if no_maps:
+        reason = next(iter(no_maps.values())).removeprefix("got ")
+        logger.warning("all-linear leaves out what is no linear map: %s; the first is %s", some_of(no_maps), reason)
     _refuse_missing(model, targets, found)
     return found
 
 
-def _plain_model(model: nn.Module) -> nn.Module:
+def plain_model(model: nn.Module) -> nn.Module:
     """`model` without its wrappers; raises ValueError unless it can get adapters."""
     if existing := adapters(model):
         raise ValueError(f"model must have no adapters yet; it has {len(existing)} (eject them first)")
+    if pefts := next(((name, module) for name, module in model.named_modules() if is_pefts(module)), None):
+        name, module = pefts
+        raise ValueError(
+            f"model must hold nothing of PEFT; {plain_name(name) or 'it'} is its {type(module).__name__}: call "
+            "cotolora.integrations.peft.from_peft(model), which turns its LoRA layers into this library's, or "
+            "CoTo(model, total_steps), which drives its layers as they are, or first PEFT's unload(), which takes "
+            "them out"
+        )
     if any(isinstance(wrapper, nn.parallel.DistributedDataParallel) for wrapper in wrappers(model)):
         raise ValueError(
             "model must be wrapped in DistributedDataParallel after inject, which synchronises only the parameters "
@@ -348,15 +388,16 @@ def _refuse_missing(model: nn.Module, targets: Targets, found: dict[str, list[st
     if isinstance(targets, str):
         missing = [] if found else [targets]
     else:
-        taken = [plain_name(raw_name) for raw_names in found.values() for raw_name in raw_names]
-        missing = [target for target in targets if not any(matches(name, [target]) for name in taken)]
+        taken = {end for names in found.values() for name in names for end in dotted_ends(plain_name(name))}
+        missing = [target for target in targets if target not in taken]
         if not targets:
             raise ValueError("targets must name at least one module; got none")
     if missing:
         linears = (name for name, module in model.named_modules() if not why_not_adaptable(module))
         ends = sorted({plain_name(name).rpartition(".")[2] for name in linears if name})
         raise ValueError(
-            f"targets {missing} match no linear module in {type(model).__name__}; its linear modules end in {ends}"
+            f"targets {listed(missing)} match no linear module in {type(model).__name__}; its linear modules end in "
+            f"{listed(ends)}"
         )
 
 
@@ -367,16 +408,25 @@ def _trainable_parameters(model: nn.Module, trainable: Targets) -> set[nn.Parame
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.is_floating_point() or parameter.is_complex()  # others cannot have a gradient
     ]
-    found = set()
-    for target in [trainable] if isinstance(trainable, str) else trainable:
-        rule = target if isinstance(trainable, str) else [target]
-        taken = {p for name, p in parameters if any(matches(part, rule) for part in with_parents(name))}
-        if not taken:
-            children = [name for name, _ in model.named_children()]
-            raise ValueError(
-                f"trainable [{target!r}] matches no parameter in {type(model).__name__}; its top modules are {children}"
-            )
-        found |= taken
+    if not trainable:
+        return set()
+    by_end: dict[str, set[nn.Parameter]] = {}  # of their names, and of those of modules around them
+    for name, parameter in parameters:
+        for part in with_parents(name):
+            for end in [part] if isinstance(trainable, str) else dotted_ends(part):
+                by_end.setdefault(end, set()).add(parameter)
+    takes = taking("trainable", trainable)
+    found = set().union(*(taken for end, taken in by_end.items() if takes(end)))
+    if isinstance(trainable, str):
+        missing = [] if found else [trainable]
+    else:
+        missing = [target for target in trainable if target not in by_end]
+    if missing:
+        children = [name for name, _ in model.named_children()]
+        raise ValueError(
+            f"trainable {listed(missing)} matches no parameter in {type(model).__name__}; its top modules are "
+            f"{listed(children)}"
+        )
     return found
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
+from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -11,7 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cotolora.backends.autograd import without_autocast
-from cotolora.bases import check_foreign, features, is_conv1d, is_dense, keep_keys, place_of, why_not_adaptable
+from cotolora.bases import (
+    ReadThrough,
+    check_foreign,
+    features,
+    is_conv1d,
+    is_dense,
+    keep_keys,
+    materialise,
+    place_of,
+    why_not_adaptable,
+)
 from cotolora.checks import check_extra, check_gate, integer
 from cotolora.functional import add_low_rank, check_operands, coto_lora_linear, planned, run
 from cotolora.reference import Gate
@@ -19,6 +33,8 @@ from cotolora.spec import AdapterSpec
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT, Variant
 from cotolora.variants.starts import since_start, start
+
+logger = logging.getLogger("cotolora")
 
 
 class CoToLoRALinear(nn.Module):
@@ -54,8 +70,8 @@ class CoToLoRALinear(nn.Module):
         weight: ``[out_features, in_features]``, frozen; ``[in_features, out_features]`` if
             `fan_in_fan_out`, which marks a layer made from a transformers Conv1D.
         bias: ``[out_features]`` or None, frozen.
-        base: a module that makes ``x Wᵀ + bias``, frozen, in place of `weight` and `bias`, which then are
-            None; else None.
+        base: a module that makes ``x Wᵀ + bias``, frozen; `weight`, `bias` and whatever else the layer itself has not
+            are then the base's. Else None.
         lora_a: A, ``[rank, in_features]``.
         lora_b: B, ``[out_features, rank]``.
         lora_magnitude: m of DoRA, ``[out_features]``, at first ``‖W‖`` by rows; else None.
@@ -72,7 +88,7 @@ class CoToLoRALinear(nn.Module):
     CoToLoRALinear(in_features=8, out_features=4, bias=True, rank=2, alpha=4.0, gate=True, variant=lora)
     """
 
-    weight: nn.Parameter | None
+    weight: nn.Parameter
     bias: nn.Parameter | None
     base: nn.Module | None
     lora_a: nn.Parameter
@@ -80,6 +96,10 @@ class CoToLoRALinear(nn.Module):
     lora_magnitude: nn.Parameter | None
     lora_a0: Tensor | None
     lora_b0: Tensor | None
+    _name = ""  # in the model that `inject` put it into
+    _told: frozenset[str] | set[str] = (
+        frozenset()
+    )  # of layers that were put in together: which have been told of as uncalled
 
     def __init__(
         self,
@@ -104,6 +124,7 @@ class CoToLoRALinear(nn.Module):
             raise TypeError(f"dtype must be a floating dtype; got {dtype}")
         base = nn.Linear(self.in_features, self.out_features, bias, device=device, dtype=dtype)
         self._share(base.weight, base.bias)  # type: ignore[arg-type]
+        _freeze((self.weight, self.bias))
 
     def _settle(self, spec: AdapterSpec) -> None:
         spec.check_sizes(self.in_features, self.out_features)
@@ -154,7 +175,8 @@ class CoToLoRALinear(nn.Module):
         dense: Any = linear if is_dense(linear) else None
         if dense is None:
             check_foreign(linear, spec.variant, spec.init)
-        layer = cls.__new__(cls)
+        kind: type[CoToLoRALinear] = _Around if dense is None and cls is CoToLoRALinear else cls
+        layer = kind.__new__(kind)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = features(linear)
         layer._settle(spec)
@@ -164,19 +186,15 @@ class CoToLoRALinear(nn.Module):
             layer.fan_in_fan_out = is_conv1d(linear)
             layer._share(dense.weight, dense.bias)
         layer.training = linear.training
+        _freeze(linear.parameters() if dense is None else (dense.weight, dense.bias))
         return layer
 
     def _share(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
-        weight.requires_grad_(False)
-        self.weight = weight
-        if bias is not None:
-            bias.requires_grad_(False)
-        self.bias = bias
+        self.weight, self.bias = weight, bias  # type: ignore[assignment]
         self._make_factors(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
 
     def _call(self, base: nn.Module) -> None:
-        self.weight = self.bias = None
-        self.base = base.requires_grad_(False)
+        self.base = base
         keep_keys(self)
         self._make_factors(*place_of(base))
 
@@ -199,9 +217,14 @@ class CoToLoRALinear(nn.Module):
     def reset_parameters(self) -> None:
         """Starts the adapter anew: draws A, sets B to zero, takes from W what comes from W. The base stays as it is.
 
+        An adapter on the meta device gets new parameters where the base is, if that is elsewhere.
+
         Raises:
             ValueError: `init` is taken from W, and W is on the meta device.
         """
+        device = self._base_weight().device if self.base is None else place_of(self.base)[0]
+        if device.type != "meta":
+            materialise(self, (*(part.attribute for part in self._variant.parts), "lora_a0", "lora_b0"), device)
         if self.init == "kaiming":
             nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         elif self.init == "gaussian":
@@ -300,19 +323,17 @@ class CoToLoRALinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [..., in_features]`` → ``[..., out_features]``. A merged layer is a plain linear."""
-        gate, dropout = self.active, self.dropout if self.training else 0.0
         if self.base is not None:
-            return add_low_rank(
-                self.base(input), input, self.lora_a, self.lora_b, scale=self.scale, gate=gate, dropout=dropout,
-                variant=self.variant, extra=self.extra,
-            )  # fmt: skip
+            return self._added_to(self.base(input), input)
+        gate, dropout = self.active, self.dropout if self.training else 0.0
         if torch.compiler.is_compiling():
+            _note_trace()
             return self._checked(input, gate, dropout)
         # in the dict of parameters a look-up takes a tenth of the time; a wrapper may have moved them out of it
         own = self._parameters
         weight: Any = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 (self.weight is slow)
         bias: Any = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
-        if self.fan_in_fan_out:
+        if self._transposed:
             weight = weight.T
         try:
             if gate is False or self._original_weight is not None:
@@ -333,11 +354,38 @@ class CoToLoRALinear(nn.Module):
             return run(plan, input, weight, bias, a, b, extra, gate)  # type: ignore[arg-type]
         except Exception:
             # torch's own errors name no argument: what was wrong is looked for only where something was
-            check_operands(input, weight, bias, *self.factors())
+            try:
+                check_operands(input, weight, bias, *self.factors())
+                if input.is_nested:  # which no backend takes as it is
+                    return self._checked(input, self.active, dropout)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{self._name}: {error}" if self._name else str(error)) from None
             raise
 
+    @cached_property
+    def _transposed(self) -> bool:
+        """`fan_in_fan_out`. Only forward reads it, so that it lies in __dict__ once a forward has run, at no cost."""
+        return self.fan_in_fan_out
+
+    def _merges_uncalled(self, merged: Tensor) -> bool:
+        """Whether `merged` is another weight, though no forward of the model that holds the layer has called it."""
+        if "_transposed" in self.__dict__ or _traced or not self._name or merged.is_meta:
+            return False
+        return not torch.equal(merged, self._base_weight())
+
+    def _added_to(self, y: Tensor, x: Tensor) -> Tensor:
+        if not isinstance(y, Tensor) or y.shape[-1:] != (self.out_features,):
+            got = f"a tensor of shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+            raise TypeError(
+                f"{self._name or 'the layer'} must have a base that returns [..., {self.out_features}]; its "
+                f"{type(self.base).__name__} returned {got}"
+            )
+        return add_low_rank(
+            y, x, self.lora_a, self.lora_b, scale=self.scale, gate=self.active,
+            dropout=self.dropout if self.training else 0.0, variant=self.variant, extra=self.extra,
+        )  # fmt: skip
+
     def _checked(self, x: Tensor, gate: Gate, dropout: float) -> Tensor:
-        assert self.weight is not None
         weight = self._matrix(self.weight)
         if self._original_weight is not None:
             return F.linear(x, weight, self.bias)
@@ -375,13 +423,12 @@ class CoToLoRALinear(nn.Module):
         Raises:
             RuntimeError: there is none, only a `base`.
         """
-        weight = self.weight if self._original_weight is None else self._original_weight
-        if weight is None:
+        if self.base is not None:
             raise RuntimeError(
                 f"the base is a {type(self.base).__name__}, which has no dense floating weight that could hold the "
                 "update; leave it unmerged, or take it back with to_linear(merge=False) or eject(model, merge=False)"
             )
-        return weight
+        return self.weight if self._original_weight is None else self._original_weight
 
     @torch.no_grad()
     def _merged_weight(self) -> nn.Parameter:
@@ -407,6 +454,9 @@ class CoToLoRALinear(nn.Module):
         """
         if self._original_weight is None:
             merged, original = self._merged_weight(), self.weight
+            if not self._told and self._merges_uncalled(merged):
+                self._told |= {self._name}
+                warn_of_uncalled([self._name])
             self.weight = merged
             # past nn.Module's __setattr__, which would register a second parameter
             self.__dict__["_original_weight"] = original
@@ -436,7 +486,15 @@ class CoToLoRALinear(nn.Module):
         return linear.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoToLoRALinear:
+        was_meta, switches = self.lora_a.is_meta, {name: self._buffers.get(name) for name in ("_gate", "_enabled")}
         super()._apply(fn, recurse)
+        # to_empty leaves arbitrary numbers, of which a checkpoint of the base would replace none of these
+        for name, before in switches.items():
+            after: Any = self._buffers.get(name)
+            if before is not None and after is not before and not after.is_meta:
+                after.fill_(1) if before.is_meta else after.copy_(before)
+        if was_meta and not self.lora_a.is_meta and self.init not in FROM_WEIGHT and not self._is_sharded:
+            self.reset_parameters()
         if (original := self._original_weight) is not None and original is not self.weight:
             with torch.no_grad():
                 moved = fn(original)
@@ -468,11 +526,20 @@ class CoToLoRALinear(nn.Module):
         )
         own = {prefix + part.attribute for part in self._variant.parts} | {prefix + "lora_a0", prefix + "lora_b0"}
         if own.isdisjoint(state_dict):  # a checkpoint of the base model, which knows no adapters
-            missing_keys[:] = [key for key in missing_keys if key not in own]
+            assigned = self.lora_a.is_meta and local_metadata.get("assign_to_params_buffers", False)
+            # what is one with the tensors of other layers or ranks cannot be started here, and is missing
+            if not assigned or not (self._variant.shared_keys or self._is_sharded):
+                missing_keys[:] = [key for key in missing_keys if key not in own]
+                if assigned and self.base is None and not self._base_weight().is_meta:
+                    self.reset_parameters()
             if prefix + "weight" in state_dict and self._is_fresh():
                 self._take_from_weight()
         if was_merged:
             self.merge()
+
+    @property
+    def _is_sharded(self) -> bool:
+        return hasattr(self.lora_a, "device_mesh")
 
     def _is_fresh(self) -> bool:
         """Whether B is where it started, so that what was taken from an earlier W can be taken from a new one."""
@@ -497,5 +564,55 @@ class CoToLoRALinear(nn.Module):
         )
 
 
+# whether torch.compile has traced a layer: such a call leaves no mark in it
+_traced = False
+
+
+def _note_trace() -> bool:
+    global _traced
+    _traced = True
+    return True
+
+
+# torch.compiler.assume_constant_result, by which it runs while a layer is traced, does this too, and imports Triton
+_note_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def warn_of_uncalled(names: Collection[str]) -> None:
+    """Warns of adapters that are to be merged and that no forward has called."""
+    if names:
+        logger.warning(
+            "merging changes the weights of %s, whose adapters no forward has called yet; if the model reads these "
+            "weights past the layers, it has computed without the adapters and its outputs will change",
+            ", ".join(names),
+        )
+
+
+class _Around(ReadThrough, CoToLoRALinear):
+    """A layer around a `base`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As that of `CoToLoRALinear`, called as the base is: by its names, and with whatever else it takes."""
+        assert self.base is not None
+        if not args:
+            first = "input" if "input" in kwargs else next(iter(signature(self.base.forward).parameters))
+            args = (kwargs.pop(first, None),)
+        return self._added_to(self.base(*args, **kwargs), args[0])
+
+
+_Around.__name__ = CoToLoRALinear.__name__  # to whoever asks it is the same layer; pickle goes by the other name
+
+
 def _shown(switch: Gate) -> str:
     return f"tensor{list(switch.shape)}" if isinstance(switch, Tensor) else str(switch)
+
+
+def _freeze(parameters: Iterable[nn.Parameter | None]) -> None:
+    """All or none."""
+    with ExitStack() as undo:
+        for parameter in parameters:
+            if parameter is None:
+                continue
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        undo.pop_all()

@@ -4,85 +4,216 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import islice
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from cotolora.patterns import LONGEST_NAME, MOST_STEPS, Spelled, compiled, spelled
+from cotolora.wording import shown, some_of
 
 logger = logging.getLogger("cotolora")
 
 Targets = str | Sequence[str]
 
-
-class Pattern(NamedTuple):
-    """A key of a rank_pattern or alpha_pattern, compiled, and its value."""
-
-    key: str
-    expression: re.Pattern[str]
-    value: Any
+_MOST_EXPRESSIONS = 1000  # of one argument
+_MOST_CHARACTERS = 200_000  # of these
+_MOST_SHAPES = 1000
 
 
-Patterns = list[Pattern]
+def taking(argument: str, targets: Targets) -> Callable[[str], bool]:
+    """Whether a module's name is a target: a list holds names or dotted ends, a string is a full regular expression.
+
+    Raises:
+        ValueError: the string is no regular expression, or one that could take very long.
+
+    >>> takes = taking("targets", ["q_proj"])
+    >>> takes("layers.0.q_proj"), takes("layers.0.not_q_proj")
+    (True, False)
+    """
+    if not isinstance(targets, str):
+        ends = frozenset(targets)
+        return lambda name: not ends.isdisjoint(dotted_ends(name))
+    if (names := _spellings(targets)) is not None:
+        return lambda name: next(names.find(name), None) is not None
+    expression = compiled(argument, targets)[0]
+    return lambda name: expression.fullmatch(_short_enough(argument, name)) is not None
 
 
 def matches(name: str, targets: Targets) -> bool:
-    """Whether a module's name is a target: a list holds names or dotted ends, a string is a full regular expression.
+    """Whether `taking` takes this one name."""
+    return _taking(targets if isinstance(targets, str) else tuple(targets))(name)
 
-    >>> matches("layers.0.q_proj", ["q_proj"]), matches("layers.0.not_q_proj", ["q_proj"])
-    (True, False)
+
+@lru_cache(maxsize=64)
+def _taking(targets: Targets) -> Callable[[str], bool]:
+    return taking("targets", targets)
+
+
+def _short_enough(argument: str, name: str) -> str:
+    if len(name) > LONGEST_NAME:
+        raise ValueError(
+            f"{argument} holds regular expressions, which are tried on names of at most {LONGEST_NAME} characters; "
+            f"the model has a module {shown(name)}"
+        )
+    return name
+
+
+def dotted_ends(name: str) -> list[str]:
+    """`name` and what of it follows each of its dots.
+
+    >>> dotted_ends("layers.0.q_proj")
+    ['layers.0.q_proj', '0.q_proj', 'q_proj']
     """
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith("." + target) for target in targets)
+    return [name, *(name[place + 1 :] for place, character in enumerate(name) if character == ".")]
 
 
-def compiled(argument: str, expression: str) -> re.Pattern[str]:
-    """`expression`, compiled.
+class _Spellings:
+    """Names that expressions spell out, each with a number, found without trying one after another."""
+
+    def __init__(self) -> None:
+        # by the free places in them, and these by length
+        self._shapes: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
+
+    def has_room(self, name: Spelled) -> bool:
+        shapes = self._shapes.get(len(name.text), {})
+        return name.free in shapes or len(shapes) < _MOST_SHAPES
+
+    def add(self, name: Spelled, number: int) -> None:
+        self._shapes.setdefault(len(name.text), {}).setdefault(name.free, {}).setdefault(name.text, number)
+
+    def find(self, text: str) -> Iterator[int]:
+        for free, numbers in self._shapes.get(len(text), {}).items():
+            shape = list(text)
+            for place in free:
+                shape[place] = "." if text[place] != "\n" else ""
+            if (number := numbers.get("".join(shape))) is not None:
+                yield number
+
+
+def _spellings(expression: str) -> _Spellings | None:
+    names = spelled(expression)
+    if names is None:
+        return None
+    found = _Spellings()
+    for name in names:
+        if not found.has_room(name):
+            return None
+        found.add(name, 0)
+    return found
+
+
+def compiled_all(argument: str, expressions: Sequence[str], before: str = "", after: str = "") -> list[re.Pattern[str]]:
+    """`expressions`, each compiled with something before and after it.
 
     Raises:
-        ValueError: it is no regular expression.
+        ValueError: one is no regular expression or could take very long, or all of them together could.
     """
-    try:
-        return re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{argument} must hold regular expressions; got {expression!r} ({error})") from None
+    if len(expressions) > _MOST_EXPRESSIONS or sum(map(len, expressions)) > _MOST_CHARACTERS:
+        raise ValueError(
+            f"{argument} must hold at most {_MOST_EXPRESSIONS} regular expressions, of {_MOST_CHARACTERS} characters; "
+            f"got {len(expressions)}: {some_of(expressions)}"
+        )
+    found, total = [], 0.0
+    for expression in expressions:
+        pattern, steps = compiled(argument, expression, before, after)
+        found.append(pattern)
+        total += steps
+        if total > MOST_STEPS:
+            raise ValueError(
+                f"{argument} must hold regular expressions whose matching takes bounded time; got "
+                f"{len(expressions)} that take too long together: {some_of(expressions)}"
+            )
+    return found
+
+
+class Patterns:
+    r"""The keys of a rank_pattern or alpha_pattern and their values: ``re.match(rf"(.*\.)?({key})$", name)`` decides.
+
+    Raises:
+        ValueError: `pattern` is no map, or a key is no regular expression, or one that could take very long.
+    """
+
+    def __init__(self, argument: str, pattern: Mapping[str, Any] | None) -> None:
+        if not isinstance(pattern, (Mapping, type(None))):
+            raise ValueError(f"{argument} must be a map from regular expressions to values; got {shown(pattern)}")
+        self.argument = argument
+        self.items = list((pattern or {}).items())
+        self._ends, self._wholes = _Spellings(), _Spellings()
+        others = {number: key for number, (key, _) in enumerate(self.items) if not self._is_spelled(key, number)}
+        expressions = compiled_all(argument, list(others.values()), r"(.*\.)?(", ")$")
+        self._expressions = dict(zip(others, expressions, strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Patterns) and self.items == other.items
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _is_spelled(self, key: object, number: int) -> bool:
+        if not isinstance(key, str):
+            raise ValueError(
+                f"{self.argument} must be a map from regular expressions to values; got the key {shown(key)}"
+            )
+        # anchored, it takes the whole name alone
+        anchored = key.startswith("^") and "|" not in key
+        where = self._wholes if anchored else self._ends
+        names = spelled(key[anchored:])
+        if names is None or "\n" in key or not all(map(where.has_room, names)):
+            return False
+        for name in names:
+            where.add(name, number)
+        return True
+
+    def taking(self, name: str) -> Iterator[int]:
+        """The numbers of the keys that take `name`, in no order."""
+        if self._expressions or "\n" in name:
+            _short_enough(self.argument, name)
+        if "\n" in name:  # which $ and dots have rules of their own for
+            keys = enumerate(key for key, _ in self.items)
+            yield from (number for number, key in keys if re.match(rf"(.*\.)?({key})$", name))
+            return
+        yield from self._wholes.find(name)
+        for end in dotted_ends(name):
+            yield from self._ends.find(end)
+        for number, expression in self._expressions.items():
+            if expression.match(name):
+                yield number
+
+    def idle(self, names: Iterable[str]) -> list[str]:
+        """The keys that take none of `names`."""
+        taken = {number for name in names for number in self.taking(name)} if self.items else set()
+        return [key for number, (key, _) in enumerate(self.items) if number not in taken]
 
 
 def compile_patterns(argument: str, pattern: Mapping[str, Any] | None) -> Patterns:
-    """The keys of a rank_pattern or alpha_pattern, compiled once, with their values.
-
-    Raises:
-        ValueError: `pattern` is no map, or a key is no regular expression.
-    """
-    if not isinstance(pattern, (Mapping, type(None))):
-        raise ValueError(f"{argument} must be a map from regular expressions to values; got {pattern!r}")
-    return [Pattern(key, compiled(argument, rf"(.*\.)?({key})$"), value) for key, value in (pattern or {}).items()]
+    """`Patterns` of an argument."""
+    return Patterns(argument, pattern)
 
 
 def first_match(patterns: Patterns, name: str, default: Any) -> Any:
     """The value of the first pattern that takes `name`, or `default`."""
-    return next((pattern.value for pattern in patterns if pattern.expression.match(name)), default)
+    number = min(patterns.taking(name), default=None)
+    return default if number is None else patterns.items[number][1]
 
 
 def warn_of_idle_keys(ranks: Patterns, alphas: Patterns, names: Collection[str]) -> None:
     """Logs the keys of a rank_pattern and an alpha_pattern that take none of `names`, as PEFT would not."""
-    for argument, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        idle = [pattern.key for pattern in patterns if not any(pattern.expression.match(name) for name in names)]
-        if idle:
-            logger.warning("%s: %s take none of the targets, %s", argument, some_of(idle), some_of(names))
+    for patterns in (ranks, alphas):
+        if idle := patterns.idle(names):
+            logger.warning("%s: %s take none of the targets, %s", patterns.argument, some_of(idle), some_of(names))
 
 
 def checked_names(argument: str, value: Targets) -> Targets:
     """`value`, a string or a list of strings.
 
     Raises:
-        ValueError: it is neither, or a string that is no regular expression.
+        ValueError: it is neither, or a string that is no regular expression, or one that could take very long.
     """
     if isinstance(value, str):
-        compiled(argument, value)
+        taking(argument, value)
         return value
     names = list(value) if isinstance(value, Iterable) else [value]
     if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{argument} must be a list of names or a regular expression; got {value!r}")
+        raise ValueError(f"{argument} must be a list of names or a regular expression; got {shown(value)}")
     return names
 
 
@@ -94,13 +225,3 @@ def with_parents(name: str) -> list[str]:
     """
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
-
-
-def some_of(names: Collection[str], most: int = 8) -> str:
-    """The first of `names`, for an error.
-
-    >>> some_of(["q", "k", "v"], most=2)
-    "'q', 'k' and 1 more"
-    """
-    shown = ", ".join(repr(name) for name in islice(names, most))
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

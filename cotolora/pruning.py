@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from cotolora.checks import integer, number, one_of
 from cotolora.groups import Unit, adapters, group_names, is_enabled, modules_of, unmerged_adapters
 from cotolora.linear import CoToLoRALinear
-from cotolora.matching import compiled, matches
+from cotolora.matching import checked_names, matches
 from cotolora.reference import Gate
 from cotolora.shapley import Shapley
+from cotolora.wording import listed, shown
 
 THIRDS = ("low", "middle", "high")
 LABELS = ("every-other", *THIRDS)
@@ -52,7 +53,7 @@ class Pruning(ABC):
         if gone := [name for name, layer in self._layers.items() if id(layer) not in present]:
             raise RuntimeError(f"undo needs the adapters that were pruned; the model no longer has {gone}")
         if merged := [name for name, layer in self._layers.items() if layer.merged]:
-            raise RuntimeError(f"undo needs unmerged adapters (call their unmerge first); merged: {merged}")
+            raise RuntimeError(f"undo needs unmerged adapters (call their unmerge first); merged: {listed(merged)}")
         self._restore()
         self._undone = True
 
@@ -154,7 +155,7 @@ def prune(model: nn.Module, keep: Keep, *, unit: Unit = "layer") -> Pruning:
     kept = _kept(list(layers), keep, list(group_names(layers, unit, modules_of(model)).values()))
     if not any(is_enabled(layers[name]) for name in kept):
         off = f", and {len(kept)} that are off already" if kept else ""
-        raise ValueError(f"keep must leave an enabled adapter; {keep!r} leaves none of {len(layers)}{off}")
+        raise ValueError(f"keep must leave an enabled adapter; {shown(keep)} leaves none of {len(layers)}{off}")
     # without those that are off already, so that undoing in any order ends at the first model
     going = {name: layer for name, layer in layers.items() if name not in kept and is_enabled(layer)}
     return _SwitchedOff(model, going)
@@ -277,7 +278,7 @@ def _kept(names: list[str], keep: Keep, groups: list[list[str]]) -> set[str]:
     if callable(keep):
         return {name for name in names if keep(name)}
     if isinstance(keep, str):
-        compiled("keep", keep)
+        checked_names("keep", keep)
     # the adapters that each name, or the one expression, matches
     taken = {
         rule: {name for name in names if matches(name, keep if isinstance(keep, str) else [rule])}
@@ -285,14 +286,16 @@ def _kept(names: list[str], keep: Keep, groups: list[list[str]]) -> set[str]:
     }
     if missing := [rule for rule, found in taken.items() if not found]:
         ends = sorted({name.rpartition(".")[2] for name in names})
-        raise ValueError(f"keep {missing} matches no adapter; adapters end in {ends}, labels are {LABELS}")
+        raise ValueError(
+            f"keep {listed(missing)} matches no adapter; adapters end in {listed(ends)}, labels are {LABELS}"
+        )
     return set().union(*taken.values())
 
 
 def _names_in(keep: object) -> list[str]:
     names: list[Any] = list(keep) if isinstance(keep, Iterable) else [keep]
     if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"keep must be one of {LABELS}, names of adapters or a callable; got {keep!r}")
+        raise TypeError(f"keep must be one of {LABELS}, names of adapters or a callable; got {shown(keep)}")
     if not names:
         raise ValueError("keep must name at least one adapter; got none")
     return names

@@ -895,6 +895,7 @@ def count_graphs(model, coto, steps):
         coto.step()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_blocks_take_few_graphs_and_a_model_with_device_gates_one():
     from torch._dynamo.testing import CompileCounter

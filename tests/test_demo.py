@@ -11,6 +11,8 @@ import cotolora
 from cotolora import demo
 from cotolora.results import rounded
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

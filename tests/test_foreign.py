@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import pickle
+import re
 import warnings
 from typing import NamedTuple
 
@@ -279,9 +280,125 @@ def test_only_the_adapter_trains_and_is_float32(make):
     base = make()
     layer = around(base)
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"lora_a", "lora_b"}
-    assert (layer.base, layer.weight, layer.bias) == (base, None, None)
+    assert layer.base is base
     assert layer.lora_a.dtype == layer.lora_b.dtype == torch.float32
     assert (layer.in_features, layer.out_features) == (12, 12 if isinstance(base, Same) else 10)
+
+
+# what the code around a layer reads
+
+
+def read(module, name):
+    """An attribute, or the type of error that reading it raises."""
+    try:
+        return getattr(module, name)
+    except AttributeError as error:
+        return type(error)
+
+
+def test_what_code_reads_of_a_base_it_reads_of_the_layer(make):
+    base = make()
+    base.temperature = 3.0
+    layer = around(base)
+    layer.to(torch.float64)
+    if isinstance(base, Packed):
+        base.step = base.step.clone()  # a tensor that the base has put in place of another
+    for name in ("weight", "bias", "in_features", "out_features", "codes", "step", "temperature", "nothing"):
+        found, expected = read(layer, name), read(base, name)
+        assert found is expected or torch.equal(found, expected)
+        assert hasattr(layer, name) is hasattr(base, name)
+    base._hook_of_accelerate = 1
+    assert not hasattr(layer, "_hook_of_accelerate")
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickled(module)], ids=["deepcopy", "pickle"])
+def test_a_copy_shows_its_own_base(duplicate):
+    twin = duplicate(around(squashed()))
+    assert twin.weight is twin.base.weight
+    twin.half()
+    state = {key: t + 1 for key, t in twin.state_dict().items()}
+    twin.load_state_dict(state, assign=True)
+    assert twin.weight is twin.base.weight
+    assert torch.equal(twin.weight, state["weight"])
+    assert twin.weight.dtype == torch.float16
+
+
+def test_showing_the_base_counts_no_tensor_twice():
+    layer = around(squashed())
+    names = ["base.weight", "base.bias", "lora_a", "lora_b"]
+    assert [name for name, _ in layer.named_parameters(remove_duplicate=False)] == names
+    assert list(layer.state_dict()) == ["lora_a", "lora_b", "weight", "bias"]
+    holder = nn.ModuleList([layer, layer])
+    assert [name for name, _ in holder.named_parameters()] == [f"0.{name}" for name in names]
+    assert len(list(holder.parameters())) == 4
+    assert len(list(holder.named_parameters(remove_duplicate=False))) == 8
+    assert list(dict(holder.named_modules())) == ["", "0.base", "0"]
+
+
+def test_a_weight_that_is_tied_to_a_layer_is_tied_to_its_base():
+    layer, embedding = around(squashed()), nn.Embedding(10, 12)
+    layer.weight, layer.bias = embedding.weight, None
+    assert layer.base.weight is embedding.weight
+    assert layer.bias is layer.base.bias is None
+    assert list(layer.state_dict()) == ["lora_a", "lora_b", "weight"]
+
+
+class ByItsWeight(nn.Module):
+    """As T5 and many others find the dtype to compute in."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.up = base
+
+    def forward(self, x):
+        assert x.dtype == torch.float32
+        x = x.to(self.up.weight.dtype if hasattr(self.up, "weight") else next(self.parameters()).dtype)
+        return self.up(x.to(self.up.bias.device))
+
+
+@pytest.mark.parametrize("kind", ["subclass", "parametrized", "tensor-subclass"])
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_code_that_asks_for_the_dtype_of_the_weight_gets_that_of_the_base(kind, mode):
+    model, x = ByItsWeight(BASES[kind]().bfloat16()), inputs().detach()
+    expected = model(x)
+    inject(model, ["up"])
+    if mode == "compiled":
+        if kind == "tensor-subclass":
+            pytest.skip("torch.compile does not trace such a base by itself")
+        torch.compiler.reset()
+        model = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(model(x), expected)
+    assert expected.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["packed", "subclass", "sparse"])
+def test_the_first_parameter_of_a_model_is_its_own(kind):
+    model = nn.Sequential(BASES[kind]().bfloat16(), nn.Linear(10, 2).bfloat16())
+    before = [(p.dtype, p.shape) for p in model.parameters()]
+    inject(model, ["0", "1"], rank=2)
+    after = [(p.dtype, p.shape) for p in model.parameters()]
+    assert after[0] == before[0]
+    assert [p for p in after if p[0] != torch.float32] == before
+
+
+def test_what_else_a_layer_is_called_with_goes_to_its_base():
+    class Scaled(nn.Linear):
+        def forward(self, x, factor, *, shift=0.0):
+            return super().forward(x * factor) + shift
+
+    torch.manual_seed(0)
+    base, x = Scaled(12, 10), inputs()
+    expected = base(x, 2.0, shift=1.0)
+    layer = CoToLoRALinear.from_linear(base)
+    assert torch.equal(layer(x, 2.0, shift=1.0), expected)
+    for by_name in ({"input": x}, {"x": x}):
+        assert torch.equal(layer(factor=2.0, shift=1.0, **by_name), expected)
+    with pytest.raises(TypeError, match="factor"):
+        layer(x)
+    with pytest.raises(TypeError):
+        CoToLoRALinear.from_linear(squashed())()
+    dense = CoToLoRALinear(12, 10)
+    assert torch.equal(dense(input=x), dense(x))
 
 
 def test_factors_are_float64_beside_float64_parameters_and_where_the_base_is():
@@ -726,6 +843,132 @@ def test_coto_and_masks_drive_them():
     for i, mask in enumerate(([1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1])):
         with adapter_mask(model, mask):
             torch.testing.assert_close(together[i], model(x)[i])
+
+
+# linears by class that are no linear maps
+
+
+class Router(nn.Linear):
+    """Scores and the best, as Phimoe's and Llama 4's; each call changes what it keeps, and draws random numbers."""
+
+    def __init__(self, in_features=12, out_features=10):
+        super().__init__(in_features, out_features)
+        self.calls, self.history = 0, []
+        self.register_buffer("seen", torch.zeros(out_features))
+
+    def forward(self, hidden_states):
+        self.calls += 1
+        self.history.append(self.calls)
+        scores = super().forward(hidden_states * torch.empty_like(hidden_states).uniform_(0.9, 1.1))
+        self.seen += scores.sum(0)
+        return scores, scores.topk(2, dim=-1)
+
+
+class Grouped(nn.Linear):
+    """Each group of the input has rows of the weight of its own, as in DeepSeek-V4."""
+
+    def forward(self, x):
+        weight = self.weight.view(2, -1, self.in_features).transpose(1, 2)
+        return torch.bmm(x.reshape(-1, 2, self.in_features).transpose(0, 1), weight).transpose(0, 1)
+
+
+class Wider(nn.Linear):
+    def forward(self, x):
+        return torch.cat([super().forward(x), x], dim=-1)
+
+
+class Chosen(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).argmax(-1, keepdim=True).expand(*x.shape[:-1], self.out_features)
+
+
+class Checked(nn.Linear):
+    """A linear map that looks at its input, which the meta device cannot."""
+
+    def forward(self, x):
+        return super().forward(x) if x.abs().max().item() < 1e9 else x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+class Sequences(nn.Linear):
+    """A linear map of three dimensions alone."""
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        return super().forward(x.reshape(batch * length, -1)).view(batch, length, -1)
+
+
+NO_MAPS = {
+    "router": (Router, r"a Router, whose forward returns a tuple, not a tensor of shape \(1, 10\)"),
+    "grouped": (Grouped, r"a Grouped, whose forward raises on an input of shape \(1, 12\): RuntimeError: shape"),
+    "wider": (Wider, r"a Wider, whose forward returns torch.float32 of shape \(1, 22\)"),
+    "chosen": (Chosen, r"a Chosen, whose forward returns torch.int64"),
+}
+MAPS = {"squashed": Squashed, "affine": lambda *_: Affine(12, 10), "checked": Checked, "sequences": Sequences}
+
+
+def mixed(odd):
+    torch.manual_seed(0)
+    return nn.ModuleDict({"q": nn.Linear(12, 10), "odd": odd(12, 10), "more": nn.ModuleList([odd(12, 10)])})
+
+
+@pytest.mark.parametrize("meta", [False, True], ids=["cpu", "meta"])
+@pytest.mark.parametrize("kind", NO_MAPS)
+def test_what_is_no_linear_map_is_left_out_or_refused_by_name(kind, meta, caplog):
+    odd, says = NO_MAPS[kind]
+    model = mixed(odd).to("meta") if meta else mixed(odd)
+    with caplog.at_level("INFO", "cotolora"):
+        assert list(inject(model)) == ["q"]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert re.match(rf"all-linear leaves out what is no linear map: 'odd', 'more.0'; the first is {says}", message)
+    assert type(model["odd"]) is odd
+    caplog.clear()
+    assert list(inject(mixed(odd), exclude=["odd", "more.0"])) == ["q"]
+    assert not caplog.records
+    with pytest.raises(ValueError, match=rf"odd must be a module that maps .*; got {says}.*exclude=\['odd'\]"):
+        inject(mixed(odd), ["q", "odd"])
+    with pytest.raises(TypeError, match=rf"linear must be a module that maps .*; got {says}"):
+        CoToLoRALinear.from_linear(mixed(odd)["odd"])
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_a_linear_map_of_another_class_is_taken(kind, caplog):
+    model = mixed(MAPS[kind])
+    expected = {"q", "odd", "more.0"}
+    assert set(inject(model)) == expected
+    assert not caplog.records
+    assert model["odd"](inputs()).shape == (3, 4, 10)
+
+
+def test_looking_at_a_module_leaves_it_and_the_random_numbers_alone():
+    model, seen = mixed(Router), []
+    router = model["odd"]
+    router.register_forward_hook(lambda *_: seen.append("hook"))
+    before, draws = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with pytest.raises(ValueError, match="a Router"):
+        inject(model, ["odd"])
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert (router.calls, router.history, seen) == (0, [], [])
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("odd", [Router, Wider])
+def test_a_forward_that_fails_names_the_layer(odd):
+    class Late(odd):  # it cannot be looked at before
+        def forward(self, x):
+            x.max().item()
+            return super().forward(x)
+
+    model = mixed(Late)
+    inject(model)
+    returned = "a tuple" if odd is Router else r"a tensor of shape \(2, 22\)"
+    with pytest.raises(
+        TypeError, match=rf"^more.0 must have a base that returns \[..., 10\]; its Late returned {returned}"
+    ):
+        model["more"][0](inputs(2))
+    with pytest.raises(ValueError, match=r"^q: x must be \[..., 12\] to fit weight; got shape \(2, 3\)"):
+        model["q"](torch.ones(2, 3))
+    with pytest.raises(TypeError, match=r"^the layer must have a base"):
+        CoToLoRALinear.from_linear(Late(12, 10))(inputs(2))
 
 
 def test_old_reparametrisations_inside_of_a_subclass_are_refused():

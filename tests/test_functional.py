@@ -405,6 +405,7 @@ def test_meta_tensors_give_shapes(backend, gate):
 # compilation and checkpointing
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(
     "gates",
@@ -448,6 +449,7 @@ def test_one_graph_serves_every_value_of_a_tensor_gate(rows):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiles_with_a_changing_scale_and_dropout():
     ops = operands((3, 4, 8), 8, 4)
@@ -564,6 +566,7 @@ def test_features_may_be_none():
 # through the layer
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_layers_take_every_gate():
     layer = CoToLoRALinear(8, 8, rank=2)

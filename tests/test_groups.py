@@ -79,7 +79,17 @@ WRAPPERS = {
     "compile": lambda model: torch.compile(model, backend="eager"),
     "compiled DDP": lambda model: torch.compile(nn.parallel.DistributedDataParallel(model), backend="eager"),
     "DDP of compiled": lambda model: nn.parallel.DistributedDataParallel(torch.compile(model, backend="eager")),
+    "average": lambda model: averaged(model),
+    "average of DDP": lambda model: averaged(nn.parallel.DistributedDataParallel(model)),
+    "compiled average": lambda model: torch.compile(averaged(model), backend="eager"),
 }
+
+
+def averaged(model):
+    """A moving average of `model` itself, not of a copy, to compare by identity."""
+    average = torch.optim.swa_utils.AveragedModel(nn.Linear(1, 1))
+    average.module = model
+    return average
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)

@@ -147,3 +147,54 @@ def test_a_key_that_takes_no_target_is_named_in_a_warning(pattern, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         f"{pattern}: 'attn.*', 'qkv' take none of the targets, 'first', 'last'"
     ]
+
+
+class Breaks(nn.Module):
+    """Of two parameters, of which the second cannot be frozen."""
+
+    in_features = out_features = 4
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+        self.second.requires_grad_ = self.failing
+
+    def failing(self, flag=True):
+        raise RuntimeError("not this one")
+
+    def forward(self, x):
+        return x * self.first * self.second
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_from_linear_that_fails_freezes_nothing(variant, monkeypatch):
+    def failing(*args, **kwargs):
+        raise torch.OutOfMemoryError("none left")
+
+    for module in (nn.Linear(4, 4), Foreign()):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", failing)
+            with pytest.raises((torch.OutOfMemoryError, ValueError)):
+                CoToLoRALinear.from_linear(module, rank=2, variant=variant)
+        assert all(parameter.requires_grad for parameter in module.parameters())
+    module = nn.Linear(4, 4)
+    monkeypatch.setattr(VARIANTS[variant], "start", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        CoToLoRALinear.from_linear(module, rank=2, variant=variant)
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_init_that_cannot_read_w_freezes_nothing(init):
+    module = nn.Linear(4, 4, device="meta")
+    with pytest.raises(ValueError, match="on the meta device"):
+        CoToLoRALinear.from_linear(module, rank=2, init=init)
+    assert module.weight.requires_grad
+    assert module.bias.requires_grad
+
+
+def test_a_base_is_frozen_whole_or_not_at_all():
+    module = Breaks()
+    with pytest.raises(RuntimeError, match="not this one"):
+        CoToLoRALinear.from_linear(module, rank=2)
+    assert module.first.requires_grad

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
-from cotolora import CoToLoRALinear, coto_lora_linear
+from cotolora import CoToLoRALinear, coto_lora_linear, inject
 
 
 def trained(layer: CoToLoRALinear, seed: int = 0) -> CoToLoRALinear:
@@ -640,6 +640,108 @@ def test_meta_to_empty_reset_parameters(way):
     layer.load_state_dict(linear.state_dict(), strict=True)
     assert layer.lora_a.any()
     assert torch.equal(layer(x), linear(x))
+
+
+VARIANTS_ALONE = ["lora", "dora", "hira"]
+
+
+def on_meta(variant):
+    """A model without memory, and what one with memory computes whose adapters are fresh."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 10))
+    inject(model, rank=4, variant=variant)
+    return model, nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 10))
+
+
+def assert_is_fresh(model, plain):
+    x = inputs()
+    torch.testing.assert_close(model(x), plain(x))
+    for layer in model:
+        assert layer.lora_a.abs().sum() > 0
+        assert layer.lora_a.requires_grad
+        assert not layer.lora_b.any()
+        assert not layer.weight.requires_grad
+    model(x).sum().backward()
+    assert model[0].lora_b.grad.any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS_ALONE)
+def test_a_base_checkpoint_assigned_to_a_model_on_meta_starts_its_adapters(variant):
+    model, plain = on_meta(variant)
+    assert model.load_state_dict(plain.state_dict(), strict=True, assign=True) == ([], [])
+    assert_is_fresh(model, plain)
+    # a shard of a checkpoint at a time
+    model, plain = on_meta(variant)
+    state = plain.state_dict()
+    for keys in (["0.bias"], ["0.weight"], ["1.weight", "1.bias"]):
+        model.load_state_dict({key: state[key] for key in keys}, strict=False, assign=True)
+        assert model[0].lora_a.is_meta == (keys == ["0.bias"])
+    assert_is_fresh(model, plain)
+
+
+@pytest.mark.parametrize("variant", VARIANTS_ALONE)
+def test_a_whole_checkpoint_assigned_to_a_model_on_meta_is_what_it_computes(variant):
+    model, plain = on_meta(variant)
+    inject(plain, rank=4, variant=variant)
+    for layer in plain:
+        trained(layer)
+    model.load_state_dict(plain.state_dict(), assign=True)
+    assert torch.equal(model(inputs()), plain(inputs()))
+    half = {key: t for key, t in plain.state_dict().items() if key != "1.lora_b"}
+    with pytest.raises(RuntimeError, match=r"Missing key.*1\.lora_b"):
+        on_meta(variant)[0].load_state_dict(half, assign=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS_ALONE)
+def test_reset_parameters_starts_what_lies_on_meta_beside_a_base_that_does_not(variant):
+    model, plain = on_meta(variant)
+    for layer, linear in zip(model, plain, strict=True):
+        layer.reset_parameters()
+        assert layer.lora_a.is_meta
+        layer.weight, layer.bias = (nn.Parameter(t.detach(), requires_grad=False) for t in (linear.weight, linear.bias))
+        layer.reset_parameters()
+    assert_is_fresh(model, plain)
+
+
+@pytest.mark.parametrize("variant", VARIANTS_ALONE)
+def test_a_base_checkpoint_after_to_empty_is_all_there_is(variant, monkeypatch):
+    empty = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda t, **options: empty(t, **options).fill_(7))
+    model, plain = on_meta(variant)
+    model[1].gate = torch.tensor(1, dtype=torch.int32, device="meta")
+    model.to_empty(device="cpu")
+    assert model[1].gate == 1
+    model.load_state_dict(plain.state_dict())
+    assert_is_fresh(model, plain)
+    layer = model[0]
+    layer.gate, layer.enabled = torch.tensor(0), torch.tensor([True, False, True])
+    layer.to_empty(device="cpu")
+    assert (layer.gate, layer.enabled.tolist()) == (0, [True, False, True])
+
+
+def test_a_base_on_meta_starts_its_adapter_too():
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    plain = Own(12, 10)
+    for way in ("assign", "to_empty"):
+        layer = CoToLoRALinear.from_linear(Own(12, 10, device="meta"), rank=4)
+        if way == "to_empty":
+            layer.to_empty(device="cpu")
+        assert layer.load_state_dict(plain.state_dict(), assign=way == "assign") == ([], [])
+        assert torch.equal(layer(inputs()), plain(inputs()))
+        assert layer.lora_a.abs().sum() > 0
+        assert not layer.lora_b.any()
+
+
+def test_factors_that_layers_share_are_missing_where_no_layer_can_start_alone():
+    model, plain = on_meta("vera")
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.lora_a.*0\.vera_lambda_b"):
+        model.load_state_dict(plain.state_dict(), assign=True)
+    model = copy.deepcopy(plain)
+    inject(model, rank=4, variant="vera")
+    assert model.load_state_dict(plain.state_dict(), assign=True) == ([], [])
 
 
 def test_reset_parameters_leaves_the_base():

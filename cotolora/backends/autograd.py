@@ -45,7 +45,8 @@ class LowRankLinear(torch.autograd.Function):
         y, saved, plan = compute(plan, operands, None if gate_is_open else gate, needs)
         ctx.state = plan, type(saved), needs, for_base, gate_is_open
         # what is extra goes along by reference, for its second derivative to be noticed
-        ctx.save_for_backward(gate, _trace_of(x) if for_x and not for_a else None, *extra, *saved)
+        hides_x = for_x and not for_a and (for_b or any(for_extra))
+        ctx.save_for_backward(gate, _trace_of(x) if hides_x else None, *extra, *saved)
         # autograd forbids writing in place to a view made in here, as that of a y of three dimensions
         return y if torch.compiler.is_compiling() or not y._is_view() else y.detach()
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from cotolora.backends.addmm.products import flat, shaped_like
 from cotolora.backends.cost import frozen
 from cotolora.backends.types import Call, Gradients, Launches, Needs, Operands, Options
+from cotolora.checks import refuse_nested
 
 
 class Saved(tuple[Tensor | None, ...]):
@@ -33,6 +34,7 @@ class BaseAlone:
     def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, Saved]:
         """The base's own result, bit for bit."""
         x, weight, bias, a, b, extra, base = operands
+        refuse_nested(x)  # which F.linear takes, and the backward does not
         saved = Saved((x if needs.weight else None, weight if needs.x else None, a, b, *extra))
         if weight is not None:
             return F.linear(x, weight, bias), saved

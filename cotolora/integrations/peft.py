@@ -12,8 +12,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from cotolora.coto import coto_of
-from cotolora.groups import adapters, is_enabled, unwrap
-from cotolora.inject import HOOKS, block_fast_path, move_hooks, replace_module, why_forward_is_not_its_own
+from cotolora.groups import adapters, held_at, is_enabled, unwrap, why_not_pefts
+from cotolora.inject import HOOKS, block_fast_path, move_hooks, replace_module, settle, why_forward_is_not_its_own
 from cotolora.linear import CoToLoRALinear, is_conv1d, why_not_adaptable
 from cotolora.saving.adapter import trained_outside_adapters
 from cotolora.saving.peft_config import make_config
@@ -76,6 +76,7 @@ def from_peft(model: nn.Module, adapter: str | None = None) -> nn.Module:
         if "_hf_peft_config_loaded" in vars(module):  # transformers, of an adapter that it added
             module._hf_peft_config_loaded = False  # type: ignore[assignment]
     block_fast_path(base)
+    settle(adapters(base))
     return base
 
 
@@ -124,6 +125,10 @@ def to_peft(model: nn.Module, adapter: str = "default", task_type: str | None = 
             parameter.requires_grad_(flag)
     for name, layer in every.items():
         move_hooks(layer, model.get_submodule(name))
+    held = held_at(wrapped)
+    if several := [name for name in every if why_not_pefts(held[model.get_submodule(name)])]:
+        logger.warning("these are in several places of the model; from its files PEFT adapts the first alone: %s",
+                       ", ".join(several))  # fmt: skip
     if lost := [key for key in tensors if not key.startswith(tuple(f"{name}." for name in saved))]:
         logger.warning("these train, but PEFT will not save them: %s", ", ".join(lost))
     return wrapped

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cotolora.merging.states import AdapterState, Factors
+from cotolora.wording import listed
 
 StateLike = AdapterState | str | os.PathLike[str] | nn.Module
 Weights = Sequence[float] | None
@@ -72,8 +73,8 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def _check_same(what: str, i: int, first: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> None:
     if first.keys() != other.keys():
         raise ValueError(
-            f"states must hold the same {what}; only states[0] has {sorted(first.keys() - other.keys())}, "
-            f"only states[{i}] has {sorted(other.keys() - first.keys())}"
+            f"states must hold the same {what}; only states[0] has {listed(sorted(first.keys() - other.keys()))}, "
+            f"only states[{i}] has {listed(sorted(other.keys() - first.keys()))}"
         )
     for name, shape in first.items():
         if shape != other[name]:

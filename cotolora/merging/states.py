@@ -18,9 +18,11 @@ from cotolora.linear import CoToLoRALinear
 from cotolora.saving.adapter import LoadResult, collect, load_into, read_files, write_files
 from cotolora.saving.fitting import AdapterFiles
 from cotolora.saving.peft_config import adapter_fields, exact_expression, parse_config
+from cotolora.saving.places import Places, base_tensors
 from cotolora.spec import AdapterSpec
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT
+from cotolora.wording import listed, shown, some_of
 
 # variants whose update is a product, which merging takes apart; their files differ in nothing
 PRODUCTS = tuple(name for name, variant in VARIANTS.items() if variant.product)
@@ -185,7 +187,7 @@ class AdapterState:
             if match := _FACTOR.fullmatch(key):
                 pairs.setdefault(match["name"], {})[match["factor"]] = tensor
             elif _OTHER_PART.search(key) or key.endswith(ends):
-                raise ValueError(f"{source} must hold plain LoRA of linears, lora_A and lora_B; got {key!r}")
+                raise ValueError(f"{source} must hold plain LoRA of linears, lora_A and lora_B; got {shown(key)}")
             else:
                 others[key] = tensor.detach().clone()
         factors = {}
@@ -258,7 +260,7 @@ class AdapterState:
         needed = {name for name, layer in layers.items() if is_enabled(layer)}
         if missing := sorted(needed - set(self.factors)) or sorted(set(self.factors) - set(layers)):
             whose = "the model has and the state lacks" if missing[0] in layers else "the state has and the model lacks"
-            raise ValueError(f"state must hold the adapters of the model; {whose} {missing}")
+            raise ValueError(f"state must hold the adapters of the model; {whose} {listed(missing)}")
         layers = {name: layer for name, layer in layers.items() if name in self.factors}
         for name, layer in layers.items():
             part = self.factors[name]
@@ -279,10 +281,15 @@ class AdapterState:
         if not self.besides:
             return {}
         own = {plain_name(key): tensor for key, tensor in unwrap(model).state_dict(keep_vars=True).items()}
+        own |= base_tensors(adapters(model), self.besides)
         for key, tensor in self.besides.items():
             if key not in own or own[key].shape != tensor.shape:
                 found = f"of shape {tuple(own[key].shape)}" if key in own else "not there"
                 raise ValueError(f"{key} must be in the model, of shape {tuple(tensor.shape)}; it is {found}")
+        copies, _ = Places(unwrap(model)).copies(self._saved().config.wraps, self.besides)
+        if copies:
+            keys, _, _, others = copies[0]
+            raise ValueError(f"{keys[0]} must be a tensor of its own in the model; it is tied to {some_of(others)}")
         return {key: own[key] for key in self.besides}
 
 

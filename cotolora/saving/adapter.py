@@ -5,30 +5,34 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Hashable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.autograd import _unsafe_preserve_version_counter
 
-from cotolora.groups import adapters, is_enabled, plain_name, unwrap
-from cotolora.inject import install
+from cotolora.groups import adapters, held_at, is_enabled, unwrap, why_not_pefts
+from cotolora.inject import install, plain_model
 from cotolora.linear import CoToLoRALinear
 from cotolora.matching import warn_of_idle_keys
 from cotolora.saving.files import CONFIG, WEIGHTS, read, write
-from cotolora.saving.fitting import AdapterFiles, Fit, fit_files, inside_bases, join_names, own_state, why_not_fill
+from cotolora.saving.filling import fill, untied
+from cotolora.saving.fitting import AdapterFiles, Fit, fit_files, why_not_fill
+from cotolora.saving.old_names import why_not_renamed
 from cotolora.saving.peft_config import is_same_config, is_unambiguous, make_config, parse_config
+from cotolora.saving.places import Places, join_names, memory, own_state, superseded
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT, Variant
 from cotolora.variants.starts import since_start
+from cotolora.wording import listed, shown, some_of
 
 logger = logging.getLogger("cotolora")
 
 # what PEFT puts before the names of the base model, and before those of tensors that belong to no module of it
 _PREFIX = "base_model.model."
 _SHARED_PREFIX = "base_model."
+_ROOM = 1600  # characters of keys in a log line
 
 
 class LoadResult(NamedTuple):
@@ -61,8 +65,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         directory: made if need be; other files in it are left alone.
 
     Raises:
-        ValueError: the model has no enabled adapter or is one itself, its adapters are of more than one variant, or
-            the base weight or bias of an adapter trains: the format has no place for these.
+        ValueError: the model has no enabled adapter or is one itself, its adapters are of more than one variant, one is
+            in several places of the model, or the base weight or bias of one trains: the format has no place for these.
         OSError: the files cannot be written; the old ones are as they were.
     """
     write_files(collect(model), directory)
@@ -93,6 +97,10 @@ def collect(model: nn.Module) -> AdapterFiles:
     model = unwrap(model)
     if model in layers.values():
         raise ValueError("model must hold adapters; it is one itself, which has no name to save it by")
+    held = held_at(model)
+    for name, layer in layers.items():
+        if reason := why_not_pefts(held[layer]):
+            raise ValueError(f"{name} {reason}")
     _shard_again(model)
     trained, modules = trained_outside_adapters(model)
     fields = make_config(model, layers, modules)
@@ -135,7 +143,9 @@ def read_files(directory: str | os.PathLike[str]) -> AdapterFiles:
         elif (rest := key.removeprefix(_SHARED_PREFIX)) != key and rest in variant.shared_keys:
             shared[rest] = tensor
         else:
-            raise ValueError(f"{path / WEIGHTS} must hold keys that begin with {_PREFIX!r}; got {key!r}")
+            raise ValueError(f"{path / WEIGHTS} must hold keys that begin with {_PREFIX!r}; got {shown(key)}")
+    for key in superseded(tensors, config.saves):
+        del tensors[key]
     return AdapterFiles(tensors, shared, pair.fields, config, pair.ours)
 
 
@@ -151,6 +161,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bo
 
     A model without adapters gets them first, as `inject` would make them, and is frozen but for them; on
     one with adapters, targets, variant, ranks and alphas must agree. Nothing is changed unless all of it fits.
+
+    PEFT's modules_to_save are copies: where such a weight is tied to another in the model, and the file does not give
+    both one value, it becomes a parameter of its own, which a warning says.
 
     Args:
         model: the base model, or one with adapters.
@@ -172,15 +185,27 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bo
 def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: bool = True) -> LoadResult:
     """`load_adapter` of what was read, or never lay on a disk; `source` names it in errors."""
     existing = adapters(model)
+    if not existing:
+        plain_model(model)  # raises before anything is said of names that are not the model's own
     _shard_again(model)
-    fit = fit_files(unwrap(model), files, existing)
+    try:
+        fit = fit_files(unwrap(model), files, existing)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     if strict and fit.unfit:
-        name, reason = next(iter(fit.unfit.items()))
-        raise ValueError(f"{name} {reason}; strict=False passes over it")
+        names, reason = _by_reason(fit.unfit)[0]
+        raise ValueError(f"{names} {reason}; strict=False passes over what {source} holds for such modules")
     if strict and (fit.missing or fit.unexpected):
         raise ValueError(
-            f"{source} must hold exactly what {CONFIG} and the model call for; "
-            f"missing keys {fit.missing}, unexpected keys {fit.unexpected}"
+            f"{source} must hold exactly what {CONFIG} and the model call for; missing keys {listed(fit.missing)}, "
+            f"unexpected keys {listed(fit.unexpected)}{why_not_renamed(unwrap(model), fit.unexpected)}; strict=False "
+            "loads what fits"
+        )
+    if existing and fit.copies:
+        keys, _, _, others = fit.copies[0]
+        raise ValueError(
+            f"{source}: modules_to_save takes {keys[0]}, whose trained copy is its own, and in the model it is tied to "
+            f"{some_of(others)}; load onto a model without adapters, where it is untied, or untie it before inject"
         )
     if not existing and not fit.specs:
         raise ValueError(f"{source} must hold an adapter that fits the model; it holds none")
@@ -188,105 +213,69 @@ def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: boo
         for name, spec in fit.specs.items():
             if reason := why_not_fill(existing[name], spec):
                 raise ValueError(f"{name} {reason}")
-    with ExitStack() as undo:
-        if existing:
-            _fill(existing, fit, files, undo)
-        else:
-            install(model, fit.specs, _trained(model, fit, files), lambda layers: _fill(layers, fit, files, undo))
-        undo.pop_all()
     warn_of_idle_keys(files.config.rank_pattern, files.config.alpha_pattern, fit.wanted)
-    for name, reason in fit.unfit.items():
-        logger.warning("%s: passed over %s, which %s", source, name, reason)
-    if fit.missing or fit.unexpected:
-        logger.warning("%s: missing keys %s, unexpected keys %s", source, fit.missing, fit.unexpected)
+    with ExitStack() as undo:
+        fit = untied(fit, undo)
+        if existing:
+            fill(existing, fit, files, undo)
+        else:
+            install(model, fit.specs, _trained(model, fit, files), lambda layers: fill(layers, fit, files, undo))
+        undo.pop_all()
+    for names, reason in _by_reason(fit.unfit):
+        logger.warning("%s: passed over %s, which %s", source, names, reason)
+    for kind, keys in (("missing", fit.missing), ("unexpected", fit.unexpected)):
+        if keys:
+            logger.warning("%s: %s keys %s", source, kind, listed(keys, _ROOM))
     return LoadResult(fit.missing, fit.unexpected)
+
+
+def _by_reason(unfit: dict[str, str]) -> list[tuple[str, str]]:
+    names: dict[str, list[str]] = {}
+    for name, reason in unfit.items():
+        names.setdefault(reason, []).append(name)
+    return [(first + (f" (and {some_of(others)})" if others else ""), r) for r, (first, *others) in names.items()]
 
 
 def _trained(model: nn.Module, fit: Fit, files: AdapterFiles) -> set[nn.Parameter]:
     """The parameters besides the adapters that trained when the files were saved."""
     # all of what we saved did; of what PEFT saved, modules_to_save did
     trained = (target for key, target in fit.plain.items() if files.ours or files.config.saves(key))
-    # others cannot have a gradient
-    return {t for t in trained if isinstance(t, nn.Parameter) and (t.is_floating_point() or t.is_complex())}
-
-
-def _fill(layers: dict[str, CoToLoRALinear], fit: Fit, files: AdapterFiles, undo: ExitStack) -> None:
-    """Writes the files' tensors into the model's, all or none; `undo` takes them back if a later step fails."""
-    variant = VARIANTS[files.config.variant]
-    writes = []
-    for name, parts in fit.parts.items():
-        values = variant.loaded({key: _at_least_float32(value) for key, value in parts.items()}, layers[name].scale)
-        writes += [(f"{name}.{key}", getattr(layers[name], key), value) for key, value in values.items()]
-    writes += [(key, target, files.tensors[key]) for key, target in fit.plain.items()]
-    _write(writes, undo)
-    merged = [layer for layer in layers.values() if layer.merged]
-    # of what was written; all are made before the first takes its place
-    for layer, weight in [(layer, layer._merged_weight()) for layer in merged]:
-        layer.weight = weight
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-@torch.no_grad()
-def _write(writes: list[tuple[str, Tensor, Tensor]], undo: ExitStack) -> None:
-    """Copies into each target, by its name, its value. What can fail does so before the first is changed."""
-    for key, target, _ in writes:
-        if reason := _why_not_writable(target):
-            raise ValueError(f"{key} must be a tensor of the model that can be written; {reason}")
-    ready = [(target, _like(value, target), target.clone()) for _, target, value in writes]
-    for target, value, before in ready:
-        if not target.is_inference():
-            # taken back, it is as it was for autograd too
-            undo.enter_context(_unsafe_preserve_version_counter(target))
-        undo.callback(_restore, target, before)
-        target.copy_(value)
-
-
-def _why_not_writable(target: Tensor) -> str:
-    if target.is_inference() and not torch.is_inference_mode_enabled():
-        return "it was made in inference mode, and may be written in that alone"
-    local = getattr(target, "to_local", lambda: target)()  # of a DTensor
-    if any(stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)):
-        return "it is expanded: several of its entries lie in one place"
-    return ""
-
-
-@torch.no_grad()
-def _restore(target: Tensor, before: Tensor) -> None:
-    target.copy_(before)
-
-
-def _like(value: Tensor, target: Tensor) -> Tensor:
-    """`value` where `target` is and of its dtype, in shards if it is."""
-    value = value.to(target.device, target.dtype)
-    if not hasattr(target, "device_mesh"):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, target.device_mesh, target.placements)  # type: ignore[attr-defined]
+    # others cannot have a gradient; and of those that share memory one is enough
+    able = (t for t in trained if isinstance(t, nn.Parameter) and (t.is_floating_point() or t.is_complex()))
+    first: dict[Hashable, nn.Parameter] = {}
+    for parameter in able:
+        first.setdefault(memory(parameter), parameter)
+    return set(first.values())
 
 
 def trained_outside_adapters(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """What trains outside the adapters, with buffers beside it, and the modules that PEFT can find by name."""
     tensors: dict[str, Tensor] = {}
     modules = []
-    inside = inside_bases(model)
-    named = {plain_name(name): module for name, module in model.named_modules() if module not in inside}
+    places = Places(model)
+    # PEFT makes a copy for each place; inside a module of several names, one place has several names too
+    named = {places.slot(name): name for name in reversed(places.modules)}
     variants = {layer.variant for layer in adapters(model).values()}
-    for name, module in named.items():
+    # what shares its memory with something that trains changes too
+    changing = {memory(tensor) for tensor in places.state.values() if tensor.requires_grad}
+    for name in reversed(named.values()):
+        module = places.modules[name]
         own = dict(module.named_parameters(recurse=isinstance(module, CoToLoRALinear)))
-        trained = [key for key, parameter in own.items() if parameter.requires_grad]
+        if isinstance(module, CoToLoRALinear) and module.merged:
+            own["weight"] = module._base_weight()
+        trained = [key for key, parameter in own.items() if parameter.requires_grad or memory(parameter) in changing]
         if isinstance(module, CoToLoRALinear):
             parts = {part.attribute for part in VARIANTS[module.variant].parts}
             if trained := [key for key in trained if key not in parts]:
-                raise ValueError(f"model must not train the base of an adapter; {name}.{trained[0]} requires grad")
+                raise ValueError(
+                    f"model must not train the base of an adapter; {name}.{trained[0]} requires grad, or what "
+                    "shares its memory does"
+                )
         elif trained:
             frozen = set(own) - set(trained)
             tensors |= {join_names(name, key): t for key, t in own_state(module).items() if key not in frozen}
             alone = name and not frozen and not list(module.children())
-            if alone and all(is_unambiguous(name, named, VARIANTS[variant]) for variant in variants):
+            if alone and all(is_unambiguous(name, places.modules, VARIANTS[variant]) for variant in variants):
                 modules.append(name)
     return tensors, modules
 

@@ -21,6 +21,8 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from cotolora.wording import cut
+
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 # in the metadata of the weights: the config that they were saved with
@@ -268,7 +270,7 @@ def _read(directory: Path, is_same: Callable[[Any, Any], bool]) -> Pair:
         data = path.read_bytes()  # once: another file may have this name when it is opened again
         tensors = dict(sorted(deserialize(data).items()))  # in no order of its own
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, KeyError) as error:
-        raise ValueError(f"{path} must be a whole safetensors file; reading it failed: {error}") from error
+        raise ValueError(f"{path} must be a whole safetensors file; reading it failed: {cut(str(error))}") from error
     metadata = _metadata(data)
     if _CHECKSUM in metadata and metadata[_CHECKSUM] != _checksum(data):
         raise ValueError(f"{path} must be as it was saved; its bytes have changed since, and its checksum says so")
@@ -300,7 +302,7 @@ def _fields(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be JSON; reading it failed: {error}") from error
+        raise ValueError(f"{path} must be JSON; reading it failed: {cut(str(error))}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a JSON object; got {type(fields).__name__}")
     return fields

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cotolora.bases import features, place_of, why_not_adaptable
-from cotolora.groups import plain_name
+from cotolora.groups import held_at, plain_name, why_not_pefts
 from cotolora.inject import match_linears, why_not_target
 from cotolora.linear import CoToLoRALinear
+from cotolora.saving.old_names import renamed, why_not_renamed
 from cotolora.saving.peft_config import PeftConfig
+from cotolora.saving.places import Copy, Places, base_tensors, inside_bases, is_same, memory
 from cotolora.spec import AdapterSpec
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT, Sizes, Variant
+from cotolora.wording import shown
 
 
 class AdapterFiles(NamedTuple):
@@ -38,19 +41,25 @@ class AdapterFiles(NamedTuple):
 class Fit(NamedTuple):
     """How files fit a model.
 
+    tensors: of the files, by their names in the model.
     wanted: the modules that the config takes.
     unfit: modules that it takes too and that cannot be adapted, with the reasons.
     specs: settings of the adapters to fill, by module.
     parts: their tensors as the files hold them, by module and attribute.
     plain: the model's own tensors to fill, by key.
+    bases: those of them that adapters are around, by key.
+    copies: what of `plain` must be untied before it is filled.
     missing, unexpected: keys.
     """
 
+    tensors: dict[str, Tensor]
     wanted: list[str]
     unfit: dict[str, str]
     specs: dict[str, AdapterSpec]
     parts: dict[str, dict[str, Tensor]]
     plain: dict[str, Tensor]
+    bases: dict[str, Tensor]
+    copies: list[Copy]
     missing: list[str]
     unexpected: list[str]
 
@@ -61,25 +70,33 @@ def fit_files(model: nn.Module, files: AdapterFiles, existing: dict[str, CoToLoR
     Raises:
         ValueError: the config takes nothing of the model, or a tensor has the wrong shape or kind.
     """
-    tensors, config = files.tensors, files.config
+    config = files.config
     variant = VARIANTS[config.variant]
-    linears, state = _parts_of_model(model)
+    places = Places(model)
+    linears = _linears(model)
     wanted, unfit = _wanted(model, config, linears, existing)
     if not wanted and not unfit:
-        raise ValueError(f"target_modules {config.targets!r} must take linear modules of the model; they take none")
+        raise ValueError(
+            f"target_modules {shown(config.targets)} must take linear modules of the model; they take none"
+            + why_not_renamed(model, files.tensors)
+        )
 
+    known = {*_keys(variant, wanted), *_keys(variant, existing), *places.state}
+    tensors = renamed(model, files.tensors, lambda key: key in known or bool(base_tensors(linears, [key])))
     here = [name for name in wanted if not existing or name in existing]
-    bases = tuple(f"{name}." for name in here)
-    plain = {key: tensor for key, tensor in state.items() if key in tensors and not key.startswith(bases)}
-    saved = {key for key in state if config.saves(key)}
-    missing = ({*_keys(variant, wanted), *_keys(variant, existing)} | saved) - set(tensors)
-    unexpected = set(tensors) - set(_keys(variant, here)) - set(plain)
+    around = tuple(f"{name}." for name in here)
+    plain = {key: tensor for key, tensor in places.state.items() if key in tensors and not key.startswith(around)}
+    bases = base_tensors({name: linears[name] for name in here}, tensors)
+    copies, without = places.copies(config.wraps, tensors)
+    missing = {*_keys(variant, wanted), *_keys(variant, existing), *without} - set(tensors)
+    unexpected = set(tensors) - set(_keys(variant, here)) - set(plain) - set(bases)
     whole = [name for name in here if missing.isdisjoint(_keys(variant, [name]))]
     specs = {name: config.spec_of(name, _stored_rank(variant, name, tensors)) for name in whole}
-    parts = _parts_of_files(files, variant, specs, linears)
-    for key, target in plain.items():
+    parts = _parts_of_files(files._replace(tensors=tensors), variant, specs, linears)
+    for key, target in (plain | bases).items():
         check_tensor(key, tensors[key], target.dtype, tuple(target.shape), target.device)
-    return Fit(wanted, unfit, specs, parts, plain, sorted(missing), sorted(unexpected))
+    _check_ties(tensors, plain | bases, copies)
+    return Fit(tensors, wanted, unfit, specs, parts, plain, bases, copies, sorted(missing), sorted(unexpected))
 
 
 def why_not_fill(layer: CoToLoRALinear, spec: AdapterSpec) -> str:
@@ -103,37 +120,26 @@ def why_not_fill(layer: CoToLoRALinear, spec: AdapterSpec) -> str:
     return ""
 
 
-def own_state(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of `module` itself."""
-    kept = (item for item in module.named_buffers(recurse=False) if item[0] not in module._non_persistent_buffers_set)
-    return dict([*module.named_parameters(recurse=False), *kept])
-
-
-def inside_bases(model: nn.Module) -> set[nn.Module]:
-    """The modules that adapters call as their base, with all that these hold."""
-    bases = (module.base for module in model.modules() if isinstance(module, CoToLoRALinear))
-    return {module for base in bases if base is not None for module in base.modules()}
-
-
-def join_names(*names: str) -> str:
-    """The names that are not empty, with dots between."""
-    return ".".join(filter(None, names))
-
-
-def _parts_of_model(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
-    """What can be or is an adapter, and the tensors outside of adapters, by name."""
-    linears: dict[str, nn.Module] = {}
-    state: dict[str, Tensor] = {}
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    """What can be or is an adapter, by name."""
     inside = inside_bases(model)
-    for raw_name, module in model.named_modules():
-        if module in inside:
-            continue
-        name = plain_name(raw_name)
-        if isinstance(module, (CoToLoRALinear, nn.Linear)) or not why_not_adaptable(module):
-            linears[name] = module
-        if not isinstance(module, CoToLoRALinear):
-            state |= {join_names(name, key): tensor for key, tensor in own_state(module).items()}
-    return linears, state
+    return {
+        plain_name(raw_name): module
+        for raw_name, module in model.named_modules()
+        if module not in inside and (isinstance(module, (CoToLoRALinear, nn.Linear)) or not why_not_adaptable(module))
+    }
+
+
+def _check_ties(tensors: dict[str, Tensor], targets: dict[str, Tensor], copies: list[Copy]) -> None:
+    """Raises ValueError where a file gives several values to what is one tensor of the model."""
+    places: dict[Hashable, str] = {}
+    own = {key: number for number, copy in enumerate(copies) for key in copy.keys}
+    for key, target in targets.items():
+        first = places.setdefault(own.get(key, memory(target)), key)
+        if first != key and not is_same(tensors[first], tensors[key]):
+            raise ValueError(
+                f"{first} and {key} are tied in the model and must be equal; the file gives them two values"
+            )
 
 
 def _wanted(
@@ -155,6 +161,10 @@ def _wanted(
         for name in wanted:
             if name not in existing and (reason := why_not_target(raw_names[linears[name]], modules)):
                 unfit[name] = reason
+    held = held_at(model)
+    for name in wanted:
+        if reason := why_not_pefts(held.get(linears[name], ())):
+            unfit[name] = reason
     return [name for name in wanted if name not in unfit], unfit
 
 
@@ -207,6 +217,6 @@ def check_tensor(key: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int,
     if device.type == "meta":
         raise ValueError(f"{key} must have memory in the model to be loaded into; there it is on the meta device")
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{key} must be of shape {shape}; the file holds {tuple(tensor.shape)}")
+        raise ValueError(f"{key} must be of shape {shown(shape)}; the file holds {shown(tuple(tensor.shape))}")
     if tensor.dtype.is_floating_point != dtype.is_floating_point or tensor.is_complex() != dtype.is_complex:
         raise ValueError(f"{key} must be of a dtype like {dtype}; the file holds {tensor.dtype}")

@@ -8,16 +8,26 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from cotolora.groups import plain_name
 from cotolora.linear import CoToLoRALinear
-from cotolora.matching import Patterns, compile_patterns, compiled, first_match, matches, with_parents
+from cotolora.matching import (
+    Patterns,
+    compile_patterns,
+    compiled_all,
+    dotted_ends,
+    first_match,
+    taking,
+    with_parents,
+)
 from cotolora.spec import AdapterSpec
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import Variant
+from cotolora.wording import shown
 
 # PEFT fields that do not change what the adapter computes once its weights are loaded
 _HARMLESS = frozenset((
@@ -56,20 +66,49 @@ class PeftConfig:
 
     def takes(self, name: str) -> bool:
         """PEFT's rule for target_modules, exclude_modules, modules_to_save and layers_to_transform."""
-        if (self.exclude and matches(name, self.exclude)) or not matches(name, self.targets):
+        if (self.exclude and self._excludes(name)) or not self._targets(name):
             return False
-        if any(re.match(rf"(^|.*\.){re.escape(module)}($|\..*)", name) for module in self.modules_to_save):
+        # modules to save, or inside of such
+        parts = [end for whole in with_parents(name) for end in dotted_ends(whole)]
+        if not self._saved.isdisjoint(parts):
             return False
-        if not self.layers_to_transform or isinstance(self.targets, str) or name in self.targets:
+        if not self.layers_to_transform or isinstance(self.targets, str) or name in self._exact:
             return True
-        rules = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in self.layers_pattern]
-        rules = rules or [r".*?\.[^.]*\.(?P<index>\d+)\."]
-        found = next((match for rule in rules if (match := re.match(rule, name))), None)
+        found = next((match for rule in self._layers if (match := rule.match(name))), None)
         return found is not None and int(found["index"]) in self.layers_to_transform
+
+    def wraps(self, name: str) -> bool:
+        """PEFT's rule for modules_to_save, which takes the ends of names, dotted or not."""
+        return bool(self._saved) and any(name[place:] in self._saved for place in range(len(name)))
 
     def saves(self, key: str) -> bool:
         """Whether modules_to_save takes a module around the tensor `key`."""
-        return any(matches(name, self.modules_to_save) for name in with_parents(key)[:-1])
+        return any(self.wraps(name) for name in with_parents(key)[:-1])
+
+    def check_patterns(self) -> None:
+        """Raises ValueError where a pattern is no regular expression, or one that could take very long."""
+        _ = self._targets, self._excludes, self._layers
+
+    @cached_property
+    def _targets(self) -> Callable[[str], bool]:
+        return taking("target_modules", self.targets)
+
+    @cached_property
+    def _exact(self) -> frozenset[str]:
+        return frozenset(self.targets)
+
+    @cached_property
+    def _excludes(self) -> Callable[[str], bool]:
+        return taking("exclude_modules", self.exclude or [])
+
+    @cached_property
+    def _saved(self) -> frozenset[str]:
+        return frozenset(self.modules_to_save)
+
+    @cached_property
+    def _layers(self) -> list[re.Pattern[str]]:
+        rules = compiled_all("layers_pattern", self.layers_pattern, r"(?:^|.*?\.)", r"\.(?P<index>\d+)\.")
+        return rules or [re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")]
 
 
 def parse_config(fields: dict[str, Any]) -> PeftConfig:
@@ -83,7 +122,7 @@ def parse_config(fields: dict[str, Any]) -> PeftConfig:
     def take(name: str, must: str, test: Callable[[Any], bool], default: Any = None) -> Any:
         value = rest.pop(name, default)
         if not test(value):
-            raise ValueError(f"{name} must be {must}; got {value!r}")
+            raise ValueError(f"{name} must be {must}; got {shown(value)}")
         return value
 
     types = list(dict.fromkeys(variant.peft.peft_type for variant in VARIANTS.values()))
@@ -137,19 +176,18 @@ def parse_config(fields: dict[str, Any]) -> PeftConfig:
         layers_to_transform=_as_list(
             take("layers_to_transform", "an integer or a list of them", _optional(_one_or_many(_is_index)))
         ),
-        layers_pattern=_as_list(take_names("layers_pattern")),
+        # in their order: the first that matches says which number is the layer's
+        layers_pattern=_as_list(
+            take("layers_pattern", "a regular expression or a list of them", _optional(_are_names))
+        ),
         modules_to_save=_as_list(take_names("modules_to_save")),
         fields={name: take(name, f"like {value!r}", _is_like(value), value) for name, value in method.fields.items()},
     )
     if unsupported := {name: value for name, value in rest.items() if value and name not in _HARMLESS}:
-        raise ValueError(f"these settings are not supported and would change the result: {unsupported}")
+        raise ValueError(f"these settings are not supported and would change the result: {shown(unsupported)}")
     if not config.targets:
-        raise ValueError(f"target_modules must be a regular expression or a list of names; got {config.targets!r}")
-    for name, value in (("target_modules", config.targets), ("exclude_modules", config.exclude)):
-        if isinstance(value, str):
-            compiled(name, value)
-    for value in config.layers_pattern:
-        compiled("layers_pattern", value)
+        raise ValueError(f"target_modules must be a regular expression or a list of names; got {shown(config.targets)}")
+    config.check_patterns()
     return config
 
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Hashable, Iterable, Mapping
 
-import torch
 from torch import nn
-
-from cotolora.training.switches import Switch
 
 logger = logging.getLogger("cotolora")
 
@@ -22,25 +19,6 @@ def warn_of_few_groups(groups: Mapping[Hashable, Collection[str]]) -> None:
             "another unit, such as 'module' or a callable from an adapter's name to its group",
             key,
             len(names),
-        )
-
-
-def without_gradient(switches: Iterable[Switch], optimizer: torch.optim.Optimizer) -> list[Switch]:
-    """Those of `switches` whose parameters have no gradient, though others of `optimizer` have."""
-    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    if all(parameter.grad is None for parameter in held):  # it is no step of a training loop
-        return []
-    parameters = ((switch, [p for p in switch.adapter_parameters if p in held]) for switch in switches)
-    return [switch for switch, own in parameters if own and all(p.grad is None for p in own)]
-
-
-def warn_of_unreached(names: Collection[str]) -> None:
-    """Warns of adapters that were on in a training step and had no gradient."""
-    if names:
-        logger.warning(
-            "these adapters were on in a training step and had no gradient, so they do not learn: %s (no forward "
-            "called their layers, or the loss does not depend on them, or the model reads the weight past the layer)",
-            ", ".join(names),
         )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from cotolora.backends.types import Backend, Call
+from cotolora.wording import shown
 
 if TYPE_CHECKING:
     from cotolora.linear import CoToLoRALinear
@@ -143,9 +144,9 @@ class Variant:
     def check(self, init: str, rank: int, alpha: float, sizes: tuple[int, int]) -> None:
         """Raises ValueError unless such an init, rank and alpha go with the variant on a weight of such sizes."""
         if init not in INITS:
-            raise ValueError(f"init must be one of {INITS}; got {init!r}")
+            raise ValueError(f"init must be one of {INITS}; got {shown(init)}")
         if init not in self.inits:
-            raise ValueError(f"init must be one of {self.inits} with variant={self.name!r}; got {init!r}")
+            raise ValueError(f"init must be one of {self.inits} with variant={self.name!r}; got {shown(init)}")
         if init not in FROM_WEIGHT:
             return
         if rank > min(sizes):

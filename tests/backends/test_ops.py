@@ -109,6 +109,7 @@ AS_REGISTERED = ("test_schema", "test_autograd_registration", "test_faketensor")
 TRACED = (*AS_REGISTERED, "test_aot_dispatch_dynamic")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gate", "dropout", "checks"),
     [
@@ -203,6 +204,7 @@ def test_a_layer_compiles_to_one_graph(backend, dropout):
 
 
 # many layers by vendors' products: in the interpreter each launch of each layer takes its time
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "depth"), [("triton", 6), ("addmm", 32)])
 def test_layers_under_50_masks_are_one_graph(backend, depth):
     model = blocks(depth)
@@ -224,6 +226,7 @@ def test_layers_under_50_masks_are_one_graph(backend, depth):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_blocks_under_host_gates_are_at_most_4_graphs():
     model = blocks(6)
@@ -240,6 +243,7 @@ def test_blocks_under_host_gates_are_at_most_4_graphs():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_blocks_under_ddp_are_at_most_4_graphs(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -162,6 +162,7 @@ def test_what_cannot_be_made_is_refused_with_the_reason():
         workload().runner(contenders.Contender("absent", build))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", sweep.COMPARED)
 def test_every_peer_and_every_gate_of_ours_is_right(variant, dtype):
@@ -365,6 +366,7 @@ def test_a_run_prints_writes_draws_and_shows_again(command, tmp_path, monkeypatc
     assert [line for line in again.splitlines() if line] == [line for line in done.splitlines() if line]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_graphs_of_changing_gates():
     counted = {what: gates.graphs(what) for what in gates.COMPILED}
@@ -463,6 +465,7 @@ def test_gates_compare_with_whoever_has_a_switch(capsys):
     assert "argument --peers: invalid choice: 'unsloth'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_committed_result_is_shown_in_brief_and_drawn(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path = ROOT / "benchmarks" / "results" / "cpu.json"
@@ -625,6 +628,7 @@ def test_the_gpu_script_needs_neither_matplotlib_nor_xdist(on_gpu):
     assert any(" -n " in line for line in on_gpu()[2])
 
 
+@pytest.mark.slow
 def test_variants_are_timed_beside_pefts(tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft", reason="compares with PEFT")
     from benchmarks import variants

@@ -15,6 +15,8 @@ pytest.importorskip("triton")
 pytest.importorskip("peft")
 from tests.support.repository import ROOT
 
+pytestmark = pytest.mark.slow
+
 SIZES = Sizes(8192, 4096, 4096, 16)
 FUSED = [(variant, form) for variant in VARIANTS for form in VARIANTS[variant].fused]
 fused = pytest.mark.parametrize(("variant", "form"), FUSED)

@@ -58,6 +58,7 @@ def keeps(how):
 # memory
 
 
+@pytest.mark.slow
 def test_frozen_and_off_by_host_keep_nothing():
     found = measured(FROZEN, OFF_BY_HOST)
     assert found[FROZEN.name] == found[OFF_BY_HOST.name]
@@ -105,6 +106,7 @@ def test_a_copy_of_x_in_another_dtype_is_named():
     assert found.kinds == f"1 of x again in float64 [{M}, 16]"
 
 
+@pytest.mark.slow
 def test_peft_as_shipped_keeps_x_again_in_float32():
     pytest.importorskip("peft")
     from benchmarks.contenders import PEERS
@@ -132,6 +134,7 @@ def test_what_hides_from_the_hooks_is_found_and_told():
     assert "0 B + 12.3 kB unseen" in memory.table(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor has no C++ compiler here")
 def test_compiled_code_is_seen_by_the_hooks_and_the_allocator():
     linear = (Linear("one", 64, 32, "x"),)
@@ -153,6 +156,7 @@ def test_whoever_is_wrong_is_refused_and_measured_by_none():
     assert "y is off by" in refused["wrong"] or "gives no" in refused["wrong"]
 
 
+@pytest.mark.slow
 def test_off_by_host_that_saves_something_fails(monkeypatch, capsys):
     off = Contender(OFF_BY_HOST.name, ADDMM.build, context=ADDMM.context)
     arguments = ["--shapes", "three-64", "--rows", "8", "--rank", "2", "--device", "cpu"]
@@ -254,6 +258,7 @@ def small(monkeypatch):
     monkeypatch.setattr(roofline, "SQUARE", {"cpu": 64})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "arguments", "told"),
     [

@@ -116,6 +116,7 @@ def test_settings_run_side_by_side_and_one_that_fails_loses_no_other():
         next(found)
 
 
+@pytest.mark.slow
 def test_the_whole_course_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     methods = (runs.METHODS[0], runs.METHODS[2])
     monkeypatch.setitem(study.SETTINGS, "text", tiny)

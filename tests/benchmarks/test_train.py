@@ -35,6 +35,7 @@ def masks():
     return torch.stack([cotolora.sample_mask(LAYERS, p[step], seed=0, step=step) for step in range(STEPS)])
 
 
+@pytest.mark.slow
 def test_everyone_has_times_that_add_up(result):
     runs = train.runs_of(result)
     assert list(runs) == [PEFT, ON, COTO]
@@ -76,6 +77,7 @@ def test_blocks_without_backward_hold_less(result):
     assert runs[COTO]["peak_steps"] == STEPS
 
 
+@pytest.mark.slow
 def test_what_is_written_reads_as_it_was_printed(tmp_path, capsys):
     path, drawn = tmp_path / "results.json", tmp_path / "results.png"
     assert train.main([*TINY, "--json", str(path), "--plot", str(drawn)]) == 0
@@ -88,6 +90,7 @@ def test_what_is_written_reads_as_it_was_printed(tmp_path, capsys):
     assert drawn.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_without_peers_ours_is_timed_alone(capsys):
     assert train.main([*TINY, "--peers", "none"]) == 0
     printed = capsys.readouterr().out

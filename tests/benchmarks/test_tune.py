@@ -74,6 +74,7 @@ def row(**changes):
 MACHINE = {"device": "a GPU", "torch": "2", "triton": "3", "cotolora": "0"}
 
 
+@pytest.mark.slow
 @needs_triton
 def test_dry_run_writes_a_table_that_choose_form_follows(tmp_path):
     out = tmp_path / "new" / "table.json"
@@ -175,6 +176,7 @@ def test_minutes_stop_new_shapes_and_keep_what_was_measured(faults, tmp_path, mo
     assert "stopped before 8 → 6, 5 rows, rank 2: 1 minutes are over" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @needs_triton
 def test_rows_and_ranks_multiply_a_models_shapes_once(faults, tmp_path, monkeypatch):
     monkeypatch.setitem(

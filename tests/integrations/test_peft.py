@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 from cotolora.integrations.peft import from_peft, to_peft  # noqa: E402
 from tests.support.peft_models import (  # noqa: E402
     CONVERSIBLE,
+    METHODS,
     Net,
     assert_unchanged,
     llama,
@@ -130,7 +131,7 @@ def test_a_rescaled_adapter_keeps_its_scale():
     torch.testing.assert_close(output(to_peft(ours)), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_a_module_under_two_names_and_its_hooks_stay_one():
+def test_a_module_under_two_names_and_its_hooks_stay_one(caplog):
     base = mlp()
     base.layers[2][0] = base.layers[0][0]
     plain, seen = cotolora.inject(base, rank=2), []
@@ -139,6 +140,7 @@ def test_a_module_under_two_names_and_its_hooks_stay_one():
     handle = base.layers[0][0].register_forward_hook(lambda *_: seen.append(1))
     expected = output(base)
     back = to_peft(base)
+    assert "several places of the model; from its files PEFT adapts the first alone: layers.0.0" in caplog.text
     torch.testing.assert_close(output(back), expected, rtol=1e-6, atol=1e-7)
     again = from_peft(back)
     assert again.layers[2][0] is again.layers[0][0]
@@ -324,3 +326,60 @@ def test_a_model_that_coto_drives_is_not_given_to_peft():
         to_peft(model)
     coto.finish()
     assert isinstance(to_peft(model), peft.PeftModel)
+
+
+# what PEFT has changed gets no adapters of ours
+
+
+def without_a_peft_model():
+    """As transformers' own add_adapter leaves a model."""
+    return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), llama(2))
+
+
+def with_a_prompt():
+    return peft.get_peft_model(llama(2), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
+def with_a_saved_module():
+    return lora(llama, ["q_proj"], modules_to_save=["lm_head"]).get_base_model().lm_head
+
+
+def mixed():
+    return peft.get_peft_model(mlp(), peft.LoHaConfig(target_modules=["layers.0.0"]), mixed=True)
+
+
+OF_PEFT = {
+    "lora": (lambda: lora(mlp, ["layers.0.0"]), "it is its PeftModel"),
+    "inside": (lambda: lora(mlp, ["layers.0.0"]).get_base_model(), r"layers\.0\.0 is its Linear"),
+    "in-a-model": (lambda: nn.ModuleDict({"body": lora(mlp), "head": nn.Linear(6, 2)}), "body is its PeftModel"),
+    "wrapped": (lambda: nn.DataParallel(lora(mlp)), "module is its PeftModel"),
+    "loha": (lambda: peft.get_peft_model(mlp(), METHODS["loha"]()).base_model.model, r"layers\.0\.0 is its Linear"),
+    "transformers": (without_a_peft_model, r"model\.layers\.0\.self_attn\.q_proj is its Linear"),
+    "modules-to-save": (with_a_saved_module, "it is its ModulesToSaveWrapper"),
+    "tokens": (lambda: with_tokens().base_model.model.model.embed_tokens, "it is its TrainableTokensWrapper"),
+    "prompt": (with_a_prompt, "it is its PeftModelForCausalLM"),
+    "mixed": (mixed, "it is its PeftMixedModel"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OF_PEFT)
+def test_a_model_of_pefts_gets_no_adapters_and_does_not_change(case, tmp_path):
+    cotolora.save_adapter(injected(), tmp_path)
+    make, says = OF_PEFT[case]
+    model = make()
+    before = state_of(model)
+    for call in (cotolora.inject, lambda model: cotolora.load_adapter(model, tmp_path, strict=False)):
+        with pytest.raises(ValueError, match=rf"nothing of PEFT; {says}.*: call .*from_peft.*CoTo.*unload") as error:
+            call(model)
+        assert len(str(error.value)) < 400
+    assert_unchanged(model, before)
+
+
+def test_what_the_refusal_offers_works():
+    assert len(adapters(from_peft(lora(mlp)))) == 4
+    assert len(CoTo(lora(mlp), 10).groups) == 4
+    assert len(cotolora.inject(lora(mlp).unload())) == 4
+    model = lora(mlp).merge_and_unload()
+    expected = output(model)
+    cotolora.inject(model)
+    assert torch.equal(output(model), expected)

@@ -17,6 +17,8 @@ from tests.support.peft_models import METHODS, SEED, Net, shaken, trained  # noq
 
 WORLD, PER_RANK = 2, 3
 # a method, options of DDP or what of the model is sharded, and which kind of checkpoint lies around the blocks
+pytestmark = pytest.mark.slow
+
 CASES = {
     "default": ("lora", {}, None),
     "static-graph": ("lora", {"static_graph": True}, None),

@@ -247,6 +247,7 @@ def test_gradient_accumulation_has_one_mask_a_step(tmp_path):
     assert {(on, moved) for on, moved in watch.moved if not on} == {(False, False)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(reentrant, tmp_path):
     model = prepared(llama)
@@ -261,6 +262,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant, tmp_path):
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gates", "regional"), [("device", False), ("host", True)], ids=["whole-model", "by-block"])
 def test_torch_compile_takes_few_graphs_and_changes_nothing(gates, regional, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str(regional))
@@ -277,6 +279,7 @@ def test_torch_compile_takes_few_graphs_and_changes_nothing(gates, regional, tmp
     torch.testing.assert_close(weights(compiled), weights(eager))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_equals_one_that_was_not(tmp_path):
     whole = prepared(llama)
     trainer_of(whole, tmp_path / "whole", callbacks=[CoToCallback()]).train()

@@ -336,6 +336,7 @@ def test_as_accurate_as_torch(m, n, k, r, name, dtype, device):
         check(name, operands(m, n, k, r, dtype, device, bias=False), **small(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(("m", "n", "k", "r"), [(1, 70, 100, 8), (50, 140, 100, 20), (40, 70, 70, 256)])
 def test_takes_a_tile_of_its_own_accord(m, n, k, r, name, dtype, device):
@@ -525,6 +526,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "tile"),
     [(f, t) for f in FAMILIES for t in sorted({r.tile for rows in TABLES[f].values() for r in rows}, key=str)],
@@ -542,6 +544,7 @@ def test_every_tile_in_the_tables(family, tile, device):
 SPLITS = ["one_pass_swapped", "shrink", "gram_a", "gram_b", "project", "gram_dora", "project_dora", "hira_grads"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPLITS)
 @pytest.mark.parametrize("split", [1, 2, 3, 5])
 def test_split(split, name, device):

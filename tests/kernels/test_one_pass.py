@@ -70,6 +70,7 @@ def test_as_accurate_as_torch(m, n, k, r, with_bias, dtype, device):
     check((x, weight, bias if with_bias else None, a, b), tile=SMALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tile", sorted({row.tile for rows in ONE_PASS.values() for row in rows}, key=str), ids=lambda tile: str(tile)[5:-1]
 )

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 
 from cotolora import CoToLoRALinear, adapters, eject, inject, load_adapter, save_adapter
 from cotolora.saving import adapter as checkpoint
@@ -265,7 +266,15 @@ WRAPS = {
     "DataParallel": nn.DataParallel,
     "compile": lambda model: torch.compile(model, backend="eager"),
     "checkpoint": checkpoint_wrapper,
+    "average": AveragedModel,
+    "average-of-compiled": lambda model: AveragedModel(torch.compile(model, backend="eager")),
+    "fabric": lambda model: in_fabric(model),
 }
+
+
+def in_fabric(model):
+    lightning = pytest.importorskip("lightning", reason="wraps a model as Lightning Fabric does")
+    return lightning.Fabric(accelerator="cpu").setup(model)
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
@@ -314,14 +323,14 @@ def test_shared_modules_are_saved_once(tmp_path):
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a = nn.Linear(4, 4)
+            self.a = nn.Sequential(nn.Linear(4, 4))
             self.b, self.norm, self.again = nn.ModuleList([self.a]), nn.LayerNorm(4), nn.ModuleList()
             self.again.append(self.norm)
 
         def forward(self, x):
             return self.again[0](self.b[0](self.norm(self.a(x))))
 
-    model, other = tuned(base(Shared), ["a"], trainable=["again.0"]), base(Shared)
+    model, other = tuned(base(Shared), ["a.0"], trainable=["again.0"]), base(Shared)
     save_adapter(model, tmp_path)
     load_adapter(other, tmp_path)
     assert torch.equal(logits(other), logits(model))

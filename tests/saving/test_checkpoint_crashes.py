@@ -219,6 +219,7 @@ def finished(*processes):
             process.kill()
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_the_old_pair_or_the_new_one(tmp_path):
     names = ("kills", "signals", "limit")
     finished(*(in_a_process(name, tmp_path / name) for name in names))
@@ -304,6 +305,7 @@ def main_writers(directory, seconds=4.0):
     assert (directory / CONFIG).read_bytes() == files._saved_config(directory / WEIGHTS)  # what PEFT reads, too
 
 
+@pytest.mark.slow
 def test_two_savers_at_once(tmp_path):
     finished(in_a_process("writers", tmp_path))
 

@@ -5,12 +5,13 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from cotolora import CoToLoRALinear, adapters, load_adapter, save_adapter
 from cotolora.merging import AdapterState
 from cotolora.variants import VARIANTS
-from tests.support.saving import base, logits, picture, refused, trained, tuned
+from tests.support.saving import PREFIX, WEIGHTS, base, logits, picture, refused, rewrite, trained, tuned
 
 OPTIONS = {"targets": ["fc"], "rank": 2, "trainable": ["head", "gamma", "token"]}
 SURGERY = importlib.import_module("cotolora.inject")  # the package has the function under this name
@@ -144,3 +145,104 @@ def test_a_state_without_a_disk_is_put_in_whole_or_not_at_all(directory):
     model.token = expanded(4)
     with refused(model, "token must be a tensor of the model that can be written"):
         state.load_into(model)
+
+
+class Tied(nn.Module):
+    """An embedding tied to a head, and a norm with buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.fc, self.last = nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 6, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.last(self.norm(self.fc(self.embed(torch.arange(6))))))
+
+
+@pytest.fixture
+def partial(tmp_path):
+    """As PEFT saves a copy of the embedding, the base of an adapter, buffers, and adapters that the model has not."""
+    save_adapter(tuned(base(Tied), ["fc", "last"], rank=2, trainable=["embed", "norm"]), tmp_path)
+    tensors = {key: t for key, t in load_file(tmp_path / WEIGHTS).items() if "head" not in key and "last" not in key}
+    more = {f"{PREFIX}fc.base_layer.weight": torch.ones(4, 4), f"{PREFIX}nowhere.lora_A.weight": torch.ones(2, 4)}
+    rewrite(tmp_path, tensors | more, modules_to_save=["embed", "norm"])
+    return tmp_path
+
+
+def untied_and_merged():
+    model = base(Tied)
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    tuned(model, ["fc", "last"], rank=2, trainable=["embed", "norm"], seed=2)
+    model.fc.merge()
+    return model
+
+
+FILLING = importlib.import_module("cotolora.saving.filling")
+
+
+@pytest.mark.parametrize(
+    ("owner", "step", "make", "least"),
+    [
+        (FILLING, "deepcopy", base, 1),
+        (FILLING, "_put", base, 1),
+        (torch.Tensor, "copy_", base, 9),
+        (torch.Tensor, "clone", base, 9),
+        (torch.Tensor, "copy_", untied_and_merged, 9),
+        (CoToLoRALinear, "_merged_weight", untied_and_merged, 1),
+        (CoToLoRALinear, "__setattr__", untied_and_merged, 1),
+        (SURGERY, "replace_module", base, 1),
+        (SURGERY, "block_fast_path", base, 1),
+    ],
+)
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_no_step_of_a_partial_load_that_fails_changes_anything(owner, step, make, least, after, partial, monkeypatch):
+    model = make(Tied) if make is base else make()
+    before = picture(model)
+    for at in itertools.count(1):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, step, Fails(getattr(owner, step), at, RuntimeError("no memory"), after))
+            try:
+                result = load_adapter(model, partial, strict=False)
+                break
+            except RuntimeError as error:
+                if str(error) != "no memory":
+                    raise
+        assert picture(model) == before, at
+    assert at > least
+    assert result == (["last.lora_A.weight", "last.lora_B.weight"], ["nowhere.lora_A.weight"])
+    stored = load_file(partial / WEIGHTS)
+    assert torch.equal(model.fc._base_weight(), torch.ones(4, 4))
+    assert torch.equal(model.embed.weight, stored[f"{PREFIX}embed.weight"])
+    assert torch.equal(model.norm.running_var, stored[f"{PREFIX}norm.running_var"])
+    assert not torch.equal(model.head.weight, model.embed.weight)
+
+
+@pytest.mark.parametrize(
+    ("place", "view"),
+    [
+        ("fc.weight", lambda: torch.zeros(1).expand(4, 4)),
+        ("fc.weight", lambda: torch.zeros(7).as_strided((4, 4), (1, 1))),
+        ("norm.running_mean", lambda: torch.zeros(1).expand(4)),
+    ],
+)
+def test_no_entry_that_shares_its_place_with_another_is_written(place, view, partial):
+    model = base(Tied)
+    module, _, key = place.rpartition(".")
+    owner = model.get_submodule(module)
+    setattr(owner, key, nn.Parameter(view()) if key == "weight" else view())
+    key = place if module != "fc" else "fc.base_layer.weight"
+    with refused(model, rf"^{key} must be a tensor of the model that can be written; it is expanded"):
+        load_adapter(model, partial, strict=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.float64], ids=str)
+def test_a_model_of_another_dtype_is_written_in_its_own(dtype, partial):
+    model = base(Tied)
+    model.norm.to(dtype)
+    model.fc.weight = nn.Parameter(model.fc.weight.to(dtype), requires_grad=False)
+    load_adapter(model, partial, strict=False)
+    stored = load_file(partial / WEIGHTS)
+    for tensor, key in ((model.norm.weight, "norm.weight"), (model.fc._base_weight(), "fc.base_layer.weight")):
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor.float(), stored[PREFIX + key].to(dtype).float())

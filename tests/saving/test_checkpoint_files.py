@@ -639,3 +639,35 @@ def test_an_injected_model_must_agree(options, match, saved):
     for strict in (True, False):
         with refused(model, match):
             load_adapter(model, saved, strict=strict)
+
+
+class Attending(nn.Module):
+    """Its attention hands the weight of `out_proj` to a functional, where PEFT adapts it and we cannot."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 4, batch_first=True)
+        self.fc, self.encoder = nn.Linear(4, 4), nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x):
+        return self.fc(self.encoder(x))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["fc", "out_proj"], ["fc", "self_attn"], r"fc|.*\.out_proj"])
+@pytest.mark.parametrize("onto", ["base", "adapters"])
+def test_what_peft_adapts_inside_of_attention_is_passed_over_by_name(targets, onto, peft, tmp_path, caplog):
+    theirs = train(peft.get_peft_model(base(Attending), peft.LoraConfig(target_modules=targets, r=2)))
+    theirs.save_pretrained(tmp_path)
+    stored = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(tmp_path / WEIGHTS).items()}
+    inside = sorted(key for key in stored if "self_attn" in key)
+    assert inside
+    model = base(Attending) if onto == "base" else tuned(base(Attending), ["fc", "linear1", "linear2"], rank=2, alpha=8)
+    with refused(model, r"encoder\.layers\.0\.self_attn.*encoder\.layers\.1\.self_attn.*strict=False"):
+        load_adapter(model, tmp_path)
+    with caplog.at_level(logging.WARNING, "cotolora"):
+        result = load_adapter(model, tmp_path, strict=False)
+    assert result.unexpected_keys == inside
+    assert any(all(key in record.getMessage() for key in inside) for record in caplog.records)
+    for key in set(stored) - set(inside):
+        name, factor = key.removesuffix(".weight").rsplit(".", 1)
+        assert torch.equal(getattr(adapters(model)[name], factor.lower()), stored[key])

@@ -1,13 +1,19 @@
 """Adapters on disk: PEFT's files, both ways."""
 
+import copy
 import warnings
 from contextlib import contextmanager
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
-from cotolora import adapters, load_adapter, save_adapter
+from cotolora import adapters, inject, load_adapter, save_adapter
+from cotolora.merging import mix
 from tests.support.saving import (
+    PREFIX,
+    WEIGHTS,
     Inner,
     Many,
     Net,
@@ -18,25 +24,45 @@ from tests.support.saving import (
     keys,
     logits,
     refused,
+    rewrite,
     train,
     trained,
     tuned,
 )
 
+
+class Nested(nn.Module):
+    """Blocks within blocks."""
+
+    def __init__(self):
+        super().__init__()
+        inner = (nn.ModuleDict({"inner": nn.ModuleList(nn.Linear(4, 4) for _ in range(3))}) for _ in range(2))
+        self.outer = nn.ModuleList(inner)
+        for block in self.outer:
+            block["inner"] = nn.ModuleList(nn.ModuleDict({"fc": linear}) for linear in block["inner"])
+
+    def forward(self, x):
+        for block in self.outer:
+            for layer in block["inner"]:
+                x = x + layer["fc"](x)
+        return x
+
+
 IDS = {"input_ids": torch.tensor([[1, 5, 2, 7], [3, 4, 8, 6]])}
 
 
-def gpt2(tf):
+def gpt2(tf, tied=True):
     config = tf.GPT2Config(
-        vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
-    )
+        vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
     return tf.GPT2LMHeadModel(config)
 
 
-def llama(tf):
+def llama(tf, tied=False):
     config = tf.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=16,
+        num_key_value_heads=2, max_position_embeddings=16, tie_word_embeddings=tied,
     )  # fmt: skip
     return tf.LlamaForCausalLM(config)
 
@@ -49,11 +75,11 @@ def bert(tf):
     return tf.BertForSequenceClassification(config)
 
 
-def make_base(tf, make):
-    if make in (Net, Odd, Many, Inner):
+def make_base(tf, make, *tied):
+    if make in (Net, Odd, Many, Inner, Nested):
         return base(make), X
     torch.manual_seed(0)
-    return make(tf).eval(), IDS
+    return make(tf, *tied).eval(), IDS
 
 
 @contextmanager
@@ -109,12 +135,12 @@ def test_peft_reads_ours(case, peft, tf, tmp_path):
     assert sorted(theirs.base_model.targeted_module_names) == sorted(adapters(model))
 
 
-def by_peft(peft, model, directory, **config):
+def by_peft(peft, model, directory, seed=1, **config):
     """A model that PEFT adapted, moved and saved."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's remarks on Conv1D and what it calls in transformers
         kind = peft.HiraConfig if "hira_dropout" in config else peft.LoraConfig
-        theirs = train(peft.get_peft_model(model, kind(**{"r": 2, **config}))).eval()
+        theirs = train(peft.get_peft_model(model, kind(**{"r": 2, **config})), seed).eval()
         theirs.save_pretrained(directory)
     return theirs
 
@@ -130,6 +156,10 @@ WE_READ = {
     "net-target-in-saved": (Net, {"target_modules": ["fc", "head.0"], "modules_to_save": ["head"]}),
     "net-layers": (Net, {"target_modules": ["fc"], "layers_to_transform": 1}),
     "net-layers-list": (Net, {"target_modules": ["fc"], "layers_to_transform": [0], "layers_pattern": "blocks"}),
+    "nested-layers": (
+        Nested,
+        {"target_modules": ["fc"], "layers_to_transform": [1], "layers_pattern": ["outer", "inner"]},
+    ),
     "net-no-layers": (Net, {"target_modules": ["fc"], "layers_to_transform": []}),
     "net-exact-beats-layers": (Net, {"target_modules": ["fc", "blocks.0.fc"], "layers_to_transform": [1]}),
     "net-gaussian": (Net, {"target_modules": ["fc"], "init_lora_weights": "gaussian", "lora_dropout": 0.1}),
@@ -209,6 +239,79 @@ def test_what_peft_saved_beside_is_loaded_and_stays_frozen(peft, tf, tmp_path):
     assert not any("embed" in name or "head" in name for name in trained(ours))
 
 
+def retrained(tf, make, tied=False):
+    """A base whose embedding and head are not those of `make_base`, as after more pretraining."""
+    model, x = make_base(tf, make, tied)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        train(module.requires_grad_(True), seed=3)
+    return model, x
+
+
+BASES = {
+    "head": (llama, False, {"target_modules": ["q_proj", "lm_head"]}),
+    "tied-head": (llama, True, {"target_modules": ["q_proj", "lm_head"]}),
+    "head-dora": (llama, False, {"target_modules": ["lm_head"], "use_dora": True}),
+    "tied-conv1d": (gpt2, True, {"target_modules": ["c_attn", "lm_head"]}),
+}
+
+
+@pytest.mark.parametrize("onto", ["base", "adapters", "merged"])
+@pytest.mark.parametrize("case", BASES)
+def test_the_base_of_an_adapter_is_loaded_where_peft_saved_it(case, onto, peft, tf, tmp_path):
+    make, tied, options = BASES[case]
+    model, x = retrained(tf, make, tied)
+    theirs = by_peft(peft, model, tmp_path, **options)
+    assert any(key.endswith("lm_head.base_layer.weight") for key in keys(tmp_path))
+    ours, _ = make_base(tf, make, tied)
+    if onto != "base":
+        variant = "dora" if "use_dora" in options else "lora"
+        tuned(ours, options["target_modules"], rank=2, alpha=8.0, variant=variant, seed=4)
+        if onto == "merged":
+            ours.lm_head.merge()
+    embedding = ours.get_input_embeddings()
+    assert load_adapter(ours, tmp_path) == ([], [])
+    if not tied:
+        embedding.load_state_dict(theirs.get_input_embeddings().state_dict())
+    assert_few_ulps(logits(ours, x), logits(theirs, x))
+    assert not any(name.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight")) for name in trained(ours))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_merged_file_with_the_base_of_an_adapter_loads_here_and_there(tied, peft, tf, tmp_path):
+    for number, seed in enumerate((1, 2)):
+        model, x = retrained(tf, llama, tied)
+        by_peft(peft, model, tmp_path / str(number), seed, target_modules=["q_proj", "lm_head"])
+    merged = mix([tmp_path / "0", tmp_path / "1"])
+    merged.save(tmp_path / "merged")
+    ours, _ = make_base(tf, llama, tied)
+    load_adapter(ours, tmp_path / "merged")
+    with no_key_warnings():
+        theirs = peft.PeftModel.from_pretrained(make_base(tf, llama, tied)[0], tmp_path / "merged").eval()
+    assert_few_ulps(logits(ours, x), logits(theirs, x))
+    assert torch.equal(ours.lm_head.weight, merged.besides["lm_head.base_layer.weight"])
+    assert "lm_head.weight" not in trained(ours)
+    other = tuned(make_base(tf, llama, tied)[0], ["q_proj", "lm_head"], rank=2)
+    before = logits(other, x)
+    with merged.applied_to(other):
+        other.get_input_embeddings().load_state_dict(ours.get_input_embeddings().state_dict())
+        assert_few_ulps(logits(other, x), logits(ours, x))
+        other.get_input_embeddings().load_state_dict(make_base(tf, llama, tied)[0].get_input_embeddings().state_dict())
+    assert torch.equal(logits(other, x), before)
+
+
+def test_a_base_that_has_no_such_tensor_is_no_place_for_it(peft, tf, tmp_path):
+    by_peft(peft, make_base(tf, llama)[0], tmp_path, target_modules=["q_proj", "lm_head"])
+    tensors, name = load_file(tmp_path / WEIGHTS), "lm_head.base_layer"
+    for key, match in (
+        (f"{name}.bias", rf"unexpected keys \['{name}.bias'\]"),
+        ("model.layers.0.base_layer.weight", r"unexpected keys \['model.layers.0.base_layer.weight'\]"),
+        (f"{name}.weight", f"{name}.weight must be of shape"),
+    ):
+        rewrite(tmp_path, {**tensors, PREFIX + key: torch.zeros(3)})
+        with refused(model := make_base(tf, llama)[0], match):
+            load_adapter(model, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("config", "match"),
     [
@@ -225,3 +328,71 @@ def test_what_peft_wrote_and_we_cannot_read_is_refused(config, match, peft, tmp_
     model = base()
     with refused(model, match):
         load_adapter(model, tmp_path)
+
+
+# modules in several places, of which PEFT adapts the first alone
+
+
+class Places(nn.Module):
+    """Two linears, each in two places: of two modules, of one module, or of one block that the model holds twice."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        shared, other = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.first = nn.ModuleDict({"a": shared, "b": other})
+        self.second = {
+            "modules": nn.ModuleDict({"a": shared, "b": other}),
+            "block": self.first,
+            "copies": nn.ModuleDict({"a": copy.deepcopy(shared), "b": copy.deepcopy(other)}),
+            "attributes": nn.Sequential(other),
+        }[how]
+        if how == "attributes":
+            self.first["again"] = shared
+
+    def forward(self, x):
+        for linear in (*self.first.children(), *self.second.children()):
+            x = linear(x).tanh()
+        return x
+
+
+# PEFT, which asks for a tensor under each of its names, says the same of its own file
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
+@pytest.mark.parametrize("how", ["block", "copies"])
+def test_one_place_of_several_names_is_saved_and_loaded_as_pefts(how, peft, tmp_path):
+    x = torch.randn(3, 4)
+    for targets in ("all-linear", ["first.a"]):
+        theirs = peft.get_peft_model(Places(how), peft.LoraConfig(target_modules=targets, init_lora_weights=False))
+        theirs.save_pretrained(tmp_path / "theirs")
+        ours = Places(how)
+        load_adapter(ours, tmp_path / "theirs")
+        torch.testing.assert_close(ours(x), theirs(x))
+        save_adapter(ours, tmp_path / "ours")
+        torch.testing.assert_close(peft.PeftModel.from_pretrained(Places(how), tmp_path / "ours")(x), ours(x))
+
+
+@pytest.mark.parametrize("how", ["modules", "attributes"])
+def test_several_places_are_refused_both_ways(how, peft, tmp_path):
+    others = {"modules": "'first.a', 'second.a'", "attributes": "'first.a', 'first.again'"}[how]
+    says = rf"first.a must be in one place of the model; it is in {others}, .*give the other places copies"
+    peft.get_peft_model(Places(how), peft.LoraConfig(target_modules=["first.a"])).save_pretrained(tmp_path)
+    model = Places(how)
+    with refused(model, says):
+        load_adapter(model, tmp_path)
+    inject(model, ["first.a"])
+    with refused(model, says):
+        load_adapter(model, tmp_path)
+    with refused(model, says):
+        save_adapter(model, tmp_path)
+
+
+def test_what_is_in_one_place_is_loaded_where_other_modules_are_in_several(peft, tmp_path, caplog):
+    theirs = peft.get_peft_model(Places("attributes"), peft.LoraConfig(target_modules="all-linear"))
+    theirs.base_model.model.first["b"].lora_B["default"].weight.data.normal_()
+    theirs.save_pretrained(tmp_path)
+    model = nn.ModuleDict({"first": nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})})
+    model["alias"] = model["first"]["a"]
+    load_adapter(model, tmp_path, strict=False)
+    assert list(adapters(model)) == ["first.b"]
+    assert "passed over first.a, which must be in one place" in caplog.text
+    save_adapter(model, tmp_path)

@@ -20,6 +20,8 @@ from tests.support.training import (
     train_alone,
 )
 
+pytestmark = pytest.mark.slow
+
 OLD = torch.__version__ < (2, 13)
 CASES = {
     "default": Case(counted=True),

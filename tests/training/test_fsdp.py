@@ -26,6 +26,8 @@ from tests.support.training import (
     whole,
 )
 
+pytestmark = pytest.mark.slow
+
 HOW = ("blocks", "root")
 CASES = {
     f"{how}-{name}": dataclasses.replace(case, sharded=how)

@@ -218,7 +218,15 @@ def whole_state(loop, again):
 
 @pytest.mark.parametrize("order", ["loaded-before-attach", "loaded-after-attach"])
 @pytest.mark.parametrize(
-    ("way", "cut"), [("file", CUT), ("deepcopy", CUT), ("dcp", CUT), ("dcp", 0), ("dcp-whole", CUT), ("dcp-whole", 0)]
+    ("way", "cut"),
+    [
+        ("file", CUT),
+        ("dcp", CUT),
+        *(
+            pytest.param(way, cut, marks=pytest.mark.slow)
+            for way, cut in (("deepcopy", CUT), ("dcp", 0), ("dcp-whole", CUT), ("dcp-whole", 0))
+        ),
+    ],
 )
 @pytest.mark.parametrize("optimizer", PARTS)
 @pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning", "ignore:torch.distributed is:UserWarning")

@@ -15,6 +15,8 @@ from tests.support.ranks import results_of, serve
 from tests.support.training import BATCH, WIDTH, Case, make, shard, whole
 
 STEPS, CUT, TOTAL = 12, 5, 20  # at the cut, one adapter has never been on and has no optimizer state
+pytestmark = pytest.mark.slow
+
 SEED = 3
 OPTIMIZERS = {
     "adamw": functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),

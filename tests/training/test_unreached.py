@@ -1,14 +1,20 @@
 """A mask never breaks a step: the adapters that are on may be ones that the loss does not depend on."""
 
+import copy
 import dataclasses
+import gc
 import logging
 from collections import namedtuple
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from cotolora import CoTo, adapter_parameters, adapters, inject
+from cotolora import CoTo, CoToLoRALinear, adapter_parameters, adapters, eject, inject
+from cotolora import linear as linear_module
+from cotolora.inject import HOOKS
+from cotolora.training import unreached
 from tests.support.training import graph_nodes
 
 WIDTH, BLOCKS, STEPS = 6, 4, 40
@@ -257,6 +263,185 @@ def test_where_every_adapter_learns_nothing_is_said(caplog):
             optimizer.zero_grad()
             coto.step()
     assert not caplog.records
+
+
+# without a CoTo
+
+
+class Bypassed(nn.Module):
+    """Hands the weight of `read` to a functional, as WavLM, Swin and Mamba do."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.called = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.called(nn.functional.linear(x, self.read.weight, self.read.bias).tanh())
+
+
+def steps(model, optimizer, count=3):
+    for _ in range(count):
+        model(torch.randn(3, WIDTH)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def messages(caplog):
+    return [record.getMessage() for record in caplog.records if record.name == "cotolora"]
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
+def test_any_optimizer_tells_of_a_bypassed_adapter_after_its_first_step(make, caplog):
+    model = prepared(Bypassed)
+    optimizer = make(adapter_parameters(model), lr=0.1)
+    with caplog.at_level(logging.INFO, logger="cotolora"):
+        optimizer.step()  # nothing has been trained
+        steps(prepared(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH))), torch.optim.SGD([nn.Parameter(torch.ones(1))]))
+        assert not messages(caplog)
+        steps(model, optimizer, 1)
+        (message,) = messages(caplog)
+        steps(model, optimizer)
+    assert "had no gradient, so they do not learn: read (" in message
+    assert messages(caplog) == [message]
+    assert model.called.lora_a.grad is None
+
+
+def test_it_is_told_once_whether_a_coto_sees_it_too_or_not(caplog):
+    for attached in (True, False):
+        caplog.clear()
+        model = prepared(lambda: nn.Sequential(*[Bypassed() for _ in range(3)]))
+        optimizer = torch.optim.AdamW(adapter_parameters(model))
+        coto = CoTo(model, 60, unit="module")
+        if attached:
+            coto.attach(optimizer)
+        for _ in range(60):
+            steps(model, optimizer, 1)
+            coto.step()
+        told = [name for message in messages(caplog) for name in message.split(": ")[1].split(" (")[0].split(", ")]
+        assert sorted(told) == ["0.read", "1.read", "2.read"]
+
+
+def test_nothing_is_told_of_what_is_not_meant_to_learn(caplog):
+    model = prepared(Bypassed)
+    layers = adapters(model)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.1)
+    layers["read"].enabled = False
+    steps(model, optimizer)
+    layers["read"].enabled = True
+    layers["read"].eval()
+    steps(model, optimizer)
+    layers["read"].train()
+    for parameter in layers["read"].adapter_parameters:
+        parameter.requires_grad_(False)
+    steps(model, optimizer)
+    steps(model, torch.optim.SGD(layers["called"].adapter_parameters, lr=0.1))
+    assert not messages(caplog)
+    for parameter in layers["read"].adapter_parameters:
+        parameter.requires_grad_()
+    steps(model, optimizer)
+    assert len(messages(caplog)) == 1
+
+
+def test_a_closure_is_no_way_round_it(caplog):
+    model = prepared(Bypassed)
+    optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.randn(3, WIDTH)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert len(messages(caplog)) == 1
+
+
+def test_the_hook_of_all_optimizers_goes_when_every_adapter_has_been_seen():
+    hooks = _global_optimizer_post_hooks
+    unreached.unwatch(list(unreached._watched))  # of other tests
+    before = len(hooks)
+    model = prepared(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+    assert len(hooks) == before + 1
+    steps(model, torch.optim.SGD(adapter_parameters(model), lr=0.1), 1)
+    assert len(hooks) == before
+    prepared(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)))  # and is dropped
+    gc.collect()
+    steps(model, torch.optim.SGD(adapter_parameters(model), lr=0.1), 1)
+    assert len(hooks) == before
+
+
+# merging what the model has not called
+
+
+@pytest.fixture
+def untraced(monkeypatch):
+    """As in a process that has traced no layer, where other tests may have."""
+    monkeypatch.setattr(linear_module, "_traced", False)
+
+
+def bypassed():
+    model = prepared(Bypassed).eval()
+    model(torch.randn(3, WIDTH))
+    return model
+
+
+def test_merging_an_adapter_that_was_never_called_says_so(untraced, caplog):
+    model = bypassed()
+    for merge in (eject, lambda model: [layer.merge() for layer in adapters(model).values()]):
+        caplog.clear()
+        merge(copy.deepcopy(model))
+        (message,) = messages(caplog)
+        assert message.startswith("merging changes the weights of read, whose adapters no forward has called yet; if")
+    caplog.clear()
+    eject(model, merge=False)
+    assert not messages(caplog)
+
+
+def test_layers_that_are_merged_one_by_one_say_it_once(untraced, caplog):
+    model = prepared(lambda: nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(4)]))
+    for layer in adapters(model).values():
+        layer.merge()
+    eject(model)
+    assert len(messages(caplog)) == 1
+
+
+@pytest.mark.parametrize("case", ["called", "off", "unmerged", "fresh", "disabled", "compiled", "alone"])
+def test_merging_says_nothing_where_outputs_stay_or_no_model_is_known(case, untraced, caplog):
+    model = prepared(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+    layer, x = model[0], torch.randn(3, WIDTH)
+    if case == "called":
+        model(x)
+    elif case == "off":
+        layer.gate = False
+        model(x)
+    elif case == "unmerged":
+        model(x)
+        layer.merge()
+        layer.unmerge()
+    elif case == "fresh":
+        nn.init.zeros_(layer.lora_b)
+    elif case == "disabled":
+        layer.enabled = False
+    elif case == "compiled":
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+        torch.compiler.reset()
+    else:
+        CoToLoRALinear.from_linear(nn.Linear(WIDTH, WIDTH), variant="hira").merge()
+        nn.init.normal_((layer := CoToLoRALinear(WIDTH, WIDTH)).lora_b)
+        layer.merge()
+        model(x)
+    copy.deepcopy(model)[0].merge()
+    eject(model)
+    assert not messages(caplog)
+
+
+def test_being_called_leaves_no_hook_and_nothing_to_save():
+    model = prepared(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+    keys = set(model.state_dict())
+    assert not any(getattr(model[0], name) for name in HOOKS)
+    model(torch.randn(3, WIDTH))
+    assert set(model.state_dict()) == keys
+    assert not any(getattr(model[0], name) for name in HOOKS)
 
 
 # models and layers of other people

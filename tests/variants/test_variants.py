@@ -536,6 +536,7 @@ def test_what_is_off_has_no_gradient_of_its_magnitude_either(monkeypatch):
     assert all(p.grad is not None and not p.grad.any() for p in layers[1].adapter_parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", KINDS)
 def test_compiled_whole(options):
     layer = layer_of(options)

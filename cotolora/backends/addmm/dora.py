@@ -23,6 +23,7 @@ from cotolora.backends.addmm.products import (
     transposed_times,
 )
 from cotolora.backends.types import Call, Gradients, Launch, Launches, Needs, Operands, Options, Sizes, kept_by_lora
+from cotolora.checks import refuse_nested
 
 # entries of W + scale · B A that are made at a time: on a CPU what its cache holds
 BLOCK_CPU, BLOCK_DEVICE = 1 << 18, 1 << 22
@@ -118,6 +119,7 @@ class DoraByAddmm:
         if gate is None and needs.a and needs.b and not torch.compiler.is_compiling():
             rows = x.numel() // max(1, weight.shape[1])
             if merges(x.device, weight.dtype, rows, weight.numel(), dropout):
+                refuse_nested(x)  # which F.linear takes, and the backward does not
                 return _merged(operands, scale)
         norm = known_norm[0] if known_norm else row_norms(weight, a, b, scale)
         y = F.linear(x, weight, bias).contiguous()

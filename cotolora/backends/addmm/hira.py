@@ -20,6 +20,7 @@ from cotolora.backends.addmm.products import (
     switch,
 )
 from cotolora.backends.types import Call, Gradients, Kept, Launch, Launches, Needs, Operands, Options
+from cotolora.checks import refuse_nested
 
 # entries of a block of W's gradient: on a CPU what a cache holds, else what keeps a device busy
 BLOCK_CPU, BLOCK_DEVICE = 1 << 18, 1 << 24
@@ -65,6 +66,7 @@ class HiraByAddmm:
         a, b = cast(a, x.dtype), cast(b, x.dtype)
         kept = kept_by_hira(operands, needs)
         if not dropout and _one_weight_serves(weight, by_row):
+            refuse_nested(x)  # which F.linear takes, and the backward does not
             return F.linear(x, _whole_weight(weight, a, b, scale, on), bias), Saved(*kept, None)
         y = F.linear(x, weight, bias).contiguous()
         dropped, keep = dropped_out(x, dropout)

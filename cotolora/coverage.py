@@ -1,0 +1,59 @@
+"""Which weights of a model no adapter can reach, such as those of experts that are one parameter together."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+from torch import nn
+
+from cotolora.bases import features, is_conv1d
+from cotolora.groups import plain_name
+from cotolora.linear import CoToLoRALinear
+
+logger = logging.getLogger("cotolora")
+
+LARGE = 0.5  # a share from which on most of what fine-tuning could change stays as it is
+
+
+def warn_of_frozen_share(model: nn.Module) -> None:
+    """Warns where most weights of `model`, embeddings aside, are frozen and of no module that can have an adapter.
+
+    Linear modules without an adapter do not count: that they have none is what the user chose.
+    """
+    total, out_of_reach = _weights(model)
+    frozen = sum(out_of_reach.values())
+    if frozen > LARGE * total:
+        places = [name for name, _ in out_of_reach.most_common(4)]
+        more = f" and {len(out_of_reach) - 4} more" if len(out_of_reach) > 4 else ""
+        logger.warning(
+            "%.0f%% of the weights outside the embeddings (%s of %s) stay frozen, and no adapter can reach them, for "
+            "they are of no linear module: %s%s; trainable=[...] would train them in full",
+            100 * frozen / total,
+            f"{frozen:,d}",
+            f"{total:,d}",
+            ", ".join(places),
+            more,
+        )
+
+
+def _weights(model: nn.Module) -> tuple[int, Counter[str]]:
+    """How many weights there are, and how many no adapter can reach, by name with * for what counts blocks."""
+    total, out_of_reach = 0, Counter[str]()
+    embeddings = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
+    # what is tied to an embedding is part of it
+    seen = {parameter for module in embeddings for parameter in module.parameters(recurse=False)}
+    for name, module in model.named_modules():
+        own = {part.attribute for part in module._variant.parts} if isinstance(module, CoToLoRALinear) else set()
+        reached = own or isinstance(module, nn.Linear) or is_conv1d(module) or all(features(module))
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter in seen or key in own:
+                continue
+            seen.add(parameter)
+            total += parameter.numel()
+            if not reached and parameter.dim() > 1 and not parameter.requires_grad:
+                full = plain_name(f"{name}.{key}" if name else key)
+                out_of_reach[".".join("*" if part.isdecimal() else part for part in full.split("."))] += (
+                    parameter.numel()
+                )
+    return total, out_of_reach

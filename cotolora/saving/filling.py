@@ -1,0 +1,97 @@
+"""Writes what files hold into a model, all of it or nothing."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import _unsafe_preserve_version_counter
+
+from cotolora.linear import CoToLoRALinear
+from cotolora.saving.fitting import AdapterFiles, Fit
+from cotolora.variants import VARIANTS
+from cotolora.wording import some_of
+
+logger = logging.getLogger("cotolora")
+
+
+def untied(fit: Fit, undo: ExitStack) -> Fit:
+    """`fit` with copies in the places of what PEFT would copy away from others that it is tied to."""
+    plain = dict(fit.plain)
+    for keys, owners, tensor, others in fit.copies:
+        copy = deepcopy(tensor.detach() if not isinstance(tensor, nn.Parameter) else tensor)
+        for module, name in owners:
+            undo.callback(_put, module, name, tensor)
+            _put(module, name, copy)
+        plain |= dict.fromkeys(keys, copy)
+        logger.warning("%s was tied to %s; trained, it is a tensor of its own", keys[0], some_of(others))
+    return fit._replace(plain=plain)
+
+
+def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    (module._parameters if name in module._parameters else module._buffers)[name] = tensor  # type: ignore[assignment]
+
+
+def fill(layers: dict[str, CoToLoRALinear], fit: Fit, files: AdapterFiles, undo: ExitStack) -> None:
+    """Writes the files' tensors into the model's, all or none; `undo` takes them back if a later step fails."""
+    variant = VARIANTS[files.config.variant]
+    writes = []
+    for name, parts in fit.parts.items():
+        values = variant.loaded({key: _at_least_float32(value) for key, value in parts.items()}, layers[name].scale)
+        writes += [(f"{name}.{key}", getattr(layers[name], key), value) for key, value in values.items()]
+    writes += [(key, target, fit.tensors[key]) for key, target in (fit.bases | fit.plain).items()]
+    _write(writes, undo)
+    merged = [layer for layer in layers.values() if layer.merged]
+    # of what was written; all are made before the first takes its place
+    for layer, weight in [(layer, layer._merged_weight()) for layer in merged]:
+        undo.callback(setattr, layer, "weight", layer.weight)
+        layer.weight = weight
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+@torch.no_grad()
+def _write(writes: list[tuple[str, Tensor, Tensor]], undo: ExitStack) -> None:
+    """Copies into each target, by its name, its value. What can fail does so before the first is changed."""
+    for key, target, _ in writes:
+        if reason := _why_not_writable(target):
+            raise ValueError(f"{key} must be a tensor of the model that can be written; {reason}")
+    ready = [(target, _like(value, target), target.clone()) for _, target, value in writes]
+    for target, value, before in ready:
+        if not target.is_inference():
+            # taken back, it is as it was for autograd too
+            undo.enter_context(_unsafe_preserve_version_counter(target))
+        undo.callback(_restore, target, before)
+        target.copy_(value)
+
+
+def _why_not_writable(target: Tensor) -> str:
+    if target.is_inference() and not torch.is_inference_mode_enabled():
+        return "it was made in inference mode, and may be written in that alone"
+    local = getattr(target, "to_local", lambda: target)()  # of a DTensor
+    reach = 0
+    for stride, size in sorted(zip(local.stride(), local.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return "it is expanded: several of its entries lie in one place"
+        reach += stride * (size - 1)
+    return ""
+
+
+@torch.no_grad()
+def _restore(target: Tensor, before: Tensor) -> None:
+    target.copy_(before)
+
+
+def _like(value: Tensor, target: Tensor) -> Tensor:
+    """`value` where `target` is and of its dtype, in shards if it is."""
+    value = value.to(target.device, target.dtype)
+    if not hasattr(target, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, target.device_mesh, target.placements)  # type: ignore[attr-defined]

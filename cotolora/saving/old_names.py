@@ -1,0 +1,71 @@
+"""What the tensors of a file are called in a transformers model whose modules had other names when it was saved."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def renamed(model: nn.Module, tensors: Mapping[str, Tensor], fits: Callable[[str], bool]) -> dict[str, Tensor]:
+    """`tensors` by the names of today, as PEFT finds them; those that fit under neither name keep theirs.
+
+    Args:
+        model: one of transformers, which knows the names that its modules had; others have none.
+        tensors: of a file.
+        fits: whether a key is one of the model's.
+    """
+    strange = [key for key in tensors if not fits(key)]
+    rename = _renamer(model) if strange else None
+    if rename is None:
+        return dict(tensors)
+    now = {key: new for key in strange if (new := rename(key)) not in tensors and fits(new)}
+    return {now.get(key, key): tensor for key, tensor in tensors.items()}
+
+
+def why_not_renamed(model: nn.Module, keys: Iterable[str]) -> str:
+    """Why `keys` of a file have no counterpart in `model`, if it is known; for the end of an error."""
+    fused = _of_kind(model, "WeightConverter")
+    for key in keys:
+        name = key.partition(".lora_")[0] + ".weight"
+        if any(conversion.rename_source_key(name)[1] is not None for conversion in fused):
+            return (
+                f"; {type(model).__name__} has no linear for {key}: this version of transformers holds it fused with "
+                "others in one parameter (PEFT can load such an adapter, to merge it)"
+            )
+    return ""
+
+
+def _renamer(model: nn.Module) -> Callable[[str], str] | None:
+    # a class of transformers 4.52 to 4.57 states them itself, later versions in a table
+    stated = getattr(model, "_checkpoint_conversion_mapping", None)
+    rules = list(stated.items()) if isinstance(stated, dict) else []
+    table = _of_kind(model, "WeightRenaming")
+
+    def rename(key: str) -> str:
+        for pattern, replacement in rules:
+            new, count = re.subn(pattern, replacement, key)
+            if count:
+                key = new
+                break
+        for conversion in table:
+            key = conversion.rename_source_key(key)[0]
+        return key
+
+    return rename if rules or table else None
+
+
+def _of_kind(model: nn.Module, kind: str) -> list[Any]:
+    """The conversions by which transformers reads old checkpoints of `model`, of one of its classes."""
+    if "transformers" not in sys.modules or not hasattr(getattr(model, "config", None), "model_type"):
+        return []
+    try:
+        from transformers import conversion_mapping, core_model_loading
+
+        conversions = conversion_mapping.get_model_conversion_mapping(model)
+        return [each for each in conversions if isinstance(each, getattr(core_model_loading, kind))]
+    except (ImportError, AttributeError):  # of another version, or a model that is called so and is not of transformers
+        return []

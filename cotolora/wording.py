@@ -1,0 +1,58 @@
+"""How errors and log lines show values that may be of any size."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Collection, Iterable
+from itertools import islice
+from typing import Any
+
+_MOST = 300  # characters of one value
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 160
+_short.maxlist = _short.maxtuple = _short.maxdict = _short.maxset = _short.maxfrozenset = 8
+_short.maxlevel = 4
+
+
+def shown(value: Any) -> str:
+    """`value` as repr shows it, with the middle of what is long left out.
+
+    >>> shown({"a": [1, 2]}), len(shown("x" * 1_000_000)) < 200
+    ("{'a': [1, 2]}", True)
+    """
+    return cut(_short.repr(value))
+
+
+def cut(text: str) -> str:
+    """`text` without the middle where it is long."""
+    return text if len(text) <= _MOST else f"{text[: _MOST // 2]}...{text[-_MOST // 2 :]}"
+
+
+def some_of(names: Collection[str], most: int = 8) -> str:
+    """The first of `names`.
+
+    >>> some_of(["q", "k", "v"], most=2)
+    "'q', 'k' and 1 more"
+    """
+    text = ", ".join(_short.repr(name) for name in islice(names, most))
+    text = text if len(text) <= 2 * _MOST else f"{text[: 2 * _MOST]}..."
+    return text if len(names) <= most else f"{text} and {len(names) - most} more"
+
+
+def listed(names: Iterable[str], room: int = 2 * _MOST) -> str:
+    """`names` as repr shows a list, as many as have room.
+
+    >>> listed(["q", "k"])
+    "['q', 'k']"
+    """
+    found = []
+    names = list(names)
+    for name in names:
+        text = _short.repr(name)
+        room -= len(text) + 2
+        if room < 0:
+            break
+        found.append(text)
+    more = len(names) - len(found)
+    return f"[{', '.join(found)}]" if not more else f"[{', '.join(found)}, and {more} more]"
