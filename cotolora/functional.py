@@ -253,10 +253,11 @@ def planned(
     )  # fmt: skip
     # off a GPU vendor GEMMs run whatever the number of rows
     key: tuple[object, ...] = (
-        kind, x.dtype, x.device, rank, in_features, out_features, scale, dropout, torch.is_grad_enabled(), base_dtype
+        kind, x.dtype, rank, in_features, out_features, scale, dropout, torch.is_grad_enabled(), base_dtype
     )  # fmt: skip
     if not usual:
         key += (
+            x.device,
             None if x.is_cpu and not choice.requested(backend)[0].startswith("triton") else math.prod(x.shape[:-1]),
             torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else None,
             choice.requested(backend),

@@ -338,7 +338,9 @@ class CoToLoRALinear(nn.Module):
         """``input [..., in_features]`` → ``[..., out_features]``. A merged layer is a plain linear."""
         if self.base is not None:
             return self._added_to(self.base(input), input)
-        gate, dropout = self.active, self.dropout if self.training else 0.0
+        # a property that is asked takes as long as a small sum: the usual answers are found without
+        gate = (self._gate if self.training else True) if self._enabled is True else self.active
+        dropout = self.dropout if self.training else 0.0
         if torch.compiler.is_compiling():
             _note_trace()
             return self._checked(input, gate, dropout)
@@ -363,7 +365,8 @@ class CoToLoRALinear(nn.Module):
                 gate = None  # type: ignore[assignment]
             elif gate.dim():
                 check_gate(gate, input)
-            plan = planned(variant, input, rank, self.in_features, self.out_features, self.scale, dropout)
+            scale = self.scale if self.use_rslora else self.alpha / self.rank
+            plan = planned(variant, input, rank, self.in_features, self.out_features, scale, dropout)
             return run(plan, input, weight, bias, a, b, extra, gate)  # type: ignore[arg-type]
         except Exception:
             # torch's own errors name no argument: what was wrong is looked for only where something was

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -33,8 +34,7 @@ class LowRankLinear(torch.autograd.Function):
         *extra: Tensor,
     ) -> Tensor:
         """Runs the backend and saves what the gradients asked for will read."""
-        _, for_x, for_weight, for_bias, for_a, for_b, for_base, _, *for_extra = ctx.needs_input_grad
-        needs = Needs(for_x, for_weight, for_bias, for_a, for_b, tuple(for_extra))
+        needs, for_base, hides_x = (asked.__wrapped__ if plan.traced else asked)(ctx.needs_input_grad)
         gate_is_open = False
         if gate is not None and not plan.fused and readable(gate):
             if gate:
@@ -45,10 +45,9 @@ class LowRankLinear(torch.autograd.Function):
         y, saved, plan = compute(plan, operands, None if gate_is_open else gate, needs)
         ctx.state = plan, type(saved), needs, for_base, gate_is_open
         # what is extra goes along by reference, for its second derivative to be noticed
-        hides_x = for_x and not for_a and (for_b or any(for_extra))
         ctx.save_for_backward(gate, _trace_of(x) if hides_x else None, *extra, *saved)
         # autograd forbids writing in place to a view made in here, as that of a y of three dimensions
-        return y if torch.compiler.is_compiling() or not y._is_view() else y.detach()
+        return y if plan.traced or not y._is_view() else y.detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -76,6 +75,14 @@ class LowRankLinear(torch.autograd.Function):
 # Function.apply also looks for wrappers of torch.func among the arguments, which takes a tenth of a tiny layer's time:
 # the reference is what runs under its transforms
 apply_directly = super(torch.autograd.Function, LowRankLinear).apply
+
+
+@functools.cache
+def asked(needs_input_grad: tuple[bool, ...]) -> tuple[Needs, bool, bool]:
+    """Which gradients are asked for, whether that of `base` is, and whether one depends on an x that is not kept."""
+    _, for_x, for_weight, for_bias, for_a, for_b, for_base, _, *for_extra = needs_input_grad
+    needs = Needs(for_x, for_weight, for_bias, for_a, for_b, tuple(for_extra))
+    return needs, for_base, for_x and not for_a and (for_b or any(for_extra))
 
 
 def compute(plan: Plan, operands: Operands, gate: Tensor | None, needs: Needs) -> tuple[Tensor, Any, Plan]:

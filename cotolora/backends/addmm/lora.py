@@ -29,7 +29,7 @@ class Saved(NamedTuple):
     """What the backward reads, None where it will not.
 
     x, weight, a, b: of the operands.
-    h: ``δ · scale · dropout(x) Aᵀ [rows, rank]``, in the dtype of y.
+    h: ``δ · dropout(x) Aᵀ [rows, rank]``, in the dtype of y; times scale, unless that is float32.
     keep: boolean dropout mask, of the shape of x.
     """
 
@@ -42,7 +42,11 @@ class Saved(NamedTuple):
 
 
 class LoraByAddmm:
-    """``y = x Wᵀ + bias + h Bᵀ`` or ``y = base + h Bᵀ``, with ``h = δ · scale · dropout(x) Aᵀ``."""
+    """``y = x Wᵀ + bias + h Bᵀ`` or ``y = base + h Bᵀ``, with ``h = δ · scale · dropout(x) Aᵀ``.
+
+    Where y is float32, h is without the scale, which the product with B takes in passing. In fewer digits that product
+    is rounded before it is added, and once more for a scale.
+    """
 
     def why_not(self, call: Call) -> list[str]:
         """It takes every call."""
@@ -64,7 +68,10 @@ class LoraByAddmm:
         a_cast, b_cast = a if a.dtype is dtype else a.to(dtype), b if b.dtype is y.dtype else b.to(y.dtype)
         dropped, keep = (x, None) if not dropout else dropped_out(x, dropout)
         rows, dropped = (y, dropped) if y.dim() == 2 else (flat(y), flat(dropped))
-        h = scaled_product(dropped, a_cast.T, scale)
+        if y.dtype is torch.float32:
+            h = F.linear(dropped, a_cast)
+        else:
+            h, scale = scaled_product(dropped, a_cast.T, scale), 1.0
         by_row = None
         if h.dtype is not y.dtype:
             h = h.to(y.dtype)
@@ -73,10 +80,10 @@ class LoraByAddmm:
             h, b_cast = select(on, h), select(one, b_cast)
         if by_row is not None and not zero_times_is_zero(b_cast):
             # a row that is off must not meet a non-finite B, so here the selection comes after the product
-            y = torch.where(by_row, torch.addmm(rows, h, b_cast.T).view(y.shape), y)
+            y = torch.where(by_row, torch.addmm(rows, h, b_cast.T, alpha=scale).view(y.shape), y)
         elif base is not None:
-            y = torch.addmm(rows, h, b_cast.T).view(y.shape)
-        elif (total := add_product(rows, h, b_cast.T)) is not rows:
+            y = torch.addmm(rows, h, b_cast.T, alpha=scale).view(y.shape)
+        elif (total := add_product(rows, h, b_cast.T, scale)) is not rows:
             y = total.view(y.shape)
         return y, Saved(
             x if needs.a or needs.weight else None,
@@ -93,7 +100,7 @@ class LoraByAddmm:
 
         With ``p = δ · scale · dy B`` and D the dropout mask times ``1 / (1 - dropout)``:
 
-            dx = dy W + D ∘ (p A)      dA = pᵀ (D ∘ x)      dB = dyᵀ h
+            dx = dy W + D ∘ (p A)      dA = pᵀ (D ∘ x)      dB = dyᵀ h, times scale if h is without it
             dW = dyᵀ x                 dbias = Σ_rows dy
 
         Without a weight, dx is of the low-rank part alone, and p is cast to the dtype of x.
@@ -110,7 +117,8 @@ class LoraByAddmm:
         if needs.bias:
             dbias = rows.sum(0)
         if needs.b and h is not None:
-            db = transposed_times(rows if by_row is None else select(by_row, rows), h)
+            on_rows = rows if by_row is None else select(by_row, rows)
+            db = transposed_times(on_rows, h, scale if h.dtype is torch.float32 else 1.0)
             db = db if one is None else select(one, db)
         if (needs.x or needs.a) and b is not None:
             p = times(rows, b if b.dtype is dy.dtype else b.to(dy.dtype), scale)

@@ -67,9 +67,12 @@ def times(rows: Tensor, b: Tensor, scale: float) -> Tensor:
     return scaled_product(rows, b, scale)
 
 
-def transposed_times(rows: Tensor, h: Tensor) -> Tensor:
-    """``rowsᵀ h [features, rank]`` in the faster of two orders."""
-    return (h.T @ rows).T if transposing_is_faster(rows, h.shape[1]) else rows.T @ h
+def transposed_times(rows: Tensor, h: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale · rowsᵀ h [features, rank]``, rounded once, in the faster of two orders."""
+    transposed = transposing_is_faster(rows, h.shape[1])
+    left, right = (h.T, rows) if transposed else (rows.T, h)
+    product = left @ right if scale == 1 else scaled_product(left, right, scale)
+    return product.T if transposed else product
 
 
 class Switch(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from cotolora.backends.addmm import lora as addmm
@@ -212,8 +213,10 @@ def launches_of_factors(sizes: Sizes) -> tuple[Launch, ...]:
 
 
 def saved_by_addmm(saved: Saved, dy: Tensor, options: Options) -> addmm.Saved:
-    """As vendor GEMMs keep it: with the mask that the kernels drew."""
+    """As vendor GEMMs keep it: with the mask that the kernels drew, and in float32 with an h without the scale."""
     x, weight, a, b, h, seed = saved
+    if h is not None and h.dtype is torch.float32 and options.scale:
+        h = h / options.scale
     return addmm.Saved(x, weight, a, b, h, mask_of_x(seed, dy, a, options.dropout))
 
 
