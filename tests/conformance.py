@@ -29,7 +29,10 @@ _PROPERTIES: list[tuple[Callable[..., None], Callable[[Subject], bool], dict[str
 
 
 def cases(variants: Iterable[Variant]) -> list[Any]:
-    """A parameter of `pytest.mark.parametrize` for each case of each property: a function without arguments."""
+    """A parameter of `pytest.mark.parametrize` for each case of each property: a function without arguments.
+
+    Of our kernels, which are interpreted, all forms but the first of each variant are marked as slow.
+    """
     return list(_cases(variants))
 
 
@@ -39,14 +42,17 @@ def _cases(variants: Iterable[Variant]) -> Iterator[Any]:
         if not subject.dtypes:
             reason = "; ".join(subject.why_not(torch.float32))
             yield pytest.param(None, id=str(subject), marks=pytest.mark.skip(reason=reason))
+    first = {(subject.variant.name, subject.adds): subject for subject in reversed(every) if subject.fused}
     for (check, concerned, axes), subject in itertools.product(_PROPERTIES, every):
         if not subject.dtypes or not concerned(subject):
             continue
+        slow = subject.fused and subject is not first[subject.variant.name, subject.adds]
         values = {name: axis(subject) if callable(axis) else axis for name, axis in axes.items()}
         for chosen in itertools.product(*(axis.items() for axis in values.values())):
             options = {name: value for name, (_, value) in zip(values, chosen, strict=True)}
             label = "-".join([check.__name__, str(subject), *(key for key, _ in chosen)])
-            yield pytest.param(functools.partial(check, subject, **options), id=label)
+            marks = [pytest.mark.slow] if slow else []
+            yield pytest.param(functools.partial(check, subject, **options), id=label, marks=marks)
 
 
 def holds(concerned: Callable[[Subject], bool] = lambda subject: True, **axes: Axis) -> Callable[..., Any]:

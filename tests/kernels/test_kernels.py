@@ -423,6 +423,7 @@ def test_the_mask_does_not_depend_on_the_tile(device):
     assert torch.equal(mask(seed, 9, 50), expected[:9, :50])
 
 
+@pytest.mark.slow
 def test_the_mask_is_random(device):
     seed = torch.tensor(-3, device=device)
     rows, columns = 200, 512
@@ -485,6 +486,7 @@ def offset(t):
     return view.copy_(t)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [transposed, sliced, offset])
 @pytest.mark.parametrize("name", KERNELS)
 def test_any_strides(name, layout, device):
@@ -554,6 +556,7 @@ def test_split(split, name, device):
         check(name, call, **small(name, split=split))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_same_bits_every_time(name, device):
     call = operands(61, 200, 150, 12, torch.float16, device)
@@ -570,6 +573,7 @@ def test_leaves_its_arguments_alone(name, device):
     assert all(torch.equal(getattr(call, key), t) for key, t in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES["low_rank_gemm"])
 @pytest.mark.parametrize("gate", [None, torch.tensor(0), torch.tensor([1, 0, 1])], ids=["none", "off", "rows"])
 # the second is wider than a half, of whose columns the rest would else lie outside
