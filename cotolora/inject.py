@@ -17,7 +17,7 @@ from cotolora import checks
 from cotolora.bases import is_conv1d, is_dense, is_pefts, why_no_linear_map, why_not_adaptable
 from cotolora.coverage import warn_of_frozen_share
 from cotolora.groups import adapters, plain_name, unwrap, wrappers
-from cotolora.linear import CoToLoRALinear, warn_of_uncalled
+from cotolora.linear import CoToLoRALinear
 from cotolora.matching import (
     Targets,
     checked_names,
@@ -31,6 +31,7 @@ from cotolora.matching import (
 from cotolora.spec import AdapterSpec
 from cotolora.training.unreached import watch
 from cotolora.variants import VARIANTS
+from cotolora.weights import warn_of_uncalled
 from cotolora.wording import listed, some_of
 
 logger = logging.getLogger("cotolora")

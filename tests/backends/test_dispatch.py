@@ -431,6 +431,8 @@ FLOORS = [
     {"backends.choice", "bases", "spec"},
     {"backends.autograd", "backends.explain"},
     {"functional"},
+    {"parameters"},
+    {"weights"},
     {"linear"},
     {"groups"},
     {"coverage"},

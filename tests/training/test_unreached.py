@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from cotolora import CoTo, CoToLoRALinear, adapter_parameters, adapters, eject, inject
-from cotolora import linear as linear_module
+from cotolora import CoTo, CoToLoRALinear, adapter_parameters, adapters, eject, inject, weights
 from cotolora.inject import HOOKS
 from cotolora.training import unreached
 from tests.support.training import graph_nodes
@@ -376,7 +375,7 @@ def test_the_hook_of_all_optimizers_goes_when_every_adapter_has_been_seen():
 @pytest.fixture
 def untraced(monkeypatch):
     """As in a process that has traced no layer, where other tests may have."""
-    monkeypatch.setattr(linear_module, "_traced", False)
+    monkeypatch.setattr(weights, "_traced", False)
 
 
 def bypassed():
