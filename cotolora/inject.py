@@ -3,61 +3,32 @@
 from __future__ import annotations
 
 import logging
-import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, nullcontext
-from types import MethodType
-from typing import Any
 
 import torch
 from torch import nn
 
 from cotolora import checks
-from cotolora.bases import is_conv1d, is_dense, is_pefts, why_no_linear_map, why_not_adaptable
+from cotolora.bases import is_pefts
 from cotolora.coverage import warn_of_frozen_share
 from cotolora.groups import adapters, plain_name, unwrap, wrappers
+from cotolora.hooks import block_fast_path, hooks_of, move_hooks, replace_module, restore_fast_path, set_hooks
 from cotolora.linear import CoToLoRALinear
 from cotolora.matching import (
     Targets,
     checked_names,
     compile_patterns,
-    dotted_ends,
     first_match,
-    taking,
     warn_of_idle_keys,
-    with_parents,
 )
 from cotolora.spec import AdapterSpec
+from cotolora.targets import match_linears, trainable_parameters, why_forward_is_not_its_own
 from cotolora.training.unreached import watch
 from cotolora.variants import VARIANTS
 from cotolora.weights import warn_of_uncalled
-from cotolora.wording import listed, some_of
 
 logger = logging.getLogger("cotolora")
-
-# everything that nn.Module.register_*_hook writes to: what calls run, and what state dicts do
-_CALL_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-_STATE_HOOKS = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-HOOKS = (*_CALL_HOOKS, *_STATE_HOOKS)
-# what makes torch's encoder take the fused path, and the value that keeps it off
-_FAST_PATH = (
-    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),  # "neither": one of the conditions of the fused path
-    (nn.TransformerEncoder, "use_nested_tensor", False),  # only the fused path can read nested tensors
-)
 
 
 def inject(
@@ -119,7 +90,7 @@ def inject(
     model = plain_model(model)
     trainable = checked_names("trainable", trainable)
     matched = match_linears(model, targets, exclude, trainable)
-    trained = _trainable_parameters(model, trainable)
+    trained = trainable_parameters(model, trainable)
     _refuse_overlap({name: model.get_submodule(raw_names[0]) for name, raw_names in matched.items()}, trained)
     ranks = compile_patterns("rank_pattern", rank_pattern)
     alphas = compile_patterns("alpha_pattern", alpha_pattern)
@@ -177,12 +148,12 @@ def install(
         _set_requires_grad({parameter: parameter in trained for parameter in flags})
         for name, layer in layers.items():
             linear = linears[name]
-            undo.callback(_set_hooks, linear, _hooks_of(linear))
+            undo.callback(set_hooks, linear, hooks_of(linear))
             move_hooks(linear, layer)
             for raw_name in raw_names_of[linear]:
                 undo.callback(replace_module, model, raw_name, linear)
                 replace_module(model, raw_name, layer)
-        undo.callback(_restore_fast_path, model)
+        undo.callback(restore_fast_path, model)
         block_fast_path(model)
         undo.pop_all()
     settle(layers)
@@ -237,78 +208,11 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
             replace_module(model, name, plain[id(module)])
     for layer in layers.values():
         move_hooks(layer, plain[id(layer)])
-    _restore_fast_path(model)
+    restore_fast_path(model)
     for name, (weight, others) in shared.items():
         if plain[id(layers[name])].weight is not weight:
             logger.warning("%s shared its weight with %s; merged, it has a weight of its own", name, ", ".join(others))
     return {name: plain[id(layer)] for name, layer in layers.items()}
-
-
-def match_linears(
-    model: nn.Module,
-    targets: Targets,
-    exclude: Targets | None = None,
-    trainable: Targets = (),
-    unfit: dict[str, str] | None = None,
-) -> dict[str, list[str]]:
-    """The linear modules that `inject` would replace: first name of each, in module order, and all its names.
-
-    The first name is the one in the unwrapped model; the list holds what `get_submodule` takes. A module that cannot be
-    replaced is an error, or goes into `unfit` with the reason.
-
-    Raises:
-        ValueError: as `inject`.
-    """
-    targets = checked_names("targets", targets)
-    exclude = checked_names("exclude", () if exclude is None else exclude)
-    trainable = checked_names("trainable", trainable)
-    everything = isinstance(targets, str) and targets.lower() == "all-linear"
-    takes, excludes = taking("targets", targets), taking("exclude", exclude)
-    trains = taking("trainable", trainable)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    inside: set[nn.Module] = set()  # of a base that stays whole
-    head = _output_embedding(model) if everything else None
-    raw_names_of: dict[nn.Module, list[str]] = {}
-    for raw_name, module in modules.items():
-        raw_names_of.setdefault(module, []).append(raw_name)
-
-    found, no_maps = {}, {}
-    for module, raw_names in raw_names_of.items():
-        names = [plain_name(raw_name) for raw_name in raw_names]
-        if not everything and not any(map(takes, names)):
-            continue
-        if names == [""] or (exclude and any(map(excludes, names))):
-            continue
-        if module in inside:
-            continue
-        if not isinstance(module, nn.Linear) and not is_conv1d(module) and (everything or why_not_adaptable(module)):
-            if not isinstance(targets, str) and not list(module.children()) and list(module.parameters()):
-                raise ValueError(
-                    f"targets must name linear modules; {names[0]} is a {type(module).__name__}; "
-                    f"leave it out with exclude=[{names[0]!r}]"
-                )
-            continue
-        if any(trains(parent) for name in names for parent in with_parents(name)):
-            if everything:
-                continue
-            raise ValueError(f"targets and trainable must not overlap; both take {names[0]}")
-        if module is head:
-            continue
-        if everything and (reason := why_no_linear_map(module)):
-            no_maps[names[0]] = reason
-            continue
-        if reason := why_not_target(raw_names, modules):
-            if unfit is None:
-                leaf = names[0].rpartition(".")[2]
-                raise ValueError(f"{names[0]} {reason}; or leave it out with exclude=[{leaf!r}]")
-            unfit[names[0]] = reason
-        inside.update(set(module.modules()) - {module})
-        found[names[0]] = raw_names
-    if no_maps:
-        reason = next(iter(no_maps.values())).removeprefix("got ")
-        logger.warning("all-linear leaves out what is no linear map: %s; the first is %s", some_of(no_maps), reason)
-    _refuse_missing(model, targets, found)
-    return found
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -343,11 +247,6 @@ def _restore_requires_grad(flags: Mapping[nn.Parameter, bool]) -> None:
             parameter.requires_grad_(flag)
 
 
-def _output_embedding(model: nn.Module) -> nn.Module | None:
-    find = getattr(model, "get_output_embeddings", None)
-    return find() if callable(find) else None
-
-
 def _refuse_overlap(linears: dict[str, nn.Module], trained: set[nn.Parameter]) -> None:
     for name, linear in linears.items():
         for key, parameter in linear.named_parameters():
@@ -355,133 +254,6 @@ def _refuse_overlap(linears: dict[str, nn.Module], trained: set[nn.Parameter]) -
                 raise ValueError(
                     f"targets and trainable must not overlap; both take {name}.{key}, by this name or one tied to it"
                 )
-
-
-def why_not_target(raw_names: Iterable[str], modules: Mapping[str, nn.Module]) -> str:
-    """What a module would have to be to become an adapter wherever `modules` has it; empty if it is."""
-    for raw_name in raw_names:
-        parent, _, leaf = raw_name.rpartition(".")
-        module = modules[raw_name]
-        if leaf == "_orig_mod":
-            return (
-                "must not be compiled by itself: torch.compile goes on calling the module it was given, so an adapter "
-                "there would be ignored; inject before torch.compile"
-            )
-        if isinstance(modules[parent], nn.MultiheadAttention):
-            return (
-                "must not be adapted: nn.MultiheadAttention hands its weight to a functional and never calls it, so an "
-                "adapter there would be ignored"
-            )
-        if reason := why_not_adaptable(module):
-            return f"must be a module that maps in_features to out_features; {reason}"
-        # a base that is called keeps whatever forward it has
-        if is_dense(module) and (reason := why_forward_is_not_its_own(module)):
-            return f"must keep its own forward; {reason}"
-    return ""
-
-
-def why_forward_is_not_its_own(module: nn.Module) -> str:
-    """Why `module` cannot be replaced without losing what was put in place of its forward; empty if it can."""
-    # accelerate puts the bound method back when it removes a hook: that one is the module's own
-    if module.__dict__.get("forward", own := MethodType(type(module).forward, module)) == own:
-        return ""
-    return (
-        "something replaced it (accelerate's hooks do), and the replacement would be lost with the module; "
-        "remove the hook first"
-    )
-
-
-def _refuse_missing(model: nn.Module, targets: Targets, found: dict[str, list[str]]) -> None:
-    if isinstance(targets, str):
-        missing = [] if found else [targets]
-    else:
-        taken = {end for names in found.values() for name in names for end in dotted_ends(plain_name(name))}
-        missing = [target for target in targets if target not in taken]
-        if not targets:
-            raise ValueError(f"targets must name at least one module; got none, {checks.shown(targets)}")
-    if missing:
-        linears = (name for name, module in model.named_modules() if not why_not_adaptable(module))
-        ends = sorted({plain_name(name).rpartition(".")[2] for name in linears if name})
-        raise ValueError(
-            f"targets {listed(missing)} match no linear module in {type(model).__name__}; its linear modules end in "
-            f"{listed(ends)}"
-        )
-
-
-def _trainable_parameters(model: nn.Module, trainable: Targets) -> set[nn.Parameter]:
-    """The parameters that `trainable` takes, by their own names or by those of modules around them."""
-    parameters = [
-        (plain_name(name), parameter)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.is_floating_point() or parameter.is_complex()  # others cannot have a gradient
-    ]
-    if not trainable:
-        return set()
-    by_end: dict[str, set[nn.Parameter]] = {}  # of their names, and of those of modules around them
-    for name, parameter in parameters:
-        for part in with_parents(name):
-            for end in [part] if isinstance(trainable, str) else dotted_ends(part):
-                by_end.setdefault(end, set()).add(parameter)
-    takes = taking("trainable", trainable)
-    found = set().union(*(taken for end, taken in by_end.items() if takes(end)))
-    if isinstance(trainable, str):
-        missing = [] if found else [trainable]
-    else:
-        missing = [target for target in trainable if target not in by_end]
-    if missing:
-        children = [name for name, _ in model.named_children()]
-        raise ValueError(
-            f"trainable {listed(missing)} matches no parameter in {type(model).__name__}; its top modules are "
-            f"{listed(children)}"
-        )
-    return found
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` where `model` has `name`."""
-    parent, _, leaf = name.rpartition(".")
-    # not setattr: Sequential, ModuleList and ModuleDict hold children under names that are no identifiers
-    model.get_submodule(parent)._modules[leaf] = module
-
-
-def move_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Gives `target` the hooks of `source` and their handles; only those of calls where one holds the other."""
-    stays = source in target.children() or target in source.children()
-    for name in _CALL_HOOKS if stays else HOOKS:
-        getattr(source, name).update(getattr(target, name))
-        # the very same dictionary: a handle that the user kept removes its hook from it
-        setattr(target, name, getattr(source, name))
-        if stays:
-            setattr(source, name, OrderedDict())  # it goes on being called: once is enough
-    target._is_full_backward_hook = source._is_full_backward_hook
-    if stays:
-        source._is_full_backward_hook = None
-        return
-    _bind_hooks(target)
-
-
-def _bind_hooks(module: nn.Module) -> None:
-    for hook in module._load_state_dict_pre_hooks.values():
-        if hook.with_module:  # type: ignore[attr-defined]
-            hook.module = weakref.ref(module)  # type: ignore[attr-defined]  # torch keeps the module it was set on
-
-
-def _hooks_of(module: nn.Module) -> dict[str, Any]:
-    """What `move_hooks` changes of a module: its dictionaries of hooks, with what they hold now."""
-    return {name: (getattr(module, name), dict(getattr(module, name))) for name in HOOKS} | {
-        "_is_full_backward_hook": module._is_full_backward_hook
-    }
-
-
-def _set_hooks(module: nn.Module, hooks: dict[str, Any]) -> None:
-    """Gives a module back what `_hooks_of` found."""
-    module._is_full_backward_hook = hooks["_is_full_backward_hook"]
-    for name in HOOKS:
-        dictionary, held = hooks[name]
-        dictionary.clear()
-        dictionary.update(held)
-        setattr(module, name, dictionary)
-    _bind_hooks(module)
 
 
 def _shared_weights(model: nn.Module, layers: dict[str, CoToLoRALinear]) -> dict[str, tuple[nn.Parameter, list[str]]]:
@@ -498,19 +270,3 @@ def _shared_weights(model: nn.Module, layers: dict[str, CoToLoRALinear]) -> dict
         if others := [owner for module, owner in owners.get(id(base), []) if module is not layer]:
             shared[name] = base, others
     return shared
-
-
-def block_fast_path(model: nn.Module) -> None:
-    """Keeps torch's fused encoder inference, which reads the weights past the layers, off what was adapted."""
-    for module in model.modules():
-        for kind, attribute, off in _FAST_PATH:
-            if isinstance(module, kind) and hasattr(module, attribute) and adapters(module):
-                module.__dict__[f"_cotolora_{attribute}"] = getattr(module, attribute)
-                setattr(module, attribute, off)
-
-
-def _restore_fast_path(model: nn.Module) -> None:
-    for module in model.modules():
-        for _, attribute, _ in _FAST_PATH:
-            if (saved := f"_cotolora_{attribute}") in module.__dict__:
-                setattr(module, attribute, module.__dict__.pop(saved))

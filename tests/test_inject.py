@@ -24,8 +24,8 @@ from cotolora import (
     lora_plus_groups,
     trainable_report,
 )
-from cotolora.inject import match_linears
 from cotolora.matching import compile_patterns, first_match, matches
+from cotolora.targets import match_linears
 
 
 class Block(nn.Module):

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from cotolora import CoToLoRALinear, adapters, inject
-from cotolora.inject import HOOKS, install
+from cotolora.hooks import HOOKS
+from cotolora.inject import install
 from cotolora.spec import AdapterSpec
 from cotolora.variants import VARIANTS
 

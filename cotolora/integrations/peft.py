@@ -15,10 +15,12 @@ from cotolora import checks
 from cotolora.bases import is_conv1d, why_not_adaptable
 from cotolora.coto import coto_of
 from cotolora.groups import adapters, held_at, is_enabled, unwrap, why_not_pefts
-from cotolora.inject import HOOKS, block_fast_path, move_hooks, replace_module, settle, why_forward_is_not_its_own
+from cotolora.hooks import HOOKS, block_fast_path, move_hooks, replace_module
+from cotolora.inject import settle
 from cotolora.linear import CoToLoRALinear
 from cotolora.saving.adapter import trained_outside_adapters
 from cotolora.saving.peft_config import make_config
+from cotolora.targets import why_forward_is_not_its_own
 
 logger = logging.getLogger("cotolora")
 

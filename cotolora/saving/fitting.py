@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from cotolora.bases import features, place_of, why_not_adaptable
 from cotolora.groups import held_at, plain_name, why_not_pefts
-from cotolora.inject import match_linears, why_not_target
 from cotolora.linear import CoToLoRALinear
 from cotolora.saving.old_names import renamed, why_not_renamed
 from cotolora.saving.peft_config import PeftConfig
 from cotolora.saving.places import Copy, Places, base_tensors, inside_bases, is_same, memory
 from cotolora.spec import AdapterSpec
+from cotolora.targets import match_linears, why_not_target
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT, Sizes, Variant
 from cotolora.wording import shown

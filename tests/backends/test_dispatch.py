@@ -435,7 +435,7 @@ FLOORS = [
     {"weights"},
     {"linear"},
     {"groups"},
-    {"coverage"},
+    {"coverage", "targets", "hooks"},
     {"masks", "training.switches", "inject", "lora_pro", "saving.places"},
     {"training.notices"},
     {"coto", "saving.peft_config"},

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from cotolora import CoTo, CoToLoRALinear, adapter_parameters, adapters, eject, inject, weights
-from cotolora.inject import HOOKS
+from cotolora.hooks import HOOKS
 from cotolora.training import unreached
 from tests.support.training import graph_nodes
 

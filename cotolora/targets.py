@@ -1,0 +1,168 @@
+"""Which modules of a model `inject` takes, by PEFT's rules for names, and which it refuses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from types import MethodType
+
+from torch import nn
+
+from cotolora.bases import is_conv1d, is_dense, why_no_linear_map, why_not_adaptable
+from cotolora.groups import plain_name
+from cotolora.matching import Targets, checked_names, dotted_ends, taking, with_parents
+from cotolora.wording import listed, shown, some_of
+
+logger = logging.getLogger("cotolora")
+
+
+def match_linears(
+    model: nn.Module,
+    targets: Targets,
+    exclude: Targets | None = None,
+    trainable: Targets = (),
+    unfit: dict[str, str] | None = None,
+) -> dict[str, list[str]]:
+    """The linear modules that `inject` would replace: first name of each, in module order, and all its names.
+
+    The first name is the one in the unwrapped model; the list holds what `get_submodule` takes. A module that cannot be
+    replaced is an error, or goes into `unfit` with the reason.
+
+    Raises:
+        ValueError: as `inject`.
+    """
+    targets = checked_names("targets", targets)
+    exclude = checked_names("exclude", () if exclude is None else exclude)
+    trainable = checked_names("trainable", trainable)
+    everything = isinstance(targets, str) and targets.lower() == "all-linear"
+    takes, excludes = taking("targets", targets), taking("exclude", exclude)
+    trains = taking("trainable", trainable)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    inside: set[nn.Module] = set()  # of a base that stays whole
+    head = _output_embedding(model) if everything else None
+    raw_names_of: dict[nn.Module, list[str]] = {}
+    for raw_name, module in modules.items():
+        raw_names_of.setdefault(module, []).append(raw_name)
+
+    found, no_maps = {}, {}
+    for module, raw_names in raw_names_of.items():
+        names = [plain_name(raw_name) for raw_name in raw_names]
+        if not everything and not any(map(takes, names)):
+            continue
+        if names == [""] or (exclude and any(map(excludes, names))):
+            continue
+        if module in inside:
+            continue
+        if not isinstance(module, nn.Linear) and not is_conv1d(module) and (everything or why_not_adaptable(module)):
+            if not isinstance(targets, str) and not list(module.children()) and list(module.parameters()):
+                raise ValueError(
+                    f"targets must name linear modules; {names[0]} is a {type(module).__name__}; "
+                    f"leave it out with exclude=[{names[0]!r}]"
+                )
+            continue
+        if any(trains(parent) for name in names for parent in with_parents(name)):
+            if everything:
+                continue
+            raise ValueError(f"targets and trainable must not overlap; both take {names[0]}")
+        if module is head:
+            continue
+        if everything and (reason := why_no_linear_map(module)):
+            no_maps[names[0]] = reason
+            continue
+        if reason := why_not_target(raw_names, modules):
+            if unfit is None:
+                leaf = names[0].rpartition(".")[2]
+                raise ValueError(f"{names[0]} {reason}; or leave it out with exclude=[{leaf!r}]")
+            unfit[names[0]] = reason
+        inside.update(set(module.modules()) - {module})
+        found[names[0]] = raw_names
+    if no_maps:
+        reason = next(iter(no_maps.values())).removeprefix("got ")
+        logger.warning("all-linear leaves out what is no linear map: %s; the first is %s", some_of(no_maps), reason)
+    _refuse_missing(model, targets, found)
+    return found
+
+
+def why_not_target(raw_names: Iterable[str], modules: Mapping[str, nn.Module]) -> str:
+    """What a module would have to be to become an adapter wherever `modules` has it; empty if it is."""
+    for raw_name in raw_names:
+        parent, _, leaf = raw_name.rpartition(".")
+        module = modules[raw_name]
+        if leaf == "_orig_mod":
+            return (
+                "must not be compiled by itself: torch.compile goes on calling the module it was given, so an adapter "
+                "there would be ignored; inject before torch.compile"
+            )
+        if isinstance(modules[parent], nn.MultiheadAttention):
+            return (
+                "must not be adapted: nn.MultiheadAttention hands its weight to a functional and never calls it, so an "
+                "adapter there would be ignored"
+            )
+        if reason := why_not_adaptable(module):
+            return f"must be a module that maps in_features to out_features; {reason}"
+        # a base that is called keeps whatever forward it has
+        if is_dense(module) and (reason := why_forward_is_not_its_own(module)):
+            return f"must keep its own forward; {reason}"
+    return ""
+
+
+def why_forward_is_not_its_own(module: nn.Module) -> str:
+    """Why `module` cannot be replaced without losing what was put in place of its forward; empty if it can."""
+    # accelerate puts the bound method back when it removes a hook: that one is the module's own
+    if module.__dict__.get("forward", own := MethodType(type(module).forward, module)) == own:
+        return ""
+    return (
+        "something replaced it (accelerate's hooks do), and the replacement would be lost with the module; "
+        "remove the hook first"
+    )
+
+
+def _refuse_missing(model: nn.Module, targets: Targets, found: dict[str, list[str]]) -> None:
+    if isinstance(targets, str):
+        missing = [] if found else [targets]
+    else:
+        taken = {end for names in found.values() for name in names for end in dotted_ends(plain_name(name))}
+        missing = [target for target in targets if target not in taken]
+        if not targets:
+            raise ValueError(f"targets must name at least one module; got none, {shown(targets)}")
+    if missing:
+        linears = (name for name, module in model.named_modules() if not why_not_adaptable(module))
+        ends = sorted({plain_name(name).rpartition(".")[2] for name in linears if name})
+        raise ValueError(
+            f"targets {listed(missing)} match no linear module in {type(model).__name__}; its linear modules end in "
+            f"{listed(ends)}"
+        )
+
+
+def trainable_parameters(model: nn.Module, trainable: Targets) -> set[nn.Parameter]:
+    """The parameters that `trainable` takes, by their own names or by those of modules around them."""
+    parameters = [
+        (plain_name(name), parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.is_floating_point() or parameter.is_complex()  # others cannot have a gradient
+    ]
+    if not trainable:
+        return set()
+    by_end: dict[str, set[nn.Parameter]] = {}  # of their names, and of those of modules around them
+    for name, parameter in parameters:
+        for part in with_parents(name):
+            for end in [part] if isinstance(trainable, str) else dotted_ends(part):
+                by_end.setdefault(end, set()).add(parameter)
+    takes = taking("trainable", trainable)
+    found = set().union(*(taken for end, taken in by_end.items() if takes(end)))
+    if isinstance(trainable, str):
+        missing = [] if found else [trainable]
+    else:
+        missing = [target for target in trainable if target not in by_end]
+    if missing:
+        children = [name for name, _ in model.named_children()]
+        raise ValueError(
+            f"trainable {listed(missing)} matches no parameter in {type(model).__name__}; its top modules are "
+            f"{listed(children)}"
+        )
+    return found
+
+
+def _output_embedding(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    return find() if callable(find) else None
