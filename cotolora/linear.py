@@ -199,9 +199,7 @@ class CoToLoRALinear(MergeableWeights):
         """``input [..., in_features]`` → ``[..., out_features]``. A merged layer is a plain linear."""
         if self.base is not None:
             return self._added_to(self.base(input), input)
-        # a property that is asked takes as long as a small sum: the usual answers are found without
-        gate = (self._gate if self.training else True) if self._enabled is True else self.active
-        dropout = self.dropout if self.training else 0.0
+        gate, dropout = self.active, self.dropout if self.training else 0.0
         if torch.compiler.is_compiling():
             note_trace()
             return self._checked(input, gate, dropout)
@@ -226,8 +224,7 @@ class CoToLoRALinear(MergeableWeights):
                 gate = None  # type: ignore[assignment]
             elif gate.dim():
                 check_gate(gate, input)
-            scale = self.scale if self.use_rslora else self.alpha / self.rank
-            plan = planned(variant, input, rank, self.in_features, self.out_features, scale, dropout)
+            plan = planned(variant, input, rank, self.in_features, self.out_features, self.scale, dropout)
             return run(plan, input, weight, bias, a, b, extra, gate)  # type: ignore[arg-type]
         except Exception:
             # torch's own errors name no argument: what was wrong is looked for only where something was
