@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from types import TracebackType
@@ -91,7 +93,11 @@ def _set_here() -> str | None:
 def _set(backend: str | None) -> None:
     global ever_set, _set_last
     ever_set, _set_last = True, backend
-    torch._C._stash_obj_in_tls(_KEY, backend)
+    # torch 2.11 keeps the object without a reference of its own, and gives one up when it is replaced. Of names, which
+    # are few, one reference too many does no harm where torch has its own
+    held = None if backend is None else sys.intern(backend)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
+    torch._C._stash_obj_in_tls(_KEY, held)
 
 
 def names() -> tuple[str, ...]:
