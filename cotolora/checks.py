@@ -132,7 +132,10 @@ def device(argument: str, value: object) -> torch.device:
     if isinstance(value, bool) or not isinstance(value, (str, int, torch.device)):
         raise TypeError(f"{argument} must be a torch.device or the name of one; got {shown(value)}")
     try:
-        return torch.device(value)
+        found = torch.device(value)
+        if isinstance(value, int) and found.index != value:
+            raise ValueError(f"torch makes {found} of it")  # the lowest byte
+        return found
     except (RuntimeError, ValueError, OverflowError, TypeError) as error:
         raise ValueError(
             f"{argument} must be a torch.device or the name of one; got {shown(value)} ({shown(str(error))})"
