@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 _MOST = 300  # characters of one value
+MANY = 1500  # characters of all names of a log line, of which each is worth reading
 
 
 class _Short(reprlib.Repr):

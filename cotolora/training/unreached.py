@@ -12,6 +12,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from cotolora.wording import MANY, listed
+
 logger = logging.getLogger("cotolora")
 Adapter = TypeVar("Adapter")
 
@@ -40,7 +42,7 @@ def warn_of_unreached(names: Collection[str]) -> None:
         logger.warning(
             "these adapters were on in a training step and had no gradient, so they do not learn: %s (no forward "
             "called their layers, or the loss does not depend on them, or the model reads the weight past the layer)",
-            ", ".join(names),
+            listed(names, MANY),
         )
 
 
