@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cotolora.backends import choice
-from cotolora.backends.autograd import LowRankLinear, apply_directly, autocasts, compute, without_autocast
+from cotolora.backends.autograd import (
+    LowRankLinear,
+    apply_always_on,
+    apply_directly,
+    autocasts,
+    compute,
+    without_autocast,
+)
 from cotolora.backends.choice import Plan
 from cotolora.backends.types import NOTHING, Call, Operands, Options, transforming
 from cotolora.checks import one_of, shown
@@ -308,6 +315,12 @@ def run(
         return _run_cast(plan, x, weight, bias, a, b, extra, gate, base)
     if plan.backend is None:
         return _run_reference(plan, x, weight, bias, a, b, extra, gate, base)
+    if (
+        plan.always_on is not None and gate is None and a.requires_grad and b.requires_grad
+        and a.dtype is x.dtype and b.dtype is x.dtype
+        and not (weight.requires_grad or (bias is not None and bias.requires_grad))  # type: ignore[union-attr]
+    ):  # fmt: skip
+        return apply_always_on(plan, x, weight, bias, a, b)
     if not plan.call.backward:
         return compute(plan, Operands(x, weight, bias, a, b, tuple(extra), base), gate, NOTHING)[0]
     function = LowRankLinear.apply if plan.traced else apply_directly

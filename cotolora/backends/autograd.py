@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from cotolora.backends.choice import Plan, note_failure, note_run
 from cotolora.backends.off import OFF
-from cotolora.backends.types import Gradients, Needs, Operands
+from cotolora.backends.types import Needs, Operands
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -52,29 +53,39 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """The gradients, which raise if they are differentiated."""
-        recorded = torch.is_grad_enabled()
-        if not recorded and not torch._C._is_any_autocast_enabled() and (dy.is_cpu or dy.is_cuda):
-            x, weight, bias, a, b, extra = _gradients(ctx, dy)
-        else:
-            # backward may be called inside an autocast region, which must not recast what forward settled
-            with torch.no_grad(), without_autocast(dy.device):
-                x, weight, bias, a, b, extra = _gradients(ctx, dy)
-        plan, _, needs, for_base, _ = ctx.state
-        if needs.extra:
-            extra = (*extra, *[None] * len(needs.extra))[: len(needs.extra)]
-        if recorded:
-            # requires_grad marks them as depending on the inputs, which no_grad hid from autograd; what was saved goes
-            # along because autograd.grad visits only what leads to the tensors it is asked about
-            marked = [None if g is None else g.detach().requires_grad_() for g in (x, weight, bias, a, b, *extra)]
-            x, weight, bias, a, b, *extra = _DifferentiableOnce.apply(
-                plan.name, len(marked), *marked, dy, *ctx.saved_tensors[1:]
-            )
-        return None, x, weight, bias, a, b, dy if for_base else None, None, *extra
+        return differentiable_once(_gradients, ctx, dy, ctx.state[0].name)
+
+
+class AlwaysOnLowRankLinear(torch.autograd.Function):
+    """The same by a plan that has `always_on`, for calls without a gate that train A and B and no more of the layer."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+    ) -> Tensor:
+        """As that of `LowRankLinear`."""
+        scale = plan.options.scale
+        y, h = plan.always_on.forward(x, weight, bias, a, b, scale)  # type: ignore[union-attr]
+        ctx.plan = plan
+        ctx.save_for_backward(x, weight if ctx.needs_input_grad[1] else None, a, b, h)
+        return y.detach() if y._is_view() else y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """As that of `LowRankLinear`."""
+        return differentiable_once(_always_on_gradients, ctx, dy, ctx.plan.name)
+
+
+def _always_on_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    plan = ctx.plan
+    dx, da, db = plan.always_on.backward(dy, *ctx.saved_tensors, plan.options.scale)
+    return None, dx, None, None, da, db
 
 
 # Function.apply also looks for wrappers of torch.func among the arguments, which takes a tenth of a tiny layer's time:
 # the reference is what runs under its transforms
 apply_directly = super(torch.autograd.Function, LowRankLinear).apply
+apply_always_on = super(torch.autograd.Function, AlwaysOnLowRankLinear).apply
 
 
 @functools.cache
@@ -106,20 +117,45 @@ def compute(plan: Plan, operands: Operands, gate: Tensor | None, needs: Needs) -
     return y, saved, plan
 
 
-def _gradients(ctx: Any, dy: Tensor) -> Gradients:
-    """Those asked for; grad mode and autocast are off."""
-    plan, saved_type, needs, _, gate_is_open = ctx.state
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    plan, saved_type, needs, for_base, gate_is_open = ctx.state
     gate, _, *saved = ctx.saved_tensors
     saved = saved_type._make(saved[len(needs.extra) :])
     options = plan.options if gate is None or gate_is_open else plan.options._replace(gate=gate)
     try:
-        return plan.backend.backward(dy, saved, options, needs)
+        found = plan.backend.backward(dy, saved, options, needs)
     except Exception as error:
         if plan.instead is None or isinstance(error, torch.OutOfMemoryError):
             raise
         note_failure(plan, error)
         saved = plan.backend.saved_elsewhere(saved, dy, options)
-        return plan.instead.backend.backward(dy, saved, options, needs)
+        found = plan.instead.backend.backward(dy, saved, options, needs)
+    x, weight, bias, a, b, extra = found
+    if needs.extra:
+        extra = (*extra, *[None] * len(needs.extra))[: len(needs.extra)]
+    return None, x, weight, bias, a, b, dy if for_base else None, None, *extra
+
+
+def differentiable_once(
+    gradients: Callable[[Any, Tensor], tuple[Tensor | None, ...]], ctx: Any, dy: Tensor, name: str
+) -> tuple[Tensor | None, ...]:
+    """``gradients(ctx, dy)``, outside autocast and the graph. They raise if they are differentiated, but for dy itself.
+
+    `name` is the backend's.
+    """
+    recorded = torch.is_grad_enabled()
+    if not recorded and not torch._C._is_any_autocast_enabled() and (dy.is_cpu or dy.is_cuda):
+        return gradients(ctx, dy)
+    # backward may be called inside an autocast region, which must not recast what forward settled
+    with torch.no_grad(), without_autocast(dy.device):
+        found = gradients(ctx, dy)
+    if not recorded:
+        return found
+    # requires_grad marks them as depending on the inputs, which no_grad hid from autograd; what was saved goes along
+    # because autograd.grad visits only what leads to the tensors it is asked about
+    marked = [None if g is None or g is dy else g.detach().requires_grad_() for g in found]
+    marked = _DifferentiableOnce.apply(name, len(marked), *marked, dy, *ctx.saved_tensors)
+    return tuple(dy if g is dy else m for g, m in zip(found, marked, strict=True))
 
 
 def _trace_of(x: Tensor) -> Tensor | None:

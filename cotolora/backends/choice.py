@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cotolora.backends import cost, measured
-from cotolora.backends.types import Backend, Call, Options, transforming
+from cotolora.backends.types import AlwaysOn, Backend, Call, Options, transforming
 from cotolora.checks import shown
 from cotolora.variants import VARIANTS
 
@@ -136,6 +136,7 @@ class Plan(NamedTuple):
     fused: whether Triton kernels run.
     traced: whether torch.compile traces the call.
     instead: the plan to follow where this one's kernels cannot run, None where a backend was asked for by name.
+    always_on: a faster way of the backend for calls without a gate; None if it has none.
     """
 
     name: str
@@ -146,6 +147,7 @@ class Plan(NamedTuple):
     fused: bool = False
     traced: bool = False
     instead: Plan | None = None
+    always_on: AlwaysOn | None = None
 
     @property
     def launched(self) -> tuple[Any, ...]:
@@ -161,11 +163,13 @@ def plan(backend: str | None, call: Call, options: Options, cast_to: torch.dtype
         RuntimeError: a backend asked for by name cannot run this call; the message lists every reason.
     """
     name = choose(backend, call)
-    backends, fused = call.variant.backends_for(call), name.startswith("triton")
-    instead = None
+    backends, fused, traced = call.variant.backends_for(call), name.startswith("triton"), torch.compiler.is_compiling()
+    chosen, instead, always_on = backends.get(name), None, None
     if fused and requested(backend)[0] == "auto":
         instead = Plan("addmm", backends["addmm"], options, call, cast_to)
-    return Plan(name, backends.get(name), options, call, cast_to, fused, torch.compiler.is_compiling(), instead)
+    if call.backward and cast_to is None and not traced and hasattr(chosen, "always_on"):
+        always_on = chosen.always_on(call)  # type: ignore[union-attr]
+    return Plan(name, chosen, options, call, cast_to, fused, traced, instead, always_on)
 
 
 def choose(backend: str | None, call: Call) -> str:

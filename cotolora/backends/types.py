@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -166,8 +167,24 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+class AlwaysOn(NamedTuple):
+    """A backend's forward and backward for calls without a gate, with nothing to look up and nothing to decide.
+
+    The host's time is most of a small layer's. Only x, A and B may have gradients.
+
+    forward: ``(x, weight, bias, a, b, scale)`` to y and the h that the backward reads.
+    backward: ``(dy, x, weight, a, b, h, scale)`` to dx, dA and dB; no dx where weight is None.
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor | None, Tensor, Tensor]]
+
+
 class Backend(Protocol):
-    """A forward with a hand-written backward. Neither records a graph; `cotolora.backends.autograd` joins them."""
+    """A forward with a hand-written backward. Neither records a graph; `cotolora.backends.autograd` joins them.
+
+    It may have ``always_on(call)`` as well, which is None or an `AlwaysOn` for such calls, equal bit for bit.
+    """
 
     def why_not(self, call: Call) -> list[str]:
         """Every reason it cannot run such a call; an empty list means it can."""

@@ -13,6 +13,7 @@ from cotolora.backends.addmm.products import (
     add_product,
     dropped_out,
     flat,
+    ignored_by_addmm,
     masked,
     scaled_product,
     select,
@@ -20,9 +21,10 @@ from cotolora.backends.addmm.products import (
     switch,
     times,
     transposed_times,
+    transposing_is_faster,
     zero_times_is_zero,
 )
-from cotolora.backends.types import Call, Gradients, Launch, Launches, Needs, Operands, Options
+from cotolora.backends.types import AlwaysOn, Call, Gradients, Launch, Launches, Needs, Operands, Options
 
 
 class Saved(NamedTuple):
@@ -135,6 +137,11 @@ class LoraByAddmm:
                 dx = dx if dy.dim() == 2 else shaped_like(dx, dy)
         return Gradients(dx, dw, dbias, da, db)
 
+    def always_on(self, call: Call) -> AlwaysOn | None:
+        """For float32, which most layers on a CPU are."""
+        usual = call.dtype is torch.float32 and not call.dropout and not call.adds
+        return AlwaysOn(_forward_always_on, _backward_always_on) if usual else None
+
     def launches(self, call: Call) -> Launches:
         """Three kernels forward and five backward; those that move a row or a factor are not counted."""
         sizes = call.sizes
@@ -170,6 +177,40 @@ class LoraByAddmm:
     def saved_elsewhere(self, saved: Saved, dy: Tensor, options: Options) -> Saved:
         """The same: this is where others go."""
         return saved
+
+
+def _forward_always_on(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As `LoraByAddmm.forward`."""
+    y = F.linear(x, weight, bias)
+    if y.dim() == 2:
+        h = F.linear(x, a)
+        y.addmm_(h, b.T, alpha=scale)
+        return y, h
+    y = y.contiguous()
+    h = F.linear(flat(x), a)
+    flat(y).addmm_(h, b.T, alpha=scale)
+    return y, h
+
+
+def _backward_always_on(
+    dy: Tensor, x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, h: Tensor, scale: float
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """As `LoraByAddmm.backward`."""
+    rows, x = (dy, x) if dy.dim() == 2 else (flat(dy), flat(x))
+    none = ignored_by_addmm(dy)
+    if transposing_is_faster(rows, h.shape[1]):
+        p = torch.addmm(none, b.T, rows.T, beta=0, alpha=scale).T
+        db = torch.addmm(none, h.T, rows, beta=0, alpha=scale).T
+    else:
+        p = torch.addmm(none, rows, b, beta=0, alpha=scale)
+        db = torch.addmm(none, rows.T, h, beta=0, alpha=scale)
+    da = p.T @ x
+    if weight is None:
+        return None, da, db
+    dx = (rows @ weight).addmm_(p, a)
+    return dx if dy.dim() == 2 else shaped_like(dx, dy), da, db
 
 
 def _of_x(

@@ -29,15 +29,21 @@ def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
+def ignored_by_addmm(like: Tensor) -> Tensor:
+    """What addmm wants for its first operand and, with beta=0, does not read."""
+    traced = torch.compiler.is_compiling()
+    found = None if traced else _IGNORED.get((like.dtype, like.device))
+    if found is None:
+        found = like.new_empty(())
+        # what a mode or a subclass makes must not outlive it
+        if type(like) in (Tensor, torch.nn.Parameter) and type(found) is Tensor and not traced:
+            _IGNORED[like.dtype, like.device] = found
+    return found
+
+
 def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``scale · a b``, rounded once."""
-    ignored = None if torch.compiler.is_compiling() else _IGNORED.get((a.dtype, a.device))
-    if ignored is None:
-        ignored = a.new_empty(())
-        # what a mode or a subclass makes must not outlive it
-        if type(a) in (Tensor, torch.nn.Parameter) and type(ignored) is Tensor and not torch.compiler.is_compiling():
-            _IGNORED[a.dtype, a.device] = ignored
-    return torch.addmm(ignored, a, b, beta=0, alpha=scale)
+    return torch.addmm(ignored_by_addmm(a), a, b, beta=0, alpha=scale)
 
 
 def add_product(y: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
