@@ -14,7 +14,7 @@ from cotolora.backends.autograd import without_autocast
 from cotolora.checks import flag
 from cotolora.parameters import LowRankParameters
 from cotolora.variants.base import FROM_WEIGHT
-from cotolora.wording import MANY, listed
+from cotolora.wording import LOG_LINE, listed
 
 logger = logging.getLogger("cotolora")
 
@@ -184,5 +184,5 @@ def warn_of_uncalled(names: Collection[str]) -> None:
         logger.warning(
             "merging changes the weights of %s, whose adapters no forward has called yet; if the model reads these "
             "weights past the layers, it has computed without the adapters and its outputs will change",
-            listed(names, MANY),
+            listed(names, LOG_LINE),
         )

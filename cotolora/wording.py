@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 _MOST = 300  # characters of one value
-MANY = 1500  # characters of all names of a log line, of which each is worth reading
+LOG_LINE = 1500  # characters for the names in a log line that must name all it can
 
 
 class _Short(reprlib.Repr):

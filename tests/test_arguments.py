@@ -231,7 +231,7 @@ def entry(name, argument):
     return OVERRIDES.get(f"{name}.{argument}") or ARGUMENTS[setting]
 
 
-def prepared(name, argument, world):
+def call_without(name, argument, world):
     """A call of `name` that lacks nothing but the argument."""
     needed = [key for key, p in parameters(name).items() if p.default is p.empty and key != argument]
     given = {key: entry(name, key)[1](world) for key in needed}
@@ -249,7 +249,7 @@ def test_arguments_are_taken_or_named(name):
     for argument in parameters(name):
         kind, valid = entry(name, argument)
         world = World()
-        call, given = prepared(name, argument, world)
+        call, given = call_without(name, argument, world)
         error = of.outcome(call, {**given, argument: valid(world)})
         assert error is None, (argument, error)
         for text, problem in judged(name, argument, kind):
@@ -266,7 +266,7 @@ def judged(name, argument, kind):
             continue
         if world is None:
             world = World()
-            call, given = prepared(name, argument, world)
+            call, given = call_without(name, argument, world)
             before = dict(world.states())
         error = of.outcome(call, {**given, argument: value})
         if right:

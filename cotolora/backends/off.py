@@ -14,13 +14,13 @@ from cotolora.backends.types import Call, Gradients, Launches, Needs, Operands, 
 from cotolora.operands import refuse_nested
 
 
-class Saved(tuple[Tensor | None, ...]):
+class SavedOff(tuple[Tensor | None, ...]):
     """x and weight, None where the backward will not read them, then A, B and what is extra."""
 
     __slots__ = ()
 
     @classmethod
-    def _make(cls, tensors: Iterable[Tensor | None]) -> Saved:
+    def _make(cls, tensors: Iterable[Tensor | None]) -> SavedOff:
         return cls(tensors)
 
 
@@ -31,17 +31,17 @@ class BaseAlone:
         """It takes every call."""
         return []
 
-    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, Saved]:
+    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedOff]:
         """The base's own result, bit for bit."""
         x, weight, bias, a, b, extra, base = operands
         refuse_nested(x)  # which F.linear takes, and the backward does not
-        saved = Saved((x if needs.weight else None, weight if needs.x else None, a, b, *extra))
+        saved = SavedOff((x if needs.weight else None, weight if needs.x else None, a, b, *extra))
         if weight is not None:
             return F.linear(x, weight, bias), saved
         assert base is not None
         return base.detach(), saved
 
-    def backward(self, dy: Tensor, saved: Saved, options: Options, needs: Needs) -> Gradients:
+    def backward(self, dy: Tensor, saved: SavedOff, options: Options, needs: Needs) -> Gradients:
         """``dx = dy W``, and zeros of the shapes of A, B and what is extra."""
         x, weight, *parts = saved
         rows = flat(dy)
@@ -66,7 +66,7 @@ class BaseAlone:
         assert call.sizes is not None
         return frozen(call.sizes)
 
-    def saved_elsewhere(self, saved: Saved, dy: Tensor, options: Options) -> Saved:
+    def saved_elsewhere(self, saved: SavedOff, dy: Tensor, options: Options) -> SavedOff:
         """Never asked for."""
         return saved
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from cotolora.wording import MANY, listed
+from cotolora.wording import LOG_LINE, listed
 
 logger = logging.getLogger("cotolora")
 Adapter = TypeVar("Adapter")
@@ -42,7 +42,7 @@ def warn_of_unreached(names: Collection[str]) -> None:
         logger.warning(
             "these adapters were on in a training step and had no gradient, so they do not learn: %s (no forward "
             "called their layers, or the loss does not depend on them, or the model reads the weight past the layer)",
-            listed(names, MANY),
+            listed(names, LOG_LINE),
         )
 
 

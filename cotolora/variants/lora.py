@@ -17,7 +17,7 @@ class Lora(Variant):
     addmm = by_addmm.BACKEND
     addmm_adding = by_addmm.BACKEND
     fused = by_kernels.BACKENDS
-    fused_adding = by_kernels.ADDING
+    fused_adding = by_kernels.ADDITION_FORMS
     measured = True
     product = True
     peft = PeftMethod("LORA", flags={"use_dora": False}, fields={"bias": "none"})

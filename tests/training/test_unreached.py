@@ -107,7 +107,7 @@ CASES = {
 }
 
 
-def prepared(make):
+def with_adapters(make):
     torch.manual_seed(0)
     model = make()
     for layer in inject(model, rank=2).values():
@@ -140,7 +140,7 @@ def same(old, new):
 @pytest.mark.parametrize("case", CASES)
 def test_no_mask_breaks_a_step_and_adapters_that_are_off_stay(case, how, options):
     make, loss_of = CASES[case]
-    model = prepared(make)
+    model = with_adapters(make)
     optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.01, weight_decay=0.1)
     gates = "device" if how == "device" else "host"
     coto = CoTo(model, 4 * STEPS, seed=3, initial_p=0.02, gates=gates, **options)
@@ -174,7 +174,7 @@ def test_what_needs_no_graph_has_none():
     def form(hidden, pooled):
         return {"loss": hidden.mean(), "accuracy": (hidden > 0).float().mean(), "labels": torch.ones(2).long()}
 
-    model = prepared(lambda: Encoder(form))
+    model = with_adapters(lambda: Encoder(form))
     coto = CoTo(model, 10, initial_p=0.0, shape="constant", at_least_one=False)
     output = model(torch.randn(3, WIDTH))
     assert output["loss"].requires_grad
@@ -188,7 +188,7 @@ def test_what_needs_no_graph_has_none():
         p.requires_grad_(False)
     assert not model(torch.randn(3, WIDTH))["loss"].requires_grad, "nothing is trained"
     coto.finish()
-    model = prepared(lambda: Encoder(lambda hidden, pooled: (hidden.detach(), pooled)))
+    model = with_adapters(lambda: Encoder(lambda hidden, pooled: (hidden.detach(), pooled)))
     CoTo(model, 10, initial_p=1.0)
     assert not model(torch.randn(3, WIDTH))[0].requires_grad, "detached by the model"
 
@@ -204,7 +204,7 @@ def test_backward_of_a_part_that_a_loop_calls_still_stops_below_the_lowest_activ
         def forward(self, x):
             return self.head(self.body(x))
 
-    model = nn.ModuleDict({"inner": prepared(WithHead)})
+    model = nn.ModuleDict({"inner": with_adapters(WithHead)})
     model["inner"].body.pooler.enabled = False
     coto = CoTo(model, 10, initial_p=0.0, shape="constant")
     seen = set()
@@ -220,7 +220,7 @@ def test_backward_of_a_part_that_a_loop_calls_still_stops_below_the_lowest_activ
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_forward_that_raised_does_not_matter_to_the_next_step(error):
-    model = prepared(Towers)
+    model = with_adapters(Towers)
     coto = CoTo(model, 100, initial_p=0.0, shape="constant", at_least_one=False)
 
     def fail(*_):
@@ -235,7 +235,7 @@ def test_a_forward_that_raised_does_not_matter_to_the_next_step(error):
 
 
 def test_adapters_without_a_gradient_are_named_once(caplog):
-    model = prepared(Encoder)
+    model = with_adapters(Encoder)
     optimizer = torch.optim.AdamW(adapter_parameters(model))
     coto = CoTo(model, 100)
     coto.attach(optimizer)
@@ -252,7 +252,7 @@ def test_adapters_without_a_gradient_are_named_once(caplog):
 
 
 def test_where_every_adapter_learns_nothing_is_said(caplog):
-    model = prepared(lambda: Encoder(lambda hidden, pooled: pooled))
+    model = with_adapters(lambda: Encoder(lambda hidden, pooled: pooled))
     optimizer = torch.optim.AdamW(adapter_parameters(model))
     coto = CoTo(model, 30)
     coto.attach(optimizer)
@@ -292,11 +292,14 @@ def messages(caplog):
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
 def test_any_optimizer_tells_of_a_bypassed_adapter_after_its_first_step(make, caplog):
-    model = prepared(Bypassed)
+    model = with_adapters(Bypassed)
     optimizer = make(adapter_parameters(model), lr=0.1)
     with caplog.at_level(logging.INFO, logger="cotolora"):
         optimizer.step()  # nothing has been trained
-        steps(prepared(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH))), torch.optim.SGD([nn.Parameter(torch.ones(1))]))
+        steps(
+            with_adapters(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH))),
+            torch.optim.SGD([nn.Parameter(torch.ones(1))]),
+        )
         assert not messages(caplog)
         steps(model, optimizer, 1)
         (message,) = messages(caplog)
@@ -309,7 +312,7 @@ def test_any_optimizer_tells_of_a_bypassed_adapter_after_its_first_step(make, ca
 def test_it_is_told_once_whether_a_coto_sees_it_too_or_not(caplog):
     for attached in (True, False):
         caplog.clear()
-        model = prepared(lambda: nn.Sequential(*[Bypassed() for _ in range(3)]))
+        model = with_adapters(lambda: nn.Sequential(*[Bypassed() for _ in range(3)]))
         optimizer = torch.optim.AdamW(adapter_parameters(model))
         coto = CoTo(model, 60, unit="module")
         if attached:
@@ -322,7 +325,7 @@ def test_it_is_told_once_whether_a_coto_sees_it_too_or_not(caplog):
 
 
 def test_nothing_is_told_of_what_is_not_meant_to_learn(caplog):
-    model = prepared(Bypassed)
+    model = with_adapters(Bypassed)
     layers = adapters(model)
     optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.1)
     layers["read"].enabled = False
@@ -343,7 +346,7 @@ def test_nothing_is_told_of_what_is_not_meant_to_learn(caplog):
 
 
 def test_a_closure_is_no_way_round_it(caplog):
-    model = prepared(Bypassed)
+    model = with_adapters(Bypassed)
     optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.1)
 
     def closure():
@@ -360,11 +363,11 @@ def test_the_hook_of_all_optimizers_goes_when_every_adapter_has_been_seen():
     hooks = _global_optimizer_post_hooks
     unreached.unwatch(list(unreached._watched))  # of other tests
     before = len(hooks)
-    model = prepared(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+    model = with_adapters(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)))
     assert len(hooks) == before + 1
     steps(model, torch.optim.SGD(adapter_parameters(model), lr=0.1), 1)
     assert len(hooks) == before
-    prepared(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)))  # and is dropped
+    with_adapters(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)))  # and is dropped
     gc.collect()
     steps(model, torch.optim.SGD(adapter_parameters(model), lr=0.1), 1)
     assert len(hooks) == before
@@ -380,7 +383,7 @@ def untraced(monkeypatch):
 
 
 def bypassed():
-    model = prepared(Bypassed).eval()
+    model = with_adapters(Bypassed).eval()
     model(torch.randn(3, WIDTH))
     return model
 
@@ -398,7 +401,7 @@ def test_merging_an_adapter_that_was_never_called_says_so(untraced, caplog):
 
 
 def test_layers_that_are_merged_one_by_one_say_it_once(untraced, caplog):
-    model = prepared(lambda: nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(4)]))
+    model = with_adapters(lambda: nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(4)]))
     for layer in adapters(model).values():
         layer.merge()
     eject(model)
@@ -418,7 +421,7 @@ def test_the_warnings_of_many_layers_are_of_bounded_length(untraced, caplog):
 
 @pytest.mark.parametrize("case", ["called", "off", "unmerged", "fresh", "disabled", "compiled", "alone"])
 def test_merging_says_nothing_where_outputs_stay_or_no_model_is_known(case, untraced, caplog):
-    model = prepared(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+    model = with_adapters(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)))
     layer, x = model[0], torch.randn(3, WIDTH)
     if case == "called":
         model(x)
@@ -447,7 +450,7 @@ def test_merging_says_nothing_where_outputs_stay_or_no_model_is_known(case, untr
 
 
 def test_being_called_leaves_no_hook_and_nothing_to_save():
-    model = prepared(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+    model = with_adapters(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)))
     keys = set(model.state_dict())
     assert not any(getattr(model[0], name) for name in HOOKS)
     model(torch.randn(3, WIDTH))

@@ -121,7 +121,7 @@ def of_dora(check, *arguments):
     return lambda: check(Subject(VARIANTS["dora"], "addmm"), *arguments)
 
 
-MERGED = {
+MERGED_DORA = {
     "gradients": of_dora(conformance.gradients_are_those_of_the_function, True, 0.0),
     "no-norm": lambda: test_a_row_without_a_norm_keeps_its_length_and_its_magnitude("addmm"),
     "output": of_dora(conformance.what_is_done_to_the_output_leaves_the_gradients_alone),
@@ -134,9 +134,9 @@ MERGED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", MERGED)
+@pytest.mark.parametrize("what", MERGED_DORA)
 def test_merged_dora_holds_what_dora_holds(what, merges):
-    MERGED[what]()
+    MERGED_DORA[what]()
     assert merges or what == "start"  # which asks for no gradient
 
 

@@ -31,7 +31,7 @@ BLOCK_CPU, BLOCK_DEVICE = 1 << 18, 1 << 22
 MERGED_ENTRIES, MERGED_ROWS = 1 << 14, 64
 
 
-class Saved(NamedTuple):
+class SavedDora(NamedTuple):
     """What the backward reads, None where it will not.
 
     x, weight, a, b: of the operands.
@@ -55,8 +55,8 @@ class Saved(NamedTuple):
     product_bias: Tensor | None
 
 
-class SavedMerged(NamedTuple):
-    """What the backward of a merged W reads: `total` is ``W + scale · B A``, the rest as in `Saved`."""
+class SavedMergedDora(NamedTuple):
+    """What the backward of a merged W reads: `total` is ``W + scale · B A``, the rest as in `SavedDora`."""
 
     x: Tensor
     a: Tensor
@@ -111,7 +111,7 @@ class DoraByAddmm:
 
     def forward(
         self, operands: Operands, options: Options, needs: Needs
-    ) -> tuple[Tensor, Saved] | tuple[Tensor, SavedMerged]:
+    ) -> tuple[Tensor, SavedDora] | tuple[Tensor, SavedMergedDora]:
         """By the first or second form of the class, or by the third."""
         x, weight, bias, a, b, (magnitude, *known_norm), _ = operands
         scale, dropout, gate = options
@@ -144,16 +144,16 @@ class DoraByAddmm:
         for_magnitude = bool(needs.extra) and needs.extra[0]
         of_magnitude = (norm, product, None if dropout else bias) if for_magnitude else (None, None, None)
         h_kept = h if needs.b or for_magnitude else None
-        return out, Saved(*kept_by_lora(operands, needs), h_kept, keep, c, *of_magnitude)
+        return out, SavedDora(*kept_by_lora(operands, needs), h_kept, keep, c, *of_magnitude)
 
-    def backward(self, dy: Tensor, saved: Saved | SavedMerged, options: Options, needs: Needs) -> Gradients:
+    def backward(self, dy: Tensor, saved: SavedDora | SavedMergedDora, options: Options, needs: Needs) -> Gradients:
         r"""Those of LoRA with ``c ∘ dy`` in place of dy.
 
         With ``p = δ · scale · dy (c ∘ B)`` and without dropout:
 
         dx = (c ∘ dy) W + p A      dA = pᵀ x      dB = c ∘ dyᵀ h      dm = Σ_rows dy ∘ (x Wᵀ + h Bᵀ) / norm
         """
-        if isinstance(saved, SavedMerged):
+        if isinstance(saved, SavedMergedDora):
             return _backward_of_merged(dy, saved, options.scale, needs)
         x, weight, a, b, h, keep, c, *_ = saved
         scale, dropout, gate = options
@@ -191,7 +191,7 @@ class DoraByAddmm:
             return _launches_of_merged(sizes)
         return _launches(sizes, sizes.m * sizes.k if call.dropout else 0)
 
-    def saved_elsewhere(self, saved: Saved, dy: Tensor, options: Options) -> Saved:
+    def saved_elsewhere(self, saved: SavedDora, dy: Tensor, options: Options) -> SavedDora:
         """The same: this is where others go."""
         return saved
 
@@ -215,17 +215,17 @@ def merges(device: torch.device, dtype: torch.dtype, rows: int | None, entries: 
     return device.type == "cpu" and dtype.itemsize >= 4 and many and entries <= MERGED_ENTRIES and not dropout
 
 
-def _merged(operands: Operands, scale: float) -> tuple[Tensor, SavedMerged]:
+def _merged(operands: Operands, scale: float) -> tuple[Tensor, SavedMergedDora]:
     x, weight, bias, a, b, (magnitude, *known_norm), _ = operands
     assert weight is not None
     total = weight.addmm(cast(b, x.dtype), cast(a, x.dtype), alpha=scale)
     norm = known_norm[0] if known_norm else torch.linalg.vector_norm(total, dim=1)
     c = _column_scale(magnitude, norm)
     y = F.linear(x, cast(total * c.unsqueeze(1), x.dtype), bias)
-    return y, SavedMerged(x, a, b, c, norm, total)
+    return y, SavedMergedDora(x, a, b, c, norm, total)
 
 
-def _backward_of_merged(dy: Tensor, saved: SavedMerged, scale: float, needs: Needs) -> Gradients:
+def _backward_of_merged(dy: Tensor, saved: SavedMergedDora, scale: float, needs: Needs) -> Gradients:
     r"""``dA = scale · Bᵀ G, dB = scale · G Aᵀ, dm = Σ dyᵀ x ∘ (W + scale · B A) / norm`` with ``G = c ∘ dyᵀ x``."""
     x, a, b, c, norm, total = saved
     rows, column, dm = flat(dy), c.unsqueeze(1), None
@@ -254,7 +254,7 @@ def _of_x(
     a: Tensor,
     scaled_b: Tensor,
     p: Tensor,
-    saved: Saved,
+    saved: SavedDora,
     switches: Switch,
     options: Options,
 ) -> Tensor:
@@ -275,7 +275,7 @@ def _of_x(
     return (rows @ scaled).addmm_(p, a)
 
 
-def _of_magnitude(on_rows: Tensor, across: Tensor, b: Tensor, saved: Saved, switches: Switch) -> Tensor:
+def _of_magnitude(on_rows: Tensor, across: Tensor, b: Tensor, saved: SavedDora, switches: Switch) -> Tensor:
     """``Σ_rows dy ∘ u / norm [out_features]`` with ``u = x Wᵀ + h Bᵀ`` and ``across = dyᵀ h``."""
     product, norm = saved.product, saved.norm
     assert product is not None

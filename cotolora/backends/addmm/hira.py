@@ -26,7 +26,7 @@ from cotolora.operands import refuse_nested
 BLOCK_CPU, BLOCK_DEVICE = 1 << 18, 1 << 24
 
 
-class Saved(NamedTuple):
+class SavedHira(NamedTuple):
     """What the backward reads, None where it will not: operands, and a boolean dropout mask of the shape of x."""
 
     x: Tensor | None
@@ -57,7 +57,7 @@ class HiraByAddmm:
         """It takes every call."""
         return []
 
-    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, Saved]:
+    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedHira]:
         """By one of the two forms of the class."""
         x, weight, bias, a, b, *_ = operands
         scale, dropout, gate = options
@@ -67,7 +67,7 @@ class HiraByAddmm:
         kept = kept_by_hira(operands, needs)
         if not dropout and _one_weight_serves(weight, by_row):
             refuse_nested(x)  # which F.linear takes, and the backward does not
-            return F.linear(x, _whole_weight(weight, a, b, scale, on), bias), Saved(*kept, None)
+            return F.linear(x, _whole_weight(weight, a, b, scale, on), bias), SavedHira(*kept, None)
         y = F.linear(x, weight, bias).contiguous()
         dropped, keep = dropped_out(x, dropout)
         update = _update(weight, a, b, scale)
@@ -75,9 +75,9 @@ class HiraByAddmm:
             y = add_product(flat(y), flat(dropped), update.T).view(y.shape)
         else:
             y = torch.where(on, torch.addmm(flat(y), flat(dropped), update.T).view(y.shape), y)
-        return y, Saved(*kept, keep)
+        return y, SavedHira(*kept, keep)
 
-    def backward(self, dy: Tensor, saved: Saved, options: Options, needs: Needs) -> Gradients:
+    def backward(self, dy: Tensor, saved: SavedHira, options: Options, needs: Needs) -> Gradients:
         r"""G, the gradient of ``W ∘ B A``, is made and used up by blocks of rows of W.
 
         With ``G = dyᵀ (D x) ∘ W`` of gated rows:
@@ -141,7 +141,7 @@ class HiraByAddmm:
             sizes.m * sizes.k if call.dropout else 0,
         )
 
-    def saved_elsewhere(self, saved: Saved, dy: Tensor, options: Options) -> Saved:
+    def saved_elsewhere(self, saved: SavedHira, dy: Tensor, options: Options) -> SavedHira:
         """The same: this is where others go."""
         return saved
 

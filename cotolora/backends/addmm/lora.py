@@ -27,7 +27,7 @@ from cotolora.backends.addmm.products import (
 from cotolora.backends.types import AlwaysOn, Call, Gradients, Launch, Launches, Needs, Operands, Options
 
 
-class Saved(NamedTuple):
+class SavedLora(NamedTuple):
     """What the backward reads, None where it will not.
 
     x, weight, a, b: of the operands.
@@ -54,7 +54,7 @@ class LoraByAddmm:
         """It takes every call."""
         return []
 
-    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, Saved]:
+    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedLora]:
         """``h Bᵀ`` is added in place to the base's result, except to that of a module, which may need it itself."""
         x, weight, bias, a, b, _, base = operands
         scale, dropout, gate = options
@@ -87,7 +87,7 @@ class LoraByAddmm:
             y = torch.addmm(rows, h, b_cast.T, alpha=scale).view(y.shape)
         elif (total := add_product(rows, h, b_cast.T, scale)) is not rows:
             y = total.view(y.shape)
-        return y, Saved(
+        return y, SavedLora(
             x if needs.a or needs.weight else None,
             weight if needs.x else None,
             # the gradient of B has h for it, but a second differentiation is noticed by the presence of A
@@ -97,7 +97,7 @@ class LoraByAddmm:
             keep if needs.a or needs.x else None,
         )
 
-    def backward(self, dy: Tensor, saved: Saved, options: Options, needs: Needs) -> Gradients:
+    def backward(self, dy: Tensor, saved: SavedLora, options: Options, needs: Needs) -> Gradients:
         r"""H is as the forward saved it.
 
         With ``p = δ · scale · dy B`` and D the dropout mask times ``1 / (1 - dropout)``:
@@ -174,7 +174,7 @@ class LoraByAddmm:
             bytes_of("h") + mask,
         )
 
-    def saved_elsewhere(self, saved: Saved, dy: Tensor, options: Options) -> Saved:
+    def saved_elsewhere(self, saved: SavedLora, dy: Tensor, options: Options) -> SavedLora:
         """The same: this is where others go."""
         return saved
 

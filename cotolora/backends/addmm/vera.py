@@ -23,7 +23,7 @@ from cotolora.backends.addmm.products import (
 from cotolora.backends.types import Call, Gradients, Launch, Launches, Needs, Operands, Options
 
 
-class Saved(NamedTuple):
+class SavedVera(NamedTuple):
     """What the backward reads, None where it will not.
 
     x, weight, a, b, lambda_d, lambda_b: of the operands.
@@ -51,7 +51,7 @@ class VeraByAddmm:
         """It takes every call."""
         return []
 
-    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, Saved]:
+    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedVera]:
         """The update is added in place to the base's result, except to that of a module, which may need it itself."""
         x, weight, bias, a, b, (lambda_d, lambda_b), base = operands
         scale, dropout, gate = options
@@ -75,9 +75,9 @@ class VeraByAddmm:
         elif (total := add_product(rows, h, scaled_b.T, scale)) is not rows:
             y = total.view(y.shape)
         x_kept = x if needs.a or needs.weight else None
-        return y, Saved(x_kept, weight if needs.x else None, a, b, lambda_d, lambda_b, z, keep)
+        return y, SavedVera(x_kept, weight if needs.x else None, a, b, lambda_d, lambda_b, z, keep)
 
-    def backward(self, dy: Tensor, saved: Saved, options: Options, needs: Needs) -> Gradients:
+    def backward(self, dy: Tensor, saved: SavedVera, options: Options, needs: Needs) -> Gradients:
         r"""D is the dropout mask times ``1 / (1 - dropout)``.
 
         With ``q = δ · scale · dy (b ∘ B)``, ``p = d ∘ q`` and ``S = scale · dyᵀ h`` of gated rows:
@@ -150,7 +150,7 @@ class VeraByAddmm:
             bytes_of("h") + (sizes.m * sizes.k if call.dropout else 0),
         )
 
-    def saved_elsewhere(self, saved: Saved, dy: Tensor, options: Options) -> Saved:
+    def saved_elsewhere(self, saved: SavedVera, dy: Tensor, options: Options) -> SavedVera:
         """The same: this is where others go."""
         return saved
 

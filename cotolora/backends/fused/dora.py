@@ -14,7 +14,7 @@ from cotolora.backends.fused.common import operators, why_not_fused
 from cotolora.backends.types import Call, Gradients, Launch, Launches, Needs, Operands, Options
 
 
-class Saved(NamedTuple):
+class SavedFusedDora(NamedTuple):
     """What the backward reads, None where it will not.
 
     x, weight, a, b: of the operands.
@@ -54,7 +54,7 @@ class FusedDora:
         a, b = a.to(weight.dtype), b.to(weight.dtype)
         return operators().row_norm(weight, a, b, scale, None, None, None)[0]
 
-    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, Saved]:
+    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedFusedDora]:
         """One kernel more than LoRA, for c."""
         x, weight, bias, a, b, (magnitude, *known_norm), _ = operands
         scale, _, gate = options
@@ -73,7 +73,7 @@ class FusedDora:
             y, u = ops.low_rank_gemm(
                 rows, weight, bias, h, b_cast, gate, None, 0.0, None, column_scale, for_magnitude
             )  # fmt: skip
-        saved = Saved(
+        saved = SavedFusedDora(
             *lora.kept_by_fused(operands, needs),
             h if needs.b or for_magnitude else None,
             column_scale,
@@ -81,7 +81,7 @@ class FusedDora:
         )
         return y.view(*x.shape[:-1], weight.shape[0]), saved
 
-    def backward(self, dy: Tensor, saved: Saved, options: Options, needs: Needs) -> Gradients:
+    def backward(self, dy: Tensor, saved: SavedFusedDora, options: Options, needs: Needs) -> Gradients:
         r"""Those of LoRA with ``c ∘ dy`` in place of dy.
 
         With ``p = δ · scale · dy (c ∘ B)``:
@@ -133,7 +133,7 @@ class FusedDora:
             bytes_of("h", "u") + 8 * sizes.n,
         )
 
-    def saved_elsewhere(self, saved: Saved, dy: Tensor, options: Options) -> addmm.Saved:
+    def saved_elsewhere(self, saved: SavedFusedDora, dy: Tensor, options: Options) -> addmm.SavedDora:
         """Without ``h Bᵀ`` in what m's gradient is taken from."""
         x, weight, a, b, h, column_scale, norm, u = saved
         product = None
@@ -141,7 +141,7 @@ class FusedDora:
             assert h is not None
             assert b is not None
             product = torch.addmm(u, h, b.to(u.dtype).T, alpha=-1)
-        return addmm.Saved(x, weight, a, b, h, None, column_scale, norm, product, None)
+        return addmm.SavedDora(x, weight, a, b, h, None, column_scale, norm, product, None)
 
 
 BACKENDS = {form: FusedDora(form) for form in ("one_pass", "low_rank_gemm")}

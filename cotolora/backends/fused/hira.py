@@ -13,7 +13,7 @@ from cotolora.backends.fused.common import drawn_seed, mask_of_x, operators, why
 from cotolora.backends.types import Call, Gradients, Launch, Launches, Needs, Operands, Options
 
 
-class Saved(NamedTuple):
+class SavedFusedHira(NamedTuple):
     """What the backward reads, None where it will not: of the operands, and the seed of the dropout mask."""
 
     x: Tensor | None
@@ -30,7 +30,7 @@ class FusedHira:
         """The limits of the kernels."""
         return why_not_fused(call)
 
-    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, Saved]:
+    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedFusedHira]:
         """``B A`` is made tile by tile and never stored."""
         x, weight, bias, a, b, *_ = operands
         scale, dropout, gate = options
@@ -39,9 +39,9 @@ class FusedHira:
         y = operators().hira(
             flat(x), weight, bias, a.to(x.dtype), b.to(x.dtype), gate, seed, scale, dropout, True
         )  # fmt: skip
-        return y.view(*x.shape[:-1], weight.shape[0]), Saved(*addmm.kept_by_hira(operands, needs), seed)
+        return y.view(*x.shape[:-1], weight.shape[0]), SavedFusedHira(*addmm.kept_by_hira(operands, needs), seed)
 
-    def backward(self, dy: Tensor, saved: Saved, options: Options, needs: Needs) -> Gradients:
+    def backward(self, dy: Tensor, saved: SavedFusedHira, options: Options, needs: Needs) -> Gradients:
         r"""t, the gradient of ``W ∘ B A``, is never stored.
 
         With ``t = scale · W ∘ dyᵀ (D x)`` of gated rows:
@@ -88,10 +88,10 @@ class FusedHira:
             8 if call.dropout else 0,
         )
 
-    def saved_elsewhere(self, saved: Saved, dy: Tensor, options: Options) -> addmm.Saved:
+    def saved_elsewhere(self, saved: SavedFusedHira, dy: Tensor, options: Options) -> addmm.SavedHira:
         """With the mask that the kernels drew."""
         x, weight, a, b, seed = saved
-        return addmm.Saved(x, weight, a, b, mask_of_x(seed, dy, a, options.dropout))
+        return addmm.SavedHira(x, weight, a, b, mask_of_x(seed, dy, a, options.dropout))
 
 
 BACKENDS = {"hira": FusedHira()}

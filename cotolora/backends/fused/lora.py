@@ -28,7 +28,7 @@ from cotolora.backends.types import (
 SWAPPED_ROWS = 64
 
 
-class Saved(NamedTuple):
+class SavedFusedLora(NamedTuple):
     """What the backward reads, None where it will not.
 
     x, weight, a, b: of the operands.
@@ -60,7 +60,7 @@ class FusedLora:
         """The limits of the kernels."""
         return why_not_fused(call)
 
-    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, Saved]:
+    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedFusedLora]:
         """one_pass: one kernel. low_rank_gemm: h, then the rest. pre_expand: ``h Bᵀ + bias``, then a vendor GEMM."""
         x, weight, bias, a, b, *_ = operands
         scale, dropout, gate = options
@@ -75,10 +75,10 @@ class FusedLora:
         else:
             y, h = ops.pre_expand(rows, bias, a_cast, b_cast, gate, seed, scale, dropout)
             y = addmm.add_product(y, rows, weight.T)
-        saved = Saved(*kept_by_fused(operands, needs), h if needs.b else None, seed)
+        saved = SavedFusedLora(*kept_by_fused(operands, needs), h if needs.b else None, seed)
         return y.view(*x.shape[:-1], b.shape[0]), saved
 
-    def backward(self, dy: Tensor, saved: Saved, options: Options, needs: Needs) -> Gradients:
+    def backward(self, dy: Tensor, saved: SavedFusedLora, options: Options, needs: Needs) -> Gradients:
         r"""H is as the forward saved it.
 
         With ``p = δ · scale · dy B`` and D the dropout mask with its factor:
@@ -135,7 +135,7 @@ class FusedLora:
             saved_bytes,
         )
 
-    def saved_elsewhere(self, saved: Saved, dy: Tensor, options: Options) -> addmm.Saved:
+    def saved_elsewhere(self, saved: SavedFusedLora, dy: Tensor, options: Options) -> addmm.SavedLora:
         """See `saved_by_addmm`."""
         return saved_by_addmm(saved, dy, options)
 
@@ -147,7 +147,7 @@ class FusedAdding:
         """The limits of the kernels; x and the base's output must be of one dtype."""
         return why_not_fused(call)
 
-    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, Saved]:
+    def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedFusedLora]:
         """Two kernels: h, then the sum."""
         x, _, _, a, b, _, base = operands
         scale, dropout, gate = options
@@ -155,10 +155,10 @@ class FusedAdding:
         seed, ops = drawn_seed(x.device, dropout), operators()
         h = ops.shrink(flat(x), a.to(x.dtype), gate, seed, scale, dropout)
         y = ops.expand(h, b.to(x.dtype).T, flat(base), gate, None, 0.0)
-        saved = Saved(*kept_by_fused(operands, needs), h if needs.b else None, seed)
+        saved = SavedFusedLora(*kept_by_fused(operands, needs), h if needs.b else None, seed)
         return y.view(*x.shape[:-1], b.shape[0]), saved
 
-    def backward(self, dy: Tensor, saved: Saved, options: Options, needs: Needs) -> Gradients:
+    def backward(self, dy: Tensor, saved: SavedFusedLora, options: Options, needs: Needs) -> Gradients:
         """As `FusedLora.backward`, where dx is ``D ∘ (p A)``."""
         p, da, db = gradients_of_factors(dy, saved, options, needs)
         dx = None
@@ -178,13 +178,13 @@ class FusedAdding:
             bytes_of("h") + (8 if call.dropout else 0),
         )
 
-    def saved_elsewhere(self, saved: Saved, dy: Tensor, options: Options) -> addmm.Saved:
+    def saved_elsewhere(self, saved: SavedFusedLora, dy: Tensor, options: Options) -> addmm.SavedLora:
         """See `saved_by_addmm`."""
         return saved_by_addmm(saved, dy, options)
 
 
 def gradients_of_factors(
-    dy: Tensor, saved: Saved, options: Options, needs: Needs
+    dy: Tensor, saved: SavedFusedLora, options: Options, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``p``, dA and dB, None where they are not asked for."""
     x, _, a, b, h, seed = saved
@@ -212,13 +212,13 @@ def launches_of_factors(sizes: Sizes) -> tuple[Launch, ...]:
     )
 
 
-def saved_by_addmm(saved: Saved, dy: Tensor, options: Options) -> addmm.Saved:
+def saved_by_addmm(saved: SavedFusedLora, dy: Tensor, options: Options) -> addmm.SavedLora:
     """As vendor GEMMs keep it: with the mask that the kernels drew, and in float32 with an h without the scale."""
     x, weight, a, b, h, seed = saved
     if h is not None and h.dtype is torch.float32 and options.scale:
         h = h / options.scale
-    return addmm.Saved(x, weight, a, b, h, mask_of_x(seed, dy, a, options.dropout))
+    return addmm.SavedLora(x, weight, a, b, h, mask_of_x(seed, dy, a, options.dropout))
 
 
 BACKENDS = {form: FusedLora(form) for form in ("one_pass", "low_rank_gemm", "pre_expand")}
-ADDING = {"expand": FusedAdding()}
+ADDITION_FORMS = {"expand": FusedAdding()}
