@@ -9,7 +9,7 @@ import functools
 import itertools
 import pickle
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -31,7 +31,8 @@ _PROPERTIES: list[tuple[Callable[..., None], Callable[[Subject], bool], dict[str
 def cases(variants: Iterable[Variant]) -> list[Any]:
     """A parameter of `pytest.mark.parametrize` for each case of each property: a function without arguments.
 
-    Of our kernels, which are interpreted, all forms but the first of each variant are marked as slow.
+    Of our kernels, which are interpreted, the first form of each variant has them all. The others, marked as slow, have
+    each value of each axis once, for kernels have tests of their own.
     """
     return list(_cases(variants))
 
@@ -48,11 +49,17 @@ def _cases(variants: Iterable[Variant]) -> Iterator[Any]:
             continue
         slow = subject.fused and subject is not first[subject.variant.name, subject.adds]
         values = {name: axis(subject) if callable(axis) else axis for name, axis in axes.items()}
-        for chosen in itertools.product(*(axis.items() for axis in values.values())):
+        for chosen in (_each_once if slow else itertools.product)(*(axis.items() for axis in values.values())):
             options = {name: value for name, (_, value) in zip(values, chosen, strict=True)}
             label = "-".join([check.__name__, str(subject), *(key for key, _ in chosen)])
             marks = [pytest.mark.slow] if slow else []
             yield pytest.param(functools.partial(check, subject, **options), id=label, marks=marks)
+
+
+def _each_once(*axes: Collection[Any]) -> Iterator[tuple[Any, ...]]:
+    """As few combinations as hold each value of each axis."""
+    for _, *values in zip(range(max(map(len, axes), default=1)), *map(itertools.cycle, axes), strict=False):
+        yield tuple(values)
 
 
 def holds(concerned: Callable[[Subject], bool] = lambda subject: True, **axes: Axis) -> Callable[..., Any]:
