@@ -562,13 +562,14 @@ def test_blocks_have_the_published_parameters():
 PRETENDER = """#!/bin/bash
 case "$*" in
     -c*find_spec*) for name in $ABSENT; do [[ "$*" != *"'$name'"* ]] || exit 1; done; exit 0 ;;
-    -c*) echo table.json; exit 0 ;;
+    -c*) echo 'a GPU'; exit 0 ;;
     *show*) echo 'in brief'; exit 0 ;;
 esac
 echo "$*" >> "$ASKED"
 all="$*" json="${all##*--json }"
 [[ "$all" != *--json* ]] || echo '{}' > "${json%% *}"
 [[ "$*" != *" $FAILS "* ]] || { echo "it broke"; exit 3; }
+[[ "$*" != *" tune "* ]] || echo "written: ${ASKED%/*}/table.json"
 echo "last line of $*"
 """
 
@@ -579,6 +580,7 @@ def on_gpu(tmp_path):
     (python := tmp_path / "bin" / "python3").parent.mkdir()
     python.write_text(PRETENDER)
     python.chmod(0o755)
+    (tmp_path / "table.json").write_text("measured")
 
     def run_it(*arguments, absent="", fails="-"):
         (asked := tmp_path / "asked").write_text("")
@@ -609,6 +611,12 @@ def test_the_gpu_script_goes_on_where_a_part_fails(dry, on_gpu, tmp_path):
     assert (
         len(list((tmp_path / "out").iterdir())) <= 4
     )  # beside the four pictures: eight files come back from a machine
+
+
+@pytest.mark.parametrize("arguments", [(), ("--only", "tune")])
+def test_the_gpu_script_keeps_the_table_that_tune_has_written(arguments, on_gpu, tmp_path):
+    on_gpu(*arguments)
+    assert (tmp_path / "out" / "tune.json").read_text() == "measured"
 
 
 @pytest.mark.parametrize("part", PARTS)
