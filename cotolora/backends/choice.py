@@ -298,6 +298,8 @@ def fastest(call: Call, arch: str, *, captured: bool, table: tuple[dict[str, Any
         return name, f"measured fastest on this device at {at}, rank {row['rank']}"
     if arch not in cost.MACHINES:
         return "addmm", f"no fused kernel has been measured on {arch}, and there is no model of it"
+    if sizes.element_size == 4:
+        return "addmm", "float32 is not modelled: a fused kernel is taken only where it was measured fastest"
     times = modelled(call, arch, captured)
     name = min(fused, key=lambda name: times[name])
     ratio = times["addmm"] / times[name]

@@ -121,7 +121,7 @@ class Launch(NamedTuple):
     kernel: str
     bytes: int
     flops: int = 0
-    speed: str = "vendor"  # or "gemm" or "pointer_gemm": of `cotolora.backends.cost.Machine`
+    speed: str = "vendor"  # or "gemm", "pointer_gemm" or "masking_gemm": of `cotolora.backends.cost.Machine`
 
 
 class Launches(NamedTuple):

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from cotolora.backends import cost, measured
 from cotolora.backends.fused import ops
-from cotolora.backends.fused.lora import FusedLora
+from cotolora.backends.fused.lora import SWAPPED_ROWS, FusedLora
 from cotolora.backends.types import Sizes
 from cotolora.kernels.dropout import drawn_mask
 from cotolora.variants import VARIANTS
@@ -357,6 +357,17 @@ def test_the_model_takes_a_fused_form_only_for_a_clear_win():
 
 def fastest(*sizes, arch="sm_90", captured=False, **options):
     return dispatch.fastest(Sizes(*sizes).call(LORA), arch, captured=captured, **options)
+
+
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("m", [1, 16, 64, 512, 8192])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_model_takes_no_float32_and_no_main_loop_that_draws_a_mask(variant, m, captured):
+    sizes = Sizes(m, 4096, 4096, 16)
+    float32, dropped = (sizes._replace(element_size=size).call(VARIANTS[variant]) for size in (4, 2))
+    assert dispatch.fastest(float32, "sm_90", captured=captured)[0] == "addmm"
+    name, _ = dispatch.fastest(dropped._replace(dropout=0.1), "sm_90", captured=captured)
+    assert m <= SWAPPED_ROWS or name != "triton:one_pass"
 
 
 ROW = {"m": 100, "n": 64, "k": 64, "rank": 8, "element_size": 2, "captured": False}

@@ -117,7 +117,7 @@ class FusedLora:
             if sizes.m <= SWAPPED_ROWS:
                 forward = (Launch("stacked", moved, products), Launch("finish", bytes_of("y", "h", "b")))
                 return Launches(forward, (*for_factors, dx), saved_bytes)
-            one = Launch("one_pass", moved, products + ranks, "pointer_gemm")
+            one = Launch("one_pass", moved, products + ranks, "masking_gemm" if call.dropout else "pointer_gemm")
             return Launches((one,), (*for_factors, dx), saved_bytes)
         if self.form == "low_rank_gemm":
             gemm = Launch("low_rank_gemm", bytes_of("x", "w", "y", "h", "b"), products, "gemm")
