@@ -3,7 +3,8 @@
 #
 #   benchmarks/on_gpu.sh [OUT] [--minutes 9] [--only PART] [--dry-run]
 #
-# Parts: tests (every kernel on the GPU, in every dtype), tune (times every form, keeps the table that the parts after
+# With some minutes more than nine: three calls, each of its own --minutes, with --only correctness, tuning, benchmarks.
+# Parts: correctness is tests, tuning is tune, benchmarks are the others; or one of: tests (every kernel on the GPU, in every dtype), tune (times every form, keeps the table that the parts after
 # it choose by), linear, block, gates, memory, roofline, train, and compiled: block beside torch.compile, which takes long.
 # A part that fails or runs out of its time stops no other.
 # OUT gets log.txt, tune.json, results.json, four pictures and summary.txt, which is printed last.
@@ -26,7 +27,13 @@ while [ $# -gt 0 ]; do
     shift
 done
 [[ "$minutes" =~ ^[1-9][0-9]*$ ]] || { echo "--minutes must be a positive number; got '$minutes'" >&2; exit 2; }
-[[ -z "$only" || " ${parts[*]} " == *" $only "* ]] || { echo "--only must be one of ${parts[*]}; got '$only'" >&2; exit 2; }
+case "$only" in
+    correctness) only=tests ;;
+    tuning) only=tune ;;
+    benchmarks) only="linear block gates memory roofline train compiled" ;;
+    *) [[ -z "$only" || " ${parts[*]} " == *" $only "* ]] ||
+        { echo "--only must be one of correctness tuning benchmarks ${parts[*]}; got '$only'" >&2; exit 2; } ;;
+esac
 python=$(command -v python3) || { echo "no python3 on the PATH" >&2; exit 2; }
 export PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton-cache}"
@@ -43,8 +50,8 @@ status=0 summary=() left=$((60 * minutes))
 part() {
     local name=$1 share=$2 began=$SECONDS limit code
     shift 2
-    [ -z "$only" ] || [ "$only" = "$name" ] || return 0
-    [ -z "$only" ] || share=100
+    [[ -z "$only" || " $only " == *" $name "* ]] || return 0
+    [ "$only" != "$name" ] || share=100
     limit=$(((left - SECONDS) * share / 100))
     [ -z "$dry" ] || limit=240
     if [ "$limit" -lt 20 ]; then
@@ -56,7 +63,8 @@ part() {
     set -- "${@//\{\}/$(awk "BEGIN {print $limit * 0.7 / 60}")}"
     set -- "${@//PART.png/$name.png}"
     printf '\n=== %s (at most %ss): %s\n' "$name" "$limit" "$*" | tee -a "$out/log.txt"
-    timeout --kill-after=10 "$limit" "$@" >"$out/part.txt" 2>&1
+    # interrupted, pytest still says what failed
+    timeout --signal=INT --kill-after=15 "$limit" "$@" >"$out/part.txt" 2>&1
     code=$?
     cat "$out/part.txt" >>"$out/log.txt"
     tail -c 1500 "$out/part.txt"

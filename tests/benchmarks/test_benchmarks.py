@@ -530,7 +530,7 @@ def test_show_names_a_file_that_is_none(tmp_path, capsys):
     [
         (("--minutes", "soon"), "--minutes must be a positive number; got 'soon'"),
         (("--minutes",), "--minutes must be a positive number; got ''"),
-        (("--only", "lunch"), "--only must be one of tests tune"),
+        (("--only", "lunch"), "--only must be one of correctness tuning benchmarks tests tune"),
         (("--fast",), "unknown option --fast"),
         (("again",), "one OUT at most; got"),
         pytest.param(
@@ -617,6 +617,38 @@ def test_the_gpu_script_goes_on_where_a_part_fails(dry, on_gpu, tmp_path):
 def test_the_gpu_script_keeps_the_table_that_tune_has_written(arguments, on_gpu, tmp_path):
     on_gpu(*arguments)
     assert (tmp_path / "out" / "tune.json").read_text() == "measured"
+
+
+@pytest.mark.parametrize(
+    ("group", "parts"),
+    [
+        ("correctness", ["tests"]),
+        ("tuning", ["tune"]),
+        ("benchmarks", ["block", "linear", "gates", "roofline", "memory"]),
+    ],
+)
+def test_the_gpu_script_runs_a_group_of_parts(group, parts, on_gpu):
+    lines, status, _ = on_gpu("--only", group)
+    run = [line.split(":")[0] for line in lines if re.match(r"\w+: exit 0", line)]
+    assert status == 0
+    assert run == (parts if group != "benchmarks" else [*parts, "train", "compiled"])
+
+
+@pytest.mark.slow
+def test_the_gpu_script_interrupts_what_takes_too_long(tmp_path):
+    # as pytest does, which then prints what has failed
+    (python := tmp_path / "bin" / "python3").parent.mkdir()
+    python.write_text("#!/bin/bash\n[[ $1 != -m ]] || { trap 'echo what has failed; exit 2' INT; sleep 60 & wait; }\n")
+    python.chmod(0o755)
+    script = (ROOT / "benchmarks" / "on_gpu.sh").read_text()
+    assert "left=$((60 * minutes))" in script
+    hurried = script.replace("left=$((60 * minutes))", "left=21").replace('cd "$(dirname "$0")/.."', f"cd {ROOT}")
+    command = ["bash", "-c", hurried, "on_gpu.sh", str(tmp_path / "out"), "--only", "tests"]
+    given = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, env=given, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "tests: exit 124" in done.stdout
+    assert "what has failed" in done.stdout
 
 
 @pytest.mark.parametrize("part", PARTS)
