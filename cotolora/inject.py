@@ -22,6 +22,7 @@ from cotolora.matching import (
     first_match,
     warn_of_idle_keys,
 )
+from cotolora.quantised import allow_training, disallow_training
 from cotolora.spec import AdapterSpec
 from cotolora.targets import match_linears, trainable_parameters, why_forward_is_not_its_own
 from cotolora.training.unreached import watch
@@ -155,6 +156,8 @@ def install(
                 replace_module(model, raw_name, layer)
         undo.callback(restore_fast_path, model)
         block_fast_path(model)
+        undo.callback(disallow_training, model)
+        allow_training(model)
         undo.pop_all()
     settle(layers)
     return layers
@@ -209,6 +212,7 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
     for layer in layers.values():
         move_hooks(layer, plain[id(layer)])
     restore_fast_path(model)
+    disallow_training(model)
     for name, (weight, others) in shared.items():
         if plain[id(layers[name])].weight is not weight:
             logger.warning("%s shared its weight with %s; merged, it has a weight of its own", name, ", ".join(others))

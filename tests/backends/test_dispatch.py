@@ -445,7 +445,7 @@ FLOORS = [
     {"weights"},
     {"linear"},
     {"groups"},
-    {"coverage", "targets", "hooks"},
+    {"coverage", "targets", "hooks", "quantised"},
     {"masks", "training.switches", "inject", "lora_pro", "saving.places"},
     {"training.notices"},
     {"coto", "saving.peft_config"},
