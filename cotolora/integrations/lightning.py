@@ -6,8 +6,8 @@ import math
 from itertools import pairwise
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from torch.utils.hooks import RemovableHandle
 
 from cotolora.coto import CoTo, checked_run
@@ -33,7 +33,7 @@ class CoToLightningCallback(Callback):
 
     Raises:
         ValueError: an argument is out of its range; when training begins, also whatever `CoTo` raises, or the run
-            has no end.
+            has no end, or `gates` is "device" and another callback is a WeightAveraging.
     """
 
     def __init__(
@@ -72,6 +72,11 @@ class CoToLightningCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Constructs the CoTo, now that the number of steps is known."""
         self._detach()  # left over from a run that an exception ended
+        if self._settings["gates"] == "device" and any(isinstance(c, _weight_averaging()) for c in trainer.callbacks):
+            raise ValueError(
+                "gates must be 'host' beside a WeightAveraging callback, which has copied the module already and pairs "
+                "its buffers with those of the copy; got 'device', whose gates would be more of them"
+            )
         self.coto = CoTo(pl_module, _steps_of(trainer), **self._settings)
         # on every rank, whatever step it resumes from: check_every counts calls
         self.coto.set_step(trainer.global_step)
@@ -94,6 +99,11 @@ class CoToLightningCallback(Callback):
             self._attached.pop().remove()
 
 
+def _weight_averaging() -> type | tuple[()]:
+    # Lightning has it from 2.6 on
+    return getattr(callbacks, "WeightAveraging", ())
+
+
 def _steps_of(trainer: Trainer) -> int:
     """Optimizer steps of the run, those before a resume included.
 
@@ -107,11 +117,15 @@ def _steps_of(trainer: Trainer) -> int:
             f"know the end of the run; got max_steps={trainer.max_steps}, max_epochs={epochs} and {batches} batches "
             "an epoch"
         )
-    changing = [callback for callback in trainer.callbacks if isinstance(callback, GradientAccumulationScheduler)]
-    if changing and isinstance(batches, int) and epochs is not None and epochs > 0:
-        # the estimate knows only the accumulation that the trainer has now
-        accumulated = changing[-1].get_accumulate_grad_batches
-        bounds = [*(epoch for epoch in changing[-1].epochs if epoch < epochs), epochs]
+    if isinstance(batches, int) and epochs is not None and epochs > 0:
+        # the estimate knows of no callback that changes the run
+        bounds, accumulated = [0], lambda _: trainer.accumulate_grad_batches
+        for callback in trainer.callbacks:
+            if isinstance(callback, GradientAccumulationScheduler):
+                bounds, accumulated = callback.epochs, callback.get_accumulate_grad_batches
+            elif isinstance(callback, StochasticWeightAveraging):
+                epochs = min(epochs, callback.swa_end + 1)  # one more is for batch norm alone, and steps nothing
+        bounds = [*(epoch for epoch in bounds if epoch < epochs), epochs]
         steps = sum((end - start) * math.ceil(batches / accumulated(start)) for start, end in pairwise(bounds))
         steps = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
     return steps

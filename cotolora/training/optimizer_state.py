@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -12,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from cotolora.training.callers import called_from
+
+_CHECKPOINT = "torch.distributed.checkpoint"
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
@@ -45,25 +47,16 @@ def support_missing_states(optimizer: torch.optim.Optimizer) -> list[RemovableHa
     ]
 
 
-def _distributed_checkpoint_calls() -> bool:
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith("torch.distributed.checkpoint"):
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
-
-
 def _skip_first_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     # torch.distributed.checkpoint makes an optimizer without states step with gradients of zero, and leaves the states
-    if _distributed_checkpoint_calls():
+    if called_from(_CHECKPOINT):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
 
 
 def _add_stand_ins(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    if not _distributed_checkpoint_calls():
+    if not called_from(_CHECKPOINT):
         return
     saved = state_dict["state"]
     for group, packed in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):

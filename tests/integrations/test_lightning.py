@@ -248,6 +248,56 @@ def test_a_resumed_run_ends_where_the_whole_one_does_while_accumulation_changes(
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(weights(runs[0]), weights(runs[1]), strict=True))
 
 
+class Normed(Task):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+@pytest.mark.parametrize("scheduling", [None, {0: 1, 2: 4}])
+def test_lightnings_swa_takes_batch_norms_statistics_with_every_adapter_on(scheduling, tmp_path):
+    model, ours = Normed(), CoToLightningCallback(ramp=1.0)
+    trainer = trainer_of(tmp_path, ours, max_steps=-1, max_epochs=4)
+    trainer.callbacks.append(lightning.callbacks.StochasticWeightAveraging(swa_lrs=1e-2))
+    if scheduling:
+        trainer.callbacks.append(lightning.callbacks.GradientAccumulationScheduler(scheduling))
+    trainer.fit(model, loader(4 * BATCH))
+    steps = 4 + 4 + 1 + 1 if scheduling else 16
+    assert ours.coto.total_steps == steps
+    # one more epoch, of the averaged weights, at whose end Lightning counts a step without gradients
+    passes = [on for step, on in model.seen if step == steps]
+    assert len(passes) >= 4
+    assert all(all(on) for on in passes)
+
+
+def test_lightnings_weight_averaging_averages_the_adapters(tmp_path):
+    averaging = getattr(lightning.callbacks, "WeightAveraging", None)
+    if averaging is None:
+        pytest.skip("this Lightning has no WeightAveraging")
+
+    class Note(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            taken.append(weights(module))
+
+    model, ours, taken = Task(), CoToLightningCallback(), []
+    trainer = trainer_of(tmp_path, ours, val_check_interval=2)
+    trainer.callbacks += [averaging(), Note()]
+    trainer.fit(model, loader(), loader(BATCH))
+    assert ours.coto.total_steps == trainer.global_step == len(taken) == STEPS
+    assert all(layer.gate is True for layer in adapters(model))
+    assert not all(all(on) for _, on in model.seen)
+    assert all(model.validated)
+    for weight, steps in zip(weights(model), zip(*taken, strict=True), strict=True):
+        torch.testing.assert_close(weight, torch.stack(steps).mean(0))
+    trainer = trainer_of(tmp_path, CoToLightningCallback(gates="device"))
+    trainer.callbacks.append(averaging())
+    with pytest.raises(ValueError, match="gates must be 'host' beside a WeightAveraging"):
+        trainer.fit(Task(), loader())
+
+
 def test_validation_in_the_middle_sees_every_adapter(tmp_path):
     model = Task()
     trainer_of(tmp_path, CoToLightningCallback(), val_check_interval=1, num_sanity_val_steps=1).fit(
