@@ -1,6 +1,7 @@
 """CoTo in transformers' Trainer: the masks, the weights and the files of a plain loop."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -90,10 +91,10 @@ class Watch(TrainerCallback):
             self.moved.append((on[groups[name]], not torch.equal(layer.lora_b, self.before[name])))
 
 
-def prepared(make, seed=0):
+def prepared(make, seed=0, rank=2):
     torch.manual_seed(seed)
     model = make()
-    cotolora.inject(model, rank=2)
+    cotolora.inject(model, rank=rank)
     return model
 
 
@@ -225,10 +226,18 @@ def test_torch_compile_takes_few_graphs_and_changes_nothing(gates, regional, tmp
 
 
 @pytest.mark.slow
-def test_a_run_that_is_resumed_equals_one_that_was_not(tmp_path):
+@pytest.mark.parametrize(
+    ("optim", "package"),
+    [("", "torch"), ("schedule_free_adamw", "schedulefree"), ("adamw_bnb_8bit", "bitsandbytes")],
+)
+def test_a_run_that_is_resumed_equals_one_that_was_not(optim, package, tmp_path):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    # of this rank most factors have the 4096 entries from which on bitsandbytes takes 8 bits
+    prepared = functools.partial(globals()["prepared"], rank=128 if optim else 2)
+    own = {"optim": optim, "learning_rate": 1e-2} if optim else {}
     whole = prepared(llama)
-    trainer_of(whole, tmp_path / "whole", callbacks=[CoToCallback()]).train()
-    saving = {"save_strategy": "steps", "save_steps": 3}
+    trainer_of(whole, tmp_path / "whole", callbacks=[CoToCallback()], **own).train()
+    saving = {"save_strategy": "steps", "save_steps": 3} | own
     first = prepared(llama)
 
     class Stop(TrainerCallback):
@@ -239,6 +248,10 @@ def test_a_run_that_is_resumed_equals_one_that_was_not(tmp_path):
     again = prepared(llama, seed=1)  # everything comes from the checkpoint
     trainer = trainer_of(again, tmp_path / "cut", callbacks=[CoToCallback()], **saving)
     trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    states = trainer.optimizer.state.values()
+    assert states
+    if package == "bitsandbytes":
+        assert torch.uint8 in {state["state1"].dtype for state in states if state}
     for name, weight in weights(again).items():
         assert torch.equal(weight, weights(whole)[name]), name
 

@@ -43,8 +43,10 @@ def trainer_of(model, path, kind="llama", callbacks=(), **arguments):
         "report_to": "none", "save_strategy": "no", "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
         "disable_tqdm": True, "logging_strategy": "no", "remove_unused_columns": False, "dataloader_pin_memory": False,
     }  # fmt: skip
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    optimizer = schedule = None
+    if "optim" not in arguments:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     return InOrder(
         model, TrainingArguments(**settings | arguments), train_dataset=examples(kind, 64), data_collator=collate,
         callbacks=list(callbacks), optimizers=(optimizer, schedule), eval_dataset=examples(kind, 2),
