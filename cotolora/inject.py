@@ -62,6 +62,10 @@ def inject(
     new layer, except that a module which stays as a base keeps those of its state dict. Weights are shared, not copied;
     tied weights stay tied. Names are those of the unwrapped model, as `adapters` gives them.
 
+    A quantised transformers model is one that Trainer takes from then on, until `eject`: it asks the model's quantizer,
+    ``model.hf_quantizer``, whether there is something to train, and that says yes. Inject into the model that Trainer
+    gets, which has the quantizer, not into a part of it.
+
     Where most weights outside the embeddings are of no linear module and stay frozen, as those of experts that a model
     holds in parameters of three dimensions, a warning says which and how many.
 
