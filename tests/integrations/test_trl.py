@@ -129,6 +129,7 @@ def test_a_run_by_epochs_ends_where_the_schedule_does(tmp_path):
     assert ours.coto.total_steps == trainer.state.global_step == 3  # 32 rows of 8 are 16 of 16: 8 batches, by threes
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_equals_one_that_was_not(tmp_path):
     class Stop(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **_):
