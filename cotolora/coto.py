@@ -17,6 +17,7 @@ from cotolora.checks import integer, one_of, shown
 from cotolora.groups import Unit, checked_unit, group_names, unwrap
 from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
 from cotolora.training.agreement import check_agreement
+from cotolora.training.callers import AVERAGES, called_from
 from cotolora.training.entry import EntryHooks, entries_below
 from cotolora.training.notices import warn_of_few_groups, warn_of_many_graphs
 from cotolora.training.optimizer_state import support_missing_states
@@ -59,8 +60,10 @@ class CoTo:
             optimizer.zero_grad()
             coto.step()
 
-    In `eval()` every adapter is on, whatever the gates are. An adapter has one CoTo: one that is constructed, or set to
-    a step, finishes any other that has an adapter of its own, through whatever module each was constructed.
+    In `eval()` every adapter is on, whatever the gates are; so it is in a moving average of the model (AveragedModel,
+    timm's ModelEmaV3) always, also where ``update_bn`` runs it in training mode. An adapter has one CoTo: one that is
+    constructed, or set to a step, finishes any other that has an adapter of its own, through whatever module each was
+    constructed.
 
     A PEFT model works as well, with any of PEFT's methods whose layers can be disabled one by one (LoRA, DoRA, HiRA,
     LoHa, OFT, …). Its masks are those that our own layers in the same places would have. CoTo switches the layers
@@ -75,7 +78,8 @@ class CoTo:
             blocks, such as ``model.layers.3``: see `group_names`), "module" (each adapter) or a callable from name to
             key, for models made of stages of blocks, say.
         gates: "host" (bools; an adapter that is off launches nothing and costs nothing) or "device" (int32
-            tensors written in place, for CUDA graphs and whole-model compile).
+            tensors written in place, for CUDA graphs and whole-model compile; these are buffers, so a moving average,
+            which pairs the buffers of two models, must be made after this).
         check_every: in a distributed run, compare seed, step, settings, groups and mask of all ranks in the
             constructor and in every n-th call of `step` or `set_step`; 0 is never. This is a small all-gather, so
             every rank must make these calls, with the same `check_every`. If one does not, the others wait for it
@@ -277,6 +281,10 @@ class CoTo:
         if self._active:
             for switch in self._layers.values():
                 _COTO_OF[switch.layer] = weakref.ref(self)
+        if called_from(*AVERAGES):  # our own layers see to this themselves
+            for switch in self._layers.values():
+                if isinstance(switch, PeftSwitch):
+                    switch.set_gate(True)
 
     def _check_ranks(self) -> None:
         facts = {**self.state_dict(), "mask": self.mask.tolist(), "check_every": self._check_every}

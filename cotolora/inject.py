@@ -22,6 +22,7 @@ from cotolora.matching import (
     first_match,
     warn_of_idle_keys,
 )
+from cotolora.quantised import allow_training, disallow_training
 from cotolora.spec import AdapterSpec
 from cotolora.targets import match_linears, trainable_parameters, why_forward_is_not_its_own
 from cotolora.training.unreached import watch
@@ -60,6 +61,10 @@ def inject(
     adapts the first place alone, unless these are names of one place, as where a block is held twice. Hooks move to the
     new layer, except that a module which stays as a base keeps those of its state dict. Weights are shared, not copied;
     tied weights stay tied. Names are those of the unwrapped model, as `adapters` gives them.
+
+    A quantised transformers model is one that Trainer takes from then on, until `eject`: it asks the model's quantizer,
+    ``model.hf_quantizer``, whether there is something to train, and that says yes. Inject into the model that Trainer
+    gets, which has the quantizer, not into a part of it.
 
     Where most weights outside the embeddings are of no linear module and stay frozen, as those of experts that a model
     holds in parameters of three dimensions, a warning says which and how many.
@@ -155,6 +160,8 @@ def install(
                 replace_module(model, raw_name, layer)
         undo.callback(restore_fast_path, model)
         block_fast_path(model)
+        undo.callback(disallow_training, model)
+        allow_training(model)
         undo.pop_all()
     settle(layers)
     return layers
@@ -209,6 +216,7 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
     for layer in layers.values():
         move_hooks(layer, plain[id(layer)])
     restore_fast_path(model)
+    disallow_training(model)
     for name, (weight, others) in shared.items():
         if plain[id(layers[name])].weight is not weight:
             logger.warning("%s shared its weight with %s; merged, it has a weight of its own", name, ", ".join(others))

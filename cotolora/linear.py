@@ -18,6 +18,7 @@ from cotolora.operands import check_extra, check_gate, check_switch
 from cotolora.parameters import allocated
 from cotolora.reference import Gate
 from cotolora.spec import AdapterSpec
+from cotolora.training.callers import AVERAGES, called_from
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT
 from cotolora.weights import MergeableWeights, note_trace
@@ -184,6 +185,13 @@ class CoToLoRALinear(MergeableWeights):
             self.register_buffer(name, value, persistent=False)
         else:
             self.__dict__[name] = value
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a copy. In one that holds a moving average, which never trains, the adapter stays on."""
+        super().__setstate__(state)
+        if called_from(*AVERAGES):
+            # an attribute goes before the buffer of that name; the buffer stays, for averages pair those of two models
+            self.__dict__["_gate"] = True
 
     @property
     def active(self) -> Gate:

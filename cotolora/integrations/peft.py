@@ -18,6 +18,7 @@ from cotolora.groups import adapters, held_at, is_enabled, unwrap, why_not_pefts
 from cotolora.hooks import HOOKS, block_fast_path, move_hooks, replace_module
 from cotolora.inject import settle
 from cotolora.linear import CoToLoRALinear
+from cotolora.quantised import allow_training, disallow_training
 from cotolora.saving.adapter import trained_outside_adapters
 from cotolora.saving.peft_config import make_config
 from cotolora.targets import why_forward_is_not_its_own
@@ -80,6 +81,7 @@ def from_peft(model: nn.Module, adapter: str | None = None) -> nn.Module:
         if "_hf_peft_config_loaded" in vars(module):  # transformers, of an adapter that it added
             module._hf_peft_config_loaded = False  # type: ignore[assignment]
     block_fast_path(base)
+    allow_training(base)
     settle(adapters(base))
     return base
 
@@ -140,6 +142,7 @@ def to_peft(model: nn.Module, adapter: str = "default", task_type: str | None = 
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+    disallow_training(model)
     for name, layer in every.items():
         move_hooks(layer, model.get_submodule(name))
     held = held_at(wrapped)

@@ -176,6 +176,128 @@ def test_a_run_that_is_resumed_equals_one_that_was_not(tmp_path):
         assert torch.equal(weight, wanted)
 
 
+@pytest.mark.parametrize(
+    ("scheduling", "settings", "steps"),
+    [  # of 7 batches an epoch
+        ({0: 1, 1: 4}, {"max_epochs": 3}, 7 + 2 + 2),
+        ({0: 4, 2: 1}, {"max_epochs": 4}, 2 + 2 + 7 + 7),
+        ({1: 3, 2: 8, 9: 1}, {"max_epochs": 3}, 7 + 3 + 1),
+        ({0: 1, 1: 4}, {"max_epochs": 3, "max_steps": 8}, 8),
+        ({0: 1, 1: 4}, {"max_epochs": 3, "max_steps": 100}, 7 + 2 + 2),
+        ({0: 1, 1: 4}, {"max_epochs": -1, "max_steps": 10}, 10),
+        ({0: 2, 1: 4}, {"max_epochs": 2, "limit_train_batches": 5}, 3 + 2),
+        ({0: 2, 1: 4}, {"max_epochs": 2, "limit_train_batches": 0.5}, 2 + 1),
+        (None, {"max_epochs": 3}, 21),
+        (None, {"max_epochs": 3, "accumulate_grad_batches": 4}, 6),
+        (None, {"max_epochs": 3, "limit_train_batches": 5, "accumulate_grad_batches": 2}, 9),
+        (None, {"max_steps": 11}, 11),
+    ],
+)
+def test_the_run_ends_where_the_schedule_does(scheduling, settings, steps, tmp_path):
+    model, ours = Task(), CoToLightningCallback(ramp=1.0)
+    trainer = trainer_of(tmp_path, ours, **{"max_steps": -1} | settings)
+    if scheduling:
+        trainer.callbacks.append(lightning.callbacks.GradientAccumulationScheduler(scheduling))
+    trainer.fit(model, loader(7 * BATCH))
+    assert trainer.global_step == ours.coto.total_steps == steps
+    # the last step is the one before p is 1, and the next would have it
+    assert model.seen[-1][0] == steps - 1
+    assert ours.coto.schedule.probability(steps, ours.coto.total_steps) == 1
+
+
+def test_weights_equal_a_plain_loops_while_accumulation_changes(tmp_path):
+    model = Task()
+    expected, step = copy.deepcopy(model), 0
+    optimizer = expected.configure_optimizers()
+    coto = CoTo(expected, 4 + 1 + 1)
+    coto.attach(optimizer)
+    for accumulate in (1, 4, 4):
+        for i, batch in enumerate(loader(4 * BATCH), 1):
+            (expected(*batch).square().mean() / accumulate).backward()
+            if i % accumulate == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                coto.step()
+                step += 1
+    assert step == coto.total_steps
+    changing = lightning.callbacks.GradientAccumulationScheduler({0: 1, 1: 4})
+    trainer = trainer_of(tmp_path, CoToLightningCallback(), max_steps=-1, max_epochs=3)
+    trainer.callbacks.append(changing)
+    trainer.fit(model, loader(4 * BATCH))
+    for weight, wanted in zip(weights(model), weights(expected), strict=True):
+        assert torch.equal(weight, wanted)
+
+
+def test_a_resumed_run_ends_where_the_whole_one_does_while_accumulation_changes(tmp_path):
+    scheduling = {0: 1, 1: 2, 2: 4}
+
+    class Cut(lightning.Callback):
+        def on_train_epoch_end(self, trainer, *_):
+            if trainer.current_epoch == 1:
+                trainer.save_checkpoint(tmp_path / "cut.ckpt")
+
+    runs = []
+    for resume in (None, tmp_path / "cut.ckpt"):
+        model, ours = Task(), CoToLightningCallback()
+        trainer = trainer_of(tmp_path, ours, max_steps=-1, max_epochs=4)
+        trainer.callbacks += [lightning.callbacks.GradientAccumulationScheduler(scheduling), Cut()]
+        trainer.fit(model, loader(8 * BATCH), ckpt_path=resume)
+        assert ours.coto.total_steps == trainer.global_step == 8 + 4 + 2 + 2
+        runs.append(model)
+    assert runs[0].seen[-8:] == runs[1].seen[-8:]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(weights(runs[0]), weights(runs[1]), strict=True))
+
+
+class Normed(Task):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+@pytest.mark.parametrize("scheduling", [None, {0: 1, 2: 4}])
+def test_lightnings_swa_takes_batch_norms_statistics_with_every_adapter_on(scheduling, tmp_path):
+    model, ours = Normed(), CoToLightningCallback(ramp=1.0)
+    trainer = trainer_of(tmp_path, ours, max_steps=-1, max_epochs=4)
+    trainer.callbacks.append(lightning.callbacks.StochasticWeightAveraging(swa_lrs=1e-2))
+    if scheduling:
+        trainer.callbacks.append(lightning.callbacks.GradientAccumulationScheduler(scheduling))
+    trainer.fit(model, loader(4 * BATCH))
+    steps = 4 + 4 + 1 + 1 if scheduling else 16
+    assert ours.coto.total_steps == steps
+    # one more epoch, of the averaged weights, at whose end Lightning counts a step without gradients
+    passes = [on for step, on in model.seen if step == steps]
+    assert len(passes) >= 4
+    assert all(all(on) for on in passes)
+
+
+def test_lightnings_weight_averaging_averages_the_adapters(tmp_path):
+    averaging = getattr(lightning.callbacks, "WeightAveraging", None)
+    if averaging is None:
+        pytest.skip("this Lightning has no WeightAveraging")
+
+    class Note(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            taken.append(weights(module))
+
+    model, ours, taken = Task(), CoToLightningCallback(), []
+    trainer = trainer_of(tmp_path, ours, val_check_interval=2)
+    trainer.callbacks += [averaging(), Note()]
+    trainer.fit(model, loader(), loader(BATCH))
+    assert ours.coto.total_steps == trainer.global_step == len(taken) == STEPS
+    assert all(layer.gate is True for layer in adapters(model))
+    assert not all(all(on) for _, on in model.seen)
+    assert all(model.validated)
+    for weight, steps in zip(weights(model), zip(*taken, strict=True), strict=True):
+        torch.testing.assert_close(weight, torch.stack(steps).mean(0))
+    trainer = trainer_of(tmp_path, CoToLightningCallback(gates="device"))
+    trainer.callbacks.append(averaging())
+    with pytest.raises(ValueError, match="gates must be 'host' beside a WeightAveraging"):
+        trainer.fit(Task(), loader())
+
+
 def test_validation_in_the_middle_sees_every_adapter(tmp_path):
     model = Task()
     trainer_of(tmp_path, CoToLightningCallback(), val_check_interval=1, num_sanity_val_steps=1).fit(
@@ -193,3 +315,16 @@ def test_bad_settings_are_named(tmp_path):
         CoToLightningCallback(cotolora.Schedule(), seed=0)
     with pytest.raises(ValueError, match="max_steps or max_epochs"):
         trainer_of(tmp_path, CoToLightningCallback(), max_steps=-1, max_epochs=-1).fit(Task(), loader())
+
+
+def test_epochs_of_unknown_length_are_no_end(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(loader().dataset)
+
+    stream = torch.utils.data.DataLoader(Stream(), batch_size=BATCH)
+    with pytest.raises(ValueError, match=r"a length.* got max_steps=-1, max_epochs=2 and inf batches"):
+        trainer_of(tmp_path, CoToLightningCallback(), max_steps=-1, max_epochs=2).fit(Task(), stream)
+    ours = CoToLightningCallback()
+    trainer_of(tmp_path, ours, max_epochs=2).fit(Task(), stream)
+    assert ours.coto.total_steps == STEPS

@@ -1,29 +1,34 @@
 """CoTo in transformers' Trainer: the masks, the weights and the files of a plain loop."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from torch import _dynamo as dynamo
 
 import cotolora
-from cotolora import CoTo, sample_mask
+from cotolora import sample_mask
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 from cotolora.integrations.transformers import CoToCallback  # noqa: E402
+from tests.support.trainer import (  # noqa: E402
+    SMALL,
+    STEPS,
+    VOCABULARY,
+    InOrder,
+    collate,
+    examples,
+    llama,
+    plain_loop,
+    trainer_of,
+    weights,
+)
 
-STEPS, BATCH, LENGTH, VOCABULARY = 6, 2, 8, 64
-SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
-
-
-def llama(layers=4):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(**SMALL, num_hidden_layers=layers, num_key_value_heads=2))
 
 
 def gpt2():
@@ -69,28 +74,6 @@ def clip():
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))
 
 
-def examples(kind, count):
-    draw = torch.Generator().manual_seed(1)
-    found = []
-    for _ in range(count):
-        tokens = torch.randint(1, VOCABULARY - 1, (LENGTH,), generator=draw)
-        pixels = torch.randn(1, 16, 16, generator=draw)
-        found.append({
-            "vit": {"pixel_values": pixels, "labels": tokens[0] % 4},
-            "clip": {"input_ids": tokens, "pixel_values": pixels, "return_loss": True},
-        }.get(kind, {"input_ids": tokens, "labels": tokens}))  # fmt: skip
-    return found
-
-
-def collate(batch):
-    return {name: torch.stack([e[name] for e in batch]) if name != "return_loss" else True for name in batch[0]}
-
-
-class InOrder(Trainer):
-    def _get_train_sampler(self, *_):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-
 class Watch(TrainerCallback):
     """Notes each step's mask, and that what is off stays as it is."""
 
@@ -108,48 +91,11 @@ class Watch(TrainerCallback):
             self.moved.append((on[groups[name]], not torch.equal(layer.lora_b, self.before[name])))
 
 
-def prepared(make, seed=0):
+def prepared(make, seed=0, rank=2):
     torch.manual_seed(seed)
     model = make()
-    cotolora.inject(model, rank=2)
+    cotolora.inject(model, rank=rank)
     return model
-
-
-def trainer_of(model, path, kind="llama", callbacks=(), **arguments):
-    settings = {
-        "output_dir": str(path), "max_steps": STEPS, "per_device_train_batch_size": BATCH, "use_cpu": True,
-        "report_to": "none", "save_strategy": "no", "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
-        "disable_tqdm": True, "logging_strategy": "no", "remove_unused_columns": False, "dataloader_pin_memory": False,
-    }  # fmt: skip
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    return InOrder(
-        model, TrainingArguments(**settings | arguments), train_dataset=examples(kind, 64), data_collator=collate,
-        callbacks=list(callbacks), optimizers=(optimizer, schedule), eval_dataset=examples(kind, 2),
-    )  # fmt: skip
-
-
-def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def plain_loop(model, *, seed=0, kind="llama"):
-    """What the callback must equal, the loss being the sum over the tokens by their number, as in Trainer."""
-    first = 1 if kind == "llama" else 0  # Trainer does not know gpt2's loss for one that shifts the labels
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    coto = CoTo(model, STEPS, seed=seed)
-    coto.attach(optimizer)
-    data = iter(examples(kind, 64))
-    model.train()
-    for _ in range(STEPS):
-        batch = collate([next(data) for _ in range(BATCH)])
-        items = torch.tensor(float(batch["labels"][:, first:].numel()))
-        model(**batch, num_items_in_batch=items).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        coto.step()
-    coto.finish()
-    return weights(model)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5", "vit", "clip"])
@@ -280,10 +226,18 @@ def test_torch_compile_takes_few_graphs_and_changes_nothing(gates, regional, tmp
 
 
 @pytest.mark.slow
-def test_a_run_that_is_resumed_equals_one_that_was_not(tmp_path):
+@pytest.mark.parametrize(
+    ("optim", "package"),
+    [("", "torch"), ("schedule_free_adamw", "schedulefree"), ("adamw_bnb_8bit", "bitsandbytes")],
+)
+def test_a_run_that_is_resumed_equals_one_that_was_not(optim, package, tmp_path):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    # of this rank most factors have the 4096 entries from which on bitsandbytes takes 8 bits
+    prepared = functools.partial(globals()["prepared"], rank=128 if optim else 2)
+    own = {"optim": optim, "learning_rate": 1e-2} if optim else {}
     whole = prepared(llama)
-    trainer_of(whole, tmp_path / "whole", callbacks=[CoToCallback()]).train()
-    saving = {"save_strategy": "steps", "save_steps": 3}
+    trainer_of(whole, tmp_path / "whole", callbacks=[CoToCallback()], **own).train()
+    saving = {"save_strategy": "steps", "save_steps": 3} | own
     first = prepared(llama)
 
     class Stop(TrainerCallback):
@@ -294,6 +248,10 @@ def test_a_run_that_is_resumed_equals_one_that_was_not(tmp_path):
     again = prepared(llama, seed=1)  # everything comes from the checkpoint
     trainer = trainer_of(again, tmp_path / "cut", callbacks=[CoToCallback()], **saving)
     trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    states = trainer.optimizer.state.values()
+    assert states
+    if package == "bitsandbytes":
+        assert torch.uint8 in {state["state1"].dtype for state in states if state}
     for name, weight in weights(again).items():
         assert torch.equal(weight, weights(whole)[name]), name
 
