@@ -496,6 +496,14 @@ def test_what_is_no_module_is_a_type_error(model):
             call(model)
 
 
+def test_the_advice_leaves_out_no_more_than_it_must():
+    model = nn.ModuleDict({"self_attn": nn.ModuleDict({"out_proj": nn.Linear(4, 4)}), "pool": nn.ModuleDict()})
+    model["pool"]["attn"], model["pool"]["out"] = nn.MultiheadAttention(4, 2), nn.Linear(4, 4)
+    with refused(model, r"pool\.attn\.out_proj .*exclude=\['attn\.out_proj'\]"):
+        inject(model)
+    assert list(inject(model, exclude=["attn.out_proj"])) == ["self_attn.out_proj", "pool.out"]
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ["out_proj"], ".*out_proj"], ids=str)
 def test_the_output_of_multihead_attention_is_refused(targets):
     model = with_child(nn.MultiheadAttention(4, 2))

@@ -259,32 +259,21 @@ class Trial:
 
     def peft(self) -> None:
         """PEFT's own adapters on the same modules; from here on `row["peft"]` says whether PEFT can."""
-        import peft
+        from peft import PeftModel
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
-        everything = any(kind.__name__ == "PreTrainedModel" for kind in type(self.base).__mro__)
-        config = peft.LoraConfig(
-            target_modules="all-linear" if everything else list(self.layers), r=RANK, lora_alpha=ALPHA,
-            init_lora_weights=False, exclude_modules=self.exclude or None,
-        )  # fmt: skip
-        seed()
+        by_weight = mistaken(self.base, self.layers)
+        modules = [name for name in self.layers if name not in by_weight]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model = peft.get_peft_model(self.fresh(), config).eval()
-                if parameters := model.peft_config["default"].target_parameters:
-                    # of experts that are one parameter together: inject has said that they stay frozen
-                    self.notes.append(f"PEFT's all-linear takes parameters too: {', '.join(sorted(parameters))}")
-                    by_weight = mistaken(self.base, self.layers)
-                    config = peft.LoraConfig(
-                        target_modules=[name for name in self.layers if name not in by_weight], r=RANK,
-                        target_parameters=[f"{name}.weight" for name in by_weight], lora_alpha=ALPHA,
-                        init_lora_weights=False,
-                    )  # fmt: skip
-                    model = peft.get_peft_model(self.fresh(), config).eval()
+                model = self._by_peft_alone()
+                if model is None:
+                    model = self._by_peft(modules, [f"{name}.weight" for name in by_weight] or None)
                 self.peft_own = self.of(model.base_model.model)
                 model.save_pretrained(self.folder / "peft")
                 torch.manual_seed(1)  # what it does not load starts otherwise
-                again = peft.PeftModel.from_pretrained(self.fresh(), self.folder / "peft").eval()
+                again = PeftModel.from_pretrained(self.fresh(), self.folder / "peft").eval()
                 reloaded = self.of(again.base_model.model)
         except Exception as error:
             self.row["peft"] = f"raises {reason(error)}"
@@ -292,13 +281,38 @@ class Trial:
         if distance(reloaded, self.peft_own) > max(TOLERANCE, 10 * self.sensitivity()):
             self.row["peft"] = "loads its own file to other outputs"
             return
-        layer = peft.tuners.tuners_utils.BaseTunerLayer
-        names = {name for name, module in model.base_model.model.named_modules() if isinstance(module, layer)}
-        if only := names - set(self.layers):
-            self.notes.append(f"PEFT's all-linear alone takes {sorted(only)[0]} and {len(only) - 1} more")
-        if only := set(self.layers) - names:
-            self.notes.append(f"ours alone takes {sorted(only)[0]} and {len(only) - 1} more")
+        found = model.base_model.model.named_modules()
+        names = {name for name, module in found if isinstance(module, BaseTunerLayer)}
+        for whose, only in (("PEFT", names - set(self.layers)), ("ours", set(self.layers) - names)):
+            if only:
+                self.notes.append(f"{whose} alone takes {sorted(only)[0]} and {len(only) - 1} more")
         self.row["peft"] = "equal"
+
+    def _by_peft(self, targets: Any, parameters: list[str] | None = None) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(
+            target_modules=targets, target_parameters=parameters, exclude_modules=self.exclude or None, r=RANK,
+            lora_alpha=ALPHA, init_lora_weights=False,
+        )  # fmt: skip
+        seed()
+        return get_peft_model(self.fresh(), config).eval()
+
+    def _by_peft_alone(self) -> Any:
+        """PEFT's model by its own all-linear; None where it has none or takes more than modules, which is noted."""
+        if not any(kind.__name__ == "PreTrainedModel" for kind in type(self.base).__mro__):
+            return None
+        try:
+            model = self._by_peft("all-linear")
+            self.of(model.base_model.model)
+        except Exception as error:
+            self.notes.append(f"PEFT's all-linear raises {reason(error)}")
+            return None
+        if parameters := model.peft_config["default"].target_parameters:
+            # of experts that are one parameter together: inject has said that they stay frozen
+            self.notes.append(f"PEFT's all-linear takes parameters too: {', '.join(sorted(parameters))}")
+            return None
+        return model
 
     def train(self) -> None:
         """Steps of CoTo: off adapters stay, others move, nothing else does."""
