@@ -32,7 +32,7 @@ from benchmarks.models.trial import NOT_BUILT, OUTCOMES, WARNED, WORKS, WRONG
 from benchmarks.report import Result
 from cotolora.results import rounded
 
-SECONDS = 40  # of computing for one architecture
+SECONDS = 20  # of computing for one architecture
 PATIENCE = 15 * SECONDS  # on a machine that has other things to do
 OUT = report.ROOT / "benchmarks" / "results"
 # one of each kind: Conv1D, encoders and decoders, towers, experts, a state-space model, images, speech, what reads
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no architecture is named {', '.join(sorted(missing))}")
         return 2
     if wanted:
-        chosen = [one for one in chosen if not set(wanted).isdisjoint(one[1:])]
+        chosen = list(dict.fromkeys(one for name in wanted for one in chosen if name in one[1:]))
     machine = report.machine(torch.device("cpu")) | {n: report.version_of(n) for n in ("transformers", "timm")}
     result = Result("models", machine, {"rank": 4, "steps": 20})
     if reason := families.why_not():

@@ -161,7 +161,7 @@ class Trial:
                 except FindingError as error:
                     outcome, why = WRONG, str(error)
                 except Exception as error:
-                    outcome, why = self._raised(error), reason(error)
+                    outcome, why = self._raised(error), reason(error).replace(f"{self.folder}/", "")
                 if why:
                     stage = name
                     break
@@ -169,7 +169,7 @@ class Trial:
             if self.exclude:
                 outcome, stage, why = REFUSED, "inject", self.refusal
             elif self.told:
-                outcome, why = WARNED, self.told[0]
+                outcome, why = WARNED, self.told[0][:200]
         return {**self.row, "outcome": outcome, "stage": stage, "reason": why, "warnings": len(self.told),
                 "told": " | ".join(dict.fromkeys(_kind(line) for line in self.told)), "notes": "; ".join(self.notes),
                 }  # fmt: skip
