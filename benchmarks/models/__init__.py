@@ -6,7 +6,7 @@ Each goes through inject, 20 steps of CoTo, save, load and merge, with PEFT besi
 models.json, a row for each, and models.md, what is printed at the end; a row that is there already is not made again.
 Outcomes: "works"; "works, warned" (a warning says what has no effect); "refused" (an error names the layer);
 "PEFT fails as well"; "wrong" (something differs in silence, or an error names no layer); "not built" (no config that is
-small enough, or no inputs were found: nothing is known of it).
+small enough, or no inputs were found: nothing is known of it). Rows of other versions of anything are made again.
 """
 
 from __future__ import annotations
@@ -129,6 +129,11 @@ def text(result: Result) -> str:
     return "\n".join([report.head(result), counts(result.rows), "", listing(result.rows), *result.notes])
 
 
+def versions(result: Result) -> dict[str, str]:
+    """What a result was made with; whether files were changed since the commit counts for nothing."""
+    return {name: value.removesuffix("+changes") for name, value in result.machine.items()}
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options; bad ones end the program."""
     formatter = argparse.RawDescriptionHelpFormatter
@@ -160,8 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
     if reason := families.why_not():
         result.notes.append(f"timm cannot be imported: {reason}")
     path = None if options.out is None else options.out / "models.json"
-    before = report.read(path)[0].rows if path is not None and path.exists() else []
-    rows = {(row["library"], row["type"]): row for row in before}
+    before = report.read(path)[0] if path is not None and path.exists() else None
+    # rows of other versions would stand under the versions of today
+    kept = before.rows if before is not None and versions(before) == versions(result) else []
+    rows = {(row["library"], row["type"]): row for row in kept}
     for library, key, name in tqdm(chosen, disable=None):
         if options.again or (library, key) not in rows:
             rows[library, key] = row = row_of(library, key, name)

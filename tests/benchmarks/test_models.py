@@ -196,7 +196,7 @@ def three(monkeypatch):
     return done
 
 
-def test_rows_that_are_there_are_not_made_again(three, tmp_path, capsys):
+def test_rows_that_are_there_are_not_made_again(three, monkeypatch, tmp_path, capsys):
     assert models.main(["--only", "a", "--out", str(tmp_path)]) == 0
     assert models.main(["--out", str(tmp_path)]) == 1
     assert three == ["A", "B", "C"]
@@ -205,6 +205,9 @@ def test_rows_that_are_there_are_not_made_again(three, tmp_path, capsys):
     assert (tmp_path / "models.md").read_text().count("\n- B, C: bad") == 1
     models.main(["--only", "B", "--again", "--out", str(tmp_path)])
     assert three == ["A", "B", "C", "B"]
+    monkeypatch.setattr(report, "version_of", lambda name: "another")
+    models.main(["--only", "a", "--out", str(tmp_path)])
+    assert three == ["A", "B", "C", "B", "A"]
     capsys.readouterr()
     assert models.main(["--only", "d"]) == 2
     assert "no architecture is named d" in capsys.readouterr().out
