@@ -13,6 +13,7 @@ COMMANDS = {
     "launches": "count what a layer launches, moves and saves: ours, PEFT's and Unsloth's order of operations",
     "linear": "times one low-rank linear: ours in every form beside frozen and every peer",
     "memory": "what a block's linears keep for the backward and hold at most: ours beside frozen and every peer",
+    "models": "tries every architecture of transformers and timm: inject, CoTo, save, load, merge, against PEFT",
     "roofline": "times one low-rank linear beside what this machine's memory and products allow, and what is modelled",
     "shapley": "times Shapley values with many coalitions in one forward beside one coalition a forward",
     "show": "prints measurements from their JSON",

@@ -241,7 +241,7 @@ class CoToLoRALinear(MergeableWeights):
                 if input.is_nested:  # which no backend takes as it is
                     return self._checked(input, self.active, dropout)
             except (TypeError, ValueError) as error:
-                raise type(error)(f"{self._name}: {error}" if self._name else str(error)) from None
+                raise type(error)(f"{self._named}{error}") from None
             raise
 
     def _added_to(self, y: Tensor, x: Tensor) -> Tensor:

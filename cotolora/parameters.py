@@ -161,10 +161,16 @@ class LowRankParameters(nn.Module):
         """
         if self.base is not None:
             raise RuntimeError(
-                f"the base is a {type(self.base).__name__}, which has no dense floating weight that could hold the "
-                "update; leave it unmerged, or take it back with to_linear(merge=False) or eject(model, merge=False)"
+                f"{self._named}the base is a {type(self.base).__name__}, which has no dense floating weight that could "
+                "hold the update; leave it unmerged, or take it back with to_linear(merge=False) or eject(model, "
+                "merge=False)"
             )
         return self.weight if self._original_weight is None else self._original_weight
+
+    @property
+    def _named(self) -> str:
+        """What its model calls the layer, for the beginning of an error."""
+        return f"{self._name}: " if self._name else ""
 
     @property
     def _is_sharded(self) -> bool:

@@ -71,8 +71,8 @@ def match_linears(
             continue
         if reason := why_not_target(raw_names, modules):
             if unfit is None:
-                leaf = names[0].rpartition(".")[2]
-                raise ValueError(f"{names[0]} {reason}; or leave it out with exclude=[{leaf!r}]")
+                end = _end_of_its_kind(names[0], modules)
+                raise ValueError(f"{names[0]} {reason}; or leave it out with exclude=[{end!r}]")
             unfit[names[0]] = reason
         inside.update(set(module.modules()) - {module})
         found[names[0]] = raw_names
@@ -81,6 +81,17 @@ def match_linears(
         logger.warning("all-linear leaves out what is no linear map: %s; the first is %s", some_of(no_maps), reason)
     _refuse_missing(model, targets, found)
     return found
+
+
+def _end_of_its_kind(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """The shortest dotted end of `name`, of a module that is no target, that takes no linear module that could be."""
+    able = {
+        end
+        for raw_name, module in modules.items()
+        if raw_name and (isinstance(module, nn.Linear) or is_conv1d(module)) and not why_not_target([raw_name], modules)
+        for end in dotted_ends(plain_name(raw_name))
+    }
+    return next((end for end in reversed(dotted_ends(name)) if end not in able), name)
 
 
 def why_not_target(raw_names: Iterable[str], modules: Mapping[str, nn.Module]) -> str:

@@ -43,7 +43,9 @@ class MergeableWeights(LowRankParameters):
         """The base weight plus the update of an enabled adapter: a new parameter, or the base's own if disabled."""
         base = self._base_weight()
         if isinstance(self._enabled, Tensor) and self._enabled.dim() > 0:
-            raise RuntimeError("enabled is a row mask, which no single weight can hold; set it to a bool to merge")
+            raise RuntimeError(
+                f"{self._named}enabled is a row mask, which no single weight can hold; set it to a bool to merge"
+            )
         if not self._enabled:
             return base
         # at least float32, also where .half() has cast A and B: one rounding, the last

@@ -692,7 +692,7 @@ def test_inject_and_eject_give_the_very_modules_back():
     trained(model)
     changed = model(x)
     assert not torch.equal(changed, before)
-    with pytest.raises(RuntimeError, match="the base is a Packed, which has no dense floating weight"):
+    with pytest.raises(RuntimeError, match=r"^[a-z.0-9]+: the base is a Packed, which has no dense floating weight"):
         eject(model)
     assert adapters(model) == layers
     assert torch.equal(model(x), changed)

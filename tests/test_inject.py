@@ -496,6 +496,14 @@ def test_what_is_no_module_is_a_type_error(model):
             call(model)
 
 
+def test_the_advice_leaves_out_no_more_than_it_must():
+    model = nn.ModuleDict({"self_attn": nn.ModuleDict({"out_proj": nn.Linear(4, 4)}), "pool": nn.ModuleDict()})
+    model["pool"]["attn"], model["pool"]["out"] = nn.MultiheadAttention(4, 2), nn.Linear(4, 4)
+    with refused(model, r"pool\.attn\.out_proj .*exclude=\['attn\.out_proj'\]"):
+        inject(model)
+    assert list(inject(model, exclude=["attn.out_proj"])) == ["self_attn.out_proj", "pool.out"]
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ["out_proj"], ".*out_proj"], ids=str)
 def test_the_output_of_multihead_attention_is_refused(targets):
     model = with_child(nn.MultiheadAttention(4, 2))
@@ -517,7 +525,7 @@ def test_a_replaced_forward_is_refused():
     hooks = pytest.importorskip("accelerate.hooks", reason="it replaces forward")
     model = Net()
     hooks.add_hook_to_module(model.blocks[1].q_proj, hooks.ModelHook())
-    with refused(model, r"blocks.1.q_proj must keep its own forward.*exclude=\['q_proj'\]"):
+    with refused(model, r"blocks.1.q_proj must keep its own forward.*exclude=\['1\.q_proj'\]"):
         inject(model)
     hooks.remove_hook_from_module(model.blocks[1].q_proj)
     layer = inject(model)["blocks.1.q_proj"]
@@ -730,7 +738,7 @@ def test_eject_refuses_a_row_mask_and_changes_nothing():
     model = Net()
     layers = inject(model)
     list(layers.values())[-1].enabled = torch.tensor([True, False])
-    with refused(model, "row mask", RuntimeError):
+    with refused(model, rf"^{re.escape(list(layers)[-1])}: enabled is a row mask", RuntimeError):
         eject(model)
     eject(model, merge=False)
 

@@ -16,6 +16,7 @@ from cotolora.checks import finite, flag, mapping, module
 from cotolora.groups import adapters, is_enabled, plain_name, unwrap
 from cotolora.linear import CoToLoRALinear
 from cotolora.saving.adapter import LoadResult, collect, load_into, read_files, write_files
+from cotolora.saving.experts import weight_of
 from cotolora.saving.fitting import AdapterFiles
 from cotolora.saving.peft_config import adapter_fields, exact_expression, parse_config
 from cotolora.saving.places import Places, base_tensors
@@ -195,6 +196,9 @@ class AdapterState:
                 f"got {files.config.variant!r}"
             )
         kept = {key: files.fields[key] for key in KEPT_FIELDS if key in files.fields}
+        names = {match["name"] for key in files.tensors if (match := _FACTOR.fullmatch(key))}
+        if by_weight := sorted(weight_of(name) for name in names if files.config.takes_parameter(weight_of(name))):
+            kept["target_parameters"] = by_weight
         return cls._from_flat(files.tensors, files.config.spec_of, kept, source)
 
     @classmethod
@@ -235,7 +239,14 @@ class AdapterState:
         for name, part in self.factors.items():
             tensors |= {f"{name}.lora_A.weight": part.lora_a, f"{name}.lora_B.weight": part.lora_b}
         specs = {name: part.spec for name, part in self.factors.items()}
-        fields = {**adapter_fields(specs), **self.kept, "target_modules": exact_expression(self.factors)}
+        kept = dict(self.kept)
+        parameters = kept.pop("target_parameters", ())
+        by_weight = [name for name in specs if weight_of(name) in parameters]
+        modules = [name for name in specs if name not in set(by_weight)]
+        fields = {
+            **adapter_fields(specs, by_weight), **kept, "target_modules": exact_expression(modules) if modules else [],
+            **({"target_parameters": [weight_of(name) for name in by_weight]} if by_weight else {}),
+        }  # fmt: skip
         return AdapterFiles(tensors, {}, fields, parse_config(fields), ours=True)
 
     def save(self, directory: str | os.PathLike[str]) -> None:

@@ -53,6 +53,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     The names of DDP, compile and checkpoint wrappers are dropped; sharded parameters are gathered, so in a
     distributed run every rank must call this; rank 0 writes.
 
+    Of a mixture of experts, linears that PEFT would mistake for experts (those of dense blocks and of shared experts)
+    stand in target_parameters by their weights; there PEFT wants a dropout of 0 and no DoRA.
+
     DoRA and HiRA are written as PEFT's. Adapters that started from W ("pissa", "olora") become plain LoRA of twice the
     rank and alpha (√2 times alpha with rsLoRA), for the base as it is; PEFT's own would change the base.
 
@@ -215,7 +218,8 @@ def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: boo
         for name, spec in fit.specs.items():
             if reason := why_not_fill(existing[name], spec):
                 raise ValueError(f"{name} {reason}")
-    warn_of_idle_keys(files.config.rank_pattern, files.config.alpha_pattern, fit.wanted)
+    named = [files.config.pattern_name(name) for name in fit.wanted]
+    warn_of_idle_keys(files.config.rank_pattern, files.config.alpha_pattern, named)
     with ExitStack() as undo:
         fit = untied(fit, undo)
         if existing:

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cotolora.bases import features, place_of, why_not_adaptable
+from cotolora.bases import features, is_conv1d, is_dense, place_of, why_not_adaptable
 from cotolora.groups import held_at, plain_name, why_not_pefts
 from cotolora.linear import CoToLoRALinear
+from cotolora.saving.experts import weight_of
 from cotolora.saving.old_names import renamed, why_not_renamed
 from cotolora.saving.peft_config import PeftConfig
 from cotolora.saving.places import Copy, Places, base_tensors, inside_bases, is_same, memory
@@ -74,6 +75,7 @@ def fit_files(model: nn.Module, files: AdapterFiles, existing: dict[str, CoToLoR
     variant = VARIANTS[config.variant]
     places = Places(model)
     linears = _linears(model)
+    _check_parameters(model, config, linears)
     wanted, unfit = _wanted(model, config, linears, existing)
     if not wanted and not unfit:
         raise ValueError(
@@ -130,6 +132,24 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def _check_parameters(model: nn.Module, config: PeftConfig, linears: dict[str, nn.Module]) -> None:
+    """Raises ValueError where target_parameters takes what is not the weight of an ``nn.Linear``."""
+    for raw_name, _ in model.named_parameters(remove_duplicate=False) if config.parameters else ():
+        name, _, attribute = plain_name(raw_name).rpartition(".")
+        if not config.takes_parameter(plain_name(raw_name)):
+            continue
+        module = linears.get(name)
+        if isinstance(module, CoToLoRALinear):
+            plain = module.base is None and not module.fan_in_fan_out
+        else:
+            plain = module is not None and is_dense(module) and not is_conv1d(module)
+        if attribute != "weight" or not plain:
+            raise ValueError(
+                f"target_parameters takes {plain_name(raw_name)}, which must be the weight of an nn.Linear: adapters "
+                "of other parameters, such as experts that are one parameter together, are not supported"
+            )
+
+
 def _check_ties(tensors: dict[str, Tensor], targets: dict[str, Tensor], copies: list[Copy]) -> None:
     """Raises ValueError where a file gives several values to what is one tensor of the model."""
     places: dict[Hashable, str] = {}
@@ -149,6 +169,7 @@ def _wanted(
     unfit: dict[str, str] = {}
     if isinstance(config.targets, str) and config.targets.lower() == "all-linear":
         wanted = list(existing or match_linears(model, config.targets, config.exclude, config.modules_to_save, unfit))
+        wanted += [name for name in linears if name not in wanted and config.takes_parameter(weight_of(name))]
     else:
         wanted = []
         for name in linears:

@@ -6,7 +6,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from cotolora.matching import (
     taking,
     with_parents,
 )
+from cotolora.saving.experts import mistaken, weight_of
 from cotolora.spec import AdapterSpec
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import Variant
@@ -53,19 +54,33 @@ class PeftConfig:
     layers_to_transform: list[int]
     layers_pattern: list[str]
     modules_to_save: list[str]
+    parameters: list[str]
     fields: dict[str, Any]
 
     def spec_of(self, name: str, stored_rank: int | None = None) -> AdapterSpec:
         """The settings of the adapter of the module `name`, whose tensors are of rank `stored_rank`."""
-        method = VARIANTS[self.variant].peft
+        method, name = VARIANTS[self.variant].peft, self.pattern_name(name)
         rank = first_match(self.rank_pattern, name, self.rank)
         if not method.patterned and stored_rank == self.rank:
             rank = self.rank  # of a pattern that PEFT wrote and has not followed
         alpha = first_match(self.alpha_pattern, name, self.alpha) if method.scaled else rank
         return AdapterSpec(rank, alpha, self.dropout, self.use_rslora, self.variant)
 
+    def pattern_name(self, name: str) -> str:
+        """What rank_pattern and alpha_pattern are held to for the module `name`."""
+        return weight_of(name) if self.takes_parameter(weight_of(name)) else name
+
+    def takes_parameter(self, key: str) -> bool:
+        """PEFT's rule for target_parameters, which takes the dotted ends of names."""
+        return bool(self.parameters) and not self._parameters.isdisjoint(dotted_ends(key))
+
     def takes(self, name: str) -> bool:
-        """PEFT's rule for target_modules, exclude_modules, modules_to_save and layers_to_transform."""
+        """PEFT's rule for target_modules, exclude_modules, modules_to_save and layers_to_transform.
+
+        And for target_parameters, which these do not restrict.
+        """
+        if self.takes_parameter(weight_of(name)):
+            return True
         if (self.exclude and self._excludes(name)) or not self._targets(name):
             return False
         # modules to save, or inside of such
@@ -92,6 +107,10 @@ class PeftConfig:
     @cached_property
     def _targets(self) -> Callable[[str], bool]:
         return taking("target_modules", self.targets)
+
+    @cached_property
+    def _parameters(self) -> frozenset[str]:
+        return frozenset(self.parameters)
 
     @cached_property
     def _exact(self) -> frozenset[str]:
@@ -181,11 +200,18 @@ def parse_config(fields: dict[str, Any]) -> PeftConfig:
             take("layers_pattern", "a regular expression or a list of them", _optional(_are_names))
         ),
         modules_to_save=_as_list(take_names("modules_to_save")),
+        parameters=sorted(
+            set(
+                (take("target_parameters", "a list of names", _optional(_is_list_of_names)) or [])
+                if peft_type == "LORA"
+                else []
+            )
+        ),
         fields={name: take(name, f"like {value!r}", _is_like(value), value) for name, value in method.fields.items()},
     )
     if unsupported := {name: value for name, value in rest.items() if value and name not in _HARMLESS}:
         raise ValueError(f"these settings are not supported and would change the result: {shown(unsupported)}")
-    if not config.targets:
+    if not config.targets and not config.parameters:
         raise ValueError(f"target_modules must be a regular expression or a list of names; got {shown(config.targets)}")
     config.check_patterns()
     return config
@@ -214,6 +240,10 @@ def _is_number(value: Any) -> bool:
 
 def _are_names(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
+def _is_list_of_names(value: Any) -> bool:
+    return isinstance(value, list) and _are_names(value)
 
 
 def _is_like(default: Any) -> Callable[[Any], bool]:
@@ -251,6 +281,9 @@ def make_config(model: nn.Module, layers: dict[str, CoToLoRALinear], modules_to_
             + " and ".join(f"{variant!r} ({name})" for variant, name in variants.items())
         )
     others = [plain_name(name) for name, _ in model.named_modules() if plain_name(name) not in layers]
+    # by their weights PEFT finds them
+    by_weight = mistaken(model, layers) if VARIANTS[next(iter(variants))].peft.peft_type == "LORA" else []
+    modules = [name for name in layers if name not in set(by_weight)]
     ambiguous = any(other.endswith("." + name) for other in others for name in layers)
     path = getattr(model, "name_or_path", None)
     return {
@@ -258,13 +291,20 @@ def make_config(model: nn.Module, layers: dict[str, CoToLoRALinear], modules_to_
         "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
         "modules_to_save": modules_to_save or None,
         # a list takes dotted ends too; where that would take more than the adapters, an exact expression
-        "target_modules": exact_expression(layers) if ambiguous else list(layers),
-        **adapter_fields({name: VARIANTS[layer.variant].saved_spec(layer) for name, layer in layers.items()}),
+        "target_modules": exact_expression(modules) if ambiguous and modules else modules,
+        **({"target_parameters": [weight_of(name) for name in by_weight]} if by_weight else {}),
+        **adapter_fields(
+            {name: VARIANTS[layer.variant].saved_spec(layer) for name, layer in layers.items()}, set(by_weight)
+        ),
     }
 
 
-def adapter_fields(specs: Mapping[str, AdapterSpec]) -> dict[str, Any]:
-    """The fields of a config that are about these adapters, of one variant, but for the names of their modules."""
+def adapter_fields(specs: Mapping[str, AdapterSpec], by_weight: Collection[str] = ()) -> dict[str, Any]:
+    """The fields of a config that are about these adapters, of one variant, but for the names of their modules.
+
+    Those `by_weight` are in target_parameters, by which name patterns have to take them.
+    """
+    specs = {weight_of(name) if name in by_weight else name: spec for name, spec in specs.items()}
     method = VARIANTS[next(iter(specs.values())).variant].peft
     ranks = {name: spec.rank for name, spec in specs.items()}
     rank, rank_pattern = _default_and_pattern(ranks)

@@ -426,6 +426,7 @@ FLOORS = [
         "training.unreached",
         "training.agreement",
         "training.optimizer_state",
+        "saving.experts",
         "saving.files",
         "saving.old_names",
     },

@@ -46,7 +46,7 @@ BAD_FIELDS = [
     ("use_dora", 1), ("use_dora", "yes"), ("lora_bias", True), ("bias", "all"), ("bias", "lora_only"), ("bias", None),
     ("layer_replication", [[0, 2], [1, 2]]), ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_4"),
     ("init_lora_weights", "olora"), ("init_lora_weights", "loftq"), ("init_lora_weights", "corda"),
-    ("init_lora_weights", []), ("trainable_token_indices", [1, 2]), ("target_parameters", ["fc.weight"]),
+    ("init_lora_weights", []), ("trainable_token_indices", [1, 2]), ("target_parameters", "fc.weight"),
     ("use_qalora", True), ("megatron_config", {"a": 1}), ("alora_invocation_tokens", [1]), ("velora_config", {"a": 1}),
     ("ensure_weight_tying", True), ("something_new", 1), ("something_new", {"a": None}),
     ("peft_type", "LOHA"), ("peft_type", "lora"), ("peft_type", None), ("peft_type", ["LORA"]),

@@ -319,7 +319,6 @@ def test_a_base_that_has_no_such_tensor_is_no_place_for_it(peft, tf, tmp_path):
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"),
         ({"init_lora_weights": "olora"}, "init_lora_weights"),
-        ({"target_parameters": ["fc.weight"], "target_modules": []}, "target_parameters"),
     ],
     ids=str,
 )

@@ -1,0 +1,184 @@
+"""Tries every architecture of transformers that can be built tiny from its config, and a model of every family of timm.
+
+    python -m benchmarks models [--quick | --only NAME ...] [--again] [--out DIR]
+
+Each goes through inject, 20 steps of CoTo, save, load and merge, with PEFT beside it, in a process of its own. DIR gets
+models.json, a row for each, and models.md, what is printed at the end; a row that is there already is not made again.
+Outcomes: "works"; "works, warned" (a warning says what has no effect); "refused" (an error names the layer);
+"PEFT fails as well"; "wrong" (something differs in silence, or an error names no layer); "not built" (no config that is
+small enough, or no inputs were found: nothing is known of it). Rows of other versions of anything are made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import report
+from benchmarks.models import families, tiny, trial
+from benchmarks.models.trial import NOT_BUILT, OUTCOMES, WARNED, WORKS, WRONG
+from benchmarks.report import Result
+from cotolora.results import rounded
+
+SECONDS = 20  # of computing for one architecture
+PATIENCE = 15 * SECONDS  # on a machine that has other things to do
+OUT = report.ROOT / "benchmarks" / "results"
+# one of each kind: Conv1D, encoders and decoders, towers, experts, a state-space model, images, speech, what reads
+# weights past its layers, what cannot be merged; and one of timm, where it is installed
+QUICK = (
+    "llama", "gpt2", "bert", "t5", "vit", "clip", "mixtral", "glm4_moe", "mamba", "wavlm", "whisper", "falcon",
+    "vision_transformer",
+)  # fmt: skip
+
+
+def architectures() -> list[tuple[str, str, str]]:
+    """Library, model type or family, and class or model name, of everything that is tried."""
+    found = [("transformers", key, name) for key, name in tiny.architectures().items()]
+    return found + [("timm", key, name) for key, name in families.architectures().items()]
+
+
+def child(connection: Connection, library: str, key: str, name: str) -> None:
+    """The row of one architecture, sent back."""
+    import logging
+    import warnings
+
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.INFO)
+    for noisy in ("transformers", "peft", "timm"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    build = tiny.subject if library == "transformers" else families.subject
+    with tempfile.TemporaryDirectory() as folder:
+        connection.send(trial.tried(lambda: build(key, name), Path(folder)))
+
+
+def row_of(library: str, key: str, name: str) -> dict[str, Any]:
+    """The row of one architecture, from a process that may crash or hang."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.models.preloaded"])
+    start = time.monotonic()
+    mine, its = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(its, library, key, name), daemon=True)
+    process.start()
+    its.close()
+    found: dict[str, Any]
+    try:
+        if not mine.poll(PATIENCE):
+            process.kill()
+        found = mine.recv()
+    except EOFError:
+        process.join()
+        late = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+        found = {"outcome": NOT_BUILT, "stage": "time", "reason": f"took more than {SECONDS} seconds"} if late else {
+            "outcome": WRONG, "stage": "process", "reason": f"its process ended with {process.exitcode}"}  # fmt: skip
+    process.kill()
+    process.join()
+    empty = dict.fromkeys(("parameters", "adapters", "peft", "difference", "warnings", "told", "notes"))
+    named = {"library": library, "type": key, "architecture": name}
+    return rounded({**named, **empty, **found, "seconds": time.monotonic() - start})
+
+
+def counts(rows: Sequence[dict[str, Any]]) -> str:
+    """How many of each library came out how."""
+    titles, lines = ["", "tried", *OUTCOMES], []
+    for (library,), members in report.groups(rows, ("library",)).items():
+        found = Counter(row["outcome"] for row in members)
+        lines.append([library, str(len(members)), *(str(found[outcome]) for outcome in OUTCOMES)])
+    return report.markdown(titles, lines)
+
+
+def listing(rows: Sequence[dict[str, Any]]) -> str:
+    """Everything but what simply works, by outcome, and what else was noted."""
+    parts = []
+    for outcome in OUTCOMES:
+        members = [row for row in rows if row["outcome"] == outcome]
+        if outcome == WORKS or not members:
+            continue
+        text = "told" if outcome == WARNED else "reason"
+        found = report.groups(members, (text, "stage"))
+        lines = []
+        for (why, stage), alike in sorted(found.items(), key=lambda item: -len(item[1])):
+            names = ", ".join(row["architecture"] for row in alike)
+            lines.append(f"- {names}: {stage + ': ' if stage else ''}{why}")
+        parts.append(f"### {outcome}\n\n" + "\n".join(lines))
+    noted = [row for row in rows if row["notes"] or row["peft"] not in (None, "equal")]
+    if noted:
+        lines = []
+        for row in noted:
+            told = [row["notes"], f"PEFT {row['peft']}" if row["peft"] not in (None, "equal") else ""]
+            lines.append(f"- {row['architecture']}: " + "; ".join(filter(None, told)))
+        parts.append("### noted beside\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def text(result: Result) -> str:
+    """The counts, and the list of everything but what simply works."""
+    return "\n".join([report.head(result), counts(result.rows), "", listing(result.rows), *result.notes])
+
+
+def versions(result: Result) -> dict[str, str]:
+    """What a result was made with; whether files were changed since the commit counts for nothing."""
+    return {name: value.removesuffix("+changes") for name, value in result.machine.items()}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; bad ones end the program."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m benchmarks models", description=__doc__, formatter_class=formatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help=f"these alone: {' '.join(QUICK)}")
+    which.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types, families or classes")
+    parser.add_argument("--again", action="store_true", help="make rows that are there already anew")
+    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="add the rows to models.json there")
+    options = parser.parse_args(arguments)
+    if options.out is not None and not options.out.is_dir():
+        parser.error(f"argument --out: {options.out} is no folder")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the counts and the list; 1 if anything is wrong."""
+    options = parse(arguments)
+    chosen, wanted = architectures(), tuple(options.only)
+    if options.quick:
+        wanted = tuple(key for _, key, _ in chosen if key in QUICK)
+    if missing := set(wanted) - {name for one in chosen for name in one[1:]}:
+        print(f"no architecture is named {', '.join(sorted(missing))}")
+        return 2
+    if wanted:
+        chosen = list(dict.fromkeys(one for name in wanted for one in chosen if name in one[1:]))
+    machine = report.machine(torch.device("cpu")) | {n: report.version_of(n) for n in ("transformers", "timm")}
+    result = Result("models", machine, {"rank": 4, "steps": 20})
+    if reason := families.why_not():
+        result.notes.append(f"timm cannot be imported: {reason}")
+    path = None if options.out is None else options.out / "models.json"
+    before = report.read(path)[0] if path is not None and path.exists() else None
+    # rows of other versions would stand under the versions of today
+    kept = before.rows if before is not None and versions(before) == versions(result) else []
+    rows = {(row["library"], row["type"]): row for row in kept}
+    for library, key, name in tqdm(chosen, disable=None):
+        if options.again or (library, key) not in rows:
+            rows[library, key] = row = row_of(library, key, name)
+            tqdm.write(f"{row['seconds']:5.1f} s  {name}: {row['outcome']}  {row['reason'][:150]}")
+            result.rows = list(rows.values())
+            if path is not None:
+                report.write(path, result)
+    shown = [rows[library, key] for library, key, _ in chosen]
+    result.rows = list(rows.values()) if not wanted else shown
+    print(text(result))
+    if options.out is not None and not wanted:
+        (options.out / "models.md").write_text(text(result) + "\n")
+    return 1 if any(row["outcome"] == WRONG for row in shown) else 0

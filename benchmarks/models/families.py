@@ -1,0 +1,104 @@
+"""A small model of every family of timm, that is, of every module that registers models."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+
+import torch
+
+from benchmarks.models.tiny import perturbed
+from benchmarks.models.trial import NotBuiltError, Subject, outputs, seed
+from benchmarks.workload import reason
+
+# parts of names of small models, the smallest first
+SMALL = (
+    "test",
+    "atto",
+    "femto",
+    "pico",
+    "nano",
+    "zepto",
+    "xxs",
+    "_xxt",
+    "tiny",
+    "_t0",
+    "micro",
+    "xs",
+    "mini",
+    "small",
+    "_s",
+    "_t",
+)
+CANDIDATES = 6
+LIMIT = 30_000_000  # parameters: their sizes are those of their names
+
+
+def why_not() -> str:
+    """Why timm cannot be used here; empty if it can."""
+    try:
+        importlib.import_module("timm")
+    except Exception as error:  # its torchvision may be for another version of torch, which is no ImportError
+        return reason(error)
+    return ""
+
+
+def families() -> dict[str, list[str]]:
+    """The models of each family, the smallest first as far as their names say."""
+    if why_not():
+        return {}
+    import timm
+    from timm.models import _registry
+
+    found: dict[str, list[str]] = {}
+    for name in timm.list_models():
+        found.setdefault(_registry._model_to_module[name], []).append(name)
+
+    def size(name: str) -> tuple[int, list[int], int, str]:
+        kind = next((i for i, part in enumerate(SMALL) if part in name), len(SMALL))
+        return kind, [int(digits) for digits in re.findall(r"\d+", name)], len(name), name
+
+    return {family: sorted(names, key=size) for family, names in found.items()}
+
+
+def architectures() -> dict[str, str]:
+    """The model of each family that is tried first."""
+    return {family: names[0] for family, names in families().items()}
+
+
+def subject(family: str, name: str) -> Subject:
+    """A small model of a family, and an image for it."""
+    reasons = []
+    for candidate in families()[family][:CANDIDATES]:
+        try:
+            return _subject(candidate)
+        except NotBuiltError as error:
+            reasons.append(f"{candidate}: {error}")
+    raise NotBuiltError(reasons[0])
+
+
+def _subject(name: str) -> Subject:
+    import timm
+
+    reasons = []
+    for options, side in (({"img_size": 64}, 64), ({}, 64), ({}, None)):
+        try:
+            with torch.device("meta"):
+                made = timm.create_model(name, pretrained=False, **options)
+            size = sum(p.numel() for p in made.parameters())
+            if size > LIMIT:
+                raise NotBuiltError(f"too large: {size:,d} parameters")
+            seed()
+            model = perturbed(timm.create_model(name, pretrained=False, **options).eval())
+            channels, height, width = model.default_cfg.get("input_size", (3, 64, 64))
+            seed()
+            image = torch.randn(2, channels, *((height, width) if side is None else (side, side)))
+            inputs = {next(iter(inspect.signature(model.forward).parameters)): image}
+            outputs(model, inputs)
+            return Subject(model, inputs)
+        except NotBuiltError:
+            raise
+        except Exception as error:
+            reasons.append(reason(error))
+    raise NotBuiltError(f"cannot be made or called: {reasons[-1]}")

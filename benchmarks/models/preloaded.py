@@ -1,0 +1,12 @@
+"""What every trial needs, imported once in the process that all others are forked from."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import peft  # noqa: F401
+import transformers  # noqa: F401
+
+import cotolora  # noqa: F401
+from benchmarks.models import families, tiny, trial  # noqa: F401

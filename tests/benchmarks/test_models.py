@@ -1,0 +1,239 @@
+"""What `python -m benchmarks models` says of a model, and of a library that is at fault; and its whole course."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import cotolora
+from benchmarks import models, report
+from benchmarks.models import tiny, trial
+from benchmarks.models.trial import NOT_BUILT, REFUSED, WARNED, WORKS, WRONG, NotBuiltError, Subject
+from tests.support.repository import ROOT
+
+pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+class Net(nn.Module):
+    """Blocks of one linear each; `reads` takes one's weight past its forward."""
+
+    def __init__(self, reads=False):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
+        self.dropout, self.reads = nn.Dropout(0.3), reads
+
+    def forward(self, x):
+        for i, block in enumerate(self.blocks):
+            x = x + (torch.tanh(x @ block[0].weight.T) if self.reads and i == 1 else self.dropout(block(x)))
+        return {"x": x, "several": [x.mean(), (torch.cat([x, torch.full_like(x, -torch.inf)]),)]}
+
+
+def tried(tmp_path, model=None):
+    torch.manual_seed(0)
+    return trial.tried(lambda: Subject(Net() if model is None else model(), {"x": torch.randn(4, 6)}), tmp_path)
+
+
+def test_a_model_that_works(tmp_path):
+    row = tried(tmp_path)
+    assert (row["outcome"], row["reason"], row["peft"]) == (WORKS, "", "equal")
+    assert (row["adapters"], row["parameters"], row["warnings"]) == (3, 3 * 42, 0)
+    assert row["difference"] < 1e-6
+
+
+def test_a_model_that_reads_a_weight_past_its_adapter(tmp_path):
+    row = tried(tmp_path, lambda: Net(reads=True))
+    assert (row["outcome"], row["told"]) == (WARNED, "unreached | merged uncalled")
+    assert "blocks.1.0" in row["reason"]
+    assert "merged, it computes something else, as warned" in row["notes"]
+
+
+class Attention(nn.Module):
+    """Attention whose output projection is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.up = nn.MultiheadAttention(6, 2, batch_first=True), nn.ModuleList([nn.Linear(6, 6)] * 1)
+        self.down = nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = x[None]
+        return self.down(self.up[0](self.attention(x, x, x, need_weights=False)[0]))
+
+
+def test_what_is_refused_is_left_out_as_advised(tmp_path):
+    row = tried(tmp_path, Attention)
+    assert (row["outcome"], row["stage"], row["adapters"]) == (REFUSED, "inject", 2)
+    assert "attention.out_proj must not be adapted" in row["reason"]
+
+
+def test_what_cannot_be_compared_is_not_built(tmp_path):
+    class Random(Net):
+        def forward(self, x):
+            return super().forward(x)["x"] + torch.rand(6, generator=self.generator)
+
+    def random():
+        model = Random()
+        model.generator = torch.Generator()
+        return model
+
+    assert tried(tmp_path, random)["reason"].startswith("it computes something else at each call")
+
+    def fail():
+        raise NotBuiltError("too large")
+
+    row = trial.tried(fail, tmp_path)
+    assert (row["outcome"], row["reason"]) == (NOT_BUILT, "too large")
+
+
+class Drifting(cotolora.CoTo):
+    """Changes what is frozen."""
+
+    def __init__(self, model, steps):
+        super().__init__(model, steps)
+        self.frozen = model.blocks[2][0].bias
+
+    def step(self):
+        super().step()
+        with torch.no_grad():
+            self.frozen.add_(1)
+
+
+def at_fault(monkeypatch, fault):
+    layer = cotolora.CoToLoRALinear
+    if fault == "off":
+        monkeypatch.setattr(layer, "active", property(lambda self: True))
+    elif fault == "train":
+        monkeypatch.setattr(cotolora, "CoTo", Drifting)
+    elif fault == "save":
+        monkeypatch.setattr(layer, "scale", property(lambda self: 3.0))
+    elif fault == "load":
+        monkeypatch.setattr(cotolora, "load_adapter", lambda model, path: cotolora.inject(model, rank=4, alpha=8))
+    elif fault == "merge":
+        monkeypatch.setattr(cotolora, "eject", lambda model, merge=True, eject=cotolora.eject: eject(model, False))
+    else:
+        monkeypatch.setattr(cotolora, "inject", lambda *args, **options: 1 / 0)
+
+
+FAULTS = {
+    "off": "outputs with adapters disabled differ",
+    "train": "blocks.2.0.bias is frozen and has moved",
+    "save": "PEFT with our file computes something else",
+    "load": "outputs of a loaded adapter differ",
+    "merge": "merged, the model computes something else",
+    "inject": "ZeroDivisionError",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_library_is_wrong(fault, monkeypatch, tmp_path):
+    at_fault(monkeypatch, fault)
+    row = tried(tmp_path)
+    assert (row["outcome"], row["stage"]) == (WRONG, fault)
+    assert row["reason"].startswith(FAULTS[fault])
+
+
+def test_an_error_must_name_the_layer(monkeypatch, tmp_path):
+    for message, outcome in (("something is bad", WRONG), ("blocks.1.0 is bad", REFUSED)):
+
+        def fail(*args, message=message, **options):
+            raise ValueError(message)
+
+        monkeypatch.setattr(cotolora, "save_adapter", fail)
+        row = tried(tmp_path)
+        assert (row["outcome"], row["stage"]) == (outcome, "save")
+
+
+def test_distances():
+    nan, one = torch.tensor([torch.nan, 1.0, -torch.inf]), torch.tensor([torch.nan, 1.5, -torch.inf])
+    assert trial.distance([one], [nan]) == 0.5
+    assert trial.distance([one], [one[:2]]) == trial.distance([one], [one.nan_to_num()]) == float("inf")
+    assert trial.same([nan], [nan.clone()])
+    assert not trial.same([nan], [one])
+    assert not trial.same([nan], [nan, one])
+
+
+def test_a_config_is_made_smaller_by_the_names_of_its_settings():
+    config = transformers.LlavaConfig()
+    before = config.text_config.hidden_size // config.text_config.num_attention_heads
+    tiny.Shrinking(config, "heads")
+    text, vision = config.text_config, config.vision_config
+    assert (text.hidden_size, text.num_attention_heads, text.num_hidden_layers) == (64, 4, 2)
+    assert (vision.hidden_size, vision.num_hidden_layers, vision.image_size) == (64, 2, 4 * vision.patch_size)
+    assert text.vocab_size == tiny.VOCABULARY > config.image_token_index
+    assert before == 128
+
+
+def test_layers_of_every_kind_stay():
+    config = transformers.Qwen3NextConfig()
+    kinds = set(config.layer_types)
+    tiny.Shrinking(config, "heads")
+    assert set(config.layer_types) == kinds
+    assert len(config.layer_types) == config.num_hidden_layers <= 4
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """Three architectures, and what of them was tried."""
+    done = []
+
+    def row_of(library, key, name):
+        done.append(name)
+        row = dict.fromkeys(("parameters", "adapters", "peft", "difference", "warnings", "told", "notes"))
+        outcome, why = (WORKS, "") if key == "a" else (WRONG, "bad")
+        return {**row, "library": library, "type": key, "architecture": name, "outcome": outcome, "stage": "",
+                "reason": why, "seconds": 1.0}  # fmt: skip
+
+    monkeypatch.setattr(models, "architectures", lambda: [("transformers", key, key.upper()) for key in "abc"])
+    monkeypatch.setattr(models, "row_of", row_of)
+    return done
+
+
+def test_rows_that_are_there_are_not_made_again(three, monkeypatch, tmp_path, capsys):
+    assert models.main(["--only", "a", "--out", str(tmp_path)]) == 0
+    assert models.main(["--out", str(tmp_path)]) == 1
+    assert three == ["A", "B", "C"]
+    (result,) = report.read(tmp_path / "models.json")
+    assert [row["type"] for row in result.rows] == ["a", "b", "c"]
+    assert (tmp_path / "models.md").read_text().count("\n- B, C: bad") == 1
+    models.main(["--only", "B", "--again", "--out", str(tmp_path)])
+    assert three == ["A", "B", "C", "B"]
+    monkeypatch.setattr(report, "version_of", lambda name: "another")
+    models.main(["--only", "a", "--out", str(tmp_path)])
+    assert three == ["A", "B", "C", "B", "A"]
+    capsys.readouterr()
+    assert models.main(["--only", "d"]) == 2
+    assert "no architecture is named d" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_a_row(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    row = models.row_of("transformers", "llama", "NoSuchModel")
+    assert (row["outcome"], row["architecture"]) == (NOT_BUILT, "NoSuchModel")
+    monkeypatch.setattr(models, "child", dies)
+    row = models.row_of("transformers", "llama", "LlamaForCausalLM")
+    assert (row["outcome"], row["reason"]) == (WRONG, f"its process ended with {-signal.SIGTERM}")
+
+
+def dies(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_the_quick_course(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "models", "--quick", "--out", str(tmp_path)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    (result,) = json.loads((tmp_path / "models.json").read_text())["results"]
+    outcomes = {row["type"]: row["outcome"] for row in result["rows"]}
+    assert len(outcomes) >= 10
+    assert set(outcomes.values()) <= {WORKS, WARNED, REFUSED}, process.stdout
+    assert [outcomes[key] for key in ("llama", "mamba", "falcon")] == [WORKS, WARNED, REFUSED]
