@@ -173,11 +173,6 @@ EVERY = OPTIMIZERS | {
         "Muon": {},
     }.items()
 }
-PARTS = [
-    pytest.param(name, marks=() if hasattr(torch.optim, name.partition("-")[0]) or name in OPTIMIZERS else
-                 pytest.mark.skip(reason=f"torch {torch.__version__} has no {name}"))
-    for name in EVERY
-]  # fmt: skip
 CUT = 3
 
 
@@ -228,7 +223,7 @@ def whole_state(loop, again):
         ),
     ],
 )
-@pytest.mark.parametrize("optimizer", PARTS)
+@pytest.mark.parametrize("optimizer", EVERY)
 @pytest.mark.filterwarnings("ignore:.*is deprecated.*:FutureWarning", "ignore:torch.distributed is:UserWarning")
 def test_a_resumed_run_is_bit_equal_to_one_that_was_not_interrupted(optimizer, cut, way, order, tmp_path):
     if (optimizer, way) == ("SGD", "dcp-whole"):
@@ -272,7 +267,7 @@ def test_a_copied_run_goes_on_as_the_original():
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("optimizer", PARTS)
+@pytest.mark.parametrize("optimizer", EVERY)
 def test_any_optimizer_leaves_alone_what_is_off(optimizer):
     assert Loop(optimizer, "device", set_to_none=False).run(range(STEPS)) == masks()
 
