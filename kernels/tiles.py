@@ -433,11 +433,8 @@ def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
     """How `tl.dot` multiplies float32 operands, "tf32" or "ieee": as torch's switch for matmul says at this moment."""
     if dtype != torch.float32 or (torch.version.hip and architecture(device) != "gfx942"):
         return "ieee"  # of AMD's GPUs, Triton supports "tf32" only on gfx942
-    switch = torch.backends.cuda.matmul
-    # fp32_precision exists since torch 2.9; once a program has set it, reading allow_tf32 raises
-    if hasattr(switch, "fp32_precision"):
-        return "tf32" if switch.fp32_precision == "tf32" else "ieee"
-    return "tf32" if switch.allow_tf32 else "ieee"
+    # not allow_tf32, which raises once a program has set fp32_precision
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def is_aligned(matrix: Tensor) -> bool:

@@ -1,4 +1,7 @@
-"""Regular expressions of strangers: those in use match as `re` does, those that could hang are refused."""
+"""Regular expressions of strangers: those in use match as `re` does, those that could hang are refused.
+
+Bounds are of CPU time: on a busy machine a test waits for its turn.
+"""
 
 import re
 import time
@@ -69,13 +72,13 @@ def test_an_expression_that_could_hang_is_refused_by_the_name_of_its_argument(ex
         {"rank_pattern": {"first": 2, expression.removeprefix("(?i)"): 2}},
         {"alpha_pattern": {expression.removeprefix("(?i)"): 2}},
     ):
-        began = time.perf_counter()
+        began = time.process_time()
         argument = list(options)[-1]
         with pytest.raises(
             ValueError, match=rf"^{argument} must hold regular expressions whose matching takes bounded"
         ):
             inject(model, **options)
-        assert time.perf_counter() - began < 5
+        assert time.process_time() - began < 5
     inject(model)
     with pytest.raises(ValueError, match=r"^keep must hold regular expressions whose matching takes bounded time"):
         prune(model, expression)
@@ -100,9 +103,9 @@ WORST = {
 
 @pytest.mark.parametrize("expression", WORST)
 def test_what_is_accepted_takes_bounded_time_on_the_worst_of_names(expression):
-    began = time.perf_counter()
+    began = time.process_time()
     assert not taking("targets", expression)(WORST[expression])
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_expressions_of_one_argument_are_bounded_together():
@@ -134,10 +137,10 @@ HUGE = {
 
 @pytest.mark.parametrize("expression", HUGE.values(), ids=HUGE)
 def test_telling_takes_bounded_time_too(expression):
-    began = time.perf_counter()
+    began = time.process_time()
     with suppress(ValueError):
         assert not taking("targets", expression)("model.layers.0")
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 LONG = "x" * 1_000_000
@@ -204,6 +207,6 @@ def test_whatever_is_accepted_ends_soon(expression, unit, end):
         pattern, _ = compiled("targets", expression)
     except ValueError:
         return
-    began = time.perf_counter()
+    began = time.process_time()
     pattern.fullmatch((unit * 200)[:199] + end)
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5

@@ -222,14 +222,9 @@ def test_aligned_means_wide_loads_fit():
 def restored_switch():
     """torch's float32 switch, put back as it was."""
     switch = torch.backends.cuda.matmul
-    if hasattr(switch, "fp32_precision"):
-        before = switch.fp32_precision
-        yield switch
-        switch.fp32_precision = before
-    else:
-        before = switch.allow_tf32
-        yield switch
-        switch.allow_tf32 = before
+    before = switch.fp32_precision
+    yield switch
+    switch.fp32_precision = before
 
 
 def test_float32_follows_torch(restored_switch):
@@ -241,7 +236,6 @@ def test_float32_follows_torch(restored_switch):
     for allowed in (True, False):
         restored_switch.allow_tf32 = allowed
         assert dot_precision(torch.float32, cpu) == ("tf32" if allowed else "ieee")
-    if hasattr(restored_switch, "fp32_precision"):
-        for setting in ("tf32", "ieee"):
-            restored_switch.fp32_precision = setting  # after which torch refuses to read allow_tf32
-            assert dot_precision(torch.float32, cpu) == setting
+    for setting in ("tf32", "ieee"):
+        restored_switch.fp32_precision = setting  # after which torch refuses to read allow_tf32
+        assert dot_precision(torch.float32, cpu) == setting

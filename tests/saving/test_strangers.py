@@ -1,4 +1,7 @@
-"""Adapter files of strangers: none can hang a load, and none can flood what errors and logs show."""
+"""Adapter files of strangers: none can hang a load, and none can flood what errors and logs show.
+
+Bounds are of CPU time: on a busy machine a test waits for its turn.
+"""
 
 import json
 import logging
@@ -27,18 +30,18 @@ FIELDS = {
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_pattern_that_could_hang_is_refused_by_the_name_of_its_field(field, pattern, saved):
     rewrite(saved, **{field: FIELDS[field](pattern), "layers_to_transform": [1]})
-    began = time.monotonic()
+    began = time.process_time()
     for strict in (True, False):
         with refused(model := base(), rf"{field} must hold regular expressions whose matching takes bounded time"):
             load_adapter(model, saved, strict=strict)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_modules_to_save_are_ends_of_names_and_no_expressions(saved):
     rewrite(saved, modules_to_save=[r"(\w+\.?)+!", "[", ".*"])
-    began = time.monotonic()
+    began = time.process_time()
     load_adapter(base(), saved)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 MEGABYTE = "x" * 1_000_000
@@ -71,14 +74,14 @@ FLOODS = {
 def test_no_error_and_no_log_line_is_long(case, saved, caplog):
     fields, tensors = FLOODS[case]
     rewrite(saved, {**load_file(saved / WEIGHTS), **tensors}, **fields)
-    model, began = base(), time.monotonic()
+    model, began = base(), time.process_time()
     with pytest.raises(ValueError, match=r"must|not supported") as caught:
         load_adapter(model, saved)
     assert len(str(caught.value)) < 2000
     with caplog.at_level(logging.WARNING, "cotolora"), suppress(ValueError):
         load_adapter(model, saved, strict=False)
     assert all(len(record.getMessage()) < 2000 for record in caplog.records)
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 def test_what_was_passed_over_is_all_in_the_result(saved):
