@@ -1,9 +1,9 @@
 """Every kernel compiles for every GPU it has tiles for, and keeps its budget. Needs no GPU.
 
 What is compiled here is `python -m benchmarks aot --quick`: each row of each table, in bfloat16 and in float32 of each
-precision, for sm_90 in every kind, for the others in the kind that takes most registers as a rule. CI compiles them
-under two versions of Triton, with the older one for sm_90 alone. Without --quick there are three times as many cases,
-for a change to kernels or tiles.
+precision, for sm_90 in every kind, for the others in the kind that takes most registers as a rule. CI has two versions
+of Triton: it compiles for sm_90 with the older one, which machines of that GPU have, and for the others with the newer.
+Without --quick there are three times as many cases, for a change to kernels or tiles, under each version.
 """
 
 import importlib.metadata
@@ -26,8 +26,7 @@ pytestmark = [
 
 # the versions that the tables are fitted to; CI has both
 FITTED = ("3.6.", "3.9.")
-# under the oldest, that of the GPU whose machines have it
-TARGETS = ("sm_90",) if (VERSION or "").startswith("3.6.") else ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_90",) if (VERSION or "").startswith("3.6.") else ("sm_80", "sm_100", "gfx942")
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 
 
@@ -120,6 +119,7 @@ def test_wgmmas_overlap(results, fitted):
     assert not any(result["serialized"] for result in halves)
 
 
+@pytest.mark.skipif("sm_90" not in TARGETS, reason="sm_90 is compiled for with Triton 3.6")
 def test_off_multiplies_by_the_weight_alone(aot):
     """On sm_90 a wgmma takes 16 of K, so the loop for a gate that is off has BLOCK_K / 16 of them and no more."""
     results = [r for r in aot[1]["results"] if r["target"] == "sm_90" and r["dtype"] == "bfloat16"]
