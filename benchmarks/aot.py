@@ -126,11 +126,17 @@ class Case:
     tma: bool
 
     def launch(self) -> None:
-        """Calls the launcher, with torch's switch for float32 as the case has it."""
+        """Calls the launcher, with torch's switch for float32 as the case has it and on such a GPU."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if self.dtype == "float32 tf32" else "highest")
+        # where a launcher does for a GPU what its tile does not say
+        modules = ("adapter_grads", "one_pass")
         try:
-            launch(self.kernel, self.tile, self.tma, self.operands)
+            with contextlib.ExitStack() as stack:
+                for module in modules:
+                    asked = f"cotolora.kernels.{module}.architecture"
+                    stack.enter_context(mock.patch(asked, return_value=self.rows))
+                launch(self.kernel, self.tile, self.tma, self.operands)
         finally:
             torch.set_float32_matmul_precision(before)
 

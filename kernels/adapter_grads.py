@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cotolora.kernels.dropout import keep_mask, keep_scale
+from cotolora.kernels.dropout import keep_mask, keep_scale, wide_gates
 from cotolora.kernels.partials import Sum, sum_partials
 from cotolora.kernels.shrink import shrink
 from cotolora.kernels.tiles import (
@@ -55,6 +55,7 @@ def gram_kernel(
     BLOCK_R: tl.constexpr,  # ranks of one program, at least 16 (tl.dot)
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
+    WGMMA: tl.constexpr,  # whether the GPU is sm_90, where tl.dot goes on while the next tile is copied
 ):  # fmt: skip
     """One program writes the part of its rows in a [BLOCK_N, BLOCK_R] tile of out = scale · tᵀ h."""
     split = tl.program_id(1)
@@ -82,6 +83,8 @@ def gram_kernel(
                 t = tl.where(keep_mask(tl.load(seed_ptr), rows, first_column, dropout, BLOCK_N), t, 0.0)
             h_ptrs = h_ptr + rows[:, None] * stride_h_m + ranks[None, :] * stride_h_r
             h = tl.load(h_ptrs, mask=row_on[:, None] & rank_ok[None, :], other=0.0)
+            if WGMMA and u_ptr is not None:
+                out += 0.0  # as in project_kernel: scaled_gradient is t's second reader
             out = tl.dot(t.T, h, out, input_precision=PRECISION)
             if u_ptr is not None:
                 dm += scaled_gradient(t, u_ptr, rows, columns, row_on, column_ok, N)
@@ -111,6 +114,7 @@ def project_kernel(
     BLOCK_R: tl.constexpr,  # R rounded up to a power of two, at least 16 (tl.dot)
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
+    WGMMA: tl.constexpr,  # whether the GPU is sm_90, where tl.dot goes on while the next tile is copied
 ):  # fmt: skip
     """One program writes the part of p = scale · dy B, and of dB = dyᵀ h, of steps_per_split tiles of dy."""
     tile_n, split = tl.program_id(0), tl.program_id(1)
@@ -142,6 +146,10 @@ def project_kernel(
         p = tl.where(row_on[:, None], scale * tl.dot(dy, b, input_precision=PRECISION), 0.0)
         p_ptrs = p_ptr + tile_n.to(tl.int64) * stride_p_t + rows[:, None] * stride_p_m + ranks[None, :] * stride_p_r
         tl.store(p_ptrs, p.to(p_ptr.dtype.element_ty), mask=row_ok[:, None] & rank_ok[None, :])
+        # Triton copies the next tile over an operand with a second reader, as dy, while a wgmma may still read it [PTX
+        # of 3.6 to 3.9 for sm_90]. A sum that a step reads has the wgmma of the step before waited for
+        if WGMMA:
+            db += 0.0
         db = tl.dot(dy.T, h, db, input_precision=PRECISION)
         if u_ptr is not None:
             dm += scaled_gradient(dy, u_ptr, rows, columns, row_on, column_ok, N)
@@ -189,8 +197,9 @@ def gram(
     out = t.new_empty(rank, n, dtype=dtype).T if transposed else t.new_empty(n, rank, dtype=dtype)
     if n == 0:
         return Sum(out[None], out), None if dora is None else dora.magnitude_sum(1)
-    row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(t.device), dot_precision(t.dtype, t.device)
+    gate = wide_gates(gate, seed, precision)
+    row_gates = gate if gate is not None and gate.dim() == 1 else None
     stream = stream or row_for(
         GRAM, arch, m, n, rank, element_size=t.element_size(), precision=precision, scaled=dora is not None
     ).tile  # fmt: skip
@@ -212,6 +221,7 @@ def gram(
             BLOCK_R=block_r,
             ROW_GATES=row_gates is not None,
             PRECISION=precision,
+            WGMMA=arch == "sm_90",
             **stream.meta(),
         )  # fmt: skip
     return Sum(partials, out), dm
@@ -258,6 +268,7 @@ def project(
             BLOCK_R=max(16, triton.next_power_of_2(rank)),
             ROW_GATES=row_gates is not None,
             PRECISION=precision,
+            WGMMA=arch == "sm_90",
             **stream.meta(),
         )  # fmt: skip
     return Sum(p_parts, p), Sum(db_parts, db), dm

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
 
 @triton.jit
 def keep_mask(
@@ -25,6 +27,17 @@ def keep_mask(
     numbers = tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (rows.shape[0], BLOCK_N))
     # a float32 in [0, 1) holds 24 bits exactly
     return (numbers >> 8).to(tl.float32) * 2**-24 >= dropout
+
+
+def wide_gates(gate: Tensor | None, seed: Tensor | None, precision: str) -> Tensor | None:
+    """`gate`, in int32 where Triton before 3.8 would lay out a masked TF32 operand for the 8 bits of row gates.
+
+    The layout takes tiles of 16 along the summed dimension apart wrongly. The gates are what determines it, so they are
+    widened; other launches keep theirs.
+    """
+    if VERSION >= (3, 8) or gate is None or gate.dim() == 0 or gate.element_size() > 1:
+        return gate
+    return gate if seed is None or precision != "tf32" else gate.to(torch.int32)
 
 
 def keep_scale(dropout: float) -> float:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cotolora.kernels.dropout import keep_mask, keep_scale
+from cotolora.kernels.dropout import keep_mask, keep_scale, wide_gates
 from cotolora.kernels.hira import rank_block
 from cotolora.kernels.one_pass import swizzled
 from cotolora.kernels.partials import Sum, sum_partials
@@ -100,8 +100,9 @@ def hira_grads(
     da, db = dy.new_empty(rank, k, dtype=dtype_a), dy.new_empty(n, rank, dtype=dtype_b)
     if n == 0 or k == 0:
         return da.zero_(), db.zero_()
-    row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(x.device), dot_precision(x.dtype, x.device)
+    gate = wide_gates(gate, seed, precision)
+    row_gates = gate if gate is not None and gate.dim() == 1 else None
     tile = tile or row_for(
         HIRA_GRADS, arch, m, n, rank, element_size=x.element_size(), precision=precision,
         aligned=is_aligned(x) and is_aligned(dy) and is_aligned(weight), selects=seed is not None,

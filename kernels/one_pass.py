@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cotolora.kernels.dropout import keep_mask, keep_scale
+from cotolora.kernels.dropout import VERSION, keep_mask, keep_scale
 from cotolora.kernels.epilogue import store_scaled
 from cotolora.kernels.tiles import ONE_PASS, Tile, architecture, dot_precision, is_aligned, row_for
 
@@ -170,13 +172,17 @@ def one_pass(
     if m == 0:
         return y, h
     row_gates = gate if gate is not None and gate.dim() == 1 else None
-    precision = dot_precision(x.dtype, x.device)
+    arch, precision = architecture(x.device), dot_precision(x.dtype, x.device)
     tile = tile or row_for(
-        ONE_PASS, architecture(x.device), m, n, rank, element_size=x.element_size(), precision=precision,
+        ONE_PASS, arch, m, n, rank, element_size=x.element_size(), precision=precision,
         # x must be contiguous along K: the kernel is not specialised on M
         aligned=x.stride(1) == 1 and is_aligned(x) and is_aligned(weight) and is_aligned(a),
         selects=row_gates is not None or seed is not None, scaled=column_scale is not None,
     ).tile  # fmt: skip
+    if seed is not None and VERSION < (3, 9) and tile.num_warps == 8 and arch == "sm_90":
+        # in its pipeline one group of warps copies the next x over what the other still drops entries of: no barrier
+        # stands between them [PTX]. 3.9 has it
+        tile = replace(tile, num_stages=1)
     # without columns there is still h to write
     programs = triton.cdiv(m, tile.block_m) * max(1, triton.cdiv(n, tile.block_n))
     with torch.cuda.device_of(x):  # Triton launches on the current device

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cotolora.kernels.dropout import keep_mask, keep_scale
+from cotolora.kernels.dropout import keep_mask, keep_scale, wide_gates
 from cotolora.kernels.tiles import PRE_EXPAND, Stream, architecture, dot_precision, row_for
 
 
@@ -124,8 +124,9 @@ def _launch(
     y = h.new_empty(m, n)
     if m == 0:
         return y
-    row_gates = gate if gate is not None and gate.dim() == 1 else None
     precision = dot_precision(h.dtype, h.device)
+    gate = wide_gates(gate, seed, precision)
+    row_gates = gate if gate is not None and gate.dim() == 1 else None
     stream = (
         stream
         or row_for(

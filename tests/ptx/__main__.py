@@ -1,0 +1,67 @@
+"""Runs compiled kernels by the emulator and compares them with float64. Needs no GPU.
+
+    python -m tests.ptx [--arch sm_80] [--arch sm_90] [--all] [--only WORD] [--staggered]
+
+The PTX that Triton emits for a GPU of capability 8.0 or 9.0 is executed on CPU tensors, in numpy. Unlike Triton's
+interpreter, this runs what the compiler made: layouts, swizzles, asynchronous copies, pipelines, barriers, mma, wgmma
+and TMA; and bfloat16 is right. One line a case, with its error: in units of what is to be expected, at most 2, of
+`trivial` kernels and rows of the tile tables; in units of PyTorch's own error in the same dtype for y and each gradient
+of whole layers. A last line counts. What is compiled is kept beside Triton's cache.
+
+Reported besides wrong numbers: accesses outside the given tensors (element by element: gaps of strided views are
+outside) or unaligned; shared memory read before anything wrote it, or while a copy is on its way, or overwritten while
+wgmma or TMA still reads it; races between warps of a block (per byte, between two ``bar.sync``, whatever the order of
+the warps) and between blocks in global memory; results of wgmma used before their wait; a missing fence.proxy.async;
+hangs. ``--staggered`` lets the groups of 4 warps run in turn, and wgmma read as late as it may: then a race that is
+reported without it changes the result.
+
+Not covered: the order of threads within a warp; a global read before another block's write; the tensor cores' own
+rounding (sums here are float32); time; ptxas, which translates further; atomics, fp8, clusters and warp specialisation,
+at which `UnknownError` is raised. ``wgmma.wait_group`` is taken, as by Triton, to complete the reads of all 4 warps of
+its group.
+
+`translate` parses PTX; each basic block becomes a Python function over arrays of all threads of many blocks at once.
+`machine` runs them, lowest block first, masked where threads diverge. `hopper` adds what sm_90 has. `launch` takes a
+launch of Triton, compiles and emulates it. `library` runs whole layers, `rows` every row of the tile tables, `trivial`
+kernels to try the emulator on; `cases` lists them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import torch
+import triton
+from triton import knobs
+
+from tests.ptx.cases import ARCHITECTURES, all_cases, outcome
+
+
+def main() -> int:
+    """Runs the cases and returns 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m tests.ptx", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="only this; may be repeated")
+    parser.add_argument("--all", action="store_true", help="every form, dtype, gate, dropout and rank of layers")
+    parser.add_argument("--only", default="", help="only cases with this in their name")
+    parser.add_argument("--staggered", action="store_true", help="groups of warps in turn, wgmma as late as it may be")
+    options = parser.parse_args()
+    if knobs.runtime.interpret:
+        parser.error("unset TRITON_INTERPRET: with it kernels are interpreted and never compiled")
+    torch.set_num_threads(1)
+    count = wrong = 0
+    for arch in options.arch or ARCHITECTURES:
+        for name, work in all_cases(arch, options.all):
+            if options.only in name:
+                text, faults = outcome(work, staggered=options.staggered)
+                count, wrong = count + 1, wrong + bool(faults)
+                seconds = f"[{time.process_time():.0f} s]"
+                print("WRONG" if faults else "ok", name, text, "; ".join(faults), seconds, sep="  ", flush=True)
+    print(f"triton {triton.__version__}")
+    print(f"cases {count}, wrong {wrong}")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
