@@ -36,6 +36,9 @@ class Faulty(addmm.LoraByAddmm):
         y, saved = super().forward(*args)
         return (y + 1e-3 if self.fault == "y" else y), saved
 
+    def always_on(self, call):
+        return None
+
     def backward(self, *args):
         gradients = super().backward(*args)
         if self.fault in ("dx", "dA", "dB"):
@@ -160,7 +163,8 @@ def test_peers_are_timed_when_asked_for_and_never_chosen(faults, tmp_path, capsy
 @needs_triton
 def test_nothing_right_writes_nothing(faults, tmp_path, monkeypatch):
     faults |= dict.fromkeys(FORMS, "raises")
-    monkeypatch.setattr(LORA.backends["addmm"], "forward", Faulty("raises").forward)
+    for name in ("forward", "always_on"):
+        monkeypatch.setattr(LORA.backends["addmm"], name, getattr(Faulty("raises"), name))
     assert tune.main([*TINY, "--out", str(tmp_path / "t.json")]) == 1
     assert not list(tmp_path.iterdir())
 

@@ -210,7 +210,10 @@ def test_lightnings_callback_checks_as_often_wherever_a_rank_starts(checks, star
         CoToLightningCallback(check_every=-1)
     ours, net = CoToLightningCallback(check_every=2), model()
     optimizer = torch.optim.SGD(cotolora.adapter_parameters(net))
-    trainer = SimpleNamespace(estimated_stepping_batches=20, optimizers=[optimizer], global_step=start)
+    trainer = SimpleNamespace(
+        estimated_stepping_batches=20, num_training_batches=20, max_epochs=1, max_steps=-1, accumulate_grad_batches=1,
+        callbacks=[], optimizers=[optimizer], global_step=start,
+    )  # fmt: skip
     ours.on_train_start(trainer, net)
     for trainer.global_step in range(start, start + 4):
         for _ in range(2):  # gradient accumulation

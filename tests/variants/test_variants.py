@@ -150,7 +150,7 @@ def test_only_small_weights_and_many_rows_are_merged(change):
         factors = (torch.ones(*size) for size in ((2, in_features), (64, 2)))
         operands = Operands(*tensors, *factors, (torch.ones(64),))
         _, saved = addmm_dora.BACKEND.forward(operands, Options(SCALE, dropout, gate), needs)
-        return isinstance(saved, addmm_dora.SavedMerged)
+        return isinstance(saved, addmm_dora.SavedMergedDora)
 
     assert merged(**asked)
     assert not merged(**asked | change)
