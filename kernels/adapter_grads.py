@@ -146,8 +146,9 @@ def project_kernel(
         p = tl.where(row_on[:, None], scale * tl.dot(dy, b, input_precision=PRECISION), 0.0)
         p_ptrs = p_ptr + tile_n.to(tl.int64) * stride_p_t + rows[:, None] * stride_p_m + ranks[None, :] * stride_p_r
         tl.store(p_ptrs, p.to(p_ptr.dtype.element_ty), mask=row_ok[:, None] & rank_ok[None, :])
-        # Triton copies the next tile over an operand with a second reader, as dy, while a wgmma may still read it [PTX
-        # of 3.6 to 3.9 for sm_90]. A sum that a step reads has the wgmma of the step before waited for
+        # without this, the next dy is copied over one that a wgmma may still read [emulated PTX of 3.6 and 3.9 for
+        # sm_90]: it seems that an operand with a second reader, as dy, gets no slot for that. A sum that a step reads
+        # has the wgmma of the step before waited for
         if WGMMA:
             db += 0.0
         db = tl.dot(dy.T, h, db, input_precision=PRECISION)
