@@ -11,6 +11,7 @@ from torch import Tensor
 from cotolora.backends.addmm.products import (
     ALWAYS_ON,
     add_product,
+    down_projection,
     dropped_out,
     flat,
     ignored_by_addmm,
@@ -71,7 +72,7 @@ class LoraByAddmm:
         dropped, keep = (x, None) if not dropout else dropped_out(x, dropout)
         rows, dropped = (y, dropped) if y.dim() == 2 else (flat(y), flat(dropped))
         if y.dtype is torch.float32:
-            h = F.linear(dropped, a_cast)
+            h = down_projection(dropped, a_cast)
         else:
             h, scale = scaled_product(dropped, a_cast.T, scale), 1.0
         by_row = None
@@ -185,11 +186,11 @@ def _forward_always_on(
     """As `LoraByAddmm.forward`."""
     y = F.linear(x, weight, bias)
     if y.dim() == 2:
-        h = F.linear(x, a)
+        h = down_projection(x, a)
         y.addmm_(h, b.T, alpha=scale)
         return y, h
     y = y.contiguous()
-    h = F.linear(flat(x), a)
+    h = down_projection(flat(x), a)
     flat(y).addmm_(h, b.T, alpha=scale)
     return y, h
 

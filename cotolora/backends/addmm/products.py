@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cotolora.reference import rows_on
@@ -71,6 +72,11 @@ def times(rows: Tensor, b: Tensor, scale: float) -> Tensor:
     if transposing_is_faster(rows, b.shape[1]):
         return scaled_product(b.T, rows.T, scale).T
     return scaled_product(rows, b, scale)
+
+
+def down_projection(x: Tensor, a: Tensor) -> Tensor:
+    """``x Aᵀ [rows, rank]`` in float32, laid out such that `transposed_times` is faster too."""
+    return (a @ x.T).T if transposing_is_faster(x, a.shape[0]) else F.linear(x, a)
 
 
 def transposed_times(rows: Tensor, h: Tensor, scale: float = 1.0) -> Tensor:
