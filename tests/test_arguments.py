@@ -65,7 +65,7 @@ ARGUMENTS = {
     "b": FACTOR_B,
     "backend": (maybe(nothing), lambda world: "addmm"),
     "batch": (integers(1, 2**63), lambda world: 4),
-    "besides": (of.empty, lambda world: {"head": torch.ones(2)}),
+    "other_tensors": (of.empty, lambda world: {"head": torch.ones(2)}),
     "bias": (flag, lambda world: False),
     "check_every": (integers(0), lambda world: 2),
     "count": (integers(1, 4), lambda world: 1),

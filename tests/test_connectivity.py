@@ -20,9 +20,9 @@ def rng_untouched():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def scalar(a, b, **besides):
+def scalar(a, b, **other_tensors):
     """The update a · b of a 1 x 1 linear."""
-    return AdapterState({"0": Factors(torch.tensor([[float(a)]]), torch.tensor([[float(b)]]), 1.0)}, besides)
+    return AdapterState({"0": Factors(torch.tensor([[float(a)]]), torch.tensor([[float(b)]]), 1.0)}, other_tensors)
 
 
 def scalar_model():
@@ -128,9 +128,7 @@ def test_the_model_is_as_it_was(measure):
     model.layers[0]["q"].enabled = False
     model.layers[2]["v"].enabled = torch.tensor(1)
     states = [] if measure is dropout_stability else [AdapterState.from_model(model), AdapterState.from_model(tuned(1))]
-    states[1:] = [
-        AdapterState({n: p for n, p in s.factors.items() if n in states[0].factors}, s.besides) for s in states[1:]
-    ]
+    states[1:] = [AdapterState({n: s.factors[n] for n in states[0].factors}, s.other_tensors) for s in states[1:]]
     before = picture(model)
     measure(model, *states, careless)
     assert picture(model) == before

@@ -135,7 +135,7 @@ def align(state: StateLike, onto: StateLike, *, iterations: int = 100, max_condi
         return dataclasses.replace(second, lora_a=lora_a.to(second.lora_a), lora_b=lora_b.to(second.lora_b))
 
     factors = {name: combine(parts) for name, parts in by_name(states)}
-    return AdapterState(factors, states[1].besides, states[1].kept)
+    return AdapterState(factors, states[1].other_tensors, states[1].kept)
 
 
 def lego(states: Sequence[StateLike], rank: int, *, reweight: bool = True, seed: int = 0) -> AdapterState:

@@ -69,9 +69,9 @@ def checked_states(
     first, *others = found
     for i, other in enumerate(others, 1):
         _check_same("adapters", i, *map(_sizes, (first, other)))
-        _check_same("tensors besides the adapters", i, *map(_shapes, (first.besides, other.besides)))
-    if first.besides and sum(checked) == 0:
-        raise ValueError(f"weights must not sum to 0 to average {sorted(first.besides)}; got {checked}")
+        _check_same("tensors beside the adapters", i, *map(_shapes, (first.other_tensors, other.other_tensors)))
+    if first.other_tensors and sum(checked) == 0:
+        raise ValueError(f"weights must not sum to 0 to average {sorted(first.other_tensors)}; got {checked}")
     return found, checked
 
 
@@ -144,10 +144,10 @@ def merged(
 ) -> AdapterState:
     """A state of what `combine` makes of each adapter; other tensors that were trained with them are averaged."""
     factors = {name: combine(parts) for name, parts in by_name(states)}
-    other_tensors = dict(states[0].besides)
+    other_tensors = dict(states[0].other_tensors)
     for key, tensor in other_tensors.items():
         if tensor.is_floating_point():  # counters and flags have no mean
-            same = [state.besides[key].to(tensor.device) for state in states]
+            same = [state.other_tensors[key].to(tensor.device) for state in states]
             other_tensors[key] = weighted_sum([weight / sum(weights) for weight in weights], same)
     kept = dict(states[0].kept)
     if any(state.kept.get("base_model_name_or_path") != kept.get("base_model_name_or_path") for state in states):

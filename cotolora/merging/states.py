@@ -93,7 +93,7 @@ class AdapterState:
 
     Attributes:
         factors: A, B and scale of each adapter.
-        besides: other tensors that were saved with the adapters, parameters (a head) and buffers, by name.
+        other_tensors: what was saved beside the adapters, parameters (a head) and buffers, by name.
         kept: fields of the PEFT config that whatever is made of this state inherits.
 
     Raises:
@@ -107,7 +107,7 @@ class AdapterState:
     """
 
     factors: Mapping[str, Factors]
-    besides: Mapping[str, Tensor] = field(default_factory=dict)
+    other_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     kept: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -116,13 +116,13 @@ class AdapterState:
             raise ValueError(f"factors must hold at least one adapter; got none, {shown(factors)}")
         mapping("kept", self.kept, "a map from fields to their values")
         object.__setattr__(self, "factors", {name: _checked(name, part) for name, part in factors.items()})
-        for key, tensor in mapping("besides", self.besides, "a map from names to tensors", Tensor).items():
+        for key, tensor in mapping("other_tensors", self.other_tensors, "a map from names to tensors", Tensor).items():
             if tensor.is_floating_point() and not _is_finite(tensor):
                 raise ValueError(f"{key} must be finite; it holds NaN or infinity")
 
     def __repr__(self) -> str:
         ranks = sorted({part.rank for part in self.factors.values()})
-        others = f", {len(self.besides)} tensors besides" if self.besides else ""
+        others = f", {len(self.other_tensors)} other tensors" if self.other_tensors else ""
         return f"AdapterState({len(self.factors)} adapters, ranks {{{', '.join(map(str, ranks))}}}{others})"
 
     @classmethod
@@ -235,7 +235,7 @@ class AdapterState:
         return cls(factors, others, kept)
 
     def _saved(self) -> AdapterFiles:
-        tensors = dict(self.besides)
+        tensors = dict(self.other_tensors)
         for name, part in self.factors.items():
             tensors |= {f"{name}.lora_A.weight": part.lora_a, f"{name}.lora_B.weight": part.lora_b}
         specs = {name: part.spec for name, part in self.factors.items()}
@@ -286,7 +286,7 @@ class AdapterState:
                 part = self.factors[name]
                 layer.unmerge()
                 _set_factors(layer, part.spec, _parameter_like(part.lora_a, layer), _parameter_like(part.lora_b, layer))
-            _copy(self.besides, targets)
+            _copy(self.other_tensors, targets)
             yield
         finally:
             _copy(own, targets)
@@ -319,19 +319,19 @@ class AdapterState:
         return layers
 
     def _other_tensors_of(self, model: nn.Module) -> dict[str, Tensor]:
-        if not self.besides:
+        if not self.other_tensors:
             return {}
         own = {plain_name(key): tensor for key, tensor in unwrap(model).state_dict(keep_vars=True).items()}
-        own |= base_tensors(adapters(model), self.besides)
-        for key, tensor in self.besides.items():
+        own |= base_tensors(adapters(model), self.other_tensors)
+        for key, tensor in self.other_tensors.items():
             if key not in own or own[key].shape != tensor.shape:
                 found = f"of shape {tuple(own[key].shape)}" if key in own else "not there"
                 raise ValueError(f"{key} must be in the model, of shape {tuple(tensor.shape)}; it is {found}")
-        copies, _ = Places(unwrap(model)).copies(self._saved().config.wraps, self.besides)
+        copies, _ = Places(unwrap(model)).copies(self._saved().config.wraps, self.other_tensors)
         if copies:
             keys, _, _, others = copies[0]
             raise ValueError(f"{keys[0]} must be a tensor of its own in the model; it is tied to {some_of(others)}")
-        return {key: own[key] for key in self.besides}
+        return {key: own[key] for key in self.other_tensors}
 
 
 def _is_finite(tensor: Tensor) -> bool:

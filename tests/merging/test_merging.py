@@ -21,7 +21,7 @@ from tests.support.tolerance import assert_as_accurate_as_torch
 SIZES = {"q": (7, 9), "blocks.0.up": (12, 5)}  # out, in
 
 
-def random_state(seed, rank=3, alpha=6.0, use_rslora=False, sizes=SIZES, **besides):
+def random_state(seed, rank=3, alpha=6.0, use_rslora=False, sizes=SIZES, **other_tensors):
     generator = torch.Generator().manual_seed(seed)
     factors = {
         name: Factors(
@@ -32,7 +32,7 @@ def random_state(seed, rank=3, alpha=6.0, use_rslora=False, sizes=SIZES, **besid
         )
         for name, (n_out, n_in) in sizes.items()
     }
-    return AdapterState(factors, besides)
+    return AdapterState(factors, other_tensors)
 
 
 def delta(state, name, dtype=torch.float64):
@@ -109,8 +109,8 @@ def same(one, two):
         assert torch.equal(part.lora_a, other.lora_a)
         assert torch.equal(part.lora_b, other.lora_b)
         assert (part.alpha, part.use_rslora) == (other.alpha, other.use_rslora)
-    assert one.besides.keys() == two.besides.keys()
-    assert all(torch.equal(tensor, two.besides[key]) for key, tensor in one.besides.items())
+    assert one.other_tensors.keys() == two.other_tensors.keys()
+    assert all(torch.equal(tensor, two.other_tensors[key]) for key, tensor in one.other_tensors.items())
     assert one.kept == two.kept
     return True
 
@@ -182,7 +182,7 @@ def test_tensors_get_their_scale_from_alpha_or_a_model():
     for given in ({"alpha": 5.0, "use_rslora": True}, {"like": model}):
         other = AdapterState.from_tensors(tensors, **given)
         assert all(torch.equal(part.delta(), state.factors[name].delta()) for name, part in other.factors.items())
-        assert other.besides.keys() == state.besides.keys()
+        assert other.other_tensors.keys() == state.other_tensors.keys()
 
 
 A, B = "q.lora_A.weight", "q.lora_B.weight"
@@ -252,7 +252,7 @@ def test_applied_to_puts_everything_back(merged):
 
 def test_a_state_that_does_not_fit_is_refused():
     model, state = tuned(), AdapterState.from_model(tuned(seed=2))
-    less = AdapterState({"blocks.0": state.factors["blocks.0"]}, state.besides)
+    less = AdapterState({"blocks.0": state.factors["blocks.0"]}, state.other_tensors)
     more = AdapterState({**state.factors, "q": state.factors["blocks.0"]})
     wide = random_state(0, sizes={"blocks.0": (6, 7), "blocks.1": (6, 6)})
     head = AdapterState(state.factors, {"head.bias": torch.ones(4)})
@@ -338,14 +338,14 @@ def test_what_was_trained_besides_is_averaged(tmp_path):
     save_adapter(models[1], tmp_path)
     for merge in (fuse, mix):
         merged = merge([models[0], tmp_path], [3.0, 1.0])
-        one, two = (AdapterState.from_model(model).besides for model in models)
-        for key, tensor in merged.besides.items():
+        one, two = (AdapterState.from_model(model).other_tensors for model in models)
+        for key, tensor in merged.other_tensors.items():
             if tensor.is_floating_point():
                 torch.testing.assert_close(tensor, 0.75 * one[key] + 0.25 * two[key])
-        assert merged.besides["norm.num_batches_tracked"] == 1  # the first's
+        assert merged.other_tensors["norm.num_batches_tracked"] == 1  # the first's
         fresh = base()
         merged.load_into(fresh)
-        assert torch.equal(fresh.head.bias, merged.besides["head.bias"])
+        assert torch.equal(fresh.head.bias, merged.other_tensors["head.bias"])
     with pytest.raises(ValueError, match="must not sum to 0"):
         mix(models, [1, -1])
     assert_same_update(mix(ANY[:2], [1, -1]), ANY[:2], [1, -1])
@@ -400,7 +400,7 @@ def test_align_keeps_the_product_and_comes_nearer(rng_untouched):
     state, other = random_state(0), random_state(1, head=torch.ones(2))
     with torch.inference_mode():
         aligned = align(other, AdapterState(state.factors, {"head": torch.zeros(2)}))
-    assert torch.equal(aligned.besides["head"], torch.ones(2))
+    assert torch.equal(aligned.other_tensors["head"], torch.ones(2))
     assert_same_update(aligned, [other], [1])
     aligned = AdapterState(aligned.factors)
     for name in SIZES:
@@ -720,7 +720,7 @@ REFUSED = {
         ValueError,
         r"only states\[0\] has \['blocks.0.up'\], only states\[1\] has \['v'\]",
     ),
-    "besides": (lambda: mix([ONE, AdapterState(TWO.factors, {"h": X})]), ValueError, r"only states\[1\] has \['h'\]"),
+    "other": (lambda: mix([ONE, AdapterState(TWO.factors, {"h": X})]), ValueError, r"only states\[1\] has \['h'\]"),
     "base": (
         lambda: mix([ONE, random_state(0, sizes={**SIZES, "q": (7, 8)})]),
         ValueError,

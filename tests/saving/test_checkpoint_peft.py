@@ -288,7 +288,7 @@ def test_a_merged_file_with_the_base_of_an_adapter_loads_here_and_there(tied, pe
     with no_key_warnings():
         theirs = peft.PeftModel.from_pretrained(make_base(tf, llama, tied)[0], tmp_path / "merged").eval()
     assert_few_ulps(logits(ours, x), logits(theirs, x))
-    assert torch.equal(ours.lm_head.weight, merged.besides["lm_head.base_layer.weight"])
+    assert torch.equal(ours.lm_head.weight, merged.other_tensors["lm_head.base_layer.weight"])
     assert "lm_head.weight" not in trained(ours)
     other = tuned(make_base(tf, llama, tied)[0], ["q_proj", "lm_head"], rank=2)
     before = logits(other, x)

@@ -192,7 +192,7 @@ def test_adapters_that_are_there_are_never_untied_under_an_optimizer(tmp_path):
     model.head.weight = nn.Parameter(model.head.weight.detach().clone())
     load_adapter(model, tmp_path)
     with state.applied_to(model):
-        assert torch.equal(model.embed.weight, state.besides["embed.weight"])
+        assert torch.equal(model.embed.weight, state.other_tensors["embed.weight"])
 
 
 def test_two_values_for_one_tensor_are_refused(tmp_path):
