@@ -9,10 +9,10 @@ STEPS, BATCH, LENGTH, VOCABULARY = 6, 2, 8, 64
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 
 
-def llama(layers=4):
+def llama(layers=4, **settings):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(**SMALL, num_hidden_layers=layers, num_key_value_heads=2))
+    return LlamaForCausalLM(LlamaConfig(**(SMALL | settings), num_hidden_layers=layers, num_key_value_heads=2))
 
 
 def examples(kind, count):
