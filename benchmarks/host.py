@@ -129,13 +129,14 @@ def peft_order(dropout: float) -> Callable[..., Tensor]:
 
 
 _add_product = addmm.add_product
+_TINY_Y, _TINY_A, _TINY_B = (torch.zeros(rows, 16, dtype=DTYPE) for rows in (4, 4, 16))
 
 
 def product(y: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """`add_product`, but of a fused form a tiny one: the large one takes a CPU long."""
     if y.shape[0] == TINY[0]:
         return _add_product(y, a, b, scale)
-    y[:4, :16].addmm_(a[:4, :16], b[:16, :16], alpha=scale)
+    _TINY_Y.addmm_(_TINY_A, _TINY_B, alpha=scale)
     return y
 
 

@@ -167,6 +167,10 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+class NotPreparedError(RuntimeError):
+    """Kernels would have to be compiled or loaded while a CUDA graph is captured, which may not be possible."""
+
+
 class AlwaysOn(NamedTuple):
     """A backend's forward and backward for calls without a gate, with nothing to look up and nothing to decide.
 
