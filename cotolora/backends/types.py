@@ -187,7 +187,8 @@ class AlwaysOn(NamedTuple):
 class Backend(Protocol):
     """A forward with a hand-written backward. Neither records a graph; `cotolora.backends.autograd` joins them.
 
-    It may have ``always_on(call)`` as well, which is None or an `AlwaysOn` for such calls, equal bit for bit.
+    It may have ``always_on(call)`` as well, which is None or an `AlwaysOn` for such calls, equal bit for bit. A fused
+    one has ``when_captured()``, the same backend, which raises NotPreparedError instead of launching what is new.
     """
 
     def why_not(self, call: Call) -> list[str]:

@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from benchmarks.host import on_stub
 from cotolora.backends.fused import ops
 from cotolora.backends.fused.common import launching
+from cotolora.backends.types import NotPreparedError
 
 SCALE = 0.5
 
@@ -85,6 +86,15 @@ def main():
                 again = launched(seen, operators[name], args)
                 assert again == by_jit, f"{name} {dtype} {gate}:\n{by_jit}\n{again}"
                 compared += len(by_jit[0])
+        x, a = torch.zeros(40, 32), torch.zeros(4, 32)
+        shrink = operators["shrink"]
+        shrink(False, x, a, None, None, SCALE, 0.0)
+        shrink(True, x, a, None, None, SCALE, 0.0)
+        try:
+            shrink(True, x[1:], a, None, None, SCALE, 0.0)
+            raise AssertionError("a kind that was never launched was taken for prepared")
+        except NotPreparedError:
+            pass
         kept = [replay is not None for replays in ops._REPLAYS.values() for replay in replays.values()]
         print(compared, "launches,", sum(kept), "of", len(kept), "kinds launched again")
 

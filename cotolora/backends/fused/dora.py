@@ -89,7 +89,7 @@ class FusedDora(Fused):
 
     def row_norms(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """``‖W + scale · B A‖`` by rows."""
-        return launch_row_norms(self.only_prepared, weight, cast(a, weight.dtype), cast(b, weight.dtype), scale)  # type: ignore[no-any-return]
+        return launch_row_norms(False, weight, cast(a, weight.dtype), cast(b, weight.dtype), scale)  # type: ignore[no-any-return]
 
     def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedFusedDora]:
         """One kernel more than LoRA, for c."""
