@@ -10,6 +10,7 @@ COMMANDS = {
     "aot": "compile every kernel for every GPU it has tiles for, without a GPU, and hold it to its budget",
     "block": "times all linears of a Llama's or a vision transformer's block: ours beside frozen and every peer",
     "gates": "times a gate that is off, by host and by device, and counts the graphs of changing gates",
+    "host": "times what one low-rank linear costs the host: ours in every form beside frozen and PEFT's order",
     "launches": "count what a layer launches, moves and saves: ours, PEFT's and Unsloth's order of operations",
     "linear": "times one low-rank linear: ours in every form beside frozen and every peer",
     "memory": "what a block's linears keep for the backward and hold at most: ours beside frozen and every peer",

@@ -93,7 +93,7 @@ def coto_lora_linear(
             `cotolora.reference`.
         magnitude: m of DoRA, ``[out_features]``, floating, as A and B; None for the others.
         extra: the tensors that a variant has beside A and B, in its order; for DoRA the same as ``magnitude=``.
-        backend: "auto", "reference", "addmm", "triton" or one of its forms as in `set_backend`; None
+        backend: "auto", "reference", "addmm", "triton" or another name as in `set_backend`; None
             follows `set_backend`, then the environment variable ``COTOLORA_BACKEND``, then "auto".
 
     Returns:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale, wide_gates
+from cotolora.kernels.launching import launch
 from cotolora.kernels.partials import Sum, sum_partials
 from cotolora.kernels.shrink import shrink
 from cotolora.kernels.tiles import (
@@ -210,21 +211,21 @@ def gram(
     split = split or splits(arch, tiles, steps)
     partials = out[None] if split == 1 else t.new_empty(split, n, rank, dtype=torch.float32)
     dm = None if dora is None else dora.magnitude_sum(split)
-    with torch.cuda.device_of(t):  # Triton launches on the current device
-        gram_kernel[(triton.cdiv(n, stream.columns), split, triton.cdiv(rank, block_r))](
-            t, h, gate, seed, partials, *scaling(dora, dm),
-            m, n, rank, max(1, m if row_gates is None else m // max(1, row_gates.shape[0])),
-            triton.cdiv(steps, split),
-            *t.stride(), *h.stride(), 0 if row_gates is None else row_gates.stride(0), *partials.stride(),
-            float(scale) * (1.0 if seed is None else keep_scale(dropout)), float(dropout),
-            BLOCK_M=stream.rows,
-            BLOCK_N=stream.columns,
-            BLOCK_R=block_r,
-            ROW_GATES=row_gates is not None,
-            PRECISION=precision,
-            WGMMA=arch == "sm_90",
-            **stream.meta(),
-        )  # fmt: skip
+    launch(
+        gram_kernel, (triton.cdiv(n, stream.columns), split, triton.cdiv(rank, block_r)),
+        t, h, gate, seed, partials, *scaling(dora, dm),
+        m, n, rank, max(1, m if row_gates is None else m // max(1, row_gates.shape[0])),
+        triton.cdiv(steps, split),
+        *t.stride(), *h.stride(), 0 if row_gates is None else row_gates.stride(0), *partials.stride(),
+        float(scale) * (1.0 if seed is None else keep_scale(dropout)), float(dropout),
+        BLOCK_M=stream.rows,
+        BLOCK_N=stream.columns,
+        BLOCK_R=block_r,
+        ROW_GATES=row_gates is not None,
+        PRECISION=precision,
+        WGMMA=arch == "sm_90",
+        **stream.meta(),
+    )  # fmt: skip
     return Sum(partials, out), dm
 
 
@@ -258,20 +259,20 @@ def project(
     p_parts = p[None] if tiles == 1 else dy.new_empty(tiles, m, rank, dtype=torch.float32)
     db_parts = db[None] if split == 1 else dy.new_empty(split, n, rank, dtype=torch.float32)
     dm = None if dora is None else dora.magnitude_sum(split)
-    with torch.cuda.device_of(dy):  # Triton launches on the current device
-        project_kernel[(tiles, split)](
-            dy, h, b, gate, p_parts, db_parts, *scaling(dora, dm),
-            m, n, rank, m if row_gates is None else m // row_gates.shape[0], triton.cdiv(steps, split),
-            *dy.stride(), *h.stride(), *b.stride(), 0 if row_gates is None else row_gates.stride(0),
-            *p_parts.stride(), *db_parts.stride(), float(scale),
-            BLOCK_M=stream.rows,
-            BLOCK_N=stream.columns,
-            BLOCK_R=max(16, triton.next_power_of_2(rank)),
-            ROW_GATES=row_gates is not None,
-            PRECISION=precision,
-            WGMMA=arch == "sm_90",
-            **stream.meta(),
-        )  # fmt: skip
+    launch(
+        project_kernel, (tiles, split),
+        dy, h, b, gate, p_parts, db_parts, *scaling(dora, dm),
+        m, n, rank, m if row_gates is None else m // row_gates.shape[0], triton.cdiv(steps, split),
+        *dy.stride(), *h.stride(), *b.stride(), 0 if row_gates is None else row_gates.stride(0),
+        *p_parts.stride(), *db_parts.stride(), float(scale),
+        BLOCK_M=stream.rows,
+        BLOCK_N=stream.columns,
+        BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        ROW_GATES=row_gates is not None,
+        PRECISION=precision,
+        WGMMA=arch == "sm_90",
+        **stream.meta(),
+    )  # fmt: skip
     return Sum(p_parts, p), Sum(db_parts, db), dm
 
 

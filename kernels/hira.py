@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale
+from cotolora.kernels.launching import launch
 from cotolora.kernels.one_pass import swizzled
 from cotolora.kernels.tiles import HIRA, Tile, architecture, dot_precision, is_aligned, row_for
 
@@ -154,20 +154,20 @@ def hira(
         selects=row_gates is not None or seed is not None,
     ).tile  # fmt: skip
     block_r = rank_block(rank, x.element_size())
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        hira_kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
-            x, weight, bias, a, b, gate, seed, y,
-            m, n, k, rank, m if row_gates is None else m // row_gates.shape[0],
-            *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), *a.stride(), *b.stride(),
-            0 if row_gates is None else row_gates.stride(0), *y.stride(),
-            float(scale) * (1.0 if seed is None else keep_scale(dropout)), float(dropout),
-            BLOCK_R=block_r,
-            RANK_STEPS=triton.cdiv(rank, block_r),
-            ROW_GATES=row_gates is not None,
-            DROPS_INPUT=seed is not None and drops_input,
-            PRECISION=precision,
-            **tile.meta(),
-        )  # fmt: skip
+    launch(
+        hira_kernel, (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),),
+        x, weight, bias, a, b, gate, seed, y,
+        m, n, k, rank, m if row_gates is None else m // row_gates.shape[0],
+        *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), *a.stride(), *b.stride(),
+        0 if row_gates is None else row_gates.stride(0), *y.stride(),
+        float(scale) * (1.0 if seed is None else keep_scale(dropout)), float(dropout),
+        BLOCK_R=block_r,
+        RANK_STEPS=triton.cdiv(rank, block_r),
+        ROW_GATES=row_gates is not None,
+        DROPS_INPUT=seed is not None and drops_input,
+        PRECISION=precision,
+        **tile.meta(),
+    )  # fmt: skip
     return y
 
 

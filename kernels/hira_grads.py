@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale, wide_gates
 from cotolora.kernels.hira import rank_block
+from cotolora.kernels.launching import launch
 from cotolora.kernels.one_pass import swizzled
 from cotolora.kernels.partials import Sum, sum_partials
 from cotolora.kernels.row_norm import any_on
@@ -111,19 +112,19 @@ def hira_grads(
     split = split or splits(arch, tiles_n * tiles_k, steps)
     da_parts = da[None] if split * tiles_n == 1 else dy.new_empty(split * tiles_n, rank, k, dtype=torch.float32)
     db_parts = db[None] if split * tiles_k == 1 else dy.new_empty(split * tiles_k, n, rank, dtype=torch.float32)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        hira_grads_kernel[(tiles_n * tiles_k, split)](
-            dy, x, weight, a, b, gate, seed, da_parts, db_parts,
-            m, n, k, rank, 0 if gate is None else gate.numel(),
-            max(1, m if row_gates is None else m // max(1, row_gates.shape[0])), triton.cdiv(steps, split),
-            *dy.stride(), *x.stride(), *weight.stride(), *a.stride(), *b.stride(),
-            0 if row_gates is None else row_gates.stride(0), *da_parts.stride(), *db_parts.stride(),
-            float(scale) * (1.0 if seed is None else keep_scale(dropout)), float(dropout),
-            BLOCK_R=rank_block(rank, x.element_size()),
-            ROW_GATES=row_gates is not None,
-            PRECISION=precision,
-            **tile.meta(),
-        )  # fmt: skip
+    launch(
+        hira_grads_kernel, (tiles_n * tiles_k, split),
+        dy, x, weight, a, b, gate, seed, da_parts, db_parts,
+        m, n, k, rank, 0 if gate is None else gate.numel(),
+        max(1, m if row_gates is None else m // max(1, row_gates.shape[0])), triton.cdiv(steps, split),
+        *dy.stride(), *x.stride(), *weight.stride(), *a.stride(), *b.stride(),
+        0 if row_gates is None else row_gates.stride(0), *da_parts.stride(), *db_parts.stride(),
+        float(scale) * (1.0 if seed is None else keep_scale(dropout)), float(dropout),
+        BLOCK_R=rank_block(rank, x.element_size()),
+        ROW_GATES=row_gates is not None,
+        PRECISION=precision,
+        **tile.meta(),
+    )  # fmt: skip
     unfinished = [Sum(parts, out) for parts, out in ((da_parts, da), (db_parts, db)) if parts.shape[0] > 1]
     if unfinished:
         sum_partials(*unfinished)

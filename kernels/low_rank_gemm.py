@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,6 +9,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale
 from cotolora.kernels.epilogue import scale_columns, store_scaled
+from cotolora.kernels.launching import launch
 from cotolora.kernels.one_pass import swizzled
 from cotolora.kernels.tiles import (
     LOW_RANK_GEMM,
@@ -215,22 +215,22 @@ def low_rank_gemm(
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     # full float32 has no matrix instruction on NVIDIA: the ranks of a product are held in registers
     block_r = min(64 if x.element_size() == 2 else 16, max(16, triton.next_power_of_2(rank)))
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        low_rank_gemm_kernel[(min(tiles, MULTIPROCESSORS[arch] * tile.programs),)](
-            operands[0], operands[1], bias, h, b, gate, seed, x_scale, column_scale, operands[2], operands[3],
-            m, n, k, rank, m if row_gates is None else m // row_gates.shape[0],
-            *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), *h.stride(), *b.stride(),
-            0 if row_gates is None else row_gates.stride(0), *y.stride(),
-            float(dropout), keep_scale(dropout),
-            BLOCK_R=block_r,
-            RANK_STEPS=triton.cdiv(rank, block_r),
-            TMA=tma,
-            WEIGHT_ROWS=weight_rows,
-            STORES=stores,
-            ROW_GATES=row_gates is not None,
-            PRECISION=precision,
-            **tile.meta(),
-        )  # fmt: skip
+    launch(
+        low_rank_gemm_kernel, (min(tiles, MULTIPROCESSORS[arch] * tile.programs),),
+        operands[0], operands[1], bias, h, b, gate, seed, x_scale, column_scale, operands[2], operands[3],
+        m, n, k, rank, m if row_gates is None else m // row_gates.shape[0],
+        *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), *h.stride(), *b.stride(),
+        0 if row_gates is None else row_gates.stride(0), *y.stride(),
+        float(dropout), keep_scale(dropout),
+        BLOCK_R=block_r,
+        RANK_STEPS=triton.cdiv(rank, block_r),
+        TMA=tma,
+        WEIGHT_ROWS=weight_rows,
+        STORES=stores,
+        ROW_GATES=row_gates is not None,
+        PRECISION=precision,
+        **tile.meta(),
+    )  # fmt: skip
     return y
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cotolora.kernels.dropout import VERSION, keep_mask, keep_scale
 from cotolora.kernels.epilogue import store_scaled
+from cotolora.kernels.launching import launch
 from cotolora.kernels.tiles import ONE_PASS, Tile, architecture, dot_precision, is_aligned, row_for
 
 
@@ -185,16 +185,16 @@ def one_pass(
         tile = replace(tile, num_stages=1)
     # without columns there is still h to write
     programs = triton.cdiv(m, tile.block_m) * max(1, triton.cdiv(n, tile.block_n))
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        one_pass_kernel[(programs,)](
-            x, weight, bias, a, b, gate, seed, column_scale, y, h, u,
-            m, n, k, rank, m if row_gates is None else m // row_gates.shape[0],
-            *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), *a.stride(), *b.stride(),
-            0 if row_gates is None else row_gates.stride(0), *y.stride(), *h.stride(),
-            float(scale) * (1.0 if seed is None else keep_scale(dropout)), float(dropout),
-            BLOCK_R=max(16, triton.next_power_of_2(rank)),
-            ROW_GATES=row_gates is not None,
-            PRECISION=precision,
-            **tile.meta(),
-        )  # fmt: skip
+    launch(
+        one_pass_kernel, (programs,),
+        x, weight, bias, a, b, gate, seed, column_scale, y, h, u,
+        m, n, k, rank, m if row_gates is None else m // row_gates.shape[0],
+        *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), *a.stride(), *b.stride(),
+        0 if row_gates is None else row_gates.stride(0), *y.stride(), *h.stride(),
+        float(scale) * (1.0 if seed is None else keep_scale(dropout)), float(dropout),
+        BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        ROW_GATES=row_gates is not None,
+        PRECISION=precision,
+        **tile.meta(),
+    )  # fmt: skip
     return y, h

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale
 from cotolora.kernels.epilogue import store_scaled
+from cotolora.kernels.launching import launch
 from cotolora.kernels.tiles import ONE_PASS_SWAPPED, Stream, architecture, dot_precision, is_aligned, row_for, splits
 
 
@@ -165,33 +166,34 @@ def one_pass_swapped(
     steps = triton.cdiv(k, stream.columns)
     split = split or splits(arch, tiles, steps)
     partials = x.new_empty(split, n + rank, m, dtype=torch.float32)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        stacked_kernel[(tiles, split)](
-            x, weight, a, None if row_gates is not None else gate, seed, partials,
-            m, n, k, rank, triton.cdiv(steps, split),
-            *x.stride(), *weight.stride(), *a.stride(), partials.stride(0), float(dropout),
-            BLOCK_M=max(16, triton.next_power_of_2(m)),
-            BLOCK_N=stream.rows,
-            BLOCK_K=stream.columns,
-            PRECISION=precision,
-            **stream.meta(),
-        )  # fmt: skip
-        # ptxas may spill a few bytes to fit one more block on an SM, more so in full float32 and with a column scale.
-        # These sizes compile without spills in Triton 3.6 and 3.9 [compiled]
-        scaled, full_float32 = column_scale is not None, x.dtype == torch.float32 and precision == "ieee"
-        block_n = 16 if scaled or full_float32 else 32
-        # many small programs, to fill the GPU; tl.dot needs at least 16 rows
-        finish_kernel[(triton.cdiv(m, 16), max(1, triton.cdiv(n, block_n)))](
-            partials, bias, b, gate, column_scale, y, h, u,
-            split, m, n, rank, m if row_gates is None else m // row_gates.shape[0],
-            0 if bias is None else bias.stride(0), *b.stride(), 0 if row_gates is None else row_gates.stride(0),
-            *y.stride(), *h.stride(), partials.stride(0), float(scale) * (1.0 if seed is None else keep_scale(dropout)),
-            BLOCK_M=16,
-            BLOCK_N=block_n,
-            BLOCK_R=16,
-            ROW_GATES=row_gates is not None,
-            PRECISION=precision,
-            enable_fp_fusion=True,
-            num_warps=4 if not full_float32 else 8 if scaled else 2,
-        )  # fmt: skip
+    launch(
+        stacked_kernel, (tiles, split),
+        x, weight, a, None if row_gates is not None else gate, seed, partials,
+        m, n, k, rank, triton.cdiv(steps, split),
+        *x.stride(), *weight.stride(), *a.stride(), partials.stride(0), float(dropout),
+        BLOCK_M=max(16, triton.next_power_of_2(m)),
+        BLOCK_N=stream.rows,
+        BLOCK_K=stream.columns,
+        PRECISION=precision,
+        **stream.meta(),
+    )  # fmt: skip
+    # ptxas may spill a few bytes to fit one more block on an SM, more so in full float32 and with a column scale.
+    # These sizes compile without spills in Triton 3.6 and 3.9 [compiled]
+    scaled, full_float32 = column_scale is not None, x.dtype == torch.float32 and precision == "ieee"
+    block_n = 16 if scaled or full_float32 else 32
+    # many small programs, to fill the GPU; tl.dot needs at least 16 rows
+    launch(
+        finish_kernel, (triton.cdiv(m, 16), max(1, triton.cdiv(n, block_n))),
+        partials, bias, b, gate, column_scale, y, h, u,
+        split, m, n, rank, m if row_gates is None else m // row_gates.shape[0],
+        0 if bias is None else bias.stride(0), *b.stride(), 0 if row_gates is None else row_gates.stride(0),
+        *y.stride(), *h.stride(), partials.stride(0), float(scale) * (1.0 if seed is None else keep_scale(dropout)),
+        BLOCK_M=16,
+        BLOCK_N=block_n,
+        BLOCK_R=16,
+        ROW_GATES=row_gates is not None,
+        PRECISION=precision,
+        enable_fp_fusion=True,
+        num_warps=4 if not full_float32 else 8 if scaled else 2,
+    )  # fmt: skip
     return y, h

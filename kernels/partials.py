@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from cotolora.kernels.launching import launch
 
 BLOCK_M, BLOCK_N = 16, 64
 
@@ -71,7 +72,7 @@ def sum_partials(first: Sum, second: Sum | None = None) -> None:
     tensors = [*first, *(second or (None, None))]
     sizes = [*first.partials.shape, *((0, 0, 0) if second is None else second.partials.shape)]
     strides = [stride for s in sums for stride in (s.partials.stride(0), *s.out.stride())] + [0] * (6 - 3 * len(sums))
-    with torch.cuda.device_of(first.out):  # Triton launches on the current device
-        sum_partials_kernel[(tiles,)](
-            *tensors, *sizes, *strides, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4, enable_fp_fusion=True
-        )
+    launch(
+        sum_partials_kernel, (tiles,),
+        *tensors, *sizes, *strides, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale, wide_gates
+from cotolora.kernels.launching import launch
 from cotolora.kernels.tiles import PRE_EXPAND, Stream, architecture, dot_precision, row_for
 
 
@@ -134,19 +134,19 @@ def _launch(
         ).tile
     )
     factor = 1.0 if seed is None else keep_scale(dropout)
-    with torch.cuda.device_of(h):  # Triton launches on the current device
-        pre_expand_kernel[(triton.cdiv(m, stream.rows),)](
-            x, a, bias, b, add, gate, seed, h, y,
-            m, n, 0 if x is None else x.shape[1], rank, m if row_gates is None else m // row_gates.shape[0],
-            *((0, 0) if x is None else x.stride()), *((0, 0) if a is None else a.stride()),
-            0 if bias is None else bias.stride(0), *b.stride(), *((0, 0) if add is None else add.stride()),
-            0 if row_gates is None else row_gates.stride(0), *h.stride(), *y.stride(),
-            float(scale) * (1.0 if x is None else factor), float(dropout), factor,
-            BLOCK_M=stream.rows,
-            BLOCK_N=stream.columns,
-            BLOCK_R=min(stream.max_ranks, max(16, triton.next_power_of_2(rank))),
-            ROW_GATES=row_gates is not None,
-            PRECISION=precision,
-            **stream.meta(),
-        )  # fmt: skip
+    launch(
+        pre_expand_kernel, (triton.cdiv(m, stream.rows),),
+        x, a, bias, b, add, gate, seed, h, y,
+        m, n, 0 if x is None else x.shape[1], rank, m if row_gates is None else m // row_gates.shape[0],
+        *((0, 0) if x is None else x.stride()), *((0, 0) if a is None else a.stride()),
+        0 if bias is None else bias.stride(0), *b.stride(), *((0, 0) if add is None else add.stride()),
+        0 if row_gates is None else row_gates.stride(0), *h.stride(), *y.stride(),
+        float(scale) * (1.0 if x is None else factor), float(dropout), factor,
+        BLOCK_M=stream.rows,
+        BLOCK_N=stream.columns,
+        BLOCK_R=min(stream.max_ranks, max(16, triton.next_power_of_2(rank))),
+        ROW_GATES=row_gates is not None,
+        PRECISION=precision,
+        **stream.meta(),
+    )  # fmt: skip
     return y

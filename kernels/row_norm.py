@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cotolora.kernels.launching import launch
 from cotolora.kernels.tiles import ROW_NORM, Stream, architecture, dot_precision, is_aligned, row_for
 
 
@@ -114,18 +115,18 @@ def row_norm(
         aligned=is_aligned(weight) and is_aligned(a),
     ).tile  # fmt: skip
     block_r = min(stream.max_ranks, max(16, triton.next_power_of_2(rank)))
-    with torch.cuda.device_of(weight):  # Triton launches on the current device
-        row_norm_kernel[(triton.cdiv(n, stream.rows),)](
-            weight, a, b, norm, magnitude, gate, out, ratio,
-            n, k, rank, 0 if gate is None else gate.numel(),
-            *weight.stride(), *a.stride(), *b.stride(), 0 if norm is None else norm.stride(0),
-            0 if magnitude is None else magnitude.stride(0), 0 if gate is None or gate.dim() == 0 else gate.stride(0),
-            float(scale),
-            BLOCK_N=stream.rows,
-            BLOCK_K=stream.columns,
-            BLOCK_R=block_r,
-            RANK_STEPS=triton.cdiv(rank, block_r),
-            PRECISION=precision,
-            **stream.meta(),
-        )  # fmt: skip
+    launch(
+        row_norm_kernel, (triton.cdiv(n, stream.rows),),
+        weight, a, b, norm, magnitude, gate, out, ratio,
+        n, k, rank, 0 if gate is None else gate.numel(),
+        *weight.stride(), *a.stride(), *b.stride(), 0 if norm is None else norm.stride(0),
+        0 if magnitude is None else magnitude.stride(0), 0 if gate is None or gate.dim() == 0 else gate.stride(0),
+        float(scale),
+        BLOCK_N=stream.rows,
+        BLOCK_K=stream.columns,
+        BLOCK_R=block_r,
+        RANK_STEPS=triton.cdiv(rank, block_r),
+        PRECISION=precision,
+        **stream.meta(),
+    )  # fmt: skip
     return out, ratio

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale
+from cotolora.kernels.launching import launch
 from cotolora.kernels.partials import Sum, sum_partials
 from cotolora.kernels.tiles import SHRINK, Stream, architecture, dot_precision, row_for, splits
 
@@ -84,20 +85,20 @@ def shrink(
     steps = triton.cdiv(k, stream.columns)
     split = split or splits(arch, tiles, steps)
     partials = h[None] if split == 1 else x.new_empty(split, m, rank, dtype=torch.float32)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
-        shrink_kernel[(triton.cdiv(m, stream.rows), split, triton.cdiv(rank, block_r))](
-            x, a, gate, seed, partials,
-            m, k, rank, m if row_gates is None else m // row_gates.shape[0],
-            triton.cdiv(steps, split),
-            *x.stride(), *a.stride(), 0 if row_gates is None else row_gates.stride(0), *partials.stride(),
-            float(scale) * (1.0 if seed is None else keep_scale(dropout)), float(dropout),
-            BLOCK_M=stream.rows,
-            BLOCK_K=stream.columns,
-            BLOCK_R=block_r,
-            ROW_GATES=row_gates is not None,
-            PRECISION=precision,
-            **stream.meta(),
-        )  # fmt: skip
+    launch(
+        shrink_kernel, (triton.cdiv(m, stream.rows), split, triton.cdiv(rank, block_r)),
+        x, a, gate, seed, partials,
+        m, k, rank, m if row_gates is None else m // row_gates.shape[0],
+        triton.cdiv(steps, split),
+        *x.stride(), *a.stride(), 0 if row_gates is None else row_gates.stride(0), *partials.stride(),
+        float(scale) * (1.0 if seed is None else keep_scale(dropout)), float(dropout),
+        BLOCK_M=stream.rows,
+        BLOCK_K=stream.columns,
+        BLOCK_R=block_r,
+        ROW_GATES=row_gates is not None,
+        PRECISION=precision,
+        **stream.meta(),
+    )  # fmt: skip
     if split > 1:
         sum_partials(Sum(partials, h))
     return h

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cotolora import (
     CoTo,
@@ -24,7 +25,8 @@ from cotolora import (
     inject,
     sample_mask,
 )
-from tests.support import training
+from cotolora.backends import autograd
+from tests.support import captured, training
 
 WIDTH, BLOCKS = 6, 5
 
@@ -1025,3 +1027,38 @@ def test_the_constructor_needs_no_hook_after_a_failure_of_its_own():
         CoTo(model, 20, seed=-1)
     assert not model._forward_hooks
     assert all(layer.gate is True for layer in adapters(model).values())
+
+
+# CUDA graphs, as far as a CPU shows them; the rest is in tests/kernels/test_gpu.py
+
+
+class Operators(TorchDispatchMode):
+    """Notes what torch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_captured_step_does_the_same_under_every_mask_and_trains_as_a_plain_loop(monkeypatch):
+    monkeypatch.setattr(autograd, "readable", lambda gate: False)  # as of a gate on a GPU
+    seen = []
+
+    def noted(compute):
+        def run():
+            with Operators() as operators:
+                results = compute()
+            seen.append(operators.names)
+            return results
+
+        return captured.without_a_graph(run)
+
+    weights, masks = captured.train_captured(captured.model_of("cpu"), noted)
+    assert len(set(masks)) > 3
+    _, first, *others = seen
+    assert all(names == first for names in others)
+    assert all_equal(weights, captured.train_eagerly(captured.model_of("cpu")))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cotolora.backends.choice import Plan, note_failure, note_run
+from cotolora.backends.choice import Plan, note_failure
 from cotolora.backends.off import OFF
 from cotolora.backends.types import Needs, Operands
 
@@ -112,8 +112,6 @@ def compute(plan: Plan, operands: Operands, gate: Tensor | None, needs: Needs) -
         plan = plan.instead
         assert plan.backend is not None
         y, saved = plan.backend.forward(operands, options, needs)
-    if plan.fused and not torch.compiler.is_compiling():
-        note_run(plan)
     return y, saved, plan
 
 

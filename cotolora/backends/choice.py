@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 from cotolora.backends import cost, measured
-from cotolora.backends.types import AlwaysOn, Backend, Call, Options, transforming
+from cotolora.backends.types import AlwaysOn, Backend, Call, NotPreparedError, Options, transforming
 from cotolora.checks import shown
 from cotolora.variants import VARIANTS
 
 BACKENDS = ("reference", "addmm", "triton")
+CAPTURED = "auto:captured"  # auto as it chooses while a CUDA graph is captured
 CLEAR_WIN = 1.10  # how many times as long the vendor's GEMMs must take before a form that was never timed is taken
 logger = logging.getLogger("cotolora")
 
@@ -42,8 +43,9 @@ class set_backend:  # noqa: N801 (used like torch.set_grad_enabled)
 
     Args:
         backend: "auto", "reference", "addmm" or "triton"; "triton:one_pass", "triton:low_rank_gemm",
-            "triton:pre_expand" and, of HiRA, "triton:hira" ask for one form of the fused kernels; None takes back an
-            earlier choice.
+            "triton:pre_expand" and, of HiRA, "triton:hira" ask for one form of the fused kernels; "auto:captured" is
+            auto as it chooses while a CUDA graph is captured, where the host costs nothing: run the warm-up under it,
+            for a capture takes no fused kernel that was not launched before; None takes back an earlier choice.
 
     Raises:
         ValueError: `backend` is none of these.
@@ -103,11 +105,11 @@ def _set(backend: str | None) -> None:
 def names() -> tuple[str, ...]:
     """Every name that a backend may be asked for by."""
     fused = (name for variant in VARIANTS.values() for name in variant.backends if name.startswith("triton:"))
-    return "auto", *BACKENDS, *dict.fromkeys(fused)
+    return "auto", CAPTURED, *BACKENDS, *dict.fromkeys(fused)
 
 
 def check_name(backend: object, argument: str) -> None:
-    """Raises ValueError unless `backend` is "auto" or the name of a backend."""
+    """Raises ValueError unless `backend` is "auto", "auto:captured" or the name of a backend."""
     if not isinstance(backend, str) or (backend not in ("auto", *BACKENDS) and backend not in names()):
         raise ValueError(f"{argument} must be one of {', '.join(map(repr, names()))}; got {shown(backend)}")
 
@@ -149,11 +151,6 @@ class Plan(NamedTuple):
     instead: Plan | None = None
     always_on: AlwaysOn | None = None
 
-    @property
-    def launched(self) -> tuple[Any, ...]:
-        """What of a call decides whether its kernels can be compiled and loaded."""
-        return self.name, self.call.dtype, self.call.rank, self.call.variant.name, bool(self.options.dropout)
-
 
 def plan(backend: str | None, call: Call, options: Options, cast_to: torch.dtype | None = None) -> Plan:
     """How such calls are run.
@@ -165,8 +162,10 @@ def plan(backend: str | None, call: Call, options: Options, cast_to: torch.dtype
     name = choose(backend, call)
     backends, fused, traced = call.variant.backends_for(call), name.startswith("triton"), torch.compiler.is_compiling()
     chosen, instead, always_on = backends.get(name), None, None
-    if fused and requested(backend)[0] == "auto":
+    if fused and requested(backend)[0] in ("auto", CAPTURED):
         instead = Plan("addmm", backends["addmm"], options, call, cast_to)
+        if capturing(call):
+            chosen = chosen.when_captured()  # type: ignore[union-attr]
     if call.backward and cast_to is None and not traced and hasattr(chosen, "always_on"):
         always_on = chosen.always_on(call)  # type: ignore[union-attr]
     return Plan(name, chosen, options, call, cast_to, fused, traced, instead, always_on)
@@ -180,8 +179,8 @@ def choose(backend: str | None, call: Call) -> str:
         RuntimeError: a backend asked for by name cannot run this call; the message lists every reason.
     """
     name, _ = requested(backend)
-    if name == "auto":
-        return auto(call)[0]
+    if name in ("auto", CAPTURED):
+        return auto(call, captured=name == CAPTURED)[0]
     if reasons := why_not(name, call):
         lines = "".join(f"\n  - {reason}" for reason in reasons)
         raise RuntimeError(f"backend={name!r} cannot run this call:{lines}")
@@ -195,8 +194,13 @@ def named(name: str, call: Call) -> str:
     return name
 
 
-def auto(call: Call) -> tuple[str, str]:
-    """What ``backend="auto"`` takes, and the reason."""
+def capturing(call: Call) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return call.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def auto(call: Call, *, captured: bool = False) -> tuple[str, str]:
+    """What ``backend="auto"`` takes, and the reason; `captured`: as in a CUDA graph, also where none is captured."""
     if transforming():
         return "reference", "inside a torch.func transform or forward-mode AD, which need plain autograd"
     if call.dtype == torch.float64:
@@ -210,17 +214,9 @@ def auto(call: Call) -> tuple[str, str]:
         return "addmm", "the fused kernels cannot run: " + "; ".join(reasons)
     if call.rows is None:
         return "addmm", "the number of rows is not known beforehand"
-    captured = torch.cuda.is_current_stream_capturing()
-    name, reason = _cached_fastest(call, captured)
-    if name == "addmm":
-        return name, reason
-    kind = (name, call.dtype, call.rank, call.variant.name, bool(call.dropout))
-    if error := _failed.get(kind):
+    name, reason = _cached_fastest(call, captured or capturing(call))
+    if error := _failed.get(_kind(name, call)):
         return "addmm", f"the fused {name.removeprefix('triton:')} has failed in this process: {error}"
-    if captured and kind not in _ran:
-        # loading a kernel may not be possible while a graph is being captured
-        form = name.removeprefix("triton:")
-        return "addmm", f"the fused {form} has not run in this process; run it once before the capture"
     return name, reason
 
 
@@ -256,7 +252,7 @@ def _fastest_fused(call: Call) -> str:
         return next(iter(fused))
     if sizes is None:
         return list(fused)[-1]  # depends least on the sizes, and on our own GEMM
-    captured = call.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    captured = capturing(call)
     name, _ = _cached_fastest(call, captured)
     if name != "addmm":
         return name
@@ -319,13 +315,19 @@ def modelled(call: Call, arch: str, captured: bool) -> dict[str, float]:
     }
 
 
-# by kind of call, which decides everything that a plan says but for the two tables below
+# by kind of call, which decides everything that a plan says but for the first of the tables below
 plans: dict[tuple[object, ...], Plan] = {}
 _MOST_PLANS = 4096
 
-# kinds of launches that auto has chosen and that could not run, with the error; and those that have run
+# kinds of launches that auto has chosen and that could not run, with the error; and those of which it was said that a
+# capture goes on without them
 _failed: dict[tuple[Any, ...], str] = {}
-_ran: set[tuple[Any, ...]] = set()
+_unprepared: set[tuple[Any, ...]] = set()
+
+
+def _kind(name: str, call: Call) -> tuple[Any, ...]:
+    """What of a call decides whether its kernels can be compiled and loaded."""
+    return name, call.dtype, call.rank, call.variant.name, bool(call.dropout)
 
 
 def keep(kind: tuple[object, ...], kept: Plan) -> None:
@@ -335,17 +337,20 @@ def keep(kind: tuple[object, ...], kept: Plan) -> None:
     plans[kind] = kept
 
 
-def note_run(followed: Plan) -> None:
-    """Remembers that the kernels of a plan are compiled and loaded."""
-    if (launched := followed.launched) not in _ran:
-        _ran.add(launched)
-        plans.clear()
-
-
 def note_failure(followed: Plan, error: Exception) -> None:
-    """Takes the kernels of a plan out of auto's choice for such calls, and says so once in the log."""
-    if (launched := followed.launched) not in _failed:
-        _failed[launched] = f"{type(error).__name__}: {error}"
+    """Takes the kernels of a plan out of auto's choice for such calls, and says so once in the log.
+
+    Kernels that only were not launched before a capture stay.
+    """
+    kind, form = _kind(followed.name, followed.call), followed.name.removeprefix("triton:")
+    if isinstance(error, NotPreparedError):
+        if kind not in _unprepared:
+            _unprepared.add(kind)
+            logger.warning(
+                "the fused %s was not launched before this capture, vendor GEMMs are captured instead; run the warm-up "
+                "under set_backend(%r)", form, CAPTURED,
+            )  # fmt: skip
+    elif kind not in _failed:
+        _failed[kind] = f"{type(error).__name__}: {error}"
         plans.clear()
-        form = followed.name.removeprefix("triton:")
-        logger.warning("the fused %s cannot run here, vendor GEMMs run instead: %s", form, _failed[launched])
+        logger.warning("the fused %s cannot run here, vendor GEMMs run instead: %s", form, _failed[kind])

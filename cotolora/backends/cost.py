@@ -14,7 +14,7 @@ from cotolora.backends.types import Launch, Launches, Sizes
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of a GPU: bf16 products in FLOP/s, memory in byte/s. And of its host: seconds to launch a kernel."""
+    """Rates of a GPU: bf16 products in FLOP/s, memory in byte/s. And of its host: seconds."""
 
     flops: float
     bandwidth: float
@@ -25,8 +25,12 @@ class Machine:
     # that draws a mask of x in its main loop: 763 instructions a step where 169 draw none [compiled, sm_90]
     masking_gemm: float = 0.75 * 169 / 763
     gap: float = 1e-6  # between two kernels of a graph
+    # of the host, fitted to `python -m benchmarks host` with float32 A and B: a layer's Python and autograd in one
+    # forward and in one backward, and a launch, to which 2 µs are added for the driver [assumed]
+    forward_host: float = 33e-6
+    backward_host: float = 78e-6
     vendor_launch: float = 5e-6
-    triton_launch: float = 10e-6
+    triton_launch: float = 11e-6
 
 
 MACHINES = {
@@ -55,7 +59,7 @@ def frozen(sizes: Sizes) -> Launches:
 
 def seconds(launches: Launches, element_size: int, machine: Machine, *, captured: bool, backward: bool = True) -> float:
     """Modelled time of a forward, with `backward` of both; captured in a CUDA graph, the host costs nothing."""
-    device = host = 0.0
+    device, host = 0.0, machine.forward_host + (machine.backward_host if backward else 0)
     both: Iterable[Launch] = (*launches.forward, *(launches.backward if backward else ()))
     for launch in both:
         efficiency = 1.0 if launch.speed == "vendor" else getattr(machine, launch.speed)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cotolora.backends.choice import BACKENDS, auto, named, requested, why_not
+from cotolora.backends.choice import BACKENDS, CAPTURED, auto, named, requested, why_not
 from cotolora.backends.cost import frozen
 from cotolora.backends.types import Call, Launch, Launches
 from cotolora.checks import device as checked_device
@@ -94,8 +94,8 @@ def explain(
     else:
         call = _call_of_shapes(layer_or_shapes, dtype, device, dropout, variant)
     name, source = requested(backend)
-    if name == "auto":
-        runs, reason = auto(call)
+    if name in ("auto", CAPTURED):
+        runs, reason = auto(call, captured=name == CAPTURED)
     else:
         runs = name if why_not(name, call) else named(name, call)
         reason = f"asked for by {source}"

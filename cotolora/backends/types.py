@@ -167,6 +167,10 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+class NotPreparedError(RuntimeError):
+    """Kernels would have to be compiled or loaded while a CUDA graph is captured, which may not be possible."""
+
+
 class AlwaysOn(NamedTuple):
     """A backend's forward and backward for calls without a gate, with nothing to look up and nothing to decide.
 
@@ -183,7 +187,8 @@ class AlwaysOn(NamedTuple):
 class Backend(Protocol):
     """A forward with a hand-written backward. Neither records a graph; `cotolora.backends.autograd` joins them.
 
-    It may have ``always_on(call)`` as well, which is None or an `AlwaysOn` for such calls, equal bit for bit.
+    It may have ``always_on(call)`` as well, which is None or an `AlwaysOn` for such calls, equal bit for bit. A fused
+    one has ``when_captured()``, the same backend, which raises NotPreparedError instead of launching what is new.
     """
 
     def why_not(self, call: Call) -> list[str]:

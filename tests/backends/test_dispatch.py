@@ -242,8 +242,8 @@ def test_the_choice_reaches_the_threads_of_the_autograd_engine():
 
 @pytest.mark.parametrize("name", ["cuda", "Reference", "", 1, True])
 def test_unknown_names_are_refused_and_change_nothing(name):
-    every = "'auto', 'reference', 'addmm', 'triton', 'triton:one_pass', 'triton:low_rank_gemm', 'triton:pre_expand', "
-    message = rf"backend must be one of {every}'triton:hira'; got {name!r}"
+    every = "'auto', 'auto:captured', 'reference', 'addmm', 'triton', 'triton:one_pass', 'triton:low_rank_gemm', "
+    message = rf"backend must be one of {every}'triton:pre_expand', 'triton:hira'; got {name!r}"
     with set_backend("reference"):
         for ask in (set_backend, lambda name: call(backend=name), lambda name: explain((1, 2, 3, 4), backend=name)):
             with pytest.raises(ValueError, match=message):

@@ -17,9 +17,10 @@ from tests.support.tolerance import assert_as_accurate_as_torch
 pytest.importorskip("triton")
 
 from cotolora.backends import cost, measured
+from cotolora.backends.fused import lora as fused_lora
 from cotolora.backends.fused import ops
 from cotolora.backends.fused.lora import SWAPPED_ROWS, FusedLora
-from cotolora.backends.types import Sizes
+from cotolora.backends.types import NotPreparedError, Sizes
 from cotolora.kernels.dropout import drawn_mask
 from cotolora.variants import VARIANTS
 
@@ -285,12 +286,14 @@ def test_torch_func_takes_the_reference():
 def on_gpu(monkeypatch):
     """Makes auto choose a fused form for a CPU, as on a GPU whose model says so."""
     monkeypatch.setattr(dispatch, "_failed", {})
-    monkeypatch.setattr(dispatch, "_ran", set())
+    monkeypatch.setattr(dispatch, "_unprepared", set())
     monkeypatch.setattr(dispatch, "plans", {})
     monkeypatch.setattr(dispatch, "_environment", None)
     auto = dispatch.auto
     monkeypatch.setattr(
-        dispatch, "auto", lambda call: auto(call) if dispatch._failed else ("triton:low_rank_gemm", "a model says so")
+        dispatch,
+        "auto",
+        lambda call, **_: auto(call) if dispatch._failed else ("triton:low_rank_gemm", "a model says so"),
     )
 
 
@@ -323,6 +326,60 @@ def test_a_kernel_that_cannot_run_is_replaced_once_and_logged(where, dropout, mo
     assert "out of resource: shared memory" in caplog.text
     with pytest.raises(RuntimeError, match="out of resource"):
         gradients(coto_lora_linear(*leaves, scale=SCALE, backend="triton:low_rank_gemm"), leaves, dy)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.usefixtures("on_gpu")
+def test_a_capture_takes_vendor_gemms_where_kernels_were_not_launched_before(where, monkeypatch, caplog):
+    leaves = [t.requires_grad_() for t in operands()]
+    dy = random((20, 24), seed=1)[0]
+    launched, launch = [], getattr(fused_lora, f"launch_{where}")
+
+    def kept(only_prepared, *args):
+        if only_prepared and not launched:
+            raise NotPreparedError
+        launched.append(args)
+        return launch(only_prepared, *args)
+
+    def both():
+        y = coto_lora_linear(*leaves, scale=SCALE)
+        return y, *gradients(y, leaves, dy)
+
+    y = coto_lora_linear(*leaves, scale=SCALE, backend="addmm")
+    by_addmm = (y, *gradients(y, leaves, dy))
+    monkeypatch.setattr(fused_lora, f"launch_{where}", kept)
+    monkeypatch.setattr(dispatch, "capturing", lambda call: True)
+    with caplog.at_level(logging.WARNING, logger="cotolora"):
+        for _ in range(2):
+            for one, other in zip(both(), by_addmm, strict=True):
+                torch.testing.assert_close(one, other)
+    assert len(caplog.records) == 1
+    assert "was not launched before this capture" in caplog.text
+    assert not launched
+    # what was launched before, as in a warm-up, is captured; nothing was taken for a failure
+    monkeypatch.setattr(dispatch, "capturing", lambda call: False)
+    dispatch.plans.clear()
+    both()
+    assert len(launched) == 1
+    monkeypatch.setattr(dispatch, "capturing", lambda call: True)
+    dispatch.plans.clear()
+    both()
+    assert len(launched) == 2
+
+
+def test_auto_as_captured_is_what_a_capture_would_take(monkeypatch):
+    monkeypatch.setattr(dispatch, "why_not", lambda name, call: [])
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(dispatch, "_measured", lambda device: ())
+    monkeypatch.setattr(dispatch, "capturing", lambda call: capturing)
+    dispatch._cached_fastest.cache_clear()
+    call, capturing = Sizes(16, 768, 768, 16).call(LORA), False
+    assert dispatch.choose("auto", call) == "addmm"
+    captured = dispatch.choose("auto:captured", call)
+    assert captured.startswith("triton:")
+    capturing = True
+    assert dispatch.choose("auto", call) == captured
+    dispatch._cached_fastest.cache_clear()
 
 
 def test_drawn_mask_is_what_the_kernels_draw():

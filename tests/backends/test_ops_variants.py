@@ -76,7 +76,7 @@ def test_vendor_gemms_take_over_from_a_kernel_that_cannot_run(where, variant, ba
     monkeypatch.setattr(dispatch, "_failed", {})
     monkeypatch.setattr(dispatch, "plans", {})
     monkeypatch.setattr(dispatch, "_environment", None)
-    monkeypatch.setattr(dispatch, "auto", lambda call: (backend, "a model says so"))
+    monkeypatch.setattr(dispatch, "auto", lambda call, **_: (backend, "a model says so"))
 
     def broken(*args, **kwargs):
         raise RuntimeError("out of resource: shared memory")

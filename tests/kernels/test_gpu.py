@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from cotolora import CoToLoRALinear, coto_lora_linear, set_backend
 from cotolora.variants import VARIANTS
+from tests.support import captured as training
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 FUSED = [f"triton:{form}" for form in VARIANTS["lora"].fused]
@@ -87,6 +89,20 @@ def test_a_graph_follows_the_gate_and_the_factors(backend, dropout):
             again = captured[0].clone()
             graph.replay()
             assert not torch.equal(captured[0], again)
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_a_captured_step_trains_as_the_same_step_uncaptured(backend):
+    uncaptured = "auto:captured" if backend == "auto" else backend
+    found = []
+    for around, capture in (
+        (backend, partial(training.by_a_graph, backend=uncaptured)), (uncaptured, training.without_a_graph)
+    ):  # fmt: skip
+        with set_backend(around):
+            found.append(training.train_captured(training.model_of("cuda", torch.bfloat16), capture))
+    (weights, masks), (others, _) = found
+    assert len(set(masks)) > 3
+    assert all(map(torch.equal, weights, others))
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +31,43 @@ def operators() -> Any:
     from cotolora.backends.fused import ops  # noqa: F401
 
     return torch.ops.cotolora
+
+
+def launching(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes of ``function(operators, *args)`` a function of ``(only_prepared, *args)``.
+
+    Where nothing traces or watches, it calls the launchers themselves, and launches the same again for the same kind of
+    arguments (`cotolora.kernels.launching.replayed`): so `function` must compute by the operators alone.
+    With `only_prepared` it raises NotPreparedError for a kind that was never launched.
+    """
+    made: dict[bool, Callable[..., Any]] = {}
+
+    def run(only_prepared: bool, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return function(operators(), *args)
+        if not made:
+            from cotolora.backends.fused.ops import directly
+
+            made.update({only: directly(function, only) for only in (False, True)})
+        return made[only_prepared](*args)
+
+    return run
+
+
+class Fused:
+    """What the fused backends share."""
+
+    only_prepared = False  # whether a kernel that was not launched before may not be
+
+    def why_not(self, call: Call) -> list[str]:
+        """The limits of the kernels."""
+        return why_not_fused(call)
+
+    def when_captured(self) -> Fused:
+        """The same, which raises NotPreparedError where it would compile or load a kernel."""
+        other = copy.copy(self)
+        other.only_prepared = True
+        return other
 
 
 def why_not_fused(call: Call) -> list[str]:

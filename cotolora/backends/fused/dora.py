@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cotolora.backends.addmm import dora as addmm
-from cotolora.backends.addmm.products import flat, shaped_like, switch
+from cotolora.backends.addmm.products import cast, flat, shaped_like, switch
 from cotolora.backends.fused import lora
-from cotolora.backends.fused.common import operators, why_not_fused
+from cotolora.backends.fused.common import Fused, launching
 from cotolora.backends.types import Call, Gradients, Launch, Launches, Needs, Operands, Options
 
 
@@ -34,7 +34,45 @@ class SavedFusedDora(NamedTuple):
     u: Tensor | None
 
 
-class FusedDora:
+@launching
+def launch_forward(
+    ops: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gate: Tensor | None, scale: float,
+    known_norm: Tensor | None, magnitude: Tensor, keep_u: bool, form: str,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Y, h, the column scale, the norm and u; the last two None unless `keep_u`."""
+    norm, column_scale = ops.row_norm(weight, a, b, scale, known_norm, magnitude, gate)
+    if form == "one_pass":
+        y, h, u = ops.one_pass(x, weight, bias, a, b, gate, None, scale, 0.0, column_scale, keep_u)
+    else:
+        h = ops.shrink(x, a, gate, None, scale, 0.0)
+        y, u = ops.low_rank_gemm(x, weight, bias, h, b, gate, None, 0.0, None, column_scale, keep_u)
+    return y, h, column_scale, *((norm, u) if keep_u else (None, None))
+
+
+@launching
+def launch_backward(
+    ops: Any, dy: Tensor, x: Tensor | None, weight: Tensor | None, a: Tensor | None, b: Tensor | None, h: Tensor | None,
+    gate: Tensor | None, scale: float, column_scale: Tensor, norm: Tensor | None, u: Tensor | None,
+    dtype_a: torch.dtype, dtype_b: torch.dtype,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Dx, dA, dB and dm, None where what they are computed from is."""
+    dtype_m = None if u is None else torch.float32
+    p, da, db, dm = ops.adapter_grads(
+        dy, x, h, b, gate, None, scale, 0.0, dtype_a, dtype_b, column_scale, norm, u, dtype_m
+    )
+    dx = None
+    if a is not None:
+        dx, _ = ops.low_rank_gemm(dy, weight.T, None, p, a.T, gate, None, 0.0, column_scale)  # type: ignore[union-attr]
+    return dx, da if x is not None else None, db if h is not None else None, dm if u is not None else None
+
+
+@launching
+def launch_row_norms(ops: Any, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``‖W + scale · B A‖`` by rows."""
+    return ops.row_norm(weight, a, b, scale, None, None, None)[0]  # type: ignore[no-any-return]
+
+
+class FusedDora(Fused):
     """``y = c ∘ u + bias`` with ``u = x Wᵀ + h Bᵀ`` and ``h = δ · scale · x Aᵀ``. It takes no dropout.
 
     It scales the columns of what our own GEMMs make, which a vendor's would leave to a pass over y: so there is no form
@@ -47,39 +85,26 @@ class FusedDora:
     def why_not(self, call: Call) -> list[str]:
         """The limits of the kernels, and dropout."""
         dropout = "DoRA with dropout takes a second product with W, which no fused form has"
-        return why_not_fused(call) + ([dropout] if call.dropout else [])
+        return super().why_not(call) + ([dropout] if call.dropout else [])
 
     def row_norms(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         """``‖W + scale · B A‖`` by rows."""
-        a, b = a.to(weight.dtype), b.to(weight.dtype)
-        return operators().row_norm(weight, a, b, scale, None, None, None)[0]
+        return launch_row_norms(False, weight, cast(a, weight.dtype), cast(b, weight.dtype), scale)  # type: ignore[no-any-return]
 
     def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedFusedDora]:
         """One kernel more than LoRA, for c."""
         x, weight, bias, a, b, (magnitude, *known_norm), _ = operands
         scale, _, gate = options
         assert weight is not None
-        rows, a_cast, b_cast, ops = flat(x), a.to(x.dtype), b.to(x.dtype), operators()
         for_magnitude = bool(needs.extra) and needs.extra[0]
-        norm, column_scale = ops.row_norm(
-            weight, a_cast, b_cast, scale, known_norm[0] if known_norm else None, magnitude, gate
-        )
-        if self.form == "one_pass":
-            y, h, u = ops.one_pass(
-                rows, weight, bias, a_cast, b_cast, gate, None, scale, 0.0, column_scale, for_magnitude
-            )  # fmt: skip
-        else:
-            h = ops.shrink(rows, a_cast, gate, None, scale, 0.0)
-            y, u = ops.low_rank_gemm(
-                rows, weight, bias, h, b_cast, gate, None, 0.0, None, column_scale, for_magnitude
-            )  # fmt: skip
-        saved = SavedFusedDora(
-            *lora.kept_by_fused(operands, needs),
-            h if needs.b or for_magnitude else None,
-            column_scale,
-            *((norm, u) if for_magnitude else (None, None)),
-        )
-        return y.view(*x.shape[:-1], weight.shape[0]), saved
+        y, h, column_scale, norm, u = launch_forward(
+            self.only_prepared, flat(x), weight, bias, cast(a, x.dtype), cast(b, x.dtype), gate, scale,
+            known_norm[0] if known_norm else None, magnitude, for_magnitude, self.form,
+        )  # fmt: skip
+        kept = lora.kept_by_fused(operands, needs)
+        return shaped_like(y, x), SavedFusedDora(
+            *kept, h if needs.b or for_magnitude else None, column_scale, norm, u
+        )  # fmt: skip
 
     def backward(self, dy: Tensor, saved: SavedFusedDora, options: Options, needs: Needs) -> Gradients:
         r"""Those of LoRA with ``c ∘ dy`` in place of dy.
@@ -90,31 +115,28 @@ class FusedDora:
         """
         x, weight, a, b, h, column_scale, norm, u = saved
         scale, _, gate = options
-        for_magnitude = bool(needs.extra) and needs.extra[0]
-        dx = dw = p = da = db = dm = None
-        rows, ops = flat(dy), operators()
+        for_magnitude, for_p = bool(needs.extra) and needs.extra[0], needs.x or needs.a
+        dx = dw = da = db = dm = None
+        rows, dtype = flat(dy), dy.dtype
         if needs.weight and x is not None:
             dw = addmm.weight_gradient(dy, x, x, column_scale, switch(gate, dy))
-        if needs.x or needs.a or needs.b or for_magnitude:
-            p, da, db, dm = ops.adapter_grads(
+        if for_p or needs.b or for_magnitude:
+            dx, da, db, dm = launch_backward(
+                self.only_prepared,
                 rows,
                 flat(x) if needs.a and x is not None else None,
-                h,
-                b.to(dy.dtype) if b is not None and (needs.a or needs.x) else None,
-                gate, None, scale, 0.0,
-                dy.dtype if a is None else a.dtype, dy.dtype if b is None else b.dtype,
-                column_scale, norm, u, torch.float32 if for_magnitude else None,
+                weight,
+                cast(a, dtype) if needs.x and a is not None else None,
+                cast(b, dtype) if for_p and b is not None else None,
+                h, gate, scale, column_scale, norm, u, dtype if a is None else a.dtype, dtype if b is None else b.dtype,
             )  # fmt: skip
-        if needs.x and p is not None and weight is not None and a is not None:
-            dx, _ = ops.low_rank_gemm(rows, weight.T, None, p, a.to(dy.dtype).T, gate, None, 0.0, column_scale)
-            dx = shaped_like(dx, dy)
         return Gradients(
-            dx,
+            None if dx is None else shaped_like(dx, dy),
             dw,
             rows.sum(0) if needs.bias else None,
-            da if needs.a else None,
+            da,
             db if needs.b else None,
-            (dm if for_magnitude else None, None),
+            (dm, None),
         )
 
     def launches(self, call: Call) -> Launches:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from cotolora.backends.addmm import hira as addmm
-from cotolora.backends.addmm.products import flat, shaped_like
-from cotolora.backends.fused.common import drawn_seed, mask_of_x, operators, why_not_fused
+from cotolora.backends.addmm.products import cast, flat, shaped_like
+from cotolora.backends.fused.common import Fused, drawn_seed, launching, mask_of_x
 from cotolora.backends.types import Call, Gradients, Launch, Launches, Needs, Operands, Options
 
 
@@ -23,23 +24,40 @@ class SavedFusedHira(NamedTuple):
     seed: Tensor | None
 
 
-class FusedHira:
-    """``y = x Wᵀ + bias + δ · (D x) (W ∘ scale · B A)ᵀ`` in one kernel."""
+@launching
+def launch_forward(
+    ops: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gate: Tensor | None,
+    seed: Tensor | None, scale: float, dropout: float,
+) -> Tensor:  # fmt: skip
+    """Y."""
+    return ops.hira(x, weight, bias, a, b, gate, seed, scale, dropout, True)  # type: ignore[no-any-return]
 
-    def why_not(self, call: Call) -> list[str]:
-        """The limits of the kernels."""
-        return why_not_fused(call)
+
+@launching
+def launch_backward(
+    ops: Any, dy: Tensor, x: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, gate: Tensor | None,
+    seed: Tensor | None, scale: float, dropout: float, dtype_a: torch.dtype, dtype_b: torch.dtype, for_x: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Dx, dA and dB; without x none of the last two."""
+    dx = da = db = None
+    if x is not None:
+        da, db = ops.hira_grads(dy, x, weight, a, b, gate, seed, scale, dropout, dtype_a, dtype_b)
+    if for_x:
+        dx = ops.hira(dy, weight.T, None, b.T, a.T, gate, seed, scale, dropout, False)
+    return dx, da, db
+
+
+class FusedHira(Fused):
+    """``y = x Wᵀ + bias + δ · (D x) (W ∘ scale · B A)ᵀ`` in one kernel."""
 
     def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedFusedHira]:
         """``B A`` is made tile by tile and never stored."""
         x, weight, bias, a, b, *_ = operands
         scale, dropout, gate = options
         assert weight is not None
-        seed = drawn_seed(x.device, dropout)
-        y = operators().hira(
-            flat(x), weight, bias, a.to(x.dtype), b.to(x.dtype), gate, seed, scale, dropout, True
-        )  # fmt: skip
-        return y.view(*x.shape[:-1], weight.shape[0]), SavedFusedHira(*addmm.kept_by_hira(operands, needs), seed)
+        seed, a, b = drawn_seed(x.device, dropout), cast(a, x.dtype), cast(b, x.dtype)
+        y = launch_forward(self.only_prepared, flat(x), weight, bias, a, b, gate, seed, scale, dropout)
+        return shaped_like(y, x), SavedFusedHira(*addmm.kept_by_hira(operands, needs), seed)
 
     def backward(self, dy: Tensor, saved: SavedFusedHira, options: Options, needs: Needs) -> Gradients:
         r"""t, the gradient of ``W ∘ B A``, is never stored.
@@ -51,20 +69,18 @@ class FusedHira:
         x, weight, a, b, seed = saved
         scale, dropout, gate = options
         dx = dw = da = db = None
-        rows, ops = flat(dy), operators()
+        rows, dtype = flat(dy), dy.dtype
         if needs.weight:
             only = Needs(weight=True)
             dw = addmm.BACKEND.backward(dy, self.saved_elsewhere(saved, dy, options), options, only).weight
         if a is not None and b is not None and weight is not None:
-            a_cast, b_cast = a.to(dy.dtype), b.to(dy.dtype)
-            if (needs.a or needs.b) and x is not None:
-                da, db = ops.hira_grads(
-                    rows, flat(x), weight, a_cast, b_cast, gate, seed, scale, dropout, a.dtype, b.dtype
-                )  # fmt: skip
-            if needs.x:
-                dx = shaped_like(
-                    ops.hira(rows, weight.T, None, b_cast.T, a_cast.T, gate, seed, scale, dropout, False), dy
-                )
+            dx, da, db = launch_backward(
+                self.only_prepared,
+                rows,
+                flat(x) if (needs.a or needs.b) and x is not None else None,
+                weight, cast(a, dtype), cast(b, dtype), gate, seed, scale, dropout, a.dtype, b.dtype, needs.x,
+            )  # fmt: skip
+            dx = None if dx is None else shaped_like(dx, dy)
         return Gradients(
             dx, dw, rows.sum(0) if needs.bias else None, da if needs.a else None, db if needs.b else None
         )  # fmt: skip

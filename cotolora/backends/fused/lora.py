@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cotolora.backends.addmm import lora as addmm
-from cotolora.backends.addmm.products import flat, shaped_like
-from cotolora.backends.fused.common import drawn_seed, mask_of_x, operators, why_not_fused
+from cotolora.backends.addmm.products import cast, flat, shaped_like
+from cotolora.backends.fused.common import Fused, drawn_seed, launching, mask_of_x
 from cotolora.backends.types import (
     Call,
     Gradients,
@@ -50,33 +50,78 @@ def kept_by_fused(operands: Operands, needs: Needs) -> Kept:
     return kept._replace(a=operands.a, b=operands.b) if needs.a or needs.b or any(needs.extra) else kept
 
 
-class FusedLora:
+@launching
+def launch_forward(
+    ops: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gate: Tensor | None,
+    seed: Tensor | None, scale: float, dropout: float, form: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Y and h of a form; of pre_expand y is without ``x Wᵀ``."""
+    if form == "one_pass":
+        y, h, _ = ops.one_pass(x, weight, bias, a, b, gate, seed, scale, dropout)
+    elif form == "low_rank_gemm":
+        h = ops.shrink(x, a, gate, seed, scale, dropout)
+        y, _ = ops.low_rank_gemm(x, weight, bias, h, b, gate, None, 0.0)
+    else:
+        y, h = ops.pre_expand(x, bias, a, b, gate, seed, scale, dropout)
+    return y, h
+
+
+@launching
+def launch_backward(
+    ops: Any, dy: Tensor, x: Tensor | None, weight: Tensor | None, a: Tensor | None, b: Tensor | None, h: Tensor | None,
+    gate: Tensor | None, seed: Tensor | None, scale: float, dropout: float, dtype_a: torch.dtype, dtype_b: torch.dtype,
+    form: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Dx, dA and dB, None where what they are computed from is; in a form that adds to a product, dx is without it."""
+    p, da, db, _ = ops.adapter_grads(dy, x, h, b, gate, seed, scale, dropout, dtype_a, dtype_b)
+    dx = None
+    if a is not None and form in ("pre_expand", "expand"):
+        dx = ops.expand(p, a, None, gate, seed, dropout)
+    elif a is not None:
+        dx, _ = ops.low_rank_gemm(dy, weight.T, None, p, a.T, gate, seed, dropout)  # type: ignore[union-attr]
+    return dx, da if x is not None else None, db if h is not None else None
+
+
+def backward_of_factors(
+    backend: Fused, form: str, dy: Tensor, saved: SavedFusedLora, options: Options, needs: Needs, with_x: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As `launch_backward`, of what is asked for; `with_x`: whether the gradient of x is there to be had."""
+    x, weight, a, b, h, seed = saved
+    scale, dropout, gate = options
+    if not (needs.x or needs.a or needs.b):
+        return None, None, None
+    dtype = dy.dtype
+    return launch_backward(
+        backend.only_prepared,
+        flat(dy),
+        flat(x) if needs.a and x is not None else None,
+        weight,
+        cast(a, dtype) if a is not None and needs.x and with_x and b is not None else None,
+        cast(b, dtype) if b is not None and (needs.a or needs.x) else None,
+        h if needs.b else None,
+        gate, seed, scale, dropout, dtype if a is None else a.dtype, dtype if b is None else b.dtype, form,
+    )  # fmt: skip
+
+
+class FusedLora(Fused):
     """``y = x Wᵀ + bias + h Bᵀ`` with ``h = δ · scale · dropout(x) Aᵀ``."""
 
     def __init__(self, form: str) -> None:
         self.form = form
-
-    def why_not(self, call: Call) -> list[str]:
-        """The limits of the kernels."""
-        return why_not_fused(call)
 
     def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedFusedLora]:
         """one_pass: one kernel. low_rank_gemm: h, then the rest. pre_expand: ``h Bᵀ + bias``, then a vendor GEMM."""
         x, weight, bias, a, b, *_ = operands
         scale, dropout, gate = options
         assert weight is not None
-        rows, a_cast, b_cast = flat(x), a.to(x.dtype), b.to(x.dtype)
-        seed, ops = drawn_seed(x.device, dropout), operators()
-        if self.form == "one_pass":
-            y, h, _ = ops.one_pass(rows, weight, bias, a_cast, b_cast, gate, seed, scale, dropout)
-        elif self.form == "low_rank_gemm":
-            h = ops.shrink(rows, a_cast, gate, seed, scale, dropout)
-            y, _ = ops.low_rank_gemm(rows, weight, bias, h, b_cast, gate, None, 0.0)
-        else:
-            y, h = ops.pre_expand(rows, bias, a_cast, b_cast, gate, seed, scale, dropout)
+        rows, seed, a, b = flat(x), drawn_seed(x.device, dropout), cast(a, x.dtype), cast(b, x.dtype)
+        y, h = launch_forward(
+            self.only_prepared, rows, weight, bias, a, b, gate, seed, scale, dropout, self.form
+        )  # fmt: skip
+        if self.form == "pre_expand":
             y = addmm.add_product(y, rows, weight.T)
         saved = SavedFusedLora(*kept_by_fused(operands, needs), h if needs.b else None, seed)
-        return y.view(*x.shape[:-1], b.shape[0]), saved
+        return shaped_like(y, x), saved
 
     def backward(self, dy: Tensor, saved: SavedFusedLora, options: Options, needs: Needs) -> Gradients:
         r"""H is as the forward saved it.
@@ -85,20 +130,13 @@ class FusedLora:
 
         dx = dy W + D ∘ (p A)      dA = pᵀ (D ∘ x)      dB = dyᵀ h      dW = dyᵀ x      dbias = Σ_rows dy
         """
-        x, weight, a, _, _, seed = saved
-        rows, ops = flat(dy), operators()
+        x, weight = saved.x, saved.weight
+        rows = flat(dy)
         dw = rows.T @ flat(x) if needs.weight and x is not None else None
-        p, da, db = gradients_of_factors(dy, saved, options, needs)
-        dx = None
-        if needs.x and p is not None and a is not None and weight is not None:
-            a_cast = a.to(dy.dtype)
+        dx, da, db = backward_of_factors(self, self.form, dy, saved, options, needs, weight is not None)
+        if dx is not None:
             if self.form == "pre_expand":
-                update = ops.expand(p, a_cast, None, options.gate, seed, options.dropout)
-                dx = addmm.add_product(update, rows, weight)
-            else:
-                dx, _ = ops.low_rank_gemm(
-                    rows, weight.T, None, p, a_cast.T, options.gate, seed, options.dropout
-                )  # fmt: skip
+                dx = addmm.add_product(dx, rows, weight)  # type: ignore[arg-type]
             dx = shaped_like(dx, dy)
         return Gradients(dx, dw, rows.sum(0) if needs.bias else None, da, db)
 
@@ -140,32 +178,32 @@ class FusedLora:
         return saved_by_addmm(saved, dy, options)
 
 
-class FusedAdding:
-    """``y = base + h Bᵀ``, beside a base that is called."""
+@launching
+def launch_addition(
+    ops: Any, x: Tensor, a: Tensor, b: Tensor, base: Tensor, gate: Tensor | None, seed: Tensor | None, scale: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Y and h."""
+    h = ops.shrink(x, a, gate, seed, scale, dropout)
+    return ops.expand(h, b.T, base, gate, None, 0.0), h
 
-    def why_not(self, call: Call) -> list[str]:
-        """The limits of the kernels; x and the base's output must be of one dtype."""
-        return why_not_fused(call)
+
+class FusedAdding(Fused):
+    """``y = base + h Bᵀ``, beside a base that is called; x and the base's output must be of one dtype."""
 
     def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedFusedLora]:
         """Two kernels: h, then the sum."""
         x, _, _, a, b, _, base = operands
         scale, dropout, gate = options
         assert base is not None
-        seed, ops = drawn_seed(x.device, dropout), operators()
-        h = ops.shrink(flat(x), a.to(x.dtype), gate, seed, scale, dropout)
-        y = ops.expand(h, b.to(x.dtype).T, flat(base), gate, None, 0.0)
-        saved = SavedFusedLora(*kept_by_fused(operands, needs), h if needs.b else None, seed)
-        return y.view(*x.shape[:-1], b.shape[0]), saved
+        seed, a, b = drawn_seed(x.device, dropout), cast(a, x.dtype), cast(b, x.dtype)
+        y, h = launch_addition(self.only_prepared, flat(x), a, b, flat(base), gate, seed, scale, dropout)
+        return shaped_like(y, x), SavedFusedLora(*kept_by_fused(operands, needs), h if needs.b else None, seed)
 
     def backward(self, dy: Tensor, saved: SavedFusedLora, options: Options, needs: Needs) -> Gradients:
         """As `FusedLora.backward`, where dx is ``D ∘ (p A)``."""
-        p, da, db = gradients_of_factors(dy, saved, options, needs)
-        dx = None
-        if needs.x and p is not None and saved.a is not None:
-            dx = operators().expand(p, saved.a.to(dy.dtype), None, options.gate, saved.seed, options.dropout)
-            dx = shaped_like(dx, dy)
-        return Gradients(dx, None, None, da, db)
+        dx, da, db = backward_of_factors(self, "expand", dy, saved, options, needs, True)
+        return Gradients(None if dx is None else shaped_like(dx, dy), None, None, da, db)
 
     def launches(self, call: Call) -> Launches:
         """Two forward."""
@@ -181,25 +219,6 @@ class FusedAdding:
     def saved_elsewhere(self, saved: SavedFusedLora, dy: Tensor, options: Options) -> addmm.SavedLora:
         """See `saved_by_addmm`."""
         return saved_by_addmm(saved, dy, options)
-
-
-def gradients_of_factors(
-    dy: Tensor, saved: SavedFusedLora, options: Options, needs: Needs
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``p``, dA and dB, None where they are not asked for."""
-    x, _, a, b, h, seed = saved
-    scale, dropout, gate = options
-    if not (needs.x or needs.a or needs.b):
-        return None, None, None
-    p, da, db, _ = operators().adapter_grads(
-        flat(dy),
-        flat(x) if needs.a and x is not None else None,
-        h if needs.b else None,
-        b.to(dy.dtype) if b is not None and (needs.a or needs.x) else None,
-        gate, seed, scale, dropout,
-        dy.dtype if a is None else a.dtype, dy.dtype if b is None else b.dtype,
-    )  # fmt: skip
-    return p, da if needs.a else None, db if needs.b else None
 
 
 def launches_of_factors(sizes: Sizes) -> tuple[Launch, ...]:

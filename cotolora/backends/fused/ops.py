@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from cotolora.backends.fused.lora import SWAPPED_ROWS
+from cotolora.backends.types import NotPreparedError
 from cotolora.kernels import adapter_grads as grads
 from cotolora.kernels import hira as hiras
 from cotolora.kernels import hira_grads as hira_gradients
@@ -15,6 +19,7 @@ from cotolora.kernels import one_pass, one_pass_swapped
 from cotolora.kernels import pre_expand as expands
 from cotolora.kernels import row_norm as norms
 from cotolora.kernels import shrink as shrinks
+from cotolora.kernels.launching import replayed
 
 # define and impl rather than custom_op: half the eager cost of a call
 _library = torch.library.Library("cotolora", "DEF")
@@ -131,6 +136,24 @@ _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
 for _name, (_launch, _shapes) in _IMPLEMENTATIONS.items():
     _library.define(_name + SCHEMAS[_name])
     # on a CPU only Triton's interpreter can run it; dispatch sees to that
-    _library.impl(_name, _launch, "CPU")
-    _library.impl(_name, _launch, "CUDA")
+    _again = replayed(_launch, {}, elsewhere=_launch)
+    _library.impl(_name, _again, "CPU")
+    _library.impl(_name, _again, "CUDA")
     torch.library.register_fake(f"cotolora::{_name}", _shapes, lib=_library)
+
+# without the dispatcher, which takes as long as a small launch
+direct = SimpleNamespace(**{_name: _launch for _name, (_launch, _) in _IMPLEMENTATIONS.items()})
+
+
+def _missing() -> None:
+    raise NotPreparedError("no such call has launched these kernels in this process")
+
+
+def directly(function: Callable[..., Any], only_prepared: bool) -> Callable[..., Any]:
+    """See `cotolora.backends.fused.common.launching`."""
+    replays = _REPLAYS.setdefault(function, {})
+    registered = partial(function, torch.ops.cotolora)
+    return replayed(partial(function, direct), replays, registered, _missing if only_prepared else None)
+
+
+_REPLAYS: dict[Callable[..., Any], dict[tuple[Any, ...], Any]] = {}

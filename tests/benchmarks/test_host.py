@@ -1,0 +1,55 @@
+"""The host's time for a layer, as `python -m benchmarks host` measures it without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton.backends.nvidia", reason="needs Triton with its backend for NVIDIA")
+from benchmarks import host
+from tests.support.repository import ROOT
+
+pytestmark = [
+    pytest.mark.skipif(host.compiler() is None, reason="needs a C compiler"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the driver of a GPU cannot be replaced"),
+]
+
+
+def run(*command):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_contender_is_timed_and_launched(tmp_path):
+    backends = ("addmm", "triton:one_pass")
+    few = ("--kinds", "lora", "--backends", *backends, "--rounds", "1", "--count", "5")
+    text = run("-m", "benchmarks", "host", *few, "--json", str(tmp_path / "host.json"))
+    rows = {row["name"]: row for row in json.loads((tmp_path / "host.json").read_text())["lora"]}
+    ours = [f"ours {backend}, {dtype} A and B" for dtype in ("bf16", "f32") for backend in backends]
+    assert list(rows) == ["frozen", host.PEFT, "ours off", *ours]
+    assert all(name in text for name in rows)
+    assert all(0 < row["forward"] < row["both"] for row in rows.values())
+    # forward one_pass; backward project, gram, what sums the parts of both, and low_rank_gemm
+    assert [row["launches"] for row in rows.values()] == [0, 0, 0, 0, 6, 0, 6]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (("TRITON_INTERPRET", "1"), "unset TRITON_INTERPRET"),
+        (("CC", ""), "needs a C compiler"),
+    ],
+)
+def test_what_it_needs_is_named(setting, message, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv(*setting)
+    monkeypatch.setattr(host.shutil, "which", lambda name: None if setting[0] == "CC" else "cc")
+    with pytest.raises(SystemExit) as raised:
+        host.main([])
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err

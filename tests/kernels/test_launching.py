@@ -1,0 +1,238 @@
+"""What is launched again, and for what: by kernels that copy memory, and by what Triton's launcher gets of ours."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from benchmarks import host
+from cotolora.kernels import launching
+from cotolora.kernels.launching import launch, replayed
+from tests.support.repository import ROOT
+
+
+class Compiled:
+    """Copies `size` bytes from one address to the other, and notes the streams it is launched on."""
+
+    function, packed_metadata = 3, (1, 1, 0)
+
+    def __init__(self):
+        self.streams = []
+
+    def run(self, x, y, z, stream, function, packed, metadata, enter, leave, source, to, size):
+        assert (x, y, z, function, packed, metadata, enter, leave) == (5, 1, 1, 3, (1, 1, 0), None, None, None)
+        self.streams.append(stream)
+        ctypes.memmove(to, source, size)
+
+
+class Kernel:
+    """Stands for a kernel: the call by JIT copies too."""
+
+    arg_names = ("source_ptr", "to_ptr", "SIZE")
+
+    def __init__(self):
+        self.compiled = Compiled()
+
+    def __getitem__(self, grid):
+        def call(source, to, SIZE):
+            ctypes.memmove(to.data_ptr(), source.data_ptr(), SIZE)
+            return self.compiled
+
+        return call
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """As on a GPU whose current stream is 7, where nothing is interpreted."""
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 7)
+    monkeypatch.setattr(launching, "driver", SimpleNamespace(active=active))
+    with launching.knobs.runtime.scope():
+        launching.knobs.runtime.interpret = False
+        yield Kernel()
+
+
+class Copier:
+    """A launcher that copies by way of a temporary, and counts its calls."""
+
+    def __init__(self, kernel):
+        self.kernel, self.calls, self.replays = kernel, 0, {}
+        self.run = replayed(self.launcher, self.replays, elsewhere=lambda *args: "elsewhere")
+
+    def launcher(self, x, gate=None, *rest):
+        self.calls += 1
+        if x.numel() == 0:
+            return x.new_empty(x.shape), None
+        size = x.numel() * x.element_size()
+        between, out = x.new_empty(x.shape), x.new_empty(x.shape)
+        for source, to in ((x, between), (between[None], out.T)):
+            launch(self.kernel, (5,), source, to, SIZE=size)
+        return out, None
+
+
+@pytest.fixture
+def copier(kernel):
+    return Copier(kernel)
+
+
+def test_what_was_launched_is_launched_again_on_other_tensors(copier):
+    for calls in range(3):
+        x = torch.randn(6, 8)
+        out, nothing = copier.run(x)
+        assert torch.equal(out, x)
+        assert nothing is None
+        assert copier.kernel.compiled.streams == [7] * 2 * calls
+    assert copier.calls == 1
+
+
+X = torch.randn(8, 8)
+GATE = torch.ones(8, dtype=torch.int32)
+CHANGES = {
+    "shape": (torch.randn(4, 16),),
+    "strides": (X.T,),
+    "dtype": (X.bfloat16(),),
+    "address": (torch.randn(65)[1:].view(8, 8),),
+    "a gate": (X, GATE[0]),
+    "row gates": (X, GATE),
+    "a gate's address": (X, GATE[1]),
+    "a gate's dtype": (X, GATE[0].bool()),
+    "a number": (X, None, 2.0),
+    "another number": (X, None, 3.0),
+    "another dtype to write": (X, None, torch.float16),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_kind_of_call_is_launched_anew(copier, change):
+    others = [(X,), *(arguments for name, arguments in CHANGES.items() if name != change)]
+    for arguments in others:
+        copier.run(*arguments)
+    before = copier.calls
+    for _ in range(2):
+        copier.run(*CHANGES[change])
+    assert copier.calls == before + 1
+    for arguments in others:
+        copier.run(*arguments)
+    assert copier.calls == before + 1
+
+
+def test_how_float32_is_multiplied_is_part_of_the_kind(copier):
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, calls in (("highest", 1), ("high", 2), ("highest", 2)):
+            torch.set_float32_matmul_precision(precision)
+            copier.run(X)
+            assert copier.calls == calls
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def computes_by_torch(copier, x):
+    return copier.launcher(x.add(1) if x.sum() else x)
+
+
+def writes_by_torch(copier, x):
+    return copier.launcher(x)[0].zero_()
+
+
+def returns_its_input(copier, x):
+    copier.launcher(x)
+    return x
+
+
+def returns_a_part(copier, x):
+    return copier.launcher(x)[0][:1]
+
+
+def launches_on_a_part(copier, x):
+    return copier.launcher(x[1:])
+
+
+@pytest.mark.parametrize(
+    "body", [computes_by_torch, writes_by_torch, returns_its_input, returns_a_part, launches_on_a_part]
+)
+def test_a_launcher_that_does_more_is_called_every_time(copier, body):
+    run = replayed(lambda x: body(copier, x), {}, elsewhere=None)
+    for calls in (1, 2, 3):
+        run(torch.randn(8, 8))
+        assert copier.calls == calls
+
+
+def test_two_tensors_at_one_address_are_not_told_apart(kernel):
+    copier = Copier(kernel)
+    for calls in (1, 2):
+        copier.run(X, X)
+        assert copier.calls == calls
+
+
+def test_a_kernel_that_nothing_was_compiled_for_is_called_every_time(copier, monkeypatch):
+    """As under what intercepts Triton's launches, where no driver need be."""
+    copier.kernel.compiled = None
+    monkeypatch.setattr(launching, "driver", None)
+    for calls in (1, 2):
+        assert torch.equal(copier.run(X)[0], X)
+        assert copier.calls == calls
+
+
+def test_a_profiler_sees_the_launches(copier):
+    copier.run(X)
+    hooks, seen = launching.knobs.runtime.launch_enter_hook, lambda metadata: None
+    hooks.add(seen)
+    try:
+        copier.run(X)
+        assert copier.calls == 2
+    finally:
+        hooks.remove(seen)
+    copier.run(X)
+    assert copier.calls == 2
+
+
+def test_memory_that_is_not_aligned_is_not_given_to_a_kernel_for_aligned(copier, monkeypatch):
+    copier.run(X)
+    monkeypatch.setattr(torch, "empty_strided", lambda *args, **kwargs: torch.empty(65)[1:].view(8, 8))
+    assert torch.equal(copier.run(X)[0], X)
+    assert copier.calls == 2
+
+
+def test_a_subclass_goes_elsewhere(copier):
+    assert copier.run(X.as_subclass(type("Own", (torch.Tensor,), {}))) == "elsewhere"
+
+
+def test_what_is_missing_is_said_before_anything_is_launched(copier):
+    def missing():
+        raise LookupError
+
+    prepared = replayed(copier.launcher, copier.replays, elsewhere=None, missing=missing)
+    copier.run(X)
+    prepared(X)
+    with pytest.raises(LookupError):
+        prepared(X, GATE)
+    assert copier.calls == 1
+
+
+def test_empty_tensors_are_launched_for_nothing(copier):
+    for _ in range(2):
+        assert copier.run(X[:0])[0].shape == (0, 8)
+    assert copier.calls == 1
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_the_interpreter_is_left_alone(kernel, interpreted):
+    launching.knobs.runtime.interpret = interpreted
+    assert (replayed(kernel, {}, elsewhere=None) is kernel) == interpreted
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(host.compiler() is None, reason="needs a C compiler")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the driver of a GPU cannot be replaced")
+def test_the_launcher_of_triton_gets_the_same_again_as_by_jit():
+    pytest.importorskip("triton.backends.nvidia", reason="needs Triton with its backend for NVIDIA")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.support.replays"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "313 of 313 kinds launched again" in done.stdout
