@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
@@ -50,10 +50,11 @@ class RowCase:
 
 
 def row_cases(arch: str) -> Iterator[RowCase]:
-    """Each row once for every precision that it takes, in turn plain, with row gates and dropout, or scaled."""
+    """Each tile of each row once for every precision, in turn plain, with row gates and dropout, or scaled."""
     turn = 0
     for kernel, table in TABLES.items():
-        for number, row in enumerate(table[arch]):
+        each = (replace(row, tile=tile, smaller=()) for row in table[arch] for tile in row.tiles)
+        for number, row in enumerate(each):
             floats = {"ieee": ["fp32"], "tf32": ["tf32"], None: ["fp32", "tf32"]}[row.precision]
             for dtype in floats if row.element_size == 4 else ("bf16", "fp16"):
                 turn += 1
