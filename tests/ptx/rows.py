@@ -113,7 +113,10 @@ class Operands:
         self.a, self.b = self.made(rank, k, k**-0.5), self.made(n, rank, rank**-0.5, transposed=True)
         self.bias, self.u = self.made(1, n)[0], torch.randn(m, n).to(self.dtype)
         self.h, self.p = self.made(m, rank), self.made(m, rank)
-        self.gate = torch.arange(m) % 3 != 1 if case.gate == "rows" else None
+        # where there are several tiles of rows, all of the last is off
+        block, rows = tile.block_m if isinstance(tile, Tile) else tile.rows, torch.arange(m)
+        last = rows // block == (m - 1) // block if m > block else rows < 0
+        self.gate = (rows % 3 != 1) & ~last if case.gate == "rows" else None
         self.rows_on = torch.ones(m, 1, dtype=torch.bool) if self.gate is None else self.gate[:, None]
         self.seed = torch.tensor(123456789123456789) if case.dropout else None
         self.dropped = {"seed": self.seed, "dropout": case.dropout}
