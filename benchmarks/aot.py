@@ -223,23 +223,25 @@ def all_cases(target: str, quick: bool = False) -> Iterator[Case]:
     """The cases of every row of every table for a target: all that matter, or few if `quick`."""
     for kernel, table in TABLES.items():
         for arch in (target, "generic") if target in GENERIC_TARGETS else (target,):
-            for row in table[arch]:
+            for row, tile in [(one, tile) for one in table[arch] for tile in one.tiles]:
                 if arch == target or row not in table[target]:
                     precisions = [row.precision] if row.precision else ["ieee", "tf32"]
                     floats = [f"float32 {precision}" for precision in precisions]
                     dtypes = {2: ["bfloat16"], 4: floats, None: ["bfloat16", *floats]}[row.element_size]
                     for dtype in dtypes:
-                        yield from row_cases(kernel, arch, target, row, dtype, quick)
+                        yield from row_cases(kernel, arch, target, row, tile, dtype, quick)
                     # which is as bfloat16, or within a few registers of it
                     if row is table[arch][-1] and (not quick or target == QUICK_TARGET):
-                        yield list(row_cases(kernel, arch, target, row, "float16"))[-1]
+                        yield list(row_cases(kernel, arch, target, row, tile, "float16"))[-1]
     # an argument that is 1 is a constant to Triton, with operations of its own
     ones = Operands(1, 1, 1, torch.bfloat16, "rows", "ones", dropout=False)
     yield Case("one_pass", target, target, UNALIGNED.tile, "bfloat16", ones, tma=False)
 
 
-def row_cases(kernel: str, arch: str, target: str, row: Row, dtype: str, quick: bool = False) -> Iterator[Case]:
-    """The cases of one row in one dtype, light ones before the heaviest of each kind; if `quick`, few of them."""
+def row_cases(
+    kernel: str, arch: str, target: str, row: Row, tile: Tile | Stream, dtype: str, quick: bool = False
+) -> Iterator[Case]:  # fmt: skip
+    """The cases of a row's tile in one dtype, light ones before the heaviest of each kind; if `quick`, few of them."""
     m, n = row.max_m or (64 if kernel == "one_pass_swapped" else 8192), row.max_n or 16384
     scalar, precision = getattr(torch, dtype.split()[0]), dtype.partition(" ")[2] or "ieee"
     ranks = [rank for rank in (8, 32, 64, 128, 256) if kernel != "project" or rank <= PROJECT_MAX_RANK]
@@ -266,7 +268,7 @@ def row_cases(kernel: str, arch: str, target: str, row: Row, dtype: str, quick: 
         chosen = [*light(kernel, dtype, kinds["plain"], kinds["scaled"], quick), *heaviest.values()]
     for rank, gate, layout, *options in dict.fromkeys(chosen):
         tma = kernel == "low_rank_gemm" and arch in TMA_ARCHITECTURES and layout == "aligned"
-        yield Case(kernel, target, arch, row.tile, dtype, Operands(m, n, rank, scalar, gate, layout, *options), tma)
+        yield Case(kernel, target, arch, tile, dtype, Operands(m, n, rank, scalar, gate, layout, *options), tma)
 
 
 def light(kernel: str, dtype: str, plain: list[tuple], scaled: list[tuple], quick: bool) -> Iterator[tuple]:

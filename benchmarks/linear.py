@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report, sweep
-from benchmarks.contenders import AUTO, FROZEN, OFF_BY_DEVICE, OFF_BY_HOST, chosen, ours_in_full
+from benchmarks.contenders import AUTO, FROZEN, OFF_BY_DEVICE, OFF_BY_HOST, chosen, off_by_device, ours_in_full
 from benchmarks.report import Result
 from benchmarks.shapes import BLOCKS, Linear, shape
 from cotolora.results import save_picture
@@ -75,8 +75,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints a table for every shape; 1 if ours chose a backend that is not the fastest."""
     parser = sweep.parser_of("linear", __doc__ or "")
     add_shapes(parser)
+    parser.add_argument(
+        "--contenders", action="extend", nargs="+", metavar="NAME", default=argparse.SUPPRESS,
+        help="of ours only these beside frozen, by their names in the table; also 'ours BACKEND off by device gate'",
+    )  # fmt: skip
     options = sweep.settle(parser, arguments, DEFAULTS)
-    contenders = [*ours_in_full(options.variant, options.dtype), *chosen(options.peers, options.dtype, options.variant)]
+    ours = ours_in_full(options.variant, options.dtype)
+    if names := getattr(options, "contenders", None):
+        known = {c.name: c for c in (*ours, *off_by_device(options.variant))}
+        if unknown := sorted(set(names) - known.keys()):
+            parser.error(f"argument --contenders: must be among {', '.join(known)}; got {', '.join(unknown)}")
+        ours = [FROZEN, *(known[name] for name in dict.fromkeys(names) if name != FROZEN.name)]
+    contenders = [*ours, *chosen(options.peers, options.dtype, options.variant)]
     return sweep.run("linear", options, cases(options.shapes, options.rows), contenders, plot)
 
 

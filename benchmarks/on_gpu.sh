@@ -4,8 +4,10 @@
 #   benchmarks/on_gpu.sh [OUT] [--minutes 9] [--only PART] [--dry-run]
 #
 # With some minutes more than nine: three calls, each of its own --minutes, with --only correctness, tuning, benchmarks.
-# Parts: correctness is tests, tuning is tune, benchmarks are the others; or one of: tests (every kernel on the GPU, in every dtype), tune (times every form, keeps the table that the parts after
-# it choose by), linear, block, gates, memory, roofline, train, and compiled: block beside torch.compile, which takes long.
+# Parts: correctness is gemm and tests, tuning is tune, benchmarks are the others; or one of: gemm (our GEMM, with and
+# without the low-rank term, beside cuBLAS on six shapes), tests (every kernel on the GPU, in every dtype), tune (times
+# every form, keeps the table that the parts after it choose by), linear, block, gates, memory, roofline, train, and
+# compiled: block beside torch.compile, which takes long.
 # A part that fails or runs out of its time stops no other.
 # OUT gets log.txt, tune.json, results.json, four pictures and summary.txt, which is printed last.
 # --dry-run tries the plumbing on a machine without a GPU, at tiny sizes.
@@ -14,7 +16,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-parts=(tests tune linear block gates memory roofline train compiled)
+parts=(gemm tests tune linear block gates memory roofline train compiled)
 out="" minutes=9 only="" dry=""
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -28,7 +30,7 @@ while [ $# -gt 0 ]; do
 done
 [[ "$minutes" =~ ^[1-9][0-9]*$ ]] || { echo "--minutes must be a positive number; got '$minutes'" >&2; exit 2; }
 case "$only" in
-    correctness) only=tests ;;
+    correctness) only="gemm tests" ;;
     tuning) only=tune ;;
     benchmarks) only="linear block gates memory roofline train compiled" ;;
     *) [[ -z "$only" || " ${parts[*]} " == *" $only "* ]] ||
@@ -51,7 +53,7 @@ part() {
     local name=$1 share=$2 began=$SECONDS limit code
     shift 2
     [[ -z "$only" || " $only " == *" $name "* ]] || return 0
-    [ "$only" != "$name" ] || share=100
+    [ "${only##* }" != "$name" ] || share=100
     limit=$(((left - SECONDS) * share / 100))
     [ -z "$dry" ] || limit=240
     if [ "$limit" -lt 20 ]; then
@@ -81,8 +83,13 @@ plot=()
 
 bench() { part "$1" "$2" "${prefix[@]}" "$python" -m benchmarks "$1" --minutes {} "${@:3}" --json "$out/results.json"; }
 
+# off by a gate in memory, it multiplies x by W alone: a plain GEMM
+fused="ours triton:low_rank_gemm"
+gemm=(--peers none --contenders "$fused" "$fused off by device gate")
+
 if [ -n "$dry" ]; then
     prefix=(env TRITON_INTERPRET=1)
+    part gemm 30 "${prefix[@]}" "$python" -m benchmarks linear --shapes 16,32,48 "${gemm[@]}" --rounds 1
     part tests 30 "$python" -m pytest -q -rf -m "" -p no:cacheprovider tests/kernels/test_gpu.py
     part tune 30 "${prefix[@]}" "$python" -m benchmarks tune --dry-run --out "$out/tune.json"
     tiny=(--rounds 1 --peers peft unsloth torchtune lorafusion)
@@ -98,11 +105,15 @@ else
     prefix=(env -u TRITON_INTERPRET)
     # many small compilations: a worker for each core but a few
     workers=$(($(nproc) > 4 ? $(nproc) - 4 : 1))
+    # the first two are what our GEMM was made for; of the others some fill the GPU badly with its largest tile
+    part gemm 20 "${prefix[@]}" "$python" -m benchmarks linear --minutes {} "${gemm[@]}" --rounds 20 \
+        --shapes 8192,4096,4096 8192,4096,14336 2048,4096,4096 2048,4096,1024 512,4096,4096 12608,768,768
     parallel=()
     ! has xdist || parallel=(-n "$workers")
     # pytest-benchmark, where it is installed, warns of xdist, and here a warning is an error
     part tests 40 "$python" -m pytest -q -rf -m gpu -p no:cacheprovider -p no:benchmark "${parallel[@]}" \
-        tests/kernels/test_kernels.py tests/kernels/test_one_pass.py tests/kernels/test_gpu.py tests/benchmarks/test_tune.py
+        tests/kernels/test_kernels.py tests/kernels/test_one_pass.py tests/kernels/test_gpu.py \
+        tests/kernels/test_tiles.py tests/kernels/test_compiled.py tests/benchmarks/test_tune.py
     part tune 35 "${prefix[@]}" "$python" -m benchmarks tune --minutes {} \
         --shapes llama3-8b vit-b --rows 16 64 512 2048 8192
     table=$(sed -n 's/^written: //p' "$out/log.txt" | tail -n 1)

@@ -21,6 +21,7 @@ from cotolora.kernels.tiles import (
     architecture,
     dot_precision,
     is_aligned,
+    multiprocessors,
     row_for,
     splits,
 )
@@ -208,7 +209,7 @@ def gram(
     block_r = min(stream.max_ranks, max(16, triton.next_power_of_2(rank)))
     tiles = triton.cdiv(n, stream.columns) * triton.cdiv(rank, block_r)
     steps = triton.cdiv(m, stream.rows)
-    split = split or splits(arch, tiles, steps)
+    split = split or splits(multiprocessors(arch, t.device), tiles, steps)
     partials = out[None] if split == 1 else t.new_empty(split, n, rank, dtype=torch.float32)
     dm = None if dora is None else dora.magnitude_sum(split)
     launch(
@@ -255,7 +256,7 @@ def project(
     ).tile  # fmt: skip
     p, db = dy.new_empty(m, rank), dy.new_empty(n, rank, dtype=dtype)
     tiles, steps = triton.cdiv(n, stream.columns), triton.cdiv(m, stream.rows)
-    split = split or splits(arch, tiles, steps)
+    split = split or splits(multiprocessors(arch, dy.device), tiles, steps)
     p_parts = p[None] if tiles == 1 else dy.new_empty(tiles, m, rank, dtype=torch.float32)
     db_parts = db[None] if split == 1 else dy.new_empty(split, n, rank, dtype=torch.float32)
     dm = None if dora is None else dora.magnitude_sum(split)

@@ -9,7 +9,7 @@ from torch import Tensor
 from cotolora.kernels.dropout import keep_mask, keep_scale
 from cotolora.kernels.launching import launch
 from cotolora.kernels.one_pass import swizzled
-from cotolora.kernels.tiles import HIRA, Tile, architecture, dot_precision, is_aligned, row_for
+from cotolora.kernels.tiles import HIRA, Tile, architecture, dot_precision, is_aligned, multiprocessors, tile_for
 
 
 @triton.jit
@@ -146,13 +146,14 @@ def hira(
     if m == 0 or n == 0:
         return y
     row_gates = gate if gate is not None and gate.dim() == 1 else None
-    precision = dot_precision(x.dtype, x.device)
-    tile = tile or row_for(
-        HIRA, architecture(x.device), m, n, rank, element_size=x.element_size(), precision=precision,
+    arch, precision = architecture(x.device), dot_precision(x.dtype, x.device)
+    tile = tile or tile_for(
+        HIRA, arch, multiprocessors(arch, x.device), m, n, rank,
+        element_size=x.element_size(), precision=precision,
         # x must be contiguous along K: the kernel is not specialised on M
         aligned=x.stride(1) == 1 and is_aligned(x) and is_aligned(weight),
         selects=row_gates is not None or seed is not None,
-    ).tile  # fmt: skip
+    )  # fmt: skip
     block_r = rank_block(rank, x.element_size())
     launch(
         hira_kernel, (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),),

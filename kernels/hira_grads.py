@@ -13,7 +13,18 @@ from cotolora.kernels.launching import launch
 from cotolora.kernels.one_pass import swizzled
 from cotolora.kernels.partials import Sum, sum_partials
 from cotolora.kernels.row_norm import any_on
-from cotolora.kernels.tiles import HIRA_GRADS, Tile, architecture, dot_precision, is_aligned, row_for, splits
+from cotolora.kernels.tiles import (
+    HIRA_GRADS,
+    Row,
+    Tile,
+    architecture,
+    dot_precision,
+    is_aligned,
+    multiprocessors,
+    row_for,
+    splits,
+    tile_by_waves,
+)
 
 
 @triton.jit(do_not_specialize=["M", "G", "rows_per_gate", "steps_per_split"])
@@ -85,6 +96,19 @@ def hira_grads_kernel(
         tl.store(da_ptrs, da.to(da_ptr.dtype.element_ty), mask=k_ok[:, None] & rank_ok[None, :])
 
 
+def tiles_of(tile: Tile, m: int, n: int, k: int) -> tuple[int, int, int]:
+    """How many tiles of N and of K there are, and how many steps over M."""
+    return triton.cdiv(n, tile.block_n), triton.cdiv(k, tile.block_k), triton.cdiv(m, tile.block_m)
+
+
+def tile_of_weight(row: Row[Tile], m: int, n: int, k: int, multiprocessors: int) -> Tile:
+    """The row's tile by waves over W; its largest where M is split, which fills the GPU by itself."""
+    tiles_n, tiles_k, steps = tiles_of(row.tile, m, n, k)
+    if splits(multiprocessors, tiles_n * tiles_k, steps) > 1:
+        return row.tile
+    return tile_by_waves(row, n, k, multiprocessors, sides=("block_n", "block_k"))
+
+
 def hira_grads(
     dy: Tensor, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, gate: Tensor | None, scale: float,
     dtype_a: torch.dtype, dtype_b: torch.dtype,
@@ -93,9 +117,9 @@ def hira_grads(
     """Launches `hira_grads_kernel`: ``dA = Bᵀ t`` and ``dB = t Aᵀ`` with ``t = scale · W ∘ Σ δ_m dy_m ⊗ dropout(x)_m``.
 
     ``dy [M, N]``, ``x [M, K]``, ``weight [N, K]``, ``a [R, K]``, ``b [N, R]``, of one dtype and any strides → dA ``[R,
-    K]`` in `dtype_a`, dB ``[N, R]`` in `dtype_b`, contiguous, summed in a fixed order. `gate` and `seed` as in
-    `one_pass`. The rows are divided among `split` programs. Each tile of W writes parts of its own, so the call needs
-    ``4 R N K (1 / BLOCK_N + 1 / BLOCK_K)`` bytes of memory for a time.
+    K]`` in `dtype_a`, dB ``[N, R]`` in `dtype_b`, contiguous, summed in an order that the sizes and the number of
+    multiprocessors fix. `gate` and `seed` as in `one_pass`. The rows are divided among `split` programs. Each tile of W
+    writes parts of its own, so the call needs ``4 R N K (1 / BLOCK_N + 1 / BLOCK_K)`` bytes of memory for a time.
     """
     (m, n), k, rank = dy.shape, x.shape[1], a.shape[0]
     da, db = dy.new_empty(rank, k, dtype=dtype_a), dy.new_empty(n, rank, dtype=dtype_b)
@@ -104,12 +128,14 @@ def hira_grads(
     arch, precision = architecture(x.device), dot_precision(x.dtype, x.device)
     gate = wide_gates(gate, seed, precision)
     row_gates = gate if gate is not None and gate.dim() == 1 else None
-    tile = tile or row_for(
+    row = row_for(
         HIRA_GRADS, arch, m, n, rank, element_size=x.element_size(), precision=precision,
         aligned=is_aligned(x) and is_aligned(dy) and is_aligned(weight), selects=seed is not None,
-    ).tile  # fmt: skip
-    tiles_n, tiles_k, steps = triton.cdiv(n, tile.block_n), triton.cdiv(k, tile.block_k), triton.cdiv(m, tile.block_m)
-    split = split or splits(arch, tiles_n * tiles_k, steps)
+    )  # fmt: skip
+    processors = multiprocessors(arch, x.device)
+    tile = tile or tile_of_weight(row, m, n, k, processors)
+    tiles_n, tiles_k, steps = tiles_of(tile, m, n, k)
+    split = split or splits(processors, tiles_n * tiles_k, steps)
     da_parts = da[None] if split * tiles_n == 1 else dy.new_empty(split * tiles_n, rank, k, dtype=torch.float32)
     db_parts = db[None] if split * tiles_k == 1 else dy.new_empty(split * tiles_k, n, rank, dtype=torch.float32)
     launch(

@@ -13,12 +13,12 @@ from cotolora.kernels.launching import launch
 from cotolora.kernels.one_pass import swizzled
 from cotolora.kernels.tiles import (
     LOW_RANK_GEMM,
-    MULTIPROCESSORS,
     TMA_ARCHITECTURES,
     Tile,
     architecture,
     dot_precision,
-    row_for,
+    multiprocessors,
+    tile_for,
 )
 
 
@@ -195,10 +195,11 @@ def low_rank_gemm(
         tma = arch in TMA_ARCHITECTURES and x.stride(1) == 1 and all(map(fits_tma, (x, weight, y)))
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     precision = dot_precision(x.dtype, x.device)
-    tile = tile or row_for(
-        LOW_RANK_GEMM, arch, m, n, rank, element_size=x.element_size(), precision=precision, aligned=tma,
+    processors = multiprocessors(arch, x.device)
+    tile = tile or tile_for(
+        LOW_RANK_GEMM, arch, processors, m, n, rank, element_size=x.element_size(), precision=precision, aligned=tma,
         selects=row_gates is not None or seed is not None, scaled=x_scale is not None or column_scale is not None,
-    ).tile  # fmt: skip
+    )  # fmt: skip
     weight_rows = weight.stride(1) == 1
     # 128 x 256 in one part would take as much shared memory as one and a half pipeline stages
     stores = 2 if tile.block_n > 128 else 1
@@ -216,7 +217,7 @@ def low_rank_gemm(
     # full float32 has no matrix instruction on NVIDIA: the ranks of a product are held in registers
     block_r = min(64 if x.element_size() == 2 else 16, max(16, triton.next_power_of_2(rank)))
     launch(
-        low_rank_gemm_kernel, (min(tiles, MULTIPROCESSORS[arch] * tile.programs),),
+        low_rank_gemm_kernel, (min(tiles, processors * tile.programs),),
         operands[0], operands[1], bias, h, b, gate, seed, x_scale, column_scale, operands[2], operands[3],
         m, n, k, rank, m if row_gates is None else m // row_gates.shape[0],
         *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0), *h.stride(), *b.stride(),

@@ -11,7 +11,7 @@ from torch import Tensor
 from cotolora.kernels.dropout import VERSION, keep_mask, keep_scale
 from cotolora.kernels.epilogue import store_scaled
 from cotolora.kernels.launching import launch
-from cotolora.kernels.tiles import ONE_PASS, Tile, architecture, dot_precision, is_aligned, row_for
+from cotolora.kernels.tiles import ONE_PASS, Tile, architecture, dot_precision, is_aligned, multiprocessors, tile_for
 
 
 @triton.jit
@@ -173,12 +173,13 @@ def one_pass(
         return y, h
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(x.device), dot_precision(x.dtype, x.device)
-    tile = tile or row_for(
-        ONE_PASS, arch, m, n, rank, element_size=x.element_size(), precision=precision,
+    tile = tile or tile_for(
+        ONE_PASS, arch, multiprocessors(arch, x.device), m, n, rank,
+        element_size=x.element_size(), precision=precision,
         # x must be contiguous along K: the kernel is not specialised on M
         aligned=x.stride(1) == 1 and is_aligned(x) and is_aligned(weight) and is_aligned(a),
         selects=row_gates is not None or seed is not None, scaled=column_scale is not None,
-    ).tile  # fmt: skip
+    )  # fmt: skip
     if seed is not None and VERSION < (3, 9) and tile.num_warps == 8 and arch == "sm_90":
         # in its pipeline one group of warps copies the next x over what the other still drops entries of: no barrier
         # stands between them [PTX]. 3.9 has it

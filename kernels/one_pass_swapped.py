@@ -10,7 +10,16 @@ from torch import Tensor
 from cotolora.kernels.dropout import keep_mask, keep_scale
 from cotolora.kernels.epilogue import store_scaled
 from cotolora.kernels.launching import launch
-from cotolora.kernels.tiles import ONE_PASS_SWAPPED, Stream, architecture, dot_precision, is_aligned, row_for, splits
+from cotolora.kernels.tiles import (
+    ONE_PASS_SWAPPED,
+    Stream,
+    architecture,
+    dot_precision,
+    is_aligned,
+    multiprocessors,
+    row_for,
+    splits,
+)
 
 
 @triton.jit
@@ -164,7 +173,7 @@ def one_pass_swapped(
     ).tile  # fmt: skip
     tiles = triton.cdiv(n, stream.rows) + triton.cdiv(rank, stream.rows)
     steps = triton.cdiv(k, stream.columns)
-    split = split or splits(arch, tiles, steps)
+    split = split or splits(multiprocessors(arch, x.device), tiles, steps)
     partials = x.new_empty(split, n + rank, m, dtype=torch.float32)
     launch(
         stacked_kernel, (tiles, split),

@@ -1,4 +1,4 @@
-"""Adds up the parts that several programs wrote, in a fixed order, so that every run gives the same bits."""
+"""Adds up the parts that several programs wrote, in a fixed order, so that every run on a GPU gives the same bits."""
 
 from __future__ import annotations
 

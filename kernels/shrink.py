@@ -10,7 +10,7 @@ from torch import Tensor
 from cotolora.kernels.dropout import keep_mask, keep_scale
 from cotolora.kernels.launching import launch
 from cotolora.kernels.partials import Sum, sum_partials
-from cotolora.kernels.tiles import SHRINK, Stream, architecture, dot_precision, row_for, splits
+from cotolora.kernels.tiles import SHRINK, Stream, architecture, dot_precision, multiprocessors, row_for, splits
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_gate", "steps_per_split"])
@@ -83,7 +83,7 @@ def shrink(
     block_r = min(stream.max_ranks, max(16, triton.next_power_of_2(rank)))
     tiles = triton.cdiv(m, stream.rows) * triton.cdiv(rank, block_r)
     steps = triton.cdiv(k, stream.columns)
-    split = split or splits(arch, tiles, steps)
+    split = split or splits(multiprocessors(arch, x.device), tiles, steps)
     partials = h[None] if split == 1 else x.new_empty(split, m, rank, dtype=torch.float32)
     launch(
         shrink_kernel, (triton.cdiv(m, stream.rows), split, triton.cdiv(rank, block_r)),

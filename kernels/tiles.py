@@ -7,6 +7,7 @@ registers and spills of the compiled kernels, which `python -m benchmarks aot` l
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -65,6 +66,7 @@ class Row(Generic[TileOrStream]):
     """
 
     tile: TileOrStream
+    smaller: tuple[TileOrStream, ...] = ()  # tiles for the same calls, of which `tile_by_waves` may take one instead
     max_m: int | None = None
     max_n: int | None = None
     min_rank: int = 1
@@ -74,6 +76,11 @@ class Row(Generic[TileOrStream]):
     aligned: bool | None = None
     selects: bool | None = None  # whether row gates or dropout mask the update, which takes registers
     scaled: bool | None = None  # whether columns are scaled, which takes registers too
+
+    @property
+    def tiles(self) -> tuple[TileOrStream, ...]:
+        """Every tile that such a call may take."""
+        return (self.tile,) + self.smaller  # noqa: RUF005 (mypy cannot follow it unpacked)
 
     def applies_to(
         self, m: int, n: int, rank: int, *, element_size: int, precision: str, aligned: bool, selects: bool,
@@ -123,6 +130,9 @@ LARGE_RANK_SMALL = Row(Tile(64, 32, 16, num_warps=8, num_stages=2), min_rank=129
 # small enough for rank 128, where h takes twice the registers of y
 TF32 = Row(Tile(64, 64, 32, num_warps=8), element_size=4, precision="tf32")
 
+# of sm_90 and sm_100
+SMALL_ONE_PASS = (Tile(64, 128, 64, num_stages=4), Tile(64, 64, 64, num_stages=4))
+
 # `row_for` takes the first row that applies; the last one of an architecture applies to every call
 ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
     # 108 SMs, 163 KiB
@@ -138,12 +148,14 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(64, 32, 128, group_m=1, num_stages=4), max_m=64, max_n=8192, max_rank=32),
         # a large N makes enough programs; with a large rank, fewer of them should read A
         Row(Tile(64, 64, 64, group_m=1, num_warps=8, num_stages=4), max_m=64),
-        # too few rows to fill the GPU with 128 x 128
-        Row(Tile(64, 128, 32, num_warps=8, num_stages=4), max_m=512),
         Row(Tile(64, 128, 32, num_warps=8, num_stages=4), scaled=True),
         # the usual tile of this GPU; above rank 32, h does not fit into the registers beside y
-        Row(Tile(128, 128, 32, num_warps=8, num_stages=4), max_rank=32),
-        Row(Tile(128, 64, 32, num_warps=8, num_stages=4)),
+        Row(
+            Tile(128, 128, 32, num_warps=8, num_stages=4),
+            (Tile(64, 128, 32, num_warps=8, num_stages=4), Tile(64, 64, 64, num_warps=8, num_stages=4)),
+            max_rank=32,
+        ),
+        Row(Tile(128, 64, 32, num_warps=8, num_stages=4), (Tile(64, 64, 64, num_warps=8, num_stages=4),)),
     ),
     # 132 SMs, 227 KiB; wgmma needs 64 rows for each 4 warps
     "sm_90": (
@@ -160,12 +172,15 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(64, 64, 64, group_m=1, num_stages=5), max_m=64),
         # with row gates and u as a second result, 128 columns spill
         Row(Tile(128, 64, 64, num_warps=8, num_stages=4), scaled=True),
-        # each makes 128 programs: of y [256, 4096], and of y [512, 4096]
-        Row(Tile(64, 128, 64, num_stages=4), max_m=256, max_rank=64),
-        Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=512),
         # the widest tile, where 16 ranks add 1/16 to the products; row gates store y twice, which spills
-        Row(Tile(128, 256, 64, num_warps=8), max_rank=64, selects=False),
-        Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
+        Row(
+            Tile(128, 256, 64, num_warps=8),
+            (Tile(128, 128, 64, num_warps=8, num_stages=4), *SMALL_ONE_PASS),
+            max_rank=64,
+            selects=False,
+        ),
+        Row(Tile(128, 128, 64, num_warps=8, num_stages=4), SMALL_ONE_PASS, max_rank=64),
+        Row(Tile(128, 128, 64, num_warps=8, num_stages=4), (Tile(64, 64, 64, num_stages=4),)),
     ),
     # 148 SMs, 227 KiB; tcgen05 needs 64 rows and keeps y in tensor memory
     "sm_100": (
@@ -182,11 +197,15 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(64, 64, 64, group_m=1, num_stages=5), max_m=64),
         # 128 rows spill 8 bytes in Triton 3.7 and 3.8
         Row(Tile(64, 64, 64, num_warps=8), scaled=True),
-        Row(Tile(128, 128, 64, num_stages=4), max_m=512, max_rank=64),
-        Row(Tile(128, 256, 64, num_warps=8), max_rank=64, selects=False),
-        # up to rank 64, 4 warps are enough to read y out of tensor memory
-        Row(Tile(128, 128, 64, num_stages=4), max_rank=64),
-        Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
+        # up to rank 64, 4 warps are enough to read 128 columns of y out of tensor memory
+        Row(
+            Tile(128, 256, 64, num_warps=8),
+            (Tile(128, 128, 64, num_stages=4), *SMALL_ONE_PASS),
+            max_rank=64,
+            selects=False,
+        ),
+        Row(Tile(128, 128, 64, num_stages=4), SMALL_ONE_PASS, max_rank=64),
+        Row(Tile(128, 128, 64, num_warps=8, num_stages=4), (Tile(64, 64, 64, num_stages=4),)),
     ),
     # 304 CUs, 64 KiB and therefore two stages; full float32 has matrix instructions
     "gfx942": (
@@ -195,8 +214,10 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(64, 64, 32, num_stages=2), element_size=4),
         # few rows: narrow tiles, for enough programs for the many CUs
         Row(Tile(16, 32, 128, group_m=1, num_stages=2), max_m=16),
-        Row(Tile(64, 64, 64, num_stages=2), max_m=512),
-        Row(Tile(128, 128, 64, num_warps=8, num_stages=2)),
+        Row(
+            Tile(128, 128, 64, num_warps=8, num_stages=2),
+            (Tile(128, 64, 64, num_warps=8, num_stages=2), Tile(64, 64, 64, num_stages=2)),
+        ),
     ),
     # any other GPU: at most 64 KiB, and no more registers than sm_80 has
     "generic": (
@@ -215,6 +236,9 @@ SCALED_IEEE: Row[Tile] = Row(
     Tile(32, 32, 16, num_stages=2, programs=2),
     min_rank=33, max_rank=64, element_size=4, precision="ieee", aligned=False, scaled=True,
 )  # fmt: skip
+# of sm_90 and sm_100, with TMA; with row gates or dropout, ptxas serialises the wgmma of tiles of 64 rows
+SMALL_LOW_RANK_GEMM = (Tile(64, 128, 64, num_stages=4), Tile(64, 64, 64, num_stages=4))
+SELECTING_LOW_RANK_GEMM = Tile(128, 64, 64, num_warps=8, num_stages=4)
 LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
     "sm_80": (
         SCALED_IEEE,
@@ -223,8 +247,12 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(64, 64, 32, num_warps=8, programs=2), aligned=False, scaled=True),
         Row(Tile(128, 64, 32, num_warps=8, programs=2), aligned=False),
         Row(Tile(128, 64, 32, num_warps=8, num_stages=4, programs=2), scaled=True),
-        Row(Tile(128, 128, 32, num_warps=8, num_stages=4), max_rank=64),
-        Row(Tile(128, 64, 32, num_warps=8, num_stages=4, programs=2)),
+        Row(
+            Tile(128, 128, 32, num_warps=8, num_stages=4),
+            (Tile(128, 64, 32, num_warps=8, num_stages=4, programs=2), Tile(64, 64, 32, num_stages=4, programs=2)),
+            max_rank=64,
+        ),
+        Row(Tile(128, 64, 32, num_warps=8, num_stages=4, programs=2), (Tile(64, 64, 32, num_stages=4, programs=2),)),
     ),
     # aligned rows are for TMA
     "sm_90": (
@@ -233,26 +261,34 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(64, 64, 64, num_warps=8, programs=2), aligned=False, selects=True),
         # block_k 64 spills 8 bytes without a gate, in Triton 3.6
         Row(Tile(128, 64, 32, num_warps=8, programs=2), aligned=False),
-        # tiles of 128 x 256 would be too few for the SMs
-        Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=1024),
         # masks of rows or of dropped entries take registers
-        Row(Tile(128, 256, 64, num_warps=8), selects=False),
-        Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
+        Row(
+            Tile(128, 256, 64, num_warps=8),
+            (Tile(128, 128, 64, num_warps=8, num_stages=4), *SMALL_LOW_RANK_GEMM),
+            selects=False,
+        ),
+        Row(Tile(128, 128, 64, num_warps=8, num_stages=4), (SELECTING_LOW_RANK_GEMM,)),
     ),
     "sm_100": (
         Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4, precision="ieee"),
         Row(Tile(64, 32, 32, num_warps=8, programs=2), element_size=4),
         Row(Tile(64, 64, 64, num_warps=8, programs=2), aligned=False, scaled=True),
         Row(Tile(128, 64, 64, num_warps=8, programs=2), aligned=False),
-        Row(Tile(128, 128, 64, num_warps=8, num_stages=4), max_m=1024),
-        Row(Tile(128, 256, 64, num_warps=8), selects=False),
-        Row(Tile(128, 128, 64, num_warps=8, num_stages=4)),
+        Row(
+            Tile(128, 256, 64, num_warps=8),
+            (Tile(128, 128, 64, num_warps=8, num_stages=4), *SMALL_LOW_RANK_GEMM),
+            selects=False,
+        ),
+        Row(Tile(128, 128, 64, num_warps=8, num_stages=4), (SELECTING_LOW_RANK_GEMM,)),
     ),
     "gfx942": (
         Row(Tile(64, 64, 32, num_stages=2, programs=2), element_size=4),
         Row(Tile(128, 64, 64, num_warps=8, num_stages=2), aligned=False),
         Row(Tile(128, 64, 64, num_warps=8, num_stages=2), scaled=True),
-        Row(Tile(128, 128, 64, num_warps=8, num_stages=2)),
+        Row(
+            Tile(128, 128, 64, num_warps=8, num_stages=2),
+            (Tile(128, 64, 64, num_warps=8, num_stages=2), Tile(64, 64, 64, num_stages=2)),
+        ),
     ),
     "generic": (
         SCALED_IEEE,
@@ -334,8 +370,11 @@ HIRA_SMALL = (
 )
 HIRA_FEW_ROWS = Row(Tile(32, 64, 64, group_m=1, num_warps=8), max_m=64)
 HIRA_LARGE = (
-    Row(Tile(64, 128, 64, num_warps=8), selects=True),
-    Row(Tile(128, 128, 64, num_warps=8, num_stages=2)),
+    Row(Tile(64, 128, 64, num_warps=8), (Tile(64, 64, 64, num_warps=8),), selects=True),
+    Row(
+        Tile(128, 128, 64, num_warps=8, num_stages=2),
+        (Tile(128, 64, 64, num_warps=8), Tile(64, 64, 64, num_warps=8)),
+    ),
 )
 HIRA_SM_90 = (
     *HIRA_FLOAT32_OR_UNALIGNED,
@@ -360,7 +399,7 @@ HIRA_GRADS_SMALL = (
 HIRA_GRADS_LARGE = (
     Row(Tile(16, 32, 32, num_warps=8, num_stages=2), element_size=4),
     Row(Tile(32, 64, 64, num_warps=8, num_stages=2), aligned=False),
-    Row(Tile(64, 128, 128, num_warps=8)),
+    Row(Tile(64, 128, 128, num_warps=8), (Tile(64, 64, 128, num_warps=8),)),
 )
 HIRA: dict[str, tuple[Row[Tile], ...]] = {
     arch: {"sm_90": HIRA_SM_90, "sm_100": HIRA_SM_100}.get(arch, HIRA_SMALL) for arch in ONE_PASS
@@ -401,18 +440,65 @@ def row_for(
 # read dy twice
 PROJECT_MAX_RANK = 32
 TMA_ARCHITECTURES = ("sm_90", "sm_100")
+# assumed where no device can be asked: of an A100, an H100 or H200, a B200, an MI300X, and something small
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "generic": 64}
 
 
-def splits(arch: str, tiles: int, steps: int) -> int:
+def multiprocessors(arch: str, device: torch.device) -> int:
+    """How many multiprocessors a device has; off a GPU, what `MULTIPROCESSORS` assumes of the architecture."""
+    return _multiprocessors(device) if device.type == "cuda" else MULTIPROCESSORS[arch]
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# how much faster a tile of twice the size multiplies, as it reads each operand less often: assumed, not measured
+GAIN_OF_TWICE = 1.18
+
+
+def fill(rows: int, columns: int, block_rows: int, block_columns: int, multiprocessors: int) -> float:
+    """Share of what the multiprocessors compute in whole waves of tiles that is part of ``[rows, columns]``.
+
+    A wave is one tile for each multiprocessor, however many programs run on it at once: they share its matrix units.
+    """
+    tiles = -(-rows // block_rows) * -(-columns // block_columns)
+    waves = max(1, -(-tiles // multiprocessors))
+    return rows * columns / (waves * multiprocessors * block_rows * block_columns)
+
+
+def tile_by_waves(
+    row: Row[Tile], rows: int, columns: int, multiprocessors: int, *, sides: tuple[str, str] = ("block_m", "block_n")
+) -> Tile:  # fmt: skip
+    """The largest of a row's tiles for a result ``[rows, columns]``, unless a smaller one fills the GPU clearly better.
+
+    Clearly is `GAIN_OF_TWICE` times for each time that the tile is halved. `sides`: what a tile covers of the result.
+    """
+
+    def speed(tile: Tile) -> float:
+        height, width = (getattr(tile, side) for side in sides)
+        return fill(rows, columns, height, width, multiprocessors) * GAIN_OF_TWICE ** math.log2(height * width)
+
+    return max(row.tiles, key=speed)
+
+
+def tile_for(
+    table: dict[str, tuple[Row[Tile], ...]], arch: str, multiprocessors: int, m: int, n: int, rank: int, **kind: Any
+) -> Tile:
+    """The tile for ``y [m, n]``: of the row that `row_for` takes for the `kind` of operands, the one by waves."""
+    return tile_by_waves(row_for(table, arch, m, n, rank, **kind), m, n, multiprocessors)
+
+
+def splits(multiprocessors: int, tiles: int, steps: int) -> int:
     """How many programs share the `steps` of each tile: as many as make two per multiprocessor, with 4 steps or more.
 
     One, if the tiles fill three quarters of the GPU: the second launch, which sums the parts, would cost more. Depends
-    only on the architecture and the sizes, so that a sum has the same order on every such GPU.
+    on nothing but the arguments, so that a sum has one order on a GPU, and the same on all of as many multiprocessors.
     """
-    if 4 * tiles >= 3 * MULTIPROCESSORS[arch]:
+    if 4 * tiles >= 3 * multiprocessors:
         return 1
-    return max(1, min(-(-2 * MULTIPROCESSORS[arch] // max(tiles, 1)), steps // 4))
+    return max(1, min(-(-2 * multiprocessors // max(tiles, 1)), steps // 4))
 
 
 @functools.cache

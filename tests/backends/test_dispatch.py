@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from cotolora import CoToLoRALinear, coto_lora_linear, explain, set_backend
 from cotolora.backends import choice as dispatch
+from cotolora.backends import cost
 from cotolora.backends.fused import common
 from cotolora.backends.fused.common import MAX_RANK, has_triton
-from cotolora.backends.types import Call
+from cotolora.backends.types import Call, Sizes
 from cotolora.variants import VARIANTS
 from tests.support.repository import ROOT
 
@@ -260,6 +261,21 @@ def test_unknown_names_are_refused_and_change_nothing(name):
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
 def test_auto_takes_addmm(device, dtype):
     assert dispatch.choose(None, Call(LORA, torch.device(device), dtype, 500, 0.5, 64, 256, 256)) == "addmm"
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("arch", cost.MACHINES)
+def test_auto_fuses_no_float32_that_was_not_measured(arch, variant, captured):
+    for sizes in (Sizes(m, n, k, r, 4) for m in (1, 512, 8192) for n, k in ((768, 768), (4096, 4096)) for r in (8, 64)):
+        call = sizes.call(VARIANTS[variant])
+        rows = [sizes._replace(element_size=size)._asdict() for size in (2, 4)]
+        form = next(iter(LORA.fused))
+        bfloat16, float32 = ({**row, "captured": captured, "seconds": {"addmm": 2.0, form: 1.0}} for row in rows)
+        assert dispatch.fastest(call, arch, captured=captured, table=(bfloat16,))[0] == "addmm"
+        fused = variant == "lora"  # the only one that tune measures
+        name, _ = dispatch.fastest(call, arch, captured=captured, table=(bfloat16, float32))
+        assert name == (f"triton:{form}" if fused else "addmm")
 
 
 def test_auto_takes_the_reference_in_float64_and_under_transforms(ran):

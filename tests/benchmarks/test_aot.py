@@ -81,7 +81,7 @@ KERNELS = {"one_pass_swapped": ("stacked", "finish"), "gram": ("gram", "sum_part
 def test_every_row_is_compiled(results, target):
     compiled = {(result["kernel"], result["tile"]) for result in results if result["rows"] == target}
     for family, table in TABLES.items():
-        for t in (row.tile for row in table[target]):
+        for t in (tile for row in table[target] for tile in row.tiles):
             sizes = (t.block_m, t.block_n, t.block_k) if isinstance(t, Tile) else (t.rows, t.columns)
             for kernel in KERNELS.get(family, (family,))[:1]:
                 assert (kernel, f"{'x'.join(map(str, sizes))} w{t.num_warps} s{t.num_stages}") in compiled

@@ -451,6 +451,19 @@ def test_without_a_gpu_cuda_is_refused(capsys):
     assert "finds 0 GPUs" in capsys.readouterr().err
 
 
+def test_contenders_of_ours_are_chosen_by_name(capsys):
+    asked = ["--shapes", "2,8,6", "--rounds", "1", "--peers", "none"]
+    off = "ours addmm off by device gate"
+    assert linear.main([*asked, "--contenders", "ours addmm", off]) == 0
+    lines = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert lines[2:] == ["frozen", "ours addmm", off]
+    with pytest.raises(SystemExit):
+        linear.main([*asked, "--contenders", "ours", "theirs"])
+    message = capsys.readouterr().err
+    assert "argument --contenders: must be among frozen, ours, ours reference" in message
+    assert message.rstrip().endswith("got theirs")
+
+
 def test_a_plot_without_matplotlib_is_refused_before_the_clock(monkeypatch, capsys):
     monkeypatch.setattr(report, "version_of", lambda module: "absent")
     for command, arguments in ((linear, ["--plot", "p.png"]), (show, ["f.json", "--plot", str(ROOT)])):
@@ -530,7 +543,7 @@ def test_show_names_a_file_that_is_none(tmp_path, capsys):
     [
         (("--minutes", "soon"), "--minutes must be a positive number; got 'soon'"),
         (("--minutes",), "--minutes must be a positive number; got ''"),
-        (("--only", "lunch"), "--only must be one of correctness tuning benchmarks tests tune"),
+        (("--only", "lunch"), "--only must be one of correctness tuning benchmarks gemm tests tune"),
         (("--fast",), "unknown option --fast"),
         (("again",), "one OUT at most; got"),
         pytest.param(
@@ -592,7 +605,7 @@ def on_gpu(tmp_path):
     return run_it
 
 
-PARTS = ("tests", "tune", "linear", "block", "gates", "memory", "roofline", "train")
+PARTS = ("gemm", "tests", "tune", "linear", "block", "gates", "memory", "roofline", "train")
 
 
 @pytest.mark.parametrize("dry", [True, False], ids=["dry", "on a GPU"])
@@ -622,7 +635,7 @@ def test_the_gpu_script_keeps_the_table_that_tune_has_written(arguments, on_gpu,
 @pytest.mark.parametrize(
     ("group", "parts"),
     [
-        ("correctness", ["tests"]),
+        ("correctness", ["gemm", "tests"]),
         ("tuning", ["tune"]),
         ("benchmarks", ["block", "linear", "gates", "roofline", "memory"]),
     ],
@@ -632,6 +645,8 @@ def test_the_gpu_script_runs_a_group_of_parts(group, parts, on_gpu):
     run = [line.split(":")[0] for line in lines if re.match(r"\w+: exit 0", line)]
     assert status == 0
     assert run == (parts if group != "benchmarks" else [*parts, "train", "compiled"])
+    limits = [int(found[1]) for line in lines if (found := re.match(r"=== \w+ \(at most (\d+)s\)", line))]
+    assert limits[-1] > 500, "the last part of nine minutes has all that is left"
 
 
 @pytest.mark.slow
@@ -658,6 +673,17 @@ def test_the_gpu_script_runs_one_part(part, on_gpu):
     assert lines[-1].startswith(f"{part}: exit 0")
     if part in ("linear", "block", "roofline", "train"):
         assert f"/out/{part}.png" in asked[0]
+
+
+def test_the_gpu_script_first_compares_our_gemm_with_the_vendors(on_gpu):
+    _, _, (first, *others) = on_gpu()
+    plain, fused = "ours triton:low_rank_gemm off by device gate", "ours triton:low_rank_gemm"
+    assert first.startswith("-m benchmarks linear ")
+    assert f"--contenders {fused} {plain} --" in first
+    known = [*contenders.ours_in_full("lora", "bfloat16"), *contenders.off_by_device("lora")]
+    assert {plain, fused} <= {c.name for c in known}
+    assert len([linear.checked(text) for text in first.partition("--shapes ")[2].split()]) == 6
+    assert not any("--contenders" in line for line in others)
 
 
 def test_the_gpu_script_needs_neither_matplotlib_nor_xdist(on_gpu):

@@ -259,5 +259,5 @@ def test_on_a_gpu_eager_and_captured_are_measured(tmp_path):
     out = tmp_path / "t.json"
     assert tune.main(["--shapes", "64,256,128", "--rounds", "2", "--out", str(out)]) == 0
     rows = measured.load_table(out, FORMS)
-    assert [r["captured"] for r in measured] == [False, True]
+    assert [r["captured"] for r in rows] == [False, True]
     assert all(set(r["seconds"]) == FORMS for r in rows)

@@ -25,7 +25,7 @@ from cotolora.kernels.partials import Sum, sum_partials
 from cotolora.kernels.pre_expand import expand, pre_expand
 from cotolora.kernels.row_norm import row_norm
 from cotolora.kernels.shrink import shrink
-from cotolora.kernels.tiles import TABLES, Stream, Tile, row_for, splits
+from cotolora.kernels.tiles import TABLES, Stream, Tile, row_for
 from tests.support.tolerance import assert_as_accurate_as_torch
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -619,15 +619,6 @@ def test_every_row_is_for_something(arch, kernel):
     chosen = {row_for(table, arch, *mnr, **kind) for mnr in itertools.product(sizes, repeat=3) for kind in kinds}
     rows = table[arch]
     assert chosen == set(rows)
-
-
-def test_splits_fill_the_gpu_without_tiny_parts():
-    assert splits("sm_90", tiles=1000, steps=100) == 1
-    assert splits("sm_90", tiles=132, steps=100) == splits("sm_90", tiles=100, steps=100) == 1
-    assert splits("sm_90", tiles=64, steps=100) == 5
-    assert splits("sm_90", tiles=1, steps=100) == 25
-    assert splits("sm_90", tiles=1, steps=3) == 1
-    assert splits("sm_90", tiles=0, steps=0) == 1
 
 
 def test_two_sums_in_one_launch(device):

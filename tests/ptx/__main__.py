@@ -1,6 +1,6 @@
 """Runs compiled kernels by the emulator and compares them with float64. Needs no GPU.
 
-    python -m tests.ptx [--arch sm_80] [--arch sm_90] [--all] [--only WORD] [--staggered]
+    python -m tests.ptx [--arch sm_80] [--arch sm_90] [--all] [--only WORD] [--staggered] [--barriers]
 
 The PTX that Triton emits for a GPU of capability 8.0 or 9.0 is executed on CPU tensors, in numpy. Unlike Triton's
 interpreter, this runs what the compiler made: layouts, swizzles, asynchronous copies, pipelines, barriers, mma, wgmma
@@ -18,7 +18,14 @@ reported without it changes the result.
 Not covered: the order of threads within a warp; a global read before another block's write; the tensor cores' own
 rounding (sums here are float32); time; ptxas, which translates further; atomics, fp8, clusters and warp specialisation,
 at which `UnknownError` is raised. ``wgmma.wait_group`` is taken, as by Triton, to complete the reads of all 4 warps of
-its group.
+its group. And what a case does not reach: a branch that no tile takes, a loop that turns once.
+
+``--barriers`` takes out each barrier of each kernel by itself, and lists those that nothing notices. Of sm_80 with
+Triton 3.9 those of one_pass, low_rank_gemm, pre_expand, shrink and gram were read, and are redundant: a wait for
+copies and its barrier at the head of a loop, which repeat those at its end, with no copy and no store between; two
+barriers with no access to shared memory between, or others around; a barrier before stores of each warp to where only
+its own copies have arrived. Triton sets barriers by buffers, not by bytes. The one in pre_expand's source, between the
+stores of h and its reads, is among them: one of the compiler's own follows it, which no rule promises.
 
 `translate` parses PTX; each basic block becomes a Python function over arrays of all threads of many blocks at once.
 `machine` runs them, lowest block first, masked where threads diverge. `hopper` adds what sm_90 has. `launch` takes a
@@ -36,7 +43,20 @@ import torch
 import triton
 from triton import knobs
 
-from tests.ptx.cases import ARCHITECTURES, all_cases, outcome
+from cotolora.kernels.tiles import PROJECT_MAX_RANK, TABLES
+from tests.ptx.cases import ARCHITECTURES, all_cases, barriers, kernel_case, outcome
+
+
+def show_barriers(arch: str, only: str) -> None:
+    """Prints a line for each kernel, at a rank of one step and of several."""
+    for kernel in TABLES:
+        for rank in (16, 144):
+            name = f"barriers {arch} {kernel} r{rank}"
+            if only not in name or (kernel == "project" and rank > PROJECT_MAX_RANK):
+                continue
+            for of, count, unnoticed, reached in barriers(kernel_case(kernel, arch, rows=150, rank=rank, gate="rows")):
+                text = f"{count - len(unnoticed)} of {count} noticed, not {unnoticed}, of which reached {reached}"
+                print(f"{name}  {of}: {text}", flush=True)
 
 
 def main() -> int:
@@ -46,10 +66,15 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every form, dtype, gate, dropout and rank of layers")
     parser.add_argument("--only", default="", help="only cases with this in their name")
     parser.add_argument("--staggered", action="store_true", help="groups of warps in turn, wgmma as late as it may be")
+    parser.add_argument("--barriers", action="store_true", help="only take out barriers, and list those not noticed")
     options = parser.parse_args()
     if knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: with it kernels are interpreted and never compiled")
     torch.set_num_threads(1)
+    if options.barriers:
+        for arch in options.arch or ARCHITECTURES:
+            show_barriers(arch, options.only)
+        return 0
     count = wrong = 0
     for arch in options.arch or ARCHITECTURES:
         for name, work in all_cases(arch, options.all):

@@ -143,6 +143,25 @@ def fault_case(name: str, arch: str) -> Work:
     return work
 
 
+def barriers(work: Work) -> Iterator[tuple[str, int, list[int], list[int]]]:
+    """Of each kernel of a case its barriers: how many, which nothing notices if taken out, which of those are reached.
+
+    One by one: two that stand for one another are both unnoticed.
+    """
+    emulator = Emulator()
+    work(emulator)
+    for text, program in emulator.programs.items():
+        # a barrier ends a block
+        ends = [n for n, block in enumerate(program.kernel.blocks) if block and block[-1].op.startswith("bar.sync")]
+        reached = {number for number, _ in program.functions}
+        unnoticed = []
+        for i, barrier in enumerate(re.finditer(BARRIER, text)):
+            without = text[: barrier.start()] + text[barrier.end() :]
+            if not outcome(work, change=lambda ptx, text=text, without=without: without if ptx == text else ptx)[1]:
+                unnoticed.append(i)
+        yield program.kernel.name, len(ends), unnoticed, [i for i in unnoticed if ends[i] in reached]
+
+
 def all_cases(arch: str, everything: bool) -> Iterator[tuple[str, Work]]:
     """All of one GPU, by name."""
     for name, (*_, archs) in FAULTS.items():

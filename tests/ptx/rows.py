@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
@@ -50,10 +50,11 @@ class RowCase:
 
 
 def row_cases(arch: str) -> Iterator[RowCase]:
-    """Each row once for every precision that it takes, in turn plain, with row gates and dropout, or scaled."""
+    """Each tile of each row once for every precision, in turn plain, with row gates and dropout, or scaled."""
     turn = 0
     for kernel, table in TABLES.items():
-        for number, row in enumerate(table[arch]):
+        each = (replace(row, tile=tile, smaller=()) for row in table[arch] for tile in row.tiles)
+        for number, row in enumerate(each):
             floats = {"ieee": ["fp32"], "tf32": ["tf32"], None: ["fp32", "tf32"]}[row.precision]
             for dtype in floats if row.element_size == 4 else ("bf16", "fp16"):
                 turn += 1
@@ -112,7 +113,10 @@ class Operands:
         self.a, self.b = self.made(rank, k, k**-0.5), self.made(n, rank, rank**-0.5, transposed=True)
         self.bias, self.u = self.made(1, n)[0], torch.randn(m, n).to(self.dtype)
         self.h, self.p = self.made(m, rank), self.made(m, rank)
-        self.gate = torch.arange(m) % 3 != 1 if case.gate == "rows" else None
+        # where there are several tiles of rows, all of the last is off
+        block, rows = tile.block_m if isinstance(tile, Tile) else tile.rows, torch.arange(m)
+        last = rows // block == (m - 1) // block if m > block else rows < 0
+        self.gate = (rows % 3 != 1) & ~last if case.gate == "rows" else None
         self.rows_on = torch.ones(m, 1, dtype=torch.bool) if self.gate is None else self.gate[:, None]
         self.seed = torch.tensor(123456789123456789) if case.dropout else None
         self.dropped = {"seed": self.seed, "dropout": case.dropout}

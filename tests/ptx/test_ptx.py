@@ -32,12 +32,30 @@ def outcome_of(function, *arguments, staggered=False, **options):
     return cases.outcome(getattr(cases, function)(*arguments, **options), staggered=staggered)[1]
 
 
+def barriers_in(function, *arguments):
+    """As `outcome_of`, what `cases.barriers` finds in a case."""
+    cases = importlib.import_module("tests.ptx.cases")
+    return list(cases.barriers(getattr(cases, function)(*arguments)))
+
+
 @pytest.fixture(scope="module")
-def wrong():
-    """`outcome_of`, in the process that compiles."""
+def worker():
+    """The process that compiles."""
     # spawned: a fork would have imported triton already
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=compiles) as worker:
-        yield lambda *arguments, **options: worker.submit(outcome_of, *arguments, **options).result()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=compiles) as one:
+        yield one
+
+
+@pytest.fixture
+def wrong(worker):
+    """`outcome_of`, in the process that compiles."""
+    return lambda *arguments, **options: worker.submit(outcome_of, *arguments, **options).result()
+
+
+@pytest.fixture
+def barriers_of(worker):
+    """`barriers_in`, in the process that compiles."""
+    return lambda *arguments: worker.submit(barriers_in, *arguments).result()
 
 
 SIMPLE = (
@@ -73,6 +91,13 @@ FAULTS = {
 @pytest.mark.parametrize(("name", "arch"), [(name, arch) for name, archs in FAULTS.items() for arch in archs])
 def test_a_fault_put_into_the_ptx_is_noticed(wrong, name, arch):
     assert wrong("fault_case", name, arch) == []
+
+
+@pytest.mark.parametrize("kernel", ["hira", "row_norm"])
+def test_each_barrier_is_noticed_if_it_is_taken_out(barriers_of, kernel):
+    for name, count, unnoticed, _ in barriers_of("kernel_case", kernel, "sm_80"):
+        assert count, name
+        assert unnoticed == [], name
 
 
 @pytest.mark.parametrize("kernel", TABLES)
