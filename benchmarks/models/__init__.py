@@ -1,12 +1,14 @@
 """Tries every architecture of transformers that can be built tiny from its config, and a model of every family of timm.
 
-    python -m benchmarks models [--quick | --only NAME ...] [--again] [--out DIR]
+    python -m benchmarks models [--quick | --only NAME ...] [--again] [--keep] [--out DIR]
 
 Each goes through inject, 20 steps of CoTo, save, load and merge, with PEFT beside it, in a process of its own. DIR gets
-models.json, a row for each, and models.md, what is printed at the end; a row that is there already is not made again.
+models.json, a row for each as soon as it is made, and models.md, what is printed at the end. A row that is there already
+is not made again: what was stopped goes on where it was.
 Outcomes: "works"; "works, warned" (a warning says what has no effect); "refused" (an error names the layer);
 "PEFT fails as well"; "wrong" (something differs in silence, or an error names no layer); "not built" (no config that is
-small enough, or no inputs were found: nothing is known of it). Rows of other versions of anything are made again.
+small enough, or no inputs were found: nothing is known of it). Rows of other versions of anything are made again; with
+--keep those of other commits stay, and it is said how many they are.
 """
 
 from __future__ import annotations
@@ -76,14 +78,18 @@ def row_of(library: str, key: str, name: str) -> dict[str, Any]:
     its.close()
     found: dict[str, Any]
     try:
-        if not mine.poll(PATIENCE):
+        if late := not mine.poll(PATIENCE):
             process.kill()
         found = mine.recv()
     except EOFError:
         process.join()
-        late = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
-        found = {"outcome": NOT_BUILT, "stage": "time", "reason": f"took more than {SECONDS} seconds"} if late else {
-            "outcome": WRONG, "stage": "process", "reason": f"its process ended with {process.exitcode}"}  # fmt: skip
+        code = process.exitcode or 0
+        if late or code == -signal.SIGXCPU:
+            found = {"outcome": NOT_BUILT, "stage": "time", "reason": f"took more than {SECONDS} seconds"}
+        else:
+            # SIGKILL is what a system without memory sends
+            end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code} and no row"
+            found = {"outcome": WRONG, "stage": "process", "reason": f"its process {end}"}
     process.kill()
     process.join()
     empty = dict.fromkeys(("parameters", "adapters", "peft", "difference", "warnings", "told", "notes"))
@@ -126,12 +132,21 @@ def listing(rows: Sequence[dict[str, Any]]) -> str:
 
 def text(result: Result) -> str:
     """The counts, and the list of everything but what simply works."""
-    return "\n".join([report.head(result), counts(result.rows), "", listing(result.rows), *result.notes])
+    made = report.groups(result.rows, ("cotolora",))
+    older = [f"{len(rows)} rows are of cotolora {by}" for (by,), rows in made.items() if by != version(result)]
+    return "\n".join([report.head(result), counts(result.rows), "", listing(result.rows), *result.notes, *older])
 
 
-def versions(result: Result) -> dict[str, str]:
-    """What a result was made with; whether files were changed since the commit counts for nothing."""
-    return {name: value.removesuffix("+changes") for name, value in result.machine.items()}
+def version(result: Result) -> str:
+    """The version and commit of this library; whether files were changed since the commit counts for nothing."""
+    return result.machine["cotolora"].removesuffix("+changes")
+
+
+def kept(before: Result, result: Result, keep: bool) -> list[dict[str, Any]]:
+    """The rows of `before` that may stand under the versions of `result`, those of other commits only with `keep`."""
+    if before.machine | {"cotolora": ""} != result.machine | {"cotolora": ""}:
+        return []
+    return [row for row in before.rows if keep or row["cotolora"] == version(result)]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -142,6 +157,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     which.add_argument("--quick", action="store_true", help=f"these alone: {' '.join(QUICK)}")
     which.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types, families or classes")
     parser.add_argument("--again", action="store_true", help="make rows that are there already anew")
+    parser.add_argument("--keep", action="store_true", help="keep rows that other commits made")
     parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="add the rows to models.json there")
     options = parser.parse_args(arguments)
     if options.out is not None and not options.out.is_dir():
@@ -166,12 +182,11 @@ def main(arguments: list[str] | None = None) -> int:
         result.notes.append(f"timm cannot be imported: {reason}")
     path = None if options.out is None else options.out / "models.json"
     before = report.read(path)[0] if path is not None and path.exists() else None
-    # rows of other versions would stand under the versions of today
-    kept = before.rows if before is not None and versions(before) == versions(result) else []
-    rows = {(row["library"], row["type"]): row for row in kept}
+    found = [] if before is None else kept(before, result, options.keep)
+    rows = {(row["library"], row["type"]): row for row in found}
     for library, key, name in tqdm(chosen, disable=None):
         if options.again or (library, key) not in rows:
-            rows[library, key] = row = row_of(library, key, name)
+            rows[library, key] = row = row_of(library, key, name) | {"cotolora": version(result)}
             tqdm.write(f"{row['seconds']:5.1f} s  {name}: {row['outcome']}  {row['reason'][:150]}")
             result.rows = list(rows.values())
             if path is not None:

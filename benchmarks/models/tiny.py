@@ -426,9 +426,9 @@ def guesses(model: nn.Module, config: Any) -> Iterator[list[str]]:
     needed = [
         n for n, p in signature.items() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
-    main = getattr(model, "main_input_name", None)
+    main = getattr(model, "main_input_name", None) or []
     decoder = ["decoder_input_ids"] if "decoder_input_ids" in signature else []
-    first = [main] if main in signature else []
+    first = [name for name in ([main] if isinstance(main, str) else main) if name in signature]
     yield list(dict.fromkeys([*first, *needed, *decoder]))
     if needed:
         yield needed

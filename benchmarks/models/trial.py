@@ -8,7 +8,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -324,6 +324,7 @@ class Trial:
                 layer.train()
         frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
         start = self._factors()
+        self._let_gradients_in()
         optimizer = torch.optim.AdamW(cotolora.adapter_parameters(model), lr=1e-3, weight_decay=0.1)
         coto = cotolora.CoTo(model, STEPS)
         coto.attach(optimizer)
@@ -359,6 +360,15 @@ class Trial:
         said = set(re.findall(r"[\w.-]+", " ".join(self.told)))
         if silent := [name for name in self.unmoved if name not in said]:
             raise FindingError(f"{len(silent)} adapters have not learned, and no warning names {silent[0]}")
+
+    def _let_gradients_in(self) -> None:
+        """Where no output would require grad, as through reversible layers, makes the embeddings' outputs require it."""
+        seed()
+        if any(t.requires_grad for t in tensors_in(self.model(**copy.deepcopy(self.inputs)))):
+            return
+        with suppress(AttributeError, NotImplementedError):  # not of transformers, or without embeddings
+            self.model.enable_input_require_grads()
+            self.notes.append("no output requires grad without enable_input_require_grads()")
 
     def _factors(self) -> dict[str, list[Tensor]]:
         return {name: [layer.lora_a.detach().clone(), layer.lora_b.detach().clone()]
@@ -441,6 +451,7 @@ def tried(make: Callable[[], Subject], folder: Path) -> dict[str, Any]:
     """The row of the model that `make` makes."""
     try:
         subject = make()
-    except NotBuiltError as error:
-        return {"outcome": NOT_BUILT, "stage": "build", "reason": str(error)}
+    except Exception as error:
+        why = str(error) if isinstance(error, NotBuiltError) else f"the search for it raises {reason(error)}"
+        return {"outcome": NOT_BUILT, "stage": "build", "reason": why}
     return Trial(subject, folder).run()
