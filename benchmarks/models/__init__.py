@@ -3,8 +3,8 @@
     python -m benchmarks models [--quick | --only NAME ...] [--again] [--keep] [--out DIR]
 
 Each goes through inject, 20 steps of CoTo, save, load and merge, with PEFT beside it, in a process of its own. DIR gets
-models.json, a row for each as soon as it is made, and models.md, what is printed at the end. A row that is there already
-is not made again: what was stopped goes on where it was.
+models.json, a row for each as soon as it is made, and models.md, what is printed at the end. A row that is there
+already is not made again: what was stopped goes on where it was.
 Outcomes: "works"; "works, warned" (a warning says what has no effect); "refused" (an error names the layer);
 "PEFT fails as well"; "wrong" (something differs in silence, or an error names no layer); "not built" (no config that is
 small enough, or no inputs were found: nothing is known of it). Rows of other versions of anything are made again; with
@@ -34,8 +34,8 @@ from benchmarks.models.trial import NOT_BUILT, OUTCOMES, WARNED, WORKS, WRONG
 from benchmarks.report import Result
 from cotolora.results import rounded
 
-SECONDS = 20  # of computing for one architecture
-PATIENCE = 15 * SECONDS  # on a machine that has other things to do
+SECONDS = 60  # of computing for one architecture
+PATIENCE = 5 * SECONDS  # on a machine that has other things to do
 OUT = report.ROOT / "benchmarks" / "results"
 # one of each kind: Conv1D, encoders and decoders, towers, experts, a state-space model, images, speech, what reads
 # weights past its layers, what cannot be merged; and one of timm, where it is installed
@@ -56,7 +56,8 @@ def child(connection: Connection, library: str, key: str, name: str) -> None:
     import logging
     import warnings
 
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    # SIGXCPU at the first limit, SIGKILL at the second, which a system without memory sends as well
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
@@ -87,7 +88,6 @@ def row_of(library: str, key: str, name: str) -> dict[str, Any]:
         if late or code == -signal.SIGXCPU:
             found = {"outcome": NOT_BUILT, "stage": "time", "reason": f"took more than {SECONDS} seconds"}
         else:
-            # SIGKILL is what a system without memory sends
             end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code} and no row"
             found = {"outcome": WRONG, "stage": "process", "reason": f"its process {end}"}
     process.kill()
