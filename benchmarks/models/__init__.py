@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.models import families, tiny, trial
-from benchmarks.models.trial import NOT_BUILT, OUTCOMES, WARNED, WORKS, WRONG
+from benchmarks.models.trial import NOT_BUILT, OUTCOMES, WARNED, WRONG
 from benchmarks.report import Result
 from cotolora.results import rounded
 
@@ -107,19 +107,20 @@ def counts(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def listing(rows: Sequence[dict[str, Any]]) -> str:
-    """Everything but what simply works, by outcome, and what else was noted."""
+    """Every architecture by outcome, alike ones in a line, and what else was noted."""
     parts = []
     for outcome in OUTCOMES:
         members = [row for row in rows if row["outcome"] == outcome]
-        if outcome == WORKS or not members:
+        if not members:
             continue
         text = "told" if outcome == WARNED else "reason"
         found = report.groups(members, (text, "stage"))
         lines = []
         for (why, stage), alike in sorted(found.items(), key=lambda item: -len(item[1])):
             names = ", ".join(row["architecture"] for row in alike)
-            lines.append(f"- {names}: {stage + ': ' if stage else ''}{why}")
-        parts.append(f"### {outcome}\n\n" + "\n".join(lines))
+            lines.append(": ".join(filter(None, (f"- {names}", stage, why))))
+        legend = "; ".join(f'{kind} is a warning "... {words} ..."' for words, kind in trial.KINDS.items())
+        parts.append(f"### {outcome}\n\n" + (f"{legend}.\n\n" if outcome == WARNED else "") + "\n".join(lines))
     noted = [row for row in rows if row["notes"] or row["peft"] not in (None, "equal")]
     if noted:
         lines = []
@@ -131,10 +132,10 @@ def listing(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def text(result: Result) -> str:
-    """The counts, and the list of everything but what simply works."""
+    """The counts, and the list of everything."""
     made = report.groups(result.rows, ("cotolora",))
     older = [f"{len(rows)} rows are of cotolora {by}" for (by,), rows in made.items() if by != version(result)]
-    return "\n".join([report.head(result), counts(result.rows), "", listing(result.rows), *result.notes, *older])
+    return "\n".join([report.head(result), counts(result.rows), "", listing(result.rows), "", *result.notes, *older])
 
 
 def version(result: Result) -> str:

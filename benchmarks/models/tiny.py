@@ -131,7 +131,7 @@ class Shrinking:
         else:
             stages = len(config.stage_names) - 1
         count = max([value for name, value in before.items() if _is_layers(name, value)], default=0)
-        kept = list(range(4)) if count == stages > 4 else self.kept_layers(before, count)
+        kept = list(range(min(count, 4))) if count == stages > 0 else self.kept_layers(before, count)
         for name, value in before.items():
             try:
                 changed = self.changed(config, name, value, divisor, heads, hidden, count, kept)
@@ -398,7 +398,7 @@ def value_for(name: str, config: Any, form: int, flat: bool) -> Any:
     channels, height, width = image_shape(config)
     mels = setting(80, "num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels", "input_dim")
     hidden, patch = setting(64, "hidden_size", "d_model"), setting(16, "patch_size")
-    frames, source = setting(4, "num_frames", "frames_per_clip"), setting(0, "max_source_positions")
+    frames, source = setting(2, "num_frames", "frames_per_clip"), setting(0, "max_source_positions")
     past = setting(32, "context_length") + max(getattr(config, "lags_sequence", None) or [0])
     variables = setting(0, "num_input_channels") or setting(1, "input_size")
     # of one variable there is an axis only where it is a channel
