@@ -360,8 +360,10 @@ class Trial:
         if not all(t.isfinite().any() for t in self.trained):
             raise FindingError("training has made every number of an output not finite")
         self.unmoved = sorted(set(self.layers) - set(moved))
-        said = set(re.findall(r"[\w.-]+", " ".join(self.told)))
-        if silent := [name for name in self.unmoved if name not in said]:
+        text = " ".join(self.told)
+        said, counted = set(re.findall(r"[\w.-]+", text)), sum(map(int, re.findall(r"and (\d+) more\]", text)))
+        silent = [name for name in self.unmoved if name not in said]
+        if len(silent) > counted:  # a long list ends in how many more there are
             raise FindingError(f"{len(silent)} adapters have not learned, and no warning names {silent[0]}")
 
     def _let_gradients_in(self) -> None:
