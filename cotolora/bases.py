@@ -31,9 +31,20 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_dense(module: nn.Module) -> bool:
     """Whether `module` is an ``nn.Linear`` or a Conv1D, no subclass, and its weight a dense floating parameter."""
-    if type(module) is not nn.Linear and not is_conv1d(module):
-        return False
-    weight = module.weight
+    return (type(module) is nn.Linear or is_conv1d(module)) and _has_dense_weight(module)
+
+
+def why_not_dense(module: nn.Module) -> str:
+    """Of a module for which `is_dense` does not hold, why its weight can be neither read nor written."""
+    if isinstance(module, nn.Linear) and _has_dense_weight(module):
+        # its module as well: subclasses may be called Linear
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        return f"a {kind}, whose forward need not be the product with its weight"
+    return f"a {type(module).__name__}, which has no dense floating weight"
+
+
+def _has_dense_weight(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
     return (
         isinstance(weight, nn.Parameter)
         and type(weight) in (nn.Parameter, Tensor)
@@ -154,10 +165,7 @@ def check_foreign(module: nn.Module, variant: str, init: str) -> None:
     adding = tuple(name for name, kind in VARIANTS.items() if kind.addition is not None)
     for name, value, allowed in (("variant", variant, adding), ("init", init, FOREIGN_INITS)):
         if value not in allowed:
-            raise ValueError(
-                f"{name} must be one of {allowed} on a {type(module).__name__}, which has no dense floating weight "
-                f"to read; got {value!r}"
-            )
+            raise ValueError(f"{name} must be one of {allowed} on {why_not_dense(module)}; got {value!r}")
 
 
 def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cotolora.bases import keep_keys, materialise, place_of
+from cotolora.bases import keep_keys, materialise, place_of, why_not_dense
 from cotolora.checks import size
 from cotolora.reference import Gate
 from cotolora.spec import SETTINGS, AdapterSpec
@@ -161,9 +161,8 @@ class LowRankParameters(nn.Module):
         """
         if self.base is not None:
             raise RuntimeError(
-                f"{self._named}the base is a {type(self.base).__name__}, which has no dense floating weight that could "
-                "hold the update; leave it unmerged, or take it back with to_linear(merge=False) or eject(model, "
-                "merge=False)"
+                f"{self._named}the base is {why_not_dense(self.base)}, so that the update cannot be merged; leave it "
+                "unmerged, or take it back with to_linear(merge=False) or eject(model, merge=False)"
             )
         return self.weight if self._original_weight is None else self._original_weight
 

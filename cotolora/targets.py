@@ -72,7 +72,7 @@ def match_linears(
         if reason := why_not_target(raw_names, modules):
             if unfit is None:
                 end = _end_of_its_kind(names[0], modules)
-                raise ValueError(f"{names[0]} {reason}; or leave it out with exclude=[{end!r}]")
+                raise ValueError(f"{names[0]} {reason}; exclude=[{end!r}] leaves it out")
             unfit[names[0]] = reason
         inside.update(set(module.modules()) - {module})
         found[names[0]] = raw_names
@@ -138,11 +138,14 @@ def _refuse_missing(model: nn.Module, targets: Targets, found: dict[str, list[st
             raise ValueError(f"targets must name at least one module; got none, {shown(targets)}")
     if missing:
         linears = (name for name, module in model.named_modules() if not why_not_adaptable(module))
-        ends = sorted({plain_name(name).rpartition(".")[2] for name in linears if name})
-        raise ValueError(
-            f"targets {listed(missing)} match no linear module in {type(model).__name__}; its linear modules end in "
-            f"{listed(ends)}"
-        )
+        if ends := sorted({plain_name(name).rpartition(".")[2] for name in linears if name}):
+            which = f"; its linear modules end in {listed(ends)}"
+        elif not why_not_adaptable(model):
+            which = ": it is one itself, which CoToLoRALinear.from_linear adapts"
+        else:
+            kinds = {type(m).__name__ for m in model.modules() if list(m.parameters(recurse=False))}
+            which = f", which has none to adapt: its parameters are of {listed(sorted(kinds))}"
+        raise ValueError(f"targets {listed(missing)} match no linear module in {type(model).__name__}{which}")
 
 
 def trainable_parameters(model: nn.Module, trainable: Targets) -> set[nn.Parameter]:

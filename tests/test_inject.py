@@ -548,8 +548,15 @@ def test_an_adapter_by_itself_has_nothing_to_be_ejected_from():
     layer = CoToLoRALinear(4, 4)
     with refused(layer, "it is one itself"):
         eject(layer)
-    with refused(nn.Linear(4, 4), "match no linear"):
+    with refused(nn.Linear(4, 4), "match no linear module in Linear: it is one itself"):
         inject(nn.Linear(4, 4))
+
+
+def test_a_model_without_linear_modules():
+    model = nn.Sequential(nn.Conv1d(2, 2, 1), nn.ReLU(), nn.BatchNorm1d(2))
+    what = r"\['all-linear'\] match no linear module in Sequential, which has none to adapt: its parameters are of "
+    with refused(model, what + r"\['BatchNorm1d', 'Conv1d'\]"):
+        inject(model)
 
 
 def test_tied_weights_overlap_with_trainable():

@@ -1,12 +1,14 @@
 """Tries every architecture of transformers that can be built tiny from its config, and a model of every family of timm.
 
-    python -m benchmarks models [--quick | --only NAME ...] [--again] [--out DIR]
+    python -m benchmarks models [--quick | --only NAME ...] [--again] [--keep] [--out DIR]
 
 Each goes through inject, 20 steps of CoTo, save, load and merge, with PEFT beside it, in a process of its own. DIR gets
-models.json, a row for each, and models.md, what is printed at the end; a row that is there already is not made again.
+models.json, a row for each as soon as it is made, and models.md, what is printed at the end. A row that is there
+already is not made again: what was stopped goes on where it was.
 Outcomes: "works"; "works, warned" (a warning says what has no effect); "refused" (an error names the layer);
 "PEFT fails as well"; "wrong" (something differs in silence, or an error names no layer); "not built" (no config that is
-small enough, or no inputs were found: nothing is known of it). Rows of other versions of anything are made again.
+small enough, or no inputs were found: nothing is known of it). Rows of other versions of anything are made again; with
+--keep those of other commits stay, and it is said how many they are.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.models import families, tiny, trial
-from benchmarks.models.trial import NOT_BUILT, OUTCOMES, WARNED, WORKS, WRONG
+from benchmarks.models.trial import NOT_BUILT, OUTCOMES, WARNED, WRONG
 from benchmarks.report import Result
 from cotolora.results import rounded
 
-SECONDS = 20  # of computing for one architecture
-PATIENCE = 15 * SECONDS  # on a machine that has other things to do
+SECONDS = 60  # of computing for one architecture
+PATIENCE = 5 * SECONDS  # on a machine that has other things to do
 OUT = report.ROOT / "benchmarks" / "results"
 # one of each kind: Conv1D, encoders and decoders, towers, experts, a state-space model, images, speech, what reads
 # weights past its layers, what cannot be merged; and one of timm, where it is installed
@@ -54,7 +56,8 @@ def child(connection: Connection, library: str, key: str, name: str) -> None:
     import logging
     import warnings
 
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+    # SIGXCPU at the first limit, SIGKILL at the second, which a system without memory sends as well
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
@@ -76,14 +79,17 @@ def row_of(library: str, key: str, name: str) -> dict[str, Any]:
     its.close()
     found: dict[str, Any]
     try:
-        if not mine.poll(PATIENCE):
+        if late := not mine.poll(PATIENCE):
             process.kill()
         found = mine.recv()
     except EOFError:
         process.join()
-        late = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
-        found = {"outcome": NOT_BUILT, "stage": "time", "reason": f"took more than {SECONDS} seconds"} if late else {
-            "outcome": WRONG, "stage": "process", "reason": f"its process ended with {process.exitcode}"}  # fmt: skip
+        code = process.exitcode or 0
+        if late or code == -signal.SIGXCPU:
+            found = {"outcome": NOT_BUILT, "stage": "time", "reason": f"took more than {SECONDS} seconds"}
+        else:
+            end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code} and no row"
+            found = {"outcome": WRONG, "stage": "process", "reason": f"its process {end}"}
     process.kill()
     process.join()
     empty = dict.fromkeys(("parameters", "adapters", "peft", "difference", "warnings", "told", "notes"))
@@ -101,19 +107,20 @@ def counts(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def listing(rows: Sequence[dict[str, Any]]) -> str:
-    """Everything but what simply works, by outcome, and what else was noted."""
+    """Every architecture by outcome, alike ones in a line, and what else was noted."""
     parts = []
     for outcome in OUTCOMES:
         members = [row for row in rows if row["outcome"] == outcome]
-        if outcome == WORKS or not members:
+        if not members:
             continue
         text = "told" if outcome == WARNED else "reason"
         found = report.groups(members, (text, "stage"))
         lines = []
         for (why, stage), alike in sorted(found.items(), key=lambda item: -len(item[1])):
             names = ", ".join(row["architecture"] for row in alike)
-            lines.append(f"- {names}: {stage + ': ' if stage else ''}{why}")
-        parts.append(f"### {outcome}\n\n" + "\n".join(lines))
+            lines.append(": ".join(filter(None, (f"- {names}", stage, why))))
+        legend = "; ".join(f'{kind} is a warning "... {words} ..."' for words, kind in trial.KINDS.items())
+        parts.append(f"### {outcome}\n\n" + (f"{legend}.\n\n" if outcome == WARNED else "") + "\n".join(lines))
     noted = [row for row in rows if row["notes"] or row["peft"] not in (None, "equal")]
     if noted:
         lines = []
@@ -125,13 +132,22 @@ def listing(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def text(result: Result) -> str:
-    """The counts, and the list of everything but what simply works."""
-    return "\n".join([report.head(result), counts(result.rows), "", listing(result.rows), *result.notes])
+    """The counts, and the list of everything."""
+    made = report.groups(result.rows, ("cotolora",))
+    older = [f"{len(rows)} rows are of cotolora {by}" for (by,), rows in made.items() if by != version(result)]
+    return "\n".join([report.head(result), counts(result.rows), "", listing(result.rows), "", *result.notes, *older])
 
 
-def versions(result: Result) -> dict[str, str]:
-    """What a result was made with; whether files were changed since the commit counts for nothing."""
-    return {name: value.removesuffix("+changes") for name, value in result.machine.items()}
+def version(result: Result) -> str:
+    """The version and commit of this library; whether files were changed since the commit counts for nothing."""
+    return result.machine["cotolora"].removesuffix("+changes")
+
+
+def kept(before: Result, result: Result, keep: bool) -> list[dict[str, Any]]:
+    """The rows of `before` that may stand under the versions of `result`, those of other commits only with `keep`."""
+    if before.machine | {"cotolora": ""} != result.machine | {"cotolora": ""}:
+        return []
+    return [row for row in before.rows if keep or row["cotolora"] == version(result)]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -142,6 +158,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     which.add_argument("--quick", action="store_true", help=f"these alone: {' '.join(QUICK)}")
     which.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types, families or classes")
     parser.add_argument("--again", action="store_true", help="make rows that are there already anew")
+    parser.add_argument("--keep", action="store_true", help="keep rows that other commits made")
     parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="add the rows to models.json there")
     options = parser.parse_args(arguments)
     if options.out is not None and not options.out.is_dir():
@@ -166,12 +183,11 @@ def main(arguments: list[str] | None = None) -> int:
         result.notes.append(f"timm cannot be imported: {reason}")
     path = None if options.out is None else options.out / "models.json"
     before = report.read(path)[0] if path is not None and path.exists() else None
-    # rows of other versions would stand under the versions of today
-    kept = before.rows if before is not None and versions(before) == versions(result) else []
-    rows = {(row["library"], row["type"]): row for row in kept}
+    found = [] if before is None else kept(before, result, options.keep)
+    rows = {(row["library"], row["type"]): row for row in found}
     for library, key, name in tqdm(chosen, disable=None):
         if options.again or (library, key) not in rows:
-            rows[library, key] = row = row_of(library, key, name)
+            rows[library, key] = row = row_of(library, key, name) | {"cotolora": version(result)}
             tqdm.write(f"{row['seconds']:5.1f} s  {name}: {row['outcome']}  {row['reason'][:150]}")
             result.rows = list(rows.values())
             if path is not None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.models.trial import NotBuiltError, Subject, outputs, seed
 from benchmarks.workload import reason
 
-LIMIT = 8_000_000  # parameters
+LIMIT = 30_000_000  # parameters
 VOCABULARY, POSITIONS, EXPERTS = 512, 512, 4
 HEAD, MOST_HEADS = 16, 4
 # how the widths of a model are made smaller: by its heads, by a fixed divisor, or not at all
@@ -40,12 +40,13 @@ LAYERS = re.compile(
 NOT_LAYERS = re.compile(
     r"vision_feature_layer|insert_layer|feature_layer|iou_head_depth|max_window_layers|no_rope|deepstack|num_stages"
 )
+INDICES = re.compile(r"indexe?s$|_idxs?$|layer_ids$|_indices$|_layers$")
 HEAD_COUNTS = re.compile(r"(^|_)(n|num)?_?(attention_|kv_|key_value_|key_|value_|mamba_|query_)*heads?$|_heads$")
 HEAD_SIZES = re.compile(r"head_dim$|^d_kv$|headdim$|d_head$|dim_head$|^rotary_dim$|head_size$")
 WIDTHS = re.compile(
     r"hidden_size|hidden_dim|intermediate|^d_model$|^n_embd$|^n_inner$|_dims?$|^dim$|channels$|ffn|^d_ff$|mlp_dim"
     r"|projection|lora_rank|_rank$|width|filters$|_units$|embedding_size$|hidden_sizes|_features$|output_size$"
-    r"|pooler_size|^d_|base_channel|_size_per_layer"
+    r"|pooler_size|^d_|base_channel|_size_per_layer|dim_per_stage$|channel_list$"
 )
 NOT_WIDTHS = re.compile(
     r"num_channels|audio_channels|image_channels|^in_channels$|kernel|stride|layers?$|type|act|ratio|num_|^n_(?!embd|inner)"
@@ -55,9 +56,13 @@ NOT_WIDTHS = re.compile(
 OPEN = {
     "num_experts_per_tok": 2,
     "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
     "vocab_size": VOCABULARY,
     "prediction_length": 4,
+    "context_length": 32,
     "pad_token_id": 0,
+    "image_token_index": VOCABULARY - 1,
+    "default_language": "en_XX",
 }
 TOKENS = re.compile(r"_token_ids?$|_token_index$|_token$|token_id_")
 
@@ -126,7 +131,7 @@ class Shrinking:
         else:
             stages = len(config.stage_names) - 1
         count = max([value for name, value in before.items() if _is_layers(name, value)], default=0)
-        kept = list(range(4)) if count == stages > 4 else self.kept_layers(before, count)
+        kept = list(range(min(count, 4))) if count == stages > 0 else self.kept_layers(before, count)
         for name, value in before.items():
             try:
                 changed = self.changed(config, name, value, divisor, heads, hidden, count, kept)
@@ -167,7 +172,9 @@ class Shrinking:
         lists = [v for v in settings.values() if isinstance(v, (list, tuple)) and len(v) == count and count > 4]
         kinds = list(zip(*(map(str, v) for v in lists), strict=True)) if lists else []
         first = sorted({kinds.index(kind) for kind in kinds})[:4]
-        return first if len(first) > 1 else list(range(min(count, 2)))
+        # what is read after several layers is read after as many, up to four
+        named = [len(v) for name, v in settings.items() if isinstance(v, (list, tuple)) and INDICES.search(name)]
+        return first if len(first) > 1 else list(range(min(count, max([2, *(n for n in named if n <= 4)]))))
 
     def width(self, value: int, divisor: float) -> int:
         """A smaller width: the same one for the same."""
@@ -213,15 +220,26 @@ class Shrinking:
             return min(value, 8)
         if name == "window_size" and (first_of(config, "patch_size") or 8) <= 4:
             return 2
+        if name in ("n_groups", "mamba_n_groups"):  # of heads
+            return 1
+        if name in ("num_groups", "norm_num_groups"):
+            return min(value, 4)
+        if name == "num_pos_feats":  # half as many as the width that they are added to
+            return self.width(2 * value, divisor) // 2
         if name == "upsample_groups":
             return self.width(value, divisor)
         if name in ("sliding_window", "attention_window"):
             return min(value, 16)
+        if name.endswith("attn_chunk_length"):
+            return min(value, 4)
         if name in ("image_size", "pretrain_image_size") and self.way != 1:
             patch = first_of(config, "patch_size") or 8
             return min(value, 4 * patch if patch > 4 else 64)
         if _is_layers(name, value):
-            return len(kept) if value == count else min(value, 2)
+            # of stages, whose settings are lists of that length, all stay
+            lists = (v for v in self.original.values() if isinstance(v, (list, tuple)))
+            stages = value <= 4 and any(len(v) == value for v in lists)
+            return value if stages else len(kept) if value == count else min(value, 2)
         if self.way == 1:
             return value
         if HEAD_SIZES.search(name):
@@ -246,7 +264,7 @@ class Shrinking:
         if self.way != "heads":
             return max(4, value // int(self.way)) if value % int(self.way) == 0 else value
         expand = self.original.get("mamba_expand", self.original.get("expand", 1))
-        inner = self.original.get("mamba_n_heads", self.original.get("mamba_num_heads"))
+        inner = self.original.get("mamba_n_heads", self.original.get("mamba_num_heads", heads if expand > 1 else None))
         if inner and hidden in self.widths and inner * value == expand * hidden:
             return int(expand * self.widths[hidden] // smaller_heads(inner))
         if heads and hidden == heads * value:
@@ -262,16 +280,21 @@ class Shrinking:
             return kind(min(v, 2) for v in value) if numbers and "kv_heads" in name else value
         if not numbers:
             return value
+        if name == "axial_pos_shape":
+            return kind((3, 4))  # positions as a grid, of which a batch in training must fill every one
         if TOKENS.search(name):
             return kind(
                 v if v < VOCABULARY else self.tokens.setdefault(v, VOCABULARY - 1 - len(self.tokens)) for v in value
             )
         if re.search(r"^depths$|^layers$|num_blocks|layer_depths|stage_num_blocks", name):
             return kind(min(v, 2) for v in value)
-        if re.search(r"indexe?s$|_idxs?$|layer_ids$|_indices$|_layers$", name) and count:
+        if INDICES.search(name) and count:
             inside = [i for i in value if i < len(kept)]
+            if len(inside) < len(value) <= len(kept):
+                return kind(range(len(kept) - len(value), len(kept)))
             return kind(inside or [len(kept) - 1])
-        if self.way != 1 and WIDTHS.search(name) and not NOT_WIDTHS.search(name) and max(value) >= 32:
+        widths = name == "in_channels" or (WIDTHS.search(name) and not NOT_WIDTHS.search(name))
+        if self.way != 1 and widths and max(value) >= 32:
             by = divisor if self.way != "heads" else min(divisor, 8)
             return kind(
                 v if v < 8 else max(4, round(v / by)) if self.way != "heads" else self.list_width(v, by) for v in value
@@ -280,7 +303,7 @@ class Shrinking:
 
     def list_width(self, value: int, by: float) -> int:
         """A width that stands in a list: divided without regard to heads, which are in another list."""
-        return self.widths.get(value) or (value if value < 32 else max(8, round(value / 4)))
+        return self.widths.get(value) or (value if value <= 32 else max(8, round(value / 4)))
 
 
 def _fit_sections(rope: Any, head: int, partial: float | None) -> None:
@@ -349,7 +372,8 @@ def image_shape(config: Any) -> tuple[int, int, int]:
     channels, side = 3, None
     for one in configs_in(config):
         channels = first_of(one, "num_channels") or (first_of(one, "in_channels", "in_chans") or channels)
-        size = getattr(one, "image_size", None) or getattr(one, "input_size", None)
+        sizes = (getattr(one, name, None) for name in ("image_size", "input_size", "max_img_size"))
+        size = next(filter(None, sizes), None)
         if side is None and isinstance(size, int):
             side = size, size
         elif side is None and isinstance(size, (list, tuple)) and len(size) == 2:
@@ -374,23 +398,30 @@ def value_for(name: str, config: Any, form: int, flat: bool) -> Any:
     channels, height, width = image_shape(config)
     mels = setting(80, "num_mel_bins", "input_feat_per_channel", "feature_size", "n_mels", "input_dim")
     hidden, patch = setting(64, "hidden_size", "d_model"), setting(16, "patch_size")
-    frames, source = setting(4, "num_frames", "frames_per_clip"), setting(0, "max_source_positions")
+    frames, source = setting(2, "num_frames", "frames_per_clip"), setting(0, "max_source_positions")
+    past = setting(32, "context_length") + max(getattr(config, "lags_sequence", None) or [0])
+    variables = setting(0, "num_input_channels") or setting(1, "input_size")
+    # of one variable there is an axis only where it is a channel
+    series = (2, past, variables) if variables > 1 or setting(0, "num_input_channels") else (2, past)
     length, pixels = 2 * source or 128, channels * setting(1, "temporal_patch_size") * patch**2
-    images = [(2, channels, height, width), (2, frames, channels, height, width), (2, 16, channels * patch**2)]
-    speech = [(2, mels, length), (2, length, mels), (2, length, 2 * mels)]
+    image = channels, height, width
+    images = [(2, *image), (2, frames, *image), (2, 16, channels * patch**2), (2, 1, *image)]
+    speech = [(2, mels, length), (2, length, mels), (2, length, 2 * mels), (2, 1, length, mels)]
     if not source:
         speech[:2] = speech[1::-1]
-    waves = [(2, 7680), (2, 1, 7680), (2, 2, 7680)]
+    waves = [(2, 7680), (2, 1, 7680), (2, 2, 7680), (2, 1, 1920)]
     patches = (32, pixels)
     makers: dict[str, Callable[[], Any]] = {
         "input_ids": lambda: ids(config), "decoder_input_ids": lambda: ids(config, 6),
         "qformer_input_ids": lambda: ids(config, 6),
+        "task_inputs": lambda: ids(config, setting(77, "task_seq_len")),
         "attention_mask": lambda: torch.ones(2, 12, dtype=torch.int64),
         "token_type_ids": lambda: torch.zeros(2, 12, dtype=torch.int64),
         "position_ids": lambda: torch.arange(12).expand(2, 12).clone(),
         "pixel_values": lambda: torch.randn(patches if flat else images[form]),
         "pixel_values_videos": lambda: torch.randn(2, frames, channels, height, width),
         "pixel_mask": lambda: torch.ones(2, height, width, dtype=torch.int64),
+        "image_attention_mask": lambda: torch.ones(2, 12, 1, dtype=torch.int64),
         "pixel_attention_mask": lambda: torch.ones(2, 16, dtype=torch.int64),
         "spatial_shapes": lambda: torch.tensor([[4, 4], [4, 4]]),
         "grid_thw": lambda: torch.tensor([[1, 4, 4], [1, 4, 4]]),
@@ -410,8 +441,8 @@ def value_for(name: str, config: Any, form: int, flat: bool) -> Any:
         "image_embeds": lambda: torch.randn(2, 12, hidden), "query_embeds": lambda: torch.randn(2, 12, hidden),
         "visual_feats": lambda: torch.randn(2, 4, setting(64, "visual_feat_dim")),
         "visual_pos": lambda: torch.rand(2, 4, 4),
-        "past_values": lambda: torch.randn(
-            2, setting(32, "context_length"), setting(1, "num_input_channels", "input_size")),
+        "past_values": lambda: torch.randn(series), "past_observed_mask": lambda: torch.ones(series),
+        "past_time_features": lambda: torch.randn(2, past, setting(0, "num_time_features")),
         "timestep": lambda: torch.tensor([1, 2]),
     }  # fmt: skip
     return makers[name]() if name in makers else None
@@ -426,9 +457,9 @@ def guesses(model: nn.Module, config: Any) -> Iterator[list[str]]:
     needed = [
         n for n, p in signature.items() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
-    main = getattr(model, "main_input_name", None)
+    main = getattr(model, "main_input_name", None) or []
     decoder = ["decoder_input_ids"] if "decoder_input_ids" in signature else []
-    first = [main] if main in signature else []
+    first = [name for name in ([main] if isinstance(main, str) else main) if name in signature]
     yield list(dict.fromkeys([*first, *needed, *decoder]))
     if needed:
         yield needed
@@ -437,9 +468,13 @@ def guesses(model: nn.Module, config: Any) -> Iterator[list[str]]:
         if name in signature and [name] != first:
             yield list(dict.fromkeys([name, *needed, *decoder]))
     yield [name for name in OFTEN if name in signature]
+    # everything that is known, of what stands for the same thing the plainest
+    known = [name for name in signature if value_for(name, config, 0, flat=False) is not None]
+    yield [name for name in known if not name.endswith(("embeds", "hidden_states", "position_ids", "mask"))]
+    yield [name for name in known if not name.endswith(("embeds", "hidden_states"))]
 
 
-FORMS = 3
+FORMS = 4
 
 
 def fed(model: nn.Module, config: Any) -> dict[str, Any]:
@@ -465,8 +500,11 @@ def fed(model: nn.Module, config: Any) -> dict[str, Any]:
             except Exception as error:
                 reasons.append(reason(error))
                 # a message often names what is missing
-                named = [n for n in signature if re.search(rf"\b{re.escape(n)}\b", str(error)) and n not in names]
-                named = [n for n in named if n not in asked and value_for(n, config, form, flat) is not None]
+                words = re.findall(r"\w+", str(error).lower())
+                named = [n for n in signature if n.lower() in words and n not in (*names, *asked)]
+                named = [n for n in named if value_for(n, config, form, flat) is not None]
+                # of names for the same thing the plainest
+                named = [n for n in named if not n.endswith("embeds")] or named
                 if not named:
                     return None
                 asked.update(named)

@@ -8,7 +8,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,9 @@ class Trial:
         self.trains = self._computed_in_training(self.base)
         if self.trains is None:
             self.notes.append("cannot be called in train mode; trained in eval mode")
+        self.repeats = self.trains is not None and same(self.trains, self._computed_in_training(self.base) or [])
+        if self.trains is not None and not self.repeats:
+            self.notes.append("in train mode it computes something else at each call")
 
     def _computed_in_training(self, model: nn.Module) -> list[Tensor] | None:
         twin = copy.deepcopy(model).train()
@@ -247,7 +250,7 @@ class Trial:
             layer.enabled, layer.gate = True, False
         if self.trains is not None:
             computed = self._computed_in_training(self.model)
-            if computed is None or not same(computed, self.trains):
+            if computed is None or (self.repeats and not same(computed, self.trains)):
                 raise FindingError("outputs in train mode with every gate off differ from the plain model's")
         for layer in self.layers.values():
             layer.gate = True
@@ -324,6 +327,7 @@ class Trial:
                 layer.train()
         frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
         start = self._factors()
+        self._let_gradients_in()
         optimizer = torch.optim.AdamW(cotolora.adapter_parameters(model), lr=1e-3, weight_decay=0.1)
         coto = cotolora.CoTo(model, STEPS)
         coto.attach(optimizer)
@@ -356,9 +360,20 @@ class Trial:
         if not all(t.isfinite().any() for t in self.trained):
             raise FindingError("training has made every number of an output not finite")
         self.unmoved = sorted(set(self.layers) - set(moved))
-        said = set(re.findall(r"[\w.-]+", " ".join(self.told)))
-        if silent := [name for name in self.unmoved if name not in said]:
+        text = " ".join(self.told)
+        said, counted = set(re.findall(r"[\w.-]+", text)), sum(map(int, re.findall(r"and (\d+) more\]", text)))
+        silent = [name for name in self.unmoved if name not in said]
+        if len(silent) > counted:  # a long list ends in how many more there are
             raise FindingError(f"{len(silent)} adapters have not learned, and no warning names {silent[0]}")
+
+    def _let_gradients_in(self) -> None:
+        """Where no output requires grad, as through reversible layers, makes the embeddings' outputs require it."""
+        seed()
+        if any(t.requires_grad for t in tensors_in(self.model(**copy.deepcopy(self.inputs)))):
+            return
+        with suppress(AttributeError, NotImplementedError):  # not of transformers, or without embeddings
+            self.model.enable_input_require_grads()
+            self.notes.append("no output requires grad without enable_input_require_grads()")
 
     def _factors(self) -> dict[str, list[Tensor]]:
         return {name: [layer.lora_a.detach().clone(), layer.lora_b.detach().clone()]
@@ -441,6 +456,7 @@ def tried(make: Callable[[], Subject], folder: Path) -> dict[str, Any]:
     """The row of the model that `make` makes."""
     try:
         subject = make()
-    except NotBuiltError as error:
-        return {"outcome": NOT_BUILT, "stage": "build", "reason": str(error)}
+    except Exception as error:
+        why = str(error) if isinstance(error, NotBuiltError) else f"the search for it raises {reason(error)}"
+        return {"outcome": NOT_BUILT, "stage": "build", "reason": why}
     return Trial(subject, folder).run()

@@ -93,6 +93,66 @@ def test_what_cannot_be_compared_is_not_built(tmp_path):
 
     row = trial.tried(fail, tmp_path)
     assert (row["outcome"], row["reason"]) == (NOT_BUILT, "too large")
+    row = trial.tried(lambda: {}["config"], tmp_path)
+    assert (row["outcome"], row["reason"]) == (NOT_BUILT, "the search for it raises KeyError: 'config'")
+
+
+def test_a_model_that_is_random_in_training_alone(tmp_path):
+    class Random(Net):
+        def forward(self, x):
+            return super().forward(x)["x"] + (next(self.numbers) if self.training else 0)
+
+    def random():
+        model = Random()
+        model.numbers = Numbers()
+        return model
+
+    class Numbers:
+        count = 0
+
+        def __next__(self):
+            Numbers.count += 1
+            return Numbers.count
+
+    row = tried(tmp_path, random)
+    assert (row["outcome"], row["notes"]) == (WORKS, "in train mode it computes something else at each call")
+
+
+class Reversible(torch.autograd.Function):
+    """Knows of gradients for its inputs alone, as the layers of Reformer do."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            ctx.layer(x).backward(dy)
+        return x.grad, None
+
+
+def test_a_model_whose_inputs_must_require_grad(tmp_path):
+    class Model(Net):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Identity()
+
+        def enable_input_require_grads(self):
+            self.embedding.register_forward_hook(lambda module, args, x: x.detach().requires_grad_())
+
+        def forward(self, x):
+            x = self.embedding(x)
+            for block in self.blocks:
+                x = Reversible.apply(x, block)
+            return x
+
+    row = tried(tmp_path, Model)
+    assert (row["outcome"], row["notes"]) == (
+        WORKS, "no output requires grad without enable_input_require_grads()")  # fmt: skip
 
 
 class Drifting(cotolora.CoTo):
@@ -181,6 +241,19 @@ def test_layers_of_every_kind_stay():
     assert len(config.layer_types) == config.num_hidden_layers <= 4
 
 
+def test_what_is_read_after_several_layers_is_read_after_as_many():
+    config = transformers.DPTConfig()
+    assert list(config.backbone_out_indices) == [2, 5, 8, 11]
+    tiny.Shrinking(config, "heads")
+    assert (config.num_hidden_layers, list(config.backbone_out_indices)) == (4, [0, 1, 2, 3])
+
+
+def test_stages_stay():
+    config = transformers.GLPNConfig()
+    tiny.Shrinking(config, "heads")
+    assert config.num_encoder_blocks == len(config.depths) == len(config.hidden_sizes) == 4
+
+
 @pytest.fixture
 def three(monkeypatch):
     """Three architectures, and what of them was tried."""
@@ -210,7 +283,23 @@ def test_rows_that_are_there_are_not_made_again(three, monkeypatch, tmp_path, ca
     monkeypatch.setattr(report, "version_of", lambda name: "another")
     models.main(["--only", "a", "--out", str(tmp_path)])
     assert three == ["A", "B", "C", "B", "A"]
-    capsys.readouterr()
+
+
+def test_rows_of_another_commit_stay_if_asked(three, monkeypatch, tmp_path, capsys):
+    models.main(["--out", str(tmp_path)])
+    machine = report.machine
+    monkeypatch.setattr(report, "machine", lambda device: machine(device) | {"cotolora": "0 other+changes"})
+    models.main(["--keep", "--only", "B", "--again", "--out", str(tmp_path)])
+    assert three == ["A", "B", "C", "B"]
+    models.main(["--keep", "--out", str(tmp_path)])
+    assert three == ["A", "B", "C", "B"]
+    assert "\n2 rows are of cotolora" in (tmp_path / "models.md").read_text()
+    models.main(["--out", str(tmp_path)])
+    assert three == ["A", "B", "C", "B", "A", "C"]
+    assert "rows are of" not in (tmp_path / "models.md").read_text()
+
+
+def test_what_is_no_architecture(three, capsys):
     assert models.main(["--only", "d"]) == 2
     assert "no architecture is named d" in capsys.readouterr().out
 
@@ -222,7 +311,7 @@ def test_a_process_that_dies_is_a_row(monkeypatch):
     assert (row["outcome"], row["architecture"]) == (NOT_BUILT, "NoSuchModel")
     monkeypatch.setattr(models, "child", dies)
     row = models.row_of("transformers", "llama", "LlamaForCausalLM")
-    assert (row["outcome"], row["reason"]) == (WRONG, f"its process ended with {-signal.SIGTERM}")
+    assert (row["outcome"], row["reason"]) == (WRONG, "its process was ended by SIGTERM")
 
 
 def dies(*args):
