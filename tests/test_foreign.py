@@ -100,14 +100,14 @@ def test_every_fused_form_stands_for_the_one_there_is():
 
 
 def test_the_model_takes_the_fused_form_only_for_a_clear_win():
-    large, tiny = (Sizes(*sizes).call(LORA, adds=True) for sizes in ((8192, 4096, 4096, 16), (64, 768, 768, 16)))
+    large, tiny = (Sizes(*sizes).call(LORA, adds=True) for sizes in ((16384, 4096, 4096, 16), (64, 768, 768, 16)))
     name, reason = dispatch.fastest(large, "sm_90", captured=False)
     assert name == "triton:expand"
     assert "modelled, not measured" in reason
     assert dispatch.fastest(tiny, "sm_90", captured=False)[0] == "addmm"
     assert dispatch.fastest(large, "sm_75", captured=False)[0] == "addmm"
     row = {
-        "m": 8192,
+        "m": 16384,
         "n": 4096,
         "k": 4096,
         "rank": 16,
