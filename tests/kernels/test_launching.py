@@ -184,6 +184,7 @@ def test_a_launcher_that_raises_is_launched_anew(copier):
         run(X)
     assert not replays
     assert torch._C._len_torch_dispatch_stack() == depth
+    assert launching._thread.recording is None
     fails.append(False)
     for _ in range(2):
         x = torch.randn(8, 8)
