@@ -233,6 +233,9 @@ class CoToLoRALinear(MergeableWeights):
             elif gate.dim():
                 check_gate(gate, input)
             plan = planned(variant, input, rank, self.in_features, self.out_features, self.scale, dropout)
+            if plan.fused and input.shape[-1] != self.in_features:
+                # a kernel of ours would read past the rows of W, where torch raises
+                check_operands(input, weight, bias, a, b)
             return run(plan, input, weight, bias, a, b, extra, gate)  # type: ignore[arg-type]
         except Exception:
             # torch's own errors name no argument: what was wrong is looked for only where something was

@@ -41,27 +41,36 @@ def replayed(
     """`launcher`, whose launches are recorded at the first call of a kind and done again at the others of that kind.
 
     A kind of call is all that a launcher and Triton's specialisation may depend on: of every tensor the shape, the
-    strides, the dtype and whether its address is aligned, the device, how float32 is multiplied, and whatever else the
-    arguments are. A launcher must be a function of these, and compute by its launches alone. One that does not, that
-    launches what Triton returns no compiled kernel for, or that gets two tensors at one address, is called every time.
+    strides, the dtype, the device and whether its address is aligned, how float32 is multiplied, Triton's switches for
+    compilation, and whatever else the arguments are. A launcher must be a function of these, and compute by its
+    launches alone. One that does not, that launches what Triton returns no compiled kernel for, or that gets two
+    tensors at one address, is called every time.
 
     Args:
         launcher: takes positional arguments, the first of them a tensor; returns a new tensor, or a tuple of these and
             None.
         replays: the kinds that have been launched.
-        elsewhere: what is called in its place for a subclass of Tensor.
+        elsewhere: what is called in its place for a tensor that is more, or less, than numbers at an address: one of a
+            subclass, a view that negates what it reads, one within vmap.
         missing: called before a kind is launched for the first time; may raise.
     """
 
     def run(*args: Any) -> Any:
         first = args[0]
         device, dtype = first.device, first.dtype
-        key: list[Any] = [device, dot_precision(dtype, device) if dtype is torch.float32 else None]
+        key: list[Any] = [
+            dot_precision(dtype, device) if dtype is torch.float32 else None,
+            knobs.runtime.debug, knobs.runtime.add_stages_inspection_hook, knobs.compilation.instrumentation_mode,
+        ]  # fmt: skip
         inputs, pointers = [], []
         for arg in args:
-            if type(arg) in _PLAIN:
-                pointer = arg.data_ptr()
-                key += arg.shape, arg.stride(), arg.dtype, pointer % ALIGNMENT == 0
+            if type(arg) in _PLAIN and not arg.is_neg():
+                try:
+                    pointer = arg.data_ptr()
+                except RuntimeError:
+                    return elsewhere(*args)
+                # the device, because Triton looks into a tensor for one of the host, but not at an address
+                key += arg.shape, arg.stride(), arg.dtype, arg.device, pointer % ALIGNMENT == 0
                 inputs.append(arg)
                 pointers.append(pointer)
             elif isinstance(arg, Tensor):
@@ -85,13 +94,17 @@ def replayed(
         outputs = replay.run(inputs, pointers, active.get_current_stream(current))
         return launcher(*args) if outputs is None else outputs
 
-    return launcher if knobs.runtime.interpret else run
+    return run
 
 
 def _watched() -> bool:
-    """Whether somebody wants to know of launches, as profilers do."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+    """Whether somebody wants to know of launches, as profilers do, or decides at each how it is compiled."""
+    runtime = knobs.runtime
+    # not any(): a generator takes longer than all of this
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook, runtime.add_stages_inspection_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return True
+    return False
 
 
 _STREAM = 3  # its place among the arguments of `CompiledKernel.run`
@@ -136,8 +149,9 @@ class Replay(NamedTuple):
             workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self.device)
             address = workspace.data_ptr()
             made += [address + offset for offset in self.offsets]
-        if any(pointer % ALIGNMENT for pointer in made):
-            return None
+        for pointer in made:
+            if pointer % ALIGNMENT:
+                return None
         pointers += made
         for run, recorded, addresses, descriptors, _ in self.launches:
             arguments = recorded.copy()
@@ -186,11 +200,12 @@ class _Recording(TorchDispatchMode):
             if t is not None:
                 whole = made.pop(t.untyped_storage()._cdata, None)
                 self.faithful &= whole is not None and whole.numel() == t.numel()
+        temporary = [t for t in made.values() if t.numel()]
         offsets, workspace = [], 0
-        for t in made.values():
+        for t in temporary:
             offsets.append(workspace)
             workspace += -(-t.untyped_storage().nbytes() // 512) * 512
-        after = enumerate((*results, *made.values()), len(self.inputs))
+        after = enumerate((*results, *temporary), len(self.inputs))
         numbers = {t.untyped_storage()._cdata: i for i, t in after if t is not None}
 
         def number(t: Tensor) -> int:

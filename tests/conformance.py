@@ -344,6 +344,16 @@ def takes_any_strides_of_all(subject, layout):
 
 
 @holds(by_backend)
+def takes_views_that_negate(subject):
+    """As the imaginary part of a conjugate is: torch negates what it reads there, a kernel does not."""
+    named = draw(subject)
+    views = {name: torch._neg_view(-t) for name, t in (*named.items(), ("dy", dy_of(named)))}
+    got = run(subject, {name: views[name] for name in named}, views["dy"])
+    for name, value in run(subject, named, dy_of(named)).items():
+        assert torch.equal(got[name], value), name
+
+
+@holds(by_backend)
 def takes_any_strides_of_float32_masters(subject):
     """As they come from a layer."""
     named = draw(subject, (3, 6, 24), 20, 4, dtype=half(subject), factors=torch.float32)

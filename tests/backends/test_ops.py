@@ -279,6 +279,39 @@ def test_torch_func_takes_the_reference():
     torch.testing.assert_close(torch.func.grad(loss)(a), leaf.grad)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("backend", FUSED)
+def test_gradients_of_many_at_once(backend):
+    """By vmap, under which a tensor has no memory of its own."""
+    x, weight, bias, a, b = operands()
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+    y = coto_lora_linear(x, weight, bias, a, b, scale=SCALE, backend=backend)
+    many = random((3, *y.shape))[0]
+    each = [torch.autograd.grad(y, leaves, dy, retain_graph=True) for dy in many]
+    at_once = torch.autograd.grad(y, leaves, many, is_grads_batched=True)
+    for found, one_by_one in zip(at_once, zip(*each, strict=True), strict=True):
+        assert torch.equal(found, torch.stack(one_by_one))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated, and warns of every size
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_trace_holds_the_operators(backend):
+    layer = CoToLoRALinear(6, 4, rank=2).requires_grad_(False)
+    nn.init.normal_(layer.lora_b)
+    with set_backend(backend), torch.no_grad():
+        traced = torch.jit.trace(layer, (torch.randn(5, 6),))
+        x = torch.randn(5, 6)
+        torch.testing.assert_close(traced(x), layer(x))
+    assert "cotolora::" in str(traced.graph)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_layer_reads_nothing_past_its_weight(backend):
+    """A launcher takes the number of columns from x."""
+    with set_backend(backend), pytest.raises(ValueError, match=r"x must be \[\.\.\., 6\]"):
+        CoToLoRALinear(6, 4, rank=2)(torch.randn(5, 7))
+
+
 # what auto would do on a GPU
 
 

@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -48,12 +49,10 @@ class Kernel:
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """As on a GPU whose current stream is 7, where nothing is interpreted."""
+    """As on a GPU whose current stream is 7."""
     active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 7)
     monkeypatch.setattr(launching, "driver", SimpleNamespace(active=active))
-    with launching.knobs.runtime.scope():
-        launching.knobs.runtime.interpret = False
-        yield Kernel()
+    return Kernel()
 
 
 class Copier:
@@ -100,6 +99,7 @@ CHANGES = {
     "row gates": (X, GATE),
     "a gate's address": (X, GATE[1]),
     "a gate's dtype": (X, GATE[0].bool()),
+    "a gate's device": (X, GATE[0].to("meta")),
     "a number": (X, None, 2.0),
     "another number": (X, None, 3.0),
     "another dtype to write": (X, None, torch.float16),
@@ -129,6 +129,75 @@ def test_how_float32_is_multiplied_is_part_of_the_kind(copier):
             assert copier.calls == calls
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "switch", "value"),
+    [("runtime", "debug", True), ("compilation", "instrumentation_mode", "fpsan")],
+)
+def test_how_triton_compiles_is_part_of_the_kind(copier, monkeypatch, knobs, switch, value):
+    copier.run(X)
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(launching.knobs, knobs), switch, value)
+        for _ in range(2):
+            copier.run(X)
+    copier.run(X)
+    assert copier.calls == 2
+
+
+def test_what_decides_at_each_launch_how_it_is_compiled_is_asked(copier, monkeypatch):
+    copier.run(X)
+    with monkeypatch.context() as patch:
+        patch.setattr(launching.knobs.runtime, "add_stages_inspection_hook", lambda: ("key", "hash"))
+        for calls in (2, 3):
+            copier.run(X)
+            assert copier.calls == calls
+    copier.run(X)
+    assert copier.calls == 3
+
+
+def test_tensors_may_overlap_at_a_later_call(kernel):
+    def both(x, other):
+        made = torch.empty_like(x), torch.empty_like(x)
+        for source, to in zip((x, other), made, strict=True):
+            launch(kernel, (5,), source, to, SIZE=4 * x.numel())
+        return made
+
+    run, memory = replayed(both, {}, elsewhere=None), torch.randn(64)
+    for x, other in ((memory[:24], memory[32:56]), (memory[:24], memory[:24]), (memory[:24], memory[4:28])):
+        assert all(map(torch.equal, run(x, other), (x, other)))
+    assert len(kernel.compiled.streams) == 4
+
+
+def test_a_launcher_that_raises_is_launched_anew(copier):
+    """Nothing of the call that failed is left: neither what it noted nor what watches torch."""
+    fails = [True]
+
+    def failing(x):
+        made = copier.launcher(x)
+        if fails.pop():
+            raise LookupError
+        return made
+
+    run, depth = replayed(failing, replays := {}, elsewhere=None), torch._C._len_torch_dispatch_stack()
+    with pytest.raises(LookupError):
+        run(X)
+    assert not replays
+    assert torch._C._len_torch_dispatch_stack() == depth
+    assert launching._thread.recording is None
+    fails.append(False)
+    for _ in range(2):
+        x = torch.randn(8, 8)
+        assert torch.equal(run(x)[0], x)
+    assert copier.calls == 2
+    assert len(copier.kernel.compiled.streams) == 2
+
+
+def test_what_is_kept_holds_no_memory_of_a_call(copier):
+    held = weakref.ref(made := torch.randn(8, 8)), weakref.ref(copier.run(made)[0].untyped_storage())
+    del made
+    assert copier.replays
+    assert all(ref() is None for ref in held)
 
 
 def computes_by_torch(copier, x):
@@ -198,8 +267,12 @@ def test_memory_that_is_not_aligned_is_not_given_to_a_kernel_for_aligned(copier,
     assert copier.calls == 2
 
 
-def test_a_subclass_goes_elsewhere(copier):
-    assert copier.run(X.as_subclass(type("Own", (torch.Tensor,), {}))) == "elsewhere"
+def test_what_is_more_than_numbers_at_an_address_goes_elsewhere(copier):
+    copier.run(X)
+    negated = torch.complex(X, -X).conj().imag
+    assert torch.equal(negated, X)
+    for t in (X.as_subclass(type("Own", (torch.Tensor,), {})), negated, X.to_sparse()):
+        assert copier.run(t) == "elsewhere"
 
 
 def test_what_is_missing_is_said_before_anything_is_launched(copier):
@@ -218,12 +291,6 @@ def test_empty_tensors_are_launched_for_nothing(copier):
     for _ in range(2):
         assert copier.run(X[:0])[0].shape == (0, 8)
     assert copier.calls == 1
-
-
-@pytest.mark.parametrize("interpreted", [True, False])
-def test_the_interpreter_is_left_alone(kernel, interpreted):
-    launching.knobs.runtime.interpret = interpreted
-    assert (replayed(kernel, {}, elsewhere=None) is kernel) == interpreted
 
 
 @pytest.mark.slow
