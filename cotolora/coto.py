@@ -260,7 +260,7 @@ class CoTo:
         for group, on in zip(self._switches(), mask.tolist(), strict=True):
             for switch in group:
                 switch.set_gate(on)
-        # on the model and large parts of it, and not on each layer, where torch.compile would trace a graph for each
+        # on the model, its parts and its blocks, and not on each layer, whose calls would take longer
         self._entries.install()
         self._active = True
         for switch in self._layers.values():

@@ -56,7 +56,7 @@ class EntryHooks:
 
 
 def entries_below(modules: Mapping[str, nn.Module], group_of: Mapping[str, object]) -> list[nn.Module]:
-    """The parts of a model that a loop may call by themselves, without the model itself and the blocks in it.
+    """The parts of a model that a loop may call by themselves, without the model itself.
 
     Args:
         modules: of the model, by name.
@@ -64,7 +64,7 @@ def entries_below(modules: Mapping[str, nn.Module], group_of: Mapping[str, objec
 
     Returns:
         modules that hold adapters of several groups, and their children that hold some of one, unless that child is an
-        adapter, a block (a child named by an integer), or compiled, where a hook would be traced.
+        adapter, or compiled, where a hook would be traced. Blocks too: a ModuleList is never called, they are.
     """
     groups: dict[str, set[object]] = {}
     for name, group in group_of.items():
@@ -74,10 +74,10 @@ def entries_below(modules: Mapping[str, nn.Module], group_of: Mapping[str, objec
     compiled = [name for name, module in modules.items() if _is_compiled(module)]
     found = []
     for name, inside in groups.items():
-        parent, _, key = name.rpartition(".")
+        parent = name.rpartition(".")[0]
         whole = len(inside) > 1
-        tower = (not parent or len(groups[parent]) > 1) and not key.isdecimal()
-        if (whole or tower) and not any(f"{name}.".startswith(f"{other}." if other else "") for other in compiled):
+        below = not parent or len(groups[parent]) > 1
+        if (whole or below) and not any(f"{name}.".startswith(f"{other}." if other else "") for other in compiled):
             found.append(modules[name])
     return found
 
