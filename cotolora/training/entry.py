@@ -51,7 +51,8 @@ class EntryHooks:
             return self._after(output) if module is self._model else None
         if hasattr(module, "_is_replica"):  # of nn.DataParallel, whose threads would share the count
             return None
-        self._depth -= 1
+        # parts inside, of which one raised, have not left
+        self._depth = 0 if module is self._model else self._depth - 1
         return self._after(output) if self._depth == 0 else None
 
 
