@@ -53,7 +53,9 @@ class EntryHooks:
             return None
         # parts inside, of which one raised, have not left
         self._depth = 0 if module is self._model else self._depth - 1
-        return self._after(output) if self._depth == 0 else None
+        # a part that a checkpoint recomputes in the backward has been entered through the model before
+        recomputed = torch._C._current_graph_task_id() != -1
+        return self._after(output) if self._depth == 0 and not recomputed else None
 
 
 def entries_below(modules: Mapping[str, nn.Module], group_of: Mapping[str, object]) -> list[nn.Module]:
