@@ -20,6 +20,7 @@ T = TypeVar("T")
 # what a linear is computed in
 FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
+LARGEST = torch.finfo(torch.float32).max  # a factor of a float32 tensor can be no larger
 _MOST = 2**63  # what an int64 cannot hold
 
 
@@ -60,8 +61,9 @@ def number(argument: str, value: object, must: str, fits: Callable[[float], bool
 
 
 def finite(argument: str, value: object) -> float:
-    """`value` as a float; raises ValueError unless it is a finite number."""
-    return number(argument, value, "a finite number")
+    """`value` as a float; raises ValueError unless it is a finite number, of float32 too."""
+    found = number(argument, value, "a finite number")
+    return number(argument, found, "a number that float32 can hold", lambda number: abs(number) <= LARGEST)
 
 
 def probability(argument: str, value: object) -> float:

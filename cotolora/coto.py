@@ -201,13 +201,19 @@ class CoTo:
             optimizer: also one wrapped by accelerate or Lightning; may run backward in a closure.
 
         Raises:
-            TypeError: `optimizer` is not a torch optimizer, or LBFGS, which steps all parameters together.
+            TypeError: `optimizer` is not a torch optimizer, or LBFGS, which steps all parameters together, or SGD with
+                momentum and fused=True, which takes no parameter whose first step comes after those of others.
         """
         optimizer = unwrap_optimizer(optimizer)
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError(
                 "optimizer must step each parameter by its own gradient; got LBFGS, whose direction is one of all "
                 "parameters and moves adapters that are off"
+            )
+        if isinstance(optimizer, torch.optim.SGD) and any(g["fused"] and g["momentum"] for g in optimizer.param_groups):
+            raise TypeError(
+                "optimizer must take parameters that have their first step after others; got fused SGD with momentum, "
+                "which raises then (use it with fused=False)"
             )
         unwatch(switch.layer for switch in self._layers.values())  # seen below, by the mask
         before = register_before_step(optimizer, functools.partial(self._before_optimizer_step, optimizer))
@@ -260,7 +266,7 @@ class CoTo:
         for group, on in zip(self._switches(), mask.tolist(), strict=True):
             for switch in group:
                 switch.set_gate(on)
-        # on the model and large parts of it, and not on each layer, where torch.compile would trace a graph for each
+        # on the model, its parts and its blocks, and not on each layer, whose calls would take longer
         self._entries.install()
         self._active = True
         for switch in self._layers.values():

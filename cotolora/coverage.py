@@ -43,17 +43,23 @@ def _weights(model: nn.Module) -> tuple[int, Counter[str]]:
     embeddings = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
     # what is tied to an embedding is part of it
     seen = {parameter for module in embeddings for parameter in module.parameters(recurse=False)}
+    linears = [module for module in model.modules() if _is_linear(module)]
+    # with what they hold their weights in: the base of an adapter, a parametrisation
+    reached = {part for linear in linears for part in linear.modules()}
     for name, module in model.named_modules():
         own = {part.attribute for part in module._variant.parts} if isinstance(module, CoToLoRALinear) else set()
-        reached = own or isinstance(module, nn.Linear) or is_conv1d(module) or all(features(module))
         for key, parameter in module.named_parameters(recurse=False):
             if parameter in seen or key in own:
                 continue
             seen.add(parameter)
             total += parameter.numel()
-            if not reached and parameter.dim() > 1 and not parameter.requires_grad:
+            if module not in reached and parameter.dim() > 1 and not parameter.requires_grad:
                 full = plain_name(f"{name}.{key}" if name else key)
                 out_of_reach[".".join("*" if part.isdecimal() else part for part in full.split("."))] += (
                     parameter.numel()
                 )
     return total, out_of_reach
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (CoToLoRALinear, nn.Linear)) or is_conv1d(module) or all(features(module))

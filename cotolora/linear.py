@@ -221,7 +221,7 @@ class CoToLoRALinear(MergeableWeights):
             if gate is False or self._original_weight is not None:
                 return F.linear(input, weight, bias)
             variant = VARIANTS[self.variant]
-            if self.init in FROM_WEIGHT or "lora_a" not in own:
+            if self.init in FROM_WEIGHT or "lora_a" not in own or "lora_b" not in own:
                 a, b = self.factors()
             else:
                 a, b = own["lora_a"], own["lora_b"]  # type: ignore[assignment]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from cotolora.checks import FLOATING, shown
+from cotolora.checks import FLOATING, LARGEST, shown
 from cotolora.reference import Gate
 
 if TYPE_CHECKING:
     from cotolora.variants.base import Variant
-
-_LARGEST = sys.float_info.max
 
 
 def surely_right(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> bool:
@@ -149,8 +146,8 @@ def check_numbers(scale: float, dropout: float) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number; got {type(value).__name__} {shown(value)}")
     # not math.isfinite, which torch.compile cannot trace once it takes a changing scale for a symbol
-    if not abs(scale) <= _LARGEST:
-        raise ValueError(f"scale must be finite; got {shown(scale)}")
+    if not abs(scale) <= LARGEST:
+        raise ValueError(f"scale must be finite in float32; got {shown(scale)}")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a probability in [0, 1]; got {shown(dropout)}")
     return float(scale) if isinstance(scale, int) else scale  # which torch would take for one of 64 bits

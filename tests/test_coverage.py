@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from cotolora import inject
 
@@ -66,6 +67,11 @@ def test_the_share_and_the_places_of_experts_are_said_in_one_line(targets, varia
         pytest.param(lambda: (Mixture(), {"trainable": ["experts"]}), id="trained-in-full"),
         pytest.param(lambda: (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 99)), {"targets": ["0"]}), id="not-targeted"),
         pytest.param(lambda: (nn.Sequential(nn.Linear(4, 4), nn.Embedding(99, 4)), {}), id="an-embedding"),
+        pytest.param(lambda: (nn.Sequential(weight_norm(nn.Linear(9, 9))), {}), id="inside-a-base"),
+        pytest.param(
+            lambda: (nn.Sequential(nn.Linear(4, 4), weight_norm(nn.Linear(4, 99))), {"targets": ["0"]}),
+            id="a-parametrisation",
+        ),
     ],
 )
 def test_nothing_is_said_of_a_small_share_or_one_that_is_chosen(make, caplog):

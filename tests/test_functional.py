@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cotolora import CoToLoRALinear, coto_lora_linear, set_backend
 from cotolora.backends.autograd import autocasts
+from cotolora.variants import VARIANTS
 from tests.support.calls import expanded, offset, sliced, transposed
 
 SCALE = 0.75  # neither 1 nor a power of two: lost, squared or inverted it shows
@@ -363,6 +364,18 @@ def test_torch_func_refuses_addmm_by_name(transform):
         transform(lambda x: coto_lora_linear(x, *ops[1:], scale=SCALE, backend="addmm"))(ops.x)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of checks of shapes
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_jit_trace_takes_the_reference(variant):
+    model = torch.nn.Sequential(CoToLoRALinear(8, 4, rank=2, variant=variant)).eval()
+    traced = torch.jit.trace(model, torch.randn(3, 8))
+    # what the tensors hold, not what they held
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.randn(5, 8)
+    torch.testing.assert_close(traced(x), model(x))
+
+
 def test_forward_mode_takes_the_reference():
     ops = operands((3, 4, 8), 8, 4)
     with torch.autograd.forward_ad.dual_level():
@@ -522,8 +535,9 @@ BAD = [
     ("scale", "1", TypeError, r"scale must be a number; got str '1'"),
     ("scale", True, TypeError, r"scale must be a number; got bool True"),
     ("scale", torch.tensor(1.0), TypeError, r"scale must be a number; got Tensor"),
-    ("scale", float("inf"), ValueError, r"scale must be finite; got inf"),
-    ("scale", float("nan"), ValueError, r"scale must be finite; got nan"),
+    ("scale", float("inf"), ValueError, r"scale must be finite in float32; got inf"),
+    ("scale", float("nan"), ValueError, r"scale must be finite in float32; got nan"),
+    ("scale", 1e39, ValueError, r"scale must be finite in float32; got 1e\+39"),
     ("dropout", None, TypeError, r"dropout must be a number; got NoneType None"),
     ("dropout", -0.1, ValueError, r"dropout must be a probability in \[0, 1\]; got -0.1"),
     ("dropout", 1.5, ValueError, r"dropout must be a probability in \[0, 1\]; got 1.5"),

@@ -136,6 +136,7 @@ def test_dropout_acts_while_training_only():
         ("rank", True, r"rank must be a positive integer; got True"),
         ("alpha", float("nan"), r"alpha must be a finite number; got nan"),
         ("alpha", "16", r"alpha must be a finite number; got '16'"),
+        ("alpha", -1e39, r"alpha must be a number that float32 can hold; got -1e\+39"),
         ("dropout", 1.5, r"dropout must be a probability in \[0, 1\]; got 1.5"),
         ("dropout", None, r"dropout must be a probability in \[0, 1\]; got None"),
         ("variant", "LoRA", r"variant must be one of .*'lora'.*; got 'LoRA'"),
@@ -145,6 +146,23 @@ def test_dropout_acts_while_training_only():
 def test_bad_arguments_are_named(argument, value, message):
     with pytest.raises(ValueError, match=message):
         CoToLoRALinear(**{"in_features": 12, "out_features": 10, argument: value})
+
+
+@pytest.mark.parametrize("name", ["lora_a", "lora_b", "lora_magnitude"])
+def test_a_parametrisation_of_one_tensor_counts(name):
+    layer = CoToLoRALinear(12, 10, rank=3, variant="dora")
+    nn.init.normal_(layer.lora_b)
+    doubled = copy.deepcopy(layer)
+    with torch.no_grad():
+        getattr(doubled, name).mul_(2)
+    nn.utils.parametrize.register_parametrization(layer, name, Doubled())
+    x = torch.randn(2, 12)
+    torch.testing.assert_close(layer(x), doubled(x))
+
+
+class Doubled(nn.Module):
+    def forward(self, tensor):
+        return 2 * tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64], ids=str)

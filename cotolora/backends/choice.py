@@ -202,7 +202,10 @@ def capturing(call: Call) -> bool:
 def auto(call: Call, *, captured: bool = False) -> tuple[str, str]:
     """What ``backend="auto"`` takes, and the reason; `captured`: as in a CUDA graph, also where none is captured."""
     if transforming():
-        return "reference", "inside a torch.func transform or forward-mode AD, which need plain autograd"
+        return (
+            "reference",
+            "inside a torch.func transform, forward-mode AD or torch.jit.trace, which need plain autograd",
+        )
     if call.dtype == torch.float64:
         return "reference", "float64 is for checking, and the reference is what to check with"
     backends = call.variant.backends_for(call)
@@ -224,7 +227,9 @@ def why_not(name: str, call: Call) -> list[str]:
     """Every reason the backend `name` cannot run such a call; an empty list means it can."""
     if name == "reference":
         return []
-    reasons = ["torch.func transforms and forward-mode AD take only the reference"] if transforming() else []
+    reasons = (
+        ["torch.func transforms, forward-mode AD and torch.jit.trace take only the reference"] if transforming() else []
+    )
     backends = call.variant.backends_for(call)
     if name == "addmm":
         has_none = f"variant {call.variant.name!r} has no addmm backend"

@@ -163,8 +163,12 @@ class Call(NamedTuple):
 
 
 def transforming() -> bool:
-    """Whether a torch.func transform or forward-mode AD is active."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    """Whether a torch.func transform, forward-mode AD or torch.jit.trace is active."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 class NotPreparedError(RuntimeError):

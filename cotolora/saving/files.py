@@ -21,7 +21,7 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from cotolora.wording import cut
+from cotolora.wording import cut, shown
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -292,15 +292,32 @@ def _read_config(directory: Path, saved_config: str | None, is_same: Callable[[A
         return _fields(path)
     for candidate in (path, *_temporaries(directory, CONFIG)):
         # of one that is damaged, and of one that was renamed meanwhile
-        with suppress(ValueError, RecursionError, FileNotFoundError):
+        with suppress(ValueError, RecursionError, OSError):
             if is_same(fields := _fields(candidate), json.loads(saved_config)):
                 return fields
-    raise _MismatchError(f"{path} must be the config that {WEIGHTS} was saved with; it is missing or another one")
+    raise _MismatchError(
+        f"{path} must be the config that {WEIGHTS} was saved with, whose metadata keep it as {_SAVED_CONFIG}; "
+        + _difference(path, saved_config)
+    )
+
+
+def _difference(path: Path, saved_config: str) -> str:
+    """In words, how a config is another one than was saved."""
+    try:
+        fields, saved = _fields(path), json.loads(saved_config)
+    except FileNotFoundError:
+        return "it is missing"
+    except (ValueError, RecursionError, OSError) as error:
+        return cut(str(error))
+    saved = saved if isinstance(saved, dict) else {}
+    changed = sorted(key for key in {*fields, *saved} if fields.get(key) != saved.get(key))
+    now, before = ({key: of.get(key) for key in changed} for of in (fields, saved))
+    return f"it has {shown(now)} where that has {shown(before)}"
 
 
 def _fields(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(path.read_bytes().decode("utf-8"))
+        fields = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON; reading it failed: {cut(str(error))}") from error
     if not isinstance(fields, dict):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from cotolora.checks import LARGEST
 from cotolora.groups import plain_name
 from cotolora.linear import CoToLoRALinear
 from cotolora.matching import (
@@ -181,12 +181,13 @@ def parse_config(fields: dict[str, Any]) -> PeftConfig:
     config = PeftConfig(
         variant=found[0].name,
         rank=take("r", "a positive integer", _is_size, method.default_rank),
-        alpha=of_scaled("lora_alpha", "a finite number", _is_number, method.default_alpha),
+        alpha=of_scaled("lora_alpha", "a finite number of float32", _is_number, method.default_alpha),
         rank_pattern=compile_patterns(
             "rank_pattern", take("rank_pattern", "a map to positive integers", _optional(_map_of(_is_size)))
         ),
         alpha_pattern=compile_patterns(
-            "alpha_pattern", of_scaled("alpha_pattern", "a map to finite numbers", _optional(_map_of(_is_number)))
+            "alpha_pattern",
+            of_scaled("alpha_pattern", "a map to finite numbers of float32", _optional(_map_of(_is_number))),
         ),
         use_rslora=of_scaled("use_rslora", "a bool", lambda value: isinstance(value, bool), False),
         dropout=take(method.dropout, "a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1, 0.0),
@@ -209,8 +210,13 @@ def parse_config(fields: dict[str, Any]) -> PeftConfig:
         ),
         fields={name: take(name, f"like {value!r}", _is_like(value), value) for name, value in method.fields.items()},
     )
-    if unsupported := {name: value for name, value in rest.items() if value and name not in _HARMLESS}:
-        raise ValueError(f"these settings are not supported and would change the result: {shown(unsupported)}")
+    # an empty map is a method with its defaults
+    given = {name: value for name, value in rest.items() if value or isinstance(value, dict)}
+    if unsupported := {name: value for name, value in given.items() if name not in _HARMLESS}:
+        raise ValueError(
+            f"these settings are not supported and would change the result: {shown(unsupported)}; load "
+            "such an adapter with PEFT, or fold it into the base by PEFT's merge_and_unload()"
+        )
     if not config.targets and not config.parameters:
         raise ValueError(f"target_modules must be a regular expression or a list of names; got {shown(config.targets)}")
     config.check_patterns()
@@ -234,8 +240,8 @@ def _is_index(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    largest = sys.float_info.max  # comparing takes integers that no float can hold, which math.isfinite does not
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -largest <= value <= largest
+    # comparing takes integers that no float can hold, which math.isfinite does not
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _are_names(value: Any) -> bool:

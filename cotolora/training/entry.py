@@ -51,12 +51,15 @@ class EntryHooks:
             return self._after(output) if module is self._model else None
         if hasattr(module, "_is_replica"):  # of nn.DataParallel, whose threads would share the count
             return None
-        self._depth -= 1
-        return self._after(output) if self._depth == 0 else None
+        # parts inside, of which one raised, have not left
+        self._depth = 0 if module is self._model else self._depth - 1
+        # a part that a checkpoint recomputes in the backward has been entered through the model before
+        recomputed = torch._C._current_graph_task_id() != -1
+        return self._after(output) if self._depth == 0 and not recomputed else None
 
 
 def entries_below(modules: Mapping[str, nn.Module], group_of: Mapping[str, object]) -> list[nn.Module]:
-    """The parts of a model that a loop may call by themselves, without the model itself and the blocks in it.
+    """The parts of a model that a loop may call by themselves, without the model itself.
 
     Args:
         modules: of the model, by name.
@@ -64,7 +67,7 @@ def entries_below(modules: Mapping[str, nn.Module], group_of: Mapping[str, objec
 
     Returns:
         modules that hold adapters of several groups, and their children that hold some of one, unless that child is an
-        adapter, a block (a child named by an integer), or compiled, where a hook would be traced.
+        adapter, or compiled, where a hook would be traced. Blocks too: a ModuleList is never called, they are.
     """
     groups: dict[str, set[object]] = {}
     for name, group in group_of.items():
@@ -74,10 +77,10 @@ def entries_below(modules: Mapping[str, nn.Module], group_of: Mapping[str, objec
     compiled = [name for name, module in modules.items() if _is_compiled(module)]
     found = []
     for name, inside in groups.items():
-        parent, _, key = name.rpartition(".")
+        parent = name.rpartition(".")[0]
         whole = len(inside) > 1
-        tower = (not parent or len(groups[parent]) > 1) and not key.isdecimal()
-        if (whole or tower) and not any(f"{name}.".startswith(f"{other}." if other else "") for other in compiled):
+        below = not parent or len(groups[parent]) > 1
+        if (whole or below) and not any(f"{name}.".startswith(f"{other}." if other else "") for other in compiled):
             found.append(modules[name])
     return found
 

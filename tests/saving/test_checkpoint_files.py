@@ -48,16 +48,19 @@ BAD_FIELDS = [
     ("init_lora_weights", "olora"), ("init_lora_weights", "loftq"), ("init_lora_weights", "corda"),
     ("init_lora_weights", []), ("trainable_token_indices", [1, 2]), ("target_parameters", "fc.weight"),
     ("use_qalora", True), ("megatron_config", {"a": 1}), ("alora_invocation_tokens", [1]), ("velora_config", {"a": 1}),
+    ("kasa_config", {}), ("use_bdlora", {}),
     ("ensure_weight_tying", True), ("something_new", 1), ("something_new", {"a": None}),
     ("peft_type", "LOHA"), ("peft_type", "lora"), ("peft_type", None), ("peft_type", ["LORA"]),
     ("r", 0), ("r", -1), ("r", "2"), ("r", 2.0), ("r", True), ("r", None), ("r", [2]),
     ("lora_alpha", "16"), ("lora_alpha", math.nan), ("lora_alpha", math.inf), ("lora_alpha", 10**400),
-    ("lora_alpha", None), ("lora_dropout", 1.5), ("lora_dropout", "0"), ("lora_dropout", -(10**400)),
+    ("lora_alpha", 1e39), ("lora_alpha", None),
+    ("lora_dropout", 1.5), ("lora_dropout", "0"), ("lora_dropout", -(10**400)),
     ("use_rslora", 1), ("use_rslora", "no"), ("target_modules", None), ("target_modules", []), ("target_modules", ""),
     ("target_modules", 3), ("target_modules", [3]), ("target_modules", {"fc": 1}), ("target_modules", "(fc"),
     ("target_modules", "a{99999999999999999999}"), ("exclude_modules", 3), ("exclude_modules", "["),
     ("rank_pattern", ["fc"]), ("rank_pattern", {"fc": 0}), ("rank_pattern", {"fc": "2"}), ("rank_pattern", {"(": 2}),
-    ("alpha_pattern", {"fc": math.nan}), ("alpha_pattern", {"fc": None}), ("alpha_pattern", {"*": 2}),
+    ("alpha_pattern", {"fc": math.nan}), ("alpha_pattern", {"fc": -1e39}),
+    ("alpha_pattern", {"fc": None}), ("alpha_pattern", {"*": 2}),
     ("layers_to_transform", "1"), ("layers_to_transform", [-1]), ("layers_to_transform", [True]),
     ("layers_pattern", 3), ("layers_pattern", ["("]), ("modules_to_save", {"head": 1}), ("modules_to_save", [None]),
 ]  # fmt: skip
@@ -247,6 +250,32 @@ def test_what_has_no_bearing_on_the_result_may_be_edited(edit, saved):
     model = base()
     load_adapter(model, saved)
     assert torch.equal(logits(model), logits(tuned(base(), ["fc"], rank=2)))
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+def test_what_was_edited_is_named(field, saved):
+    fields = config_of(saved)
+    (saved / CONFIG).write_text(json.dumps({**fields, field: 7}))
+    with refused(
+        model := base(),
+        rf"metadata keep it as cotolora_config; it has {{'{field}': 7}} where that has .*{fields[field]}",
+    ):
+        load_adapter(model, saved)
+
+
+def test_a_config_that_cannot_be_read_says_why(saved):
+    (saved / CONFIG).write_text((saved / CONFIG).read_text(), encoding="utf-16")
+    with refused(model := base(), "was saved with.* must be JSON; reading it failed: 'utf-8' codec"):
+        load_adapter(model, saved)
+    (saved / CONFIG).unlink()
+    (saved / CONFIG).mkdir()
+    with refused(model, "was saved with.*Is a directory"):
+        load_adapter(model, saved)
+
+
+def test_an_editor_may_put_a_mark_before_a_config(saved):
+    (saved / CONFIG).write_text((saved / CONFIG).read_text(), encoding="utf-8-sig")
+    assert load_adapter(base(), saved) == ([], [])
 
 
 @pytest.mark.parametrize("end", [b"\r\n", b"\r", b" \n\t"])

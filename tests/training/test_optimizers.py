@@ -348,6 +348,20 @@ def test_an_optimizer_that_steps_all_parameters_together_is_refused():
     assert not optimizer._optimizer_step_pre_hooks
 
 
+def test_fused_sgd_with_momentum_is_refused_because_torch_starts_all_parameters_at_once():
+    loop = Loop("adamw", attached=False)
+    first, second = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    plain = torch.optim.SGD([first, second], momentum=0.9, fused=True)
+    first.grad = torch.ones(2)
+    plain.step()
+    second.grad = torch.ones(2)
+    with pytest.raises(TypeError, match="NoneType"):  # else it need not be refused
+        plain.step()
+    with pytest.raises(TypeError, match=r"optimizer must take parameters .*; got fused SGD with momentum.*fused=False"):
+        loop.coto.attach(torch.optim.SGD(adapter_parameters(loop.model), momentum=0.9, fused=True))
+    loop.coto.attach(torch.optim.SGD(adapter_parameters(loop.model), fused=True))
+
+
 def test_the_handle_takes_off_what_attach_has_put_on():
     loop = Loop("adamw", attached=False)
     handle = loop.coto.attach(loop.optimizer)

@@ -98,6 +98,10 @@ CASES = {
         lambda: nn.ModuleDict({"text": Encoder(), "image": Encoder()}),
         lambda model, x, step: model["text" if step % 2 else "image"](x)[0].square().mean(),
     ),
+    "blocks-past-every-forward": (
+        Encoder,
+        lambda model, x, step: nn.Sequential(*model.layers[step % BLOCKS :])(x).square().mean(),
+    ),
     "experts": (Experts, lambda model, x, step: model(x).square().mean()),
     "a-head-outside": (
         lambda: nn.ModuleDict({"body": Encoder(), "head": nn.Linear(WIDTH, 1)}),
@@ -164,6 +168,27 @@ def test_no_mask_breaks_a_step_and_adapters_that_are_off_stay(case, how, options
         assert moved <= on
         learned |= moved
         optimizer.zero_grad(set_to_none=how != "zeroed")
+        coto.step()
+    assert learned
+
+
+def test_no_mask_of_a_part_that_is_never_called_breaks_a_step():
+    model = with_adapters(
+        lambda: Encoder(lambda hidden, pooled: hidden, lambda step: (step % BLOCKS, (step + 1) % BLOCKS))
+    )
+    optimizer = torch.optim.AdamW(adapter_parameters(model.layers), lr=0.01, weight_decay=0.1)
+    coto = CoTo(model.layers, 4 * STEPS, seed=3, initial_p=0.02)
+    coto.attach(optimizer)
+    layers, learned = adapters(model.layers), set()
+    for _ in range(STEPS):
+        before = {name: kept(optimizer, layer) for name, layer in layers.items()}
+        model(torch.randn(3, WIDTH)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        groups = zip(coto.groups.values(), coto.mask.tolist(), strict=True)
+        moved = {name for name, layer in layers.items() if not same(before[name], kept(optimizer, layer))}
+        assert moved <= {name for names, is_on in groups if is_on for name in names}
+        learned |= moved
         coto.step()
     assert learned
 
