@@ -195,6 +195,7 @@ class _Recording(TorchDispatchMode):
 
     def replay(self, results: Sequence[Tensor | None], single: bool, device: torch.device) -> Replay | None:
         """What was noted, for tensors in place of those that it was noted of; None if it is not all that was done."""
+        self.faithful &= bool(self.noted)  # without a launch there may be no driver, as under the interpreter
         made = dict(self.made)
         for t in results:
             if t is not None:

@@ -43,7 +43,7 @@ def launching(function: Callable[..., Any]) -> Callable[..., Any]:
     made: dict[bool, Callable[..., Any]] = {}
 
     def run(only_prepared: bool, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return function(operators(), *args)
         if not made:
             from cotolora.backends.fused.ops import directly
