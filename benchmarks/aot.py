@@ -382,7 +382,7 @@ def broken(result: Result) -> list[str]:
     if result.shared_bytes > shared_limit:
         reasons.append(f"{result.shared_bytes} bytes of shared memory, {shared_limit} allowed")
     # kernels that read a matrix once are bound by memory, not by the matrix units
-    if result.serialized and result.kernel in ("one_pass", "low_rank_gemm"):
+    if result.serialized and result.kernel in ("one_pass", "low_rank_gemm", "hira"):
         reasons.append("serialized wgmma")
     if result.kernel == "sum_partials":
         return reasons

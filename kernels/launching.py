@@ -1,4 +1,4 @@
-"""Launches kernels, and launches them again with the least of Python: of a small layer the host's time is most."""
+"""Launches kernels, and repeats recorded launches with little Python: in small layers the host takes longest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cotolora.kernels.dropout import VERSION
 from cotolora.kernels.tiles import dot_precision
 
 ALIGNMENT = 16  # bytes: what Triton specialises pointers on
-_MOST = 4096
+_MOST = 4096  # kinds of call that are kept
 _NEW: Any = object()  # stands for a kind that was never launched
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ALLOCATIONS = frozenset(
@@ -38,20 +38,19 @@ def replayed(
     launcher: Callable[..., Any], replays: dict[tuple[Any, ...], Replay | None],
     elsewhere: Callable[..., Any], missing: Callable[[], None] | None = None,
 ) -> Callable[..., Any]:  # fmt: skip
-    """`launcher`, whose launches are recorded at the first call of a kind and done again at the others of that kind.
+    """Records the launches of `launcher` at the first call of a kind, and repeats them at later calls of that kind.
 
     A kind of call is all that a launcher and Triton's specialisation may depend on: of every tensor the shape, the
     strides, the dtype, the device and whether its address is aligned, how float32 is multiplied, Triton's switches for
-    compilation, and whatever else the arguments are. A launcher must be a function of these, and compute by its
-    launches alone. One that does not, that launches what Triton returns no compiled kernel for, or that gets two
-    tensors at one address, is called every time.
+    compilation, and the arguments that are no tensors. A launcher must be a function of these, and compute with its
+    launches alone. It is called every time if it runs other operations, if Triton returns no compiled kernel, if it
+    launches nothing, or if two of its tensors share an address.
 
     Args:
         launcher: takes positional arguments, the first of them a tensor; returns a new tensor, or a tuple of these and
             None.
         replays: the kinds that have been launched.
-        elsewhere: what is called in its place for a tensor that is more, or less, than numbers at an address: one of a
-            subclass, a view that negates what it reads, one within vmap.
+        elsewhere: called instead for tensors that are not plain memory: subclasses, negated views, tensors in vmap.
         missing: called before a kind is launched for the first time; may raise.
     """
 
@@ -110,12 +109,12 @@ def _watched() -> bool:
 _STREAM = 3  # its place among the arguments of `CompiledKernel.run`
 
 
-class Launch(NamedTuple):
-    """A compiled kernel and what its ``run`` takes, but for the stream and the tensors.
+class RecordedLaunch(NamedTuple):
+    """A compiled kernel, and the arguments of its ``run`` without the stream and the tensors.
 
-    pointers: positions of the arguments that are addresses, and whose.
-    descriptors: likewise of TMA descriptors, whose tensors they are.
-    compiled: held, because with the last of its owners it is unloaded.
+    pointers: for each argument that is an address, its position and the number of its tensor.
+    descriptors: likewise for TMA descriptors, with their other fields.
+    compiled: kept alive, because a kernel is unloaded with its last reference.
     """
 
     run: Callable[..., None]
@@ -133,7 +132,7 @@ class Replay(NamedTuple):
     single: whether the launcher returns a tensor, and not a tuple.
     """
 
-    launches: list[Launch]
+    launches: list[RecordedLaunch]
     outputs: list[tuple[torch.Size, tuple[int, ...], torch.dtype] | None]
     offsets: list[int]
     workspace: int
@@ -230,7 +229,7 @@ class _Recording(TorchDispatchMode):
                     descriptors.append((i, number(argument.base), {**vars(argument), "base": None}))
                     self.faithful &= descriptors[-1][1] < len(self.inputs) + len(results)
                     recorded[i] = None
-            launches.append(Launch(compiled.run, recorded, pointers, descriptors, compiled))
+            launches.append(RecordedLaunch(compiled.run, recorded, pointers, descriptors, compiled))
         if not self.faithful:
             return None
         outputs = [None if t is None else (t.shape, t.stride(), t.dtype) for t in results]

@@ -369,18 +369,14 @@ HIRA_SMALL = (
     Row(Tile(64, 64, 32, num_warps=8, num_stages=2)),
 )
 HIRA_FEW_ROWS = Row(Tile(32, 64, 64, group_m=1, num_warps=8), max_m=64)
-HIRA_LARGE = (
-    Row(Tile(64, 128, 64, num_warps=8), (Tile(64, 64, 64, num_warps=8),), selects=True),
-    Row(
-        Tile(128, 128, 64, num_warps=8, num_stages=2),
-        (Tile(128, 64, 64, num_warps=8), Tile(64, 64, 64, num_warps=8)),
-    ),
-)
+HIRA_SELECTING = Row(Tile(64, 128, 64, num_warps=8), (Tile(64, 64, 64, num_warps=8),), selects=True)
 HIRA_SM_90 = (
     *HIRA_FLOAT32_OR_UNALIGNED,
     HIRA_FEW_ROWS,
     Row(Tile(64, 64, 64, num_warps=8), min_rank=129, selects=True),
-    *HIRA_LARGE,
+    HIRA_SELECTING,
+    # of 128 columns, ptxas serialises the wgmma [compiled]
+    Row(Tile(128, 64, 64, num_warps=8), (Tile(64, 64, 64, num_warps=8),)),
 )
 # at rank 256 Triton 3.6 takes up to twice the shared memory of 3.9: 64 columns and two stages fit in both [compiled]
 HIRA_SM_100 = (
@@ -389,7 +385,11 @@ HIRA_SM_100 = (
     Row(Tile(64, 64, 64, num_warps=8, num_stages=2), min_rank=129, selects=True),
     Row(Tile(128, 64, 64, num_warps=8, num_stages=2), min_rank=129),
     HIRA_FEW_ROWS,
-    *HIRA_LARGE,
+    HIRA_SELECTING,
+    Row(
+        Tile(128, 128, 64, num_warps=8, num_stages=2),
+        (Tile(128, 64, 64, num_warps=8), Tile(64, 64, 64, num_warps=8)),
+    ),
 )
 # block_n by block_k of the weight, block_m rows of x and dy at a time
 HIRA_GRADS_SMALL = (

@@ -67,7 +67,7 @@ def entries_below(modules: Mapping[str, nn.Module], group_of: Mapping[str, objec
 
     Returns:
         modules that hold adapters of several groups, and their children that hold some of one, unless that child is an
-        adapter, or compiled, where a hook would be traced. Blocks too: a ModuleList is never called, they are.
+        adapter, or compiled, where a hook would be traced. Blocks count, since a ModuleList itself is never called.
     """
     groups: dict[str, set[object]] = {}
     for name, group in group_of.items():

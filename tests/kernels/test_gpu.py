@@ -63,31 +63,23 @@ def test_a_graph_follows_the_gate_and_the_factors(backend, dropout):
         return y, *torch.autograd.grad(y, leaves, dy)
 
     with set_backend(backend):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run()
+        captured, replay = training.by_a_graph(run, backend)
         draws = []
         for gate in (1, 0, 1, 0):
             layer.gate.fill_(gate)
             with torch.no_grad():
                 layer.lora_a.normal_()
                 layer.lora_b.mul_(0.5)
-            graph.replay()
+            replay()
             draws.append(captured[0].clone())
             if not dropout or not gate:
                 for one, eager in zip(captured, run(), strict=True):
                     assert torch.equal(one, eager)
         if dropout:
             layer.gate.fill_(1)
-            graph.replay()
+            replay()
             again = captured[0].clone()
-            graph.replay()
+            replay()
             assert not torch.equal(captured[0], again)
 
 

@@ -33,12 +33,12 @@ def operators() -> Any:
     return torch.ops.cotolora
 
 
-def launching(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes of ``function(operators, *args)`` a function of ``(only_prepared, *args)``.
+def repeatable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turns ``function(operators, *args)`` into a function of ``(only_prepared, *args)``.
 
-    Where nothing traces or watches, it calls the launchers themselves, and launches the same again for the same kind of
-    arguments (`cotolora.kernels.launching.replayed`): so `function` must compute by the operators alone.
-    With `only_prepared` it raises NotPreparedError for a kind that was never launched.
+    Unless torch.compile traces or a dispatch mode is active, it bypasses the dispatcher and repeats recorded launches
+    (`cotolora.kernels.launching.replayed`), so `function` must compute with the operators alone. With `only_prepared`
+    it raises NotPreparedError for a kind of call that was never launched.
     """
     made: dict[bool, Callable[..., Any]] = {}
 

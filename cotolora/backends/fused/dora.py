@@ -10,7 +10,7 @@ from torch import Tensor
 from cotolora.backends.addmm import dora as addmm
 from cotolora.backends.addmm.products import cast, flat, shaped_like, switch
 from cotolora.backends.fused import lora
-from cotolora.backends.fused.common import Fused, launching
+from cotolora.backends.fused.common import Fused, repeatable
 from cotolora.backends.types import Call, Gradients, Launch, Launches, Needs, Operands, Options
 
 
@@ -34,12 +34,12 @@ class SavedFusedDora(NamedTuple):
     u: Tensor | None
 
 
-@launching
+@repeatable
 def launch_forward(
     ops: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gate: Tensor | None, scale: float,
     known_norm: Tensor | None, magnitude: Tensor, keep_u: bool, form: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Y, h, the column scale, the norm and u; the last two None unless `keep_u`."""
+    """Returns y, h, the column scale, the norm and u; the last two are None unless `keep_u`."""
     norm, column_scale = ops.row_norm(weight, a, b, scale, known_norm, magnitude, gate)
     if form == "one_pass":
         y, h, u = ops.one_pass(x, weight, bias, a, b, gate, None, scale, 0.0, column_scale, keep_u)
@@ -49,13 +49,13 @@ def launch_forward(
     return y, h, column_scale, *((norm, u) if keep_u else (None, None))
 
 
-@launching
+@repeatable
 def launch_backward(
     ops: Any, dy: Tensor, x: Tensor | None, weight: Tensor | None, a: Tensor | None, b: Tensor | None, h: Tensor | None,
     gate: Tensor | None, scale: float, column_scale: Tensor, norm: Tensor | None, u: Tensor | None,
     dtype_a: torch.dtype, dtype_b: torch.dtype,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Dx, dA, dB and dm, None where what they are computed from is."""
+    """Returns dx, dA, dB and dm, each None if an operand it needs is."""
     dtype_m = None if u is None else torch.float32
     p, da, db, dm = ops.adapter_grads(
         dy, x, h, b, gate, None, scale, 0.0, dtype_a, dtype_b, column_scale, norm, u, dtype_m
@@ -66,7 +66,7 @@ def launch_backward(
     return dx, da if x is not None else None, db if h is not None else None, dm if u is not None else None
 
 
-@launching
+@repeatable
 def launch_row_norms(ops: Any, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``‖W + scale · B A‖`` by rows."""
     return ops.row_norm(weight, a, b, scale, None, None, None)[0]  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cotolora.backends.addmm import hira as addmm
 from cotolora.backends.addmm.products import cast, flat, shaped_like
-from cotolora.backends.fused.common import Fused, drawn_seed, launching, mask_of_x
+from cotolora.backends.fused.common import Fused, drawn_seed, mask_of_x, repeatable
 from cotolora.backends.types import Call, Gradients, Launch, Launches, Needs, Operands, Options
 
 
@@ -24,21 +24,21 @@ class SavedFusedHira(NamedTuple):
     seed: Tensor | None
 
 
-@launching
+@repeatable
 def launch_forward(
     ops: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gate: Tensor | None,
     seed: Tensor | None, scale: float, dropout: float,
 ) -> Tensor:  # fmt: skip
-    """Y."""
+    """Returns y."""
     return ops.hira(x, weight, bias, a, b, gate, seed, scale, dropout, True)  # type: ignore[no-any-return]
 
 
-@launching
+@repeatable
 def launch_backward(
     ops: Any, dy: Tensor, x: Tensor | None, weight: Tensor, a: Tensor, b: Tensor, gate: Tensor | None,
     seed: Tensor | None, scale: float, dropout: float, dtype_a: torch.dtype, dtype_b: torch.dtype, for_x: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Dx, dA and dB; without x none of the last two."""
+    """Returns dx, dA and dB; the last two are None without x."""
     dx = da = db = None
     if x is not None:
         da, db = ops.hira_grads(dy, x, weight, a, b, gate, seed, scale, dropout, dtype_a, dtype_b)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cotolora.backends.addmm import lora as addmm
 from cotolora.backends.addmm.products import cast, flat, shaped_like
-from cotolora.backends.fused.common import Fused, drawn_seed, launching, mask_of_x
+from cotolora.backends.fused.common import Fused, drawn_seed, mask_of_x, repeatable
 from cotolora.backends.types import (
     Call,
     Gradients,
@@ -50,12 +50,12 @@ def kept_by_fused(operands: Operands, needs: Needs) -> Kept:
     return kept._replace(a=operands.a, b=operands.b) if needs.a or needs.b or any(needs.extra) else kept
 
 
-@launching
+@repeatable
 def launch_forward(
     ops: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gate: Tensor | None,
     seed: Tensor | None, scale: float, dropout: float, form: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Y and h of a form; of pre_expand y is without ``x Wᵀ``."""
+    """Returns y and h of a form; pre_expand leaves ``x Wᵀ`` out of y."""
     if form == "one_pass":
         y, h, _ = ops.one_pass(x, weight, bias, a, b, gate, seed, scale, dropout)
     elif form == "low_rank_gemm":
@@ -66,13 +66,13 @@ def launch_forward(
     return y, h
 
 
-@launching
+@repeatable
 def launch_backward(
     ops: Any, dy: Tensor, x: Tensor | None, weight: Tensor | None, a: Tensor | None, b: Tensor | None, h: Tensor | None,
     gate: Tensor | None, seed: Tensor | None, scale: float, dropout: float, dtype_a: torch.dtype, dtype_b: torch.dtype,
     form: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Dx, dA and dB, None where what they are computed from is; in a form that adds to a product, dx is without it."""
+    """Returns dx, dA and dB, each None if an operand it needs is. pre_expand and expand leave ``dy W`` out of dx."""
     p, da, db, _ = ops.adapter_grads(dy, x, h, b, gate, seed, scale, dropout, dtype_a, dtype_b)
     dx = None
     if a is not None and form in ("pre_expand", "expand"):
@@ -178,12 +178,12 @@ class FusedLora(Fused):
         return saved_by_addmm(saved, dy, options)
 
 
-@launching
+@repeatable
 def launch_addition(
     ops: Any, x: Tensor, a: Tensor, b: Tensor, base: Tensor, gate: Tensor | None, seed: Tensor | None, scale: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Y and h."""
+    """Returns y and h."""
     h = ops.shrink(x, a, gate, seed, scale, dropout)
     return ops.expand(h, b.T, base, gate, None, 0.0), h
 

@@ -150,7 +150,7 @@ def _missing() -> None:
 
 
 def directly(function: Callable[..., Any], only_prepared: bool) -> Callable[..., Any]:
-    """See `cotolora.backends.fused.common.launching`."""
+    """See `cotolora.backends.fused.common.repeatable`."""
     replays = _REPLAYS.setdefault(function, {})
     registered = partial(function, torch.ops.cotolora)
     return replayed(partial(function, direct), replays, registered, _missing if only_prepared else None)
