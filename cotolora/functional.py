@@ -317,7 +317,7 @@ def run(
         return _run_reference(plan, x, weight, bias, a, b, extra, gate, base)
     if (
         plan.always_on is not None and gate is None and a.requires_grad and b.requires_grad
-        and a.dtype is x.dtype and b.dtype is x.dtype
+        and (plan.always_on.casts or (a.dtype is x.dtype and b.dtype is x.dtype))
         and not (weight.requires_grad or (bias is not None and bias.requires_grad))  # type: ignore[union-attr]
     ):  # fmt: skip
         return apply_always_on(plan, x, weight, bias, a, b)

@@ -166,7 +166,7 @@ def plan(backend: str | None, call: Call, options: Options, cast_to: torch.dtype
         instead = Plan("addmm", backends["addmm"], options, call, cast_to)
         if capturing(call):
             chosen = chosen.when_captured()  # type: ignore[union-attr]
-    if call.backward and cast_to is None and not traced and hasattr(chosen, "always_on"):
+    if call.backward and not traced and hasattr(chosen, "always_on"):
         always_on = chosen.always_on(call)  # type: ignore[union-attr]
     return Plan(name, chosen, options, call, cast_to, fused, traced, instead, always_on)
 

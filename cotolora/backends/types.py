@@ -178,14 +178,16 @@ class NotPreparedError(RuntimeError):
 class AlwaysOn(NamedTuple):
     """A backend's forward and backward for calls without a gate, with nothing to look up and nothing to decide.
 
-    The host's time is most of a small layer's. Only x, A and B may have gradients.
+    Small layers spend most of their time on the host. Only x, A and B may have gradients.
 
     forward: ``(x, weight, bias, a, b, scale)`` to y and the h that the backward reads.
-    backward: ``(dy, x, weight, a, b, h, scale)`` to dx, dA and dB; no dx where weight is None.
+    backward: ``(dy, x, weight, a, b, h, scale)`` to dx, dA and dB; dx is None if weight is.
+    casts: whether A and B may have other dtypes than x.
     """
 
     forward: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor | None, Tensor, Tensor]]
+    casts: bool
 
 
 class Backend(Protocol):

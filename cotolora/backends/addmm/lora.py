@@ -11,6 +11,7 @@ from torch import Tensor
 from cotolora.backends.addmm.products import (
     ALWAYS_ON,
     add_product,
+    cast,
     down_projection,
     dropped_out,
     flat,
@@ -139,9 +140,12 @@ class LoraByAddmm:
         return Gradients(dx, dw, dbias, da, db)
 
     def always_on(self, call: Call) -> AlwaysOn | None:
-        """For float32, which most layers on a CPU are."""
-        usual = call.dtype is torch.float32 and not call.dropout and not call.adds
-        return AlwaysOn(_forward_always_on, _backward_always_on) if usual else None
+        """Without dropout, where there is a weight. Below float32, A and B (as a rule float32 masters) are cast."""
+        if call.dropout or call.adds:
+            return None
+        if call.dtype is torch.float32:
+            return AlwaysOn(_forward_always_on, _backward_always_on, casts=False)
+        return AlwaysOn(_forward_always_on_cast, _backward_always_on_cast, casts=True)
 
     def launches(self, call: Call) -> Launches:
         """Three kernels forward and five backward; those that move a row or a factor are not counted."""
@@ -212,6 +216,27 @@ def _backward_always_on(
         return None, da, db
     dx = (rows @ weight).addmm_(p, a)
     return dx if dy.dim() == 2 else shaped_like(dx, dy), da, db
+
+
+def _forward_always_on_cast(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As `LoraByAddmm.forward`."""
+    y, dtype = F.linear(x, weight, bias).contiguous(), x.dtype
+    h = scaled_product(flat(x), cast(a, dtype).T, scale)
+    flat(y).addmm_(h, cast(b, dtype).T)
+    return y, h
+
+
+def _backward_always_on_cast(
+    dy: Tensor, x: Tensor, weight: Tensor | None, a: Tensor, b: Tensor, h: Tensor, scale: float
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """As `LoraByAddmm.backward`."""
+    rows, dtype = flat(dy), dy.dtype
+    p, db = times(rows, cast(b, dtype), scale), transposed_times(rows, h)
+    da = p.T @ flat(x)
+    dx = None if weight is None else shaped_like((rows @ weight).addmm_(p, cast(a, dtype)), dy)
+    return dx, da, db
 
 
 def _of_x(
