@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.host import on_stub
 from cotolora.backends.fused import ops
-from cotolora.backends.fused.common import launching
+from cotolora.backends.fused.common import repeatable
 from cotolora.backends.types import NotPreparedError
 
 SCALE = 0.5
@@ -77,7 +77,7 @@ def main():
     CudaLauncher.__call__ = lambda self, *args: seen.append(args) or call(self, *args)
     with on_stub():
         operators = {
-            name: launching(lambda found, *args, name=name: getattr(found, name)(*args)) for name in ops.SCHEMAS
+            name: repeatable(lambda found, *args, name=name: getattr(found, name)(*args)) for name in ops.SCHEMAS
         }
         kinds = itertools.product((torch.bfloat16, torch.float32), (True, False), ("none", "device", "rows"), (0, 0.5))
         for dtype, aligned, gate, dropout in kinds:
