@@ -150,6 +150,11 @@ def test_masks_are_those_of_the_pure_function(results):
     assert off[:, 0].any(), "and steps in which backward does not reach the first block"
 
 
+def layers_in(ran):
+    """How many of our layers' nodes a backward ran, by either autograd Function."""
+    return sum(count for name, count in ran.items() if name.endswith("LowRankLinearBackward"))
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_backward_still_stops_below_the_lowest_active_adapter(results, world):
     masks = results[world, "default"][0]["masks"]
@@ -157,12 +162,12 @@ def test_backward_still_stops_below_the_lowest_active_adapter(results, world):
         for mask, ran in zip(masks, result["ran"], strict=True):
             lowest = mask.nonzero()[0].item()
             assert ran["TanhBackward0"] == BLOCKS - lowest
-            assert ran["LowRankLinearBackward"] == mask.sum()
+            assert layers_in(ran) == mask.sum()
             # DDP is told of every parameter: those that are off come from the one node that joins them
             assert ran["AccumulateGrad"] == 2 * BLOCKS
             assert ran.get("_JoinBackward", 0) == (not mask.all())
     for ran in results[2, "without-coto"][0]["ran"]:
-        assert (ran["TanhBackward0"], ran["LowRankLinearBackward"], "_JoinBackward" in ran) == (BLOCKS, BLOCKS, False)
+        assert (ran["TanhBackward0"], layers_in(ran), "_JoinBackward" in ran) == (BLOCKS, BLOCKS, False)
 
 
 if __name__ == "__main__":
