@@ -27,10 +27,10 @@ class Machine:
     gap: float = 1e-6  # between two kernels of a graph
     # of the host, fitted to `python -m benchmarks host` with float32 A and B: a layer's Python and autograd in one
     # forward and in one backward, and a launch, to which 2 µs are added for the driver [assumed]
-    forward_host: float = 33e-6
-    backward_host: float = 78e-6
+    forward_host: float = 28e-6
+    backward_host: float = 67e-6
     vendor_launch: float = 5e-6
-    triton_launch: float = 11e-6
+    triton_launch: float = 12e-6
 
 
 MACHINES = {
