@@ -21,7 +21,7 @@ from cotolora.training.callers import AVERAGES, called_from
 from cotolora.training.entry import EntryHooks, entries_below
 from cotolora.training.notices import warn_of_few_groups, warn_of_many_graphs
 from cotolora.training.optimizer_state import support_missing_states
-from cotolora.training.reducer import OutputJoin
+from cotolora.training.reducer import OutputJoin, find_starved
 from cotolora.training.stepping import CombinedHandle, register_before_step, unwrap_optimizer
 from cotolora.training.switches import LayerSwitch, PeftSwitch, Switch, modules_by_users_name, parameters_of, switches
 from cotolora.training.unreached import unwatch, warn_of_unreached, without_gradient
@@ -136,13 +136,15 @@ class CoTo:
         self.current_step, self.p = 0, 0.0
         # on the CPU by name: the user may have set another default device
         self.mask = torch.ones(len(self.groups), dtype=torch.bool, device="cpu")
-        self._join = OutputJoin(self._parameters_by_use, self._is_masked, self._is_attached)
+        self._optimizers: list[torch.optim.Optimizer] = []  # those that are attached
+        # one parameter of each of them that may have no gradient at all in this step
+        self._starved: list[nn.Parameter] = []
+        self._join = OutputJoin(self._parameters_by_use, self._is_masked, self._is_attached, self._starved_now)
         modules = modules_by_users_name(model)
         blocks = group_names(self._layers, "layer", modules)
         parts = entries_below(modules, {name: key for key, names in blocks.items() for name in names})
         self._model = unwrap(model)
         self._entries = EntryHooks(self._model, parts, self._after_forward)
-        self._attached = 0
         self._active = False
         self._warned = False
         self._unreached: set[str] = set()
@@ -217,8 +219,11 @@ class CoTo:
             )
         unwatch(switch.layer for switch in self._layers.values())  # seen below, by the mask
         before = register_before_step(optimizer, functools.partial(self._before_optimizer_step, optimizer))
-        self._attached += 1
-        return CombinedHandle(before, *support_missing_states(optimizer), then=self._detached)
+        self._optimizers.append(optimizer)
+        self._find_starved()
+        return CombinedHandle(
+            before, *support_missing_states(optimizer), then=functools.partial(self._detach, optimizer)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The step and the settings; masks follow from them."""
@@ -271,6 +276,7 @@ class CoTo:
         self._active = True
         for switch in self._layers.values():
             switch.install()
+        self._find_starved()
 
     def _take_over(self) -> None:
         """Makes this the CoTo of its layers. The mask of an earlier one no longer decides what an optimizer steps."""
@@ -280,10 +286,12 @@ class CoTo:
         for switch in self._layers.values():
             _COTO_OF[switch.layer] = weakref.ref(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_optimizers": [], "_starved": []}  # hooks of an optimizer are not copied
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a copy of a model holds a copy of its CoTo, in its hooks
         self.__dict__.update(state)
-        self._attached = 0  # hooks of an optimizer are not copied
         if self._active:
             for switch in self._layers.values():
                 _COTO_OF[switch.layer] = weakref.ref(self)
@@ -313,11 +321,19 @@ class CoTo:
     def _is_masked(self) -> bool:
         return any(switch.masked for switch in self._layers.values())
 
-    def _detached(self) -> None:
-        self._attached -= 1
-
     def _is_attached(self) -> bool:
-        return self._attached > 0
+        return bool(self._optimizers)
+
+    def _starved_now(self) -> list[nn.Parameter]:
+        return self._starved
+
+    def _detach(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizers.remove(optimizer)
+        self._find_starved()
+
+    def _find_starved(self) -> None:
+        # once a step and not in each forward, where it would take longer than the hooks
+        self._starved = find_starved(self._optimizers, self._parameters_by_use()[0]) if self._optimizers else []
 
     def _before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         off: list[Switch] = []
@@ -331,5 +347,7 @@ class CoTo:
             names = [name for name, switch in self._layers.items() if switch in unreached]
             warn_of_unreached([name for name in names if name not in self._unreached])
             self._unreached.update(names)
-        for parameter in parameters_of(off, on):
+        # no other optimizer's, or GradScaler would find nothing there when it comes to that one
+        held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        for parameter in held.intersection(parameters_of(off, on)):
             parameter.grad = None

@@ -66,8 +66,9 @@ def entries_below(modules: Mapping[str, nn.Module], group_of: Mapping[str, objec
         group_of: the group of each adapter by its name: the block that it is in.
 
     Returns:
-        modules that hold adapters of several groups, and their children that hold some of one, unless that child is an
-        adapter, or compiled, where a hook would be traced. Blocks count, since a ModuleList itself is never called.
+        modules that hold adapters of several groups, and their children that hold some of one. Blocks count, since a
+        ModuleList itself is never called. An adapter counts only where none of these is around it, since a hook takes
+        as long as much of a layer; nothing that is compiled does, where a hook would be traced.
     """
     groups: dict[str, set[object]] = {}
     for name, group in group_of.items():
@@ -80,9 +81,12 @@ def entries_below(modules: Mapping[str, nn.Module], group_of: Mapping[str, objec
         parent = name.rpartition(".")[0]
         whole = len(inside) > 1
         below = not parent or len(groups[parent]) > 1
-        if (whole or below) and not any(f"{name}.".startswith(f"{other}." if other else "") for other in compiled):
-            found.append(modules[name])
-    return found
+        if whole or below:
+            found.append(name)
+    around = tuple(f"{name}." for name in found if not isinstance(modules[name], (nn.ModuleList, nn.ModuleDict)))
+    found += [name for name in group_of if name and not name.startswith(around)]
+    traced = tuple(f"{name}." if name else "" for name in compiled)
+    return [modules[name] for name in found if not f"{name}.".startswith(traced)]
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -27,11 +27,15 @@ class OutputJoin:
     Unless DDP looks for unused parameters itself, it would wait for those of such an adapter whenever it is on, so
     these are tied then too.
 
+    With several optimizers, one of them may hold no parameter with a gradient, which GradScaler refuses to step. A
+    parameter of an adapter that is off is tied for each of these.
+
     Args:
         parameters: returns the trainable parameters that a forward does not use now, and those that it does.
         masked: whether adapters are off that the user has not disabled.
         drops_zeros: whether optimizer steps leave `unused` out whatever its gradients are. If so these are zeros and
             not None, for GradScaler raises where an optimizer has no gradient at all.
+        starved: returns a parameter of each optimizer that would have none though the output has a graph.
     """
 
     def __init__(
@@ -39,8 +43,10 @@ class OutputJoin:
         parameters: Callable[[], tuple[list[nn.Parameter], list[nn.Parameter]]],
         masked: Callable[[], bool],
         drops_zeros: Callable[[], bool],
+        starved: Callable[[], list[nn.Parameter]],
     ) -> None:
         self._parameters, self._masked, self._drops_zeros = parameters, masked, drops_zeros
+        self._starved = starved
         self._warned = False
         # whether the output depended on a parameter when a forward used it for the first time
         self._reached: dict[nn.Parameter, bool] = {}
@@ -56,7 +62,8 @@ class OutputJoin:
         contents = _contents(output)
         tensors = [leaf for leaf in pytree.tree_leaves(contents) if isinstance(leaf, Tensor)]
         without_graph = _without_graph(tensors, _loss_of(output))
-        if tensors and not without_graph and not reducer:
+        starved = self._starved()
+        if tensors and not without_graph and not reducer and not starved:
             return None  # the usual case
         # torch.func's transforms have no reducer, and refuse this kind of Function
         if torch._C._are_functorch_transforms_active():
@@ -67,19 +74,25 @@ class OutputJoin:
         unused, used = self._parameters()
         if reducer:
             unused += self._unreached(used, tensors)
+        elif not without_graph:
+            unused = starved
         if not unused:
             return None
         if not tensors:
             self._warn(output)
             return None
-        chosen = [tensor for tensor in tensors if tensor.requires_grad] if reducer else []
+        chosen = [tensor for tensor in tensors if tensor.requires_grad] if reducer or starved else []
         chosen += without_graph if masked else []
         # by identity: a tensor in two places stays one tensor, or writing to one of them would miss the other's graph
         by_id = {id(tensor): tensor for tensor in chosen}
         if not by_id:
             return None
         zeros = reducer or self._drops_zeros()
-        results = dict(zip(by_id, _Join.apply(len(by_id), zeros, *by_id.values(), *unused), strict=True))
+        if starved and not reducer:
+            # one node each: through a shared one an output that the loss does not use would pass zeros on
+            results = {key: _Join.apply(1, zeros, tensor, *unused)[0] for key, tensor in by_id.items()}
+        else:
+            results = dict(zip(by_id, _Join.apply(len(by_id), zeros, *by_id.values(), *unused), strict=True))
         return _replaced(output, contents, pytree.tree_map(lambda leaf: results.get(id(leaf), leaf), contents))
 
     def _unreached(self, used: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> list[nn.Parameter]:
@@ -101,6 +114,20 @@ class OutputJoin:
                 type(output).__name__,
             )
             self._warned = True
+
+
+def find_starved(optimizers: Sequence[torch.optim.Optimizer], unused: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """One of `unused` for each of `optimizers` that may have no parameter with a gradient.
+
+    That is one whose parameters are all `unused`; and any of several, for the loss may depend on the others alone.
+    """
+    off, found = set(unused), []
+    for optimizer in optimizers:
+        held = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        without = [p for p in held if p in off]
+        if len(optimizers) > 1 or len(without) == len(held):
+            found += without[:1]
+    return found
 
 
 def _contents(output: Any) -> Any:

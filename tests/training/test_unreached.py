@@ -102,6 +102,14 @@ CASES = {
         Encoder,
         lambda model, x, step: nn.Sequential(*model.layers[step % BLOCKS :])(x).square().mean(),
     ),
+    "linears-past-every-forward": (
+        lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)),
+        lambda model, x, step: (model[0](x) if step % 3 else model[2](model[1](model[0](x)))).square().mean(),
+    ),
+    "a-projection-of-what-is-cached": (
+        lambda: nn.ModuleDict({"text": Encoder(), "projection": nn.Linear(WIDTH, WIDTH)}),
+        lambda model, x, step: model["projection"](x).square().mean(),
+    ),
     "experts": (Experts, lambda model, x, step: model(x).square().mean()),
     "a-head-outside": (
         lambda: nn.ModuleDict({"body": Encoder(), "head": nn.Linear(WIDTH, 1)}),
@@ -170,6 +178,35 @@ def test_no_mask_breaks_a_step_and_adapters_that_are_off_stay(case, how, options
         optimizer.zero_grad(set_to_none=how != "zeroed")
         coto.step()
     assert learned
+
+
+@pytest.mark.parametrize("at_least_one", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_grad_scaler_steps_several_optimizers_whatever_the_mask(case, at_least_one):
+    make, loss_of = CASES[case]
+    model = with_adapters(make)
+    layers = adapters(model)
+    head = nn.Parameter(torch.ones(()))  # trained by an optimizer that is not attached: every loss has a graph
+    optimizers = [torch.optim.AdamW(layer.adapter_parameters, lr=0.01) for layer in layers.values()]
+    coto = CoTo(model, 4 * STEPS, seed=3, initial_p=0.02, at_least_one=at_least_one)
+    for optimizer in optimizers:
+        coto.attach(optimizer)
+    optimizers.append(torch.optim.SGD([head]))
+    scaler = torch.amp.GradScaler("cpu")
+    for step in range(STEPS):
+        x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(step)) * head
+        scaler.scale(loss_of(model, x, step)).backward()
+        groups = zip(coto.groups.values(), coto.mask.tolist(), strict=True)
+        on = {name for names, is_on in groups if is_on for name in names}
+        before = {name: kept(o, layers[name]) for name, o in zip(layers, optimizers, strict=False)}
+        for name, optimizer in zip(layers, optimizers, strict=False):
+            if name not in on:  # as with ordinary LoRA, one that is on may be one that the loss does not reach
+                scaler.step(optimizer)
+                assert same(before[name], kept(optimizer, layers[name]))
+            optimizer.zero_grad()
+        scaler.step(optimizers[-1])
+        scaler.update()
+        coto.step()
 
 
 def test_no_mask_of_a_part_that_is_never_called_breaks_a_step():
