@@ -19,8 +19,8 @@ class EntryHooks:
     Args:
         model: the outermost module.
         parts: modules inside it that a loop may call by themselves.
-        after: gets the output; returns what takes its place, or None to leave it. Also called, with None, when a
-            forward of `model` has raised.
+        after: gets the output; returns what takes its place, or None to leave it. Also called, with None, when the
+            outermost forward has raised.
     """
 
     def __init__(self, model: nn.Module, parts: Collection[nn.Module], after: Callable[[Any], Any]) -> None:
@@ -33,7 +33,7 @@ class EntryHooks:
         self._depth = 0  # a KeyboardInterrupt in a forward leaves it as it was there
         if not self._handles:
             for module in (self._model, *self._parts):
-                leave = module.register_forward_hook(self._leave, always_call=module is self._model)
+                leave = module.register_forward_hook(self._leave, always_call=True)
                 self._handles += [module.register_forward_pre_hook(self._enter), leave]
 
     def remove(self) -> None:
@@ -51,8 +51,8 @@ class EntryHooks:
             return self._after(output) if module is self._model else None
         if hasattr(module, "_is_replica"):  # of nn.DataParallel, whose threads would share the count
             return None
-        # parts inside, of which one raised, have not left
-        self._depth = 0 if module is self._model else self._depth - 1
+        # not below zero: another hook may have raised before the part was entered
+        self._depth = 0 if module is self._model else max(self._depth - 1, 0)
         # a part that a checkpoint recomputes in the backward has been entered through the model before
         recomputed = torch._C._current_graph_task_id() != -1
         return self._after(output) if self._depth == 0 and not recomputed else None
@@ -66,9 +66,9 @@ def entries_below(modules: Mapping[str, nn.Module], group_of: Mapping[str, objec
         group_of: the group of each adapter by its name: the block that it is in.
 
     Returns:
-        modules that hold adapters of several groups, and their children that hold some of one. Blocks count, since a
-        ModuleList itself is never called. An adapter counts only where none of these is around it, since a hook takes
-        as long as much of a layer; nothing that is compiled does, where a hook would be traced.
+        modules that hold adapters of several groups, and their children that hold some of one; for a module without a
+        forward, such as a ModuleList, its children. An adapter counts only where none of these is around it, since a
+        hook takes as long as much of a layer; nothing that is compiled does, where a hook would be traced.
     """
     groups: dict[str, set[object]] = {}
     for name, group in group_of.items():
@@ -76,17 +76,20 @@ def entries_below(modules: Mapping[str, nn.Module], group_of: Mapping[str, objec
         for i in range(1, len(parts)):
             groups.setdefault(".".join(parts[:i]), set()).add(group)
     compiled = [name for name, module in modules.items() if _is_compiled(module)]
-    found = []
-    for name, inside in groups.items():
-        parent = name.rpartition(".")[0]
-        whole = len(inside) > 1
-        below = not parent or len(groups[parent]) > 1
-        if whole or below:
-            found.append(name)
-    around = tuple(f"{name}." for name in found if not isinstance(modules[name], (nn.ModuleList, nn.ModuleDict)))
+    found, opened = [], {""}
+    for name, inside in groups.items():  # each after what it is in
+        whole, called = len(inside) > 1, _can_be_called(modules[name])
+        if whole or name.rpartition(".")[0] in opened:
+            opened |= {name} if whole or not called else set()
+            found += [name] if called else []
+    around = tuple(f"{name}." for name in found)
     found += [name for name in group_of if name and not name.startswith(around)]
     traced = tuple(f"{name}." if name else "" for name in compiled)
     return [modules[name] for name in found if not f"{name}.".startswith(traced)]
+
+
+def _can_be_called(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 
 def _is_compiled(module: nn.Module) -> bool:

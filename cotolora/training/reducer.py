@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from cotolora.training.outputs import tensors_in, with_tensors
 
 logger = logging.getLogger("cotolora")
 
@@ -59,14 +59,16 @@ class OutputJoin:
         if not torch.is_grad_enabled():
             return None
         reducer = dist.is_available() and dist.is_initialized()
-        contents = _contents(output)
-        tensors = [leaf for leaf in pytree.tree_leaves(contents) if isinstance(leaf, Tensor)]
-        without_graph = _without_graph(tensors, _loss_of(output))
+        loss = _loss_of(output)
+        # beside a loss, objects hold what a model keeps, such as the keys and values of every layer
+        found = tensors_in(output, deep=loss is None)
+        tensors = [tensor for tensor in found if tensor.is_floating_point() or tensor.is_complex()]
+        without_graph = _without_graph(tensors, loss)
         starved = self._starved()
         if tensors and not without_graph and not reducer and not starved:
             return None  # the usual case
-        # torch.func's transforms have no reducer, and refuse this kind of Function
-        if torch._C._are_functorch_transforms_active():
+        # torch.func's transforms have no reducer, and refuse this kind of Function; a trace with one cannot be saved
+        if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
             return None
         masked = self._masked()
         if not masked and not reducer:
@@ -74,7 +76,7 @@ class OutputJoin:
         unused, used = self._parameters()
         if reducer:
             unused += self._unreached(used, tensors)
-        elif not without_graph:
+        elif tensors and not without_graph:
             unused = starved
         if not unused:
             return None
@@ -93,7 +95,7 @@ class OutputJoin:
             results = {key: _Join.apply(1, zeros, tensor, *unused)[0] for key, tensor in by_id.items()}
         else:
             results = dict(zip(by_id, _Join.apply(len(by_id), zeros, *by_id.values(), *unused), strict=True))
-        return _replaced(output, contents, pytree.tree_map(lambda leaf: results.get(id(leaf), leaf), contents))
+        return with_tensors(output, results)
 
     def _unreached(self, used: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> list[nn.Parameter]:
         """Those of `used` that DDP would wait for in vain."""
@@ -106,9 +108,10 @@ class OutputJoin:
         return [parameter for parameter in used if not self._reached[parameter]]
 
     def _warn(self, output: Any) -> None:
-        if not self._warned:
+        raised = output is None and sys.exc_info()[0] is not None  # the hook is called all the same
+        if not self._warned and not raised:
             logger.warning(
-                "the model's output, a %s, shows no tensors (in tuples, lists, dicts or a dataclass it would): "
+                "the model's output, a %s, shows no tensors of floating point (as its entries or attributes it would): "
                 "DistributedDataParallel will miss the adapters that are off, and a loss that none of the others "
                 "reaches will have no graph",
                 type(output).__name__,
@@ -130,23 +133,6 @@ def find_starved(optimizers: Sequence[torch.optim.Optimizer], unused: Sequence[n
     return found
 
 
-def _contents(output: Any) -> Any:
-    """`output`, or the fields of a dataclass: pytree knows only those that were registered with it."""
-    if dataclasses.is_dataclass(output) and not isinstance(output, type) and pytree.tree_is_leaf(output):
-        return {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-    return output
-
-
-def _replaced(output: Any, contents: Any, new: Any) -> Any:
-    """`output` with `new` in place of its `contents`."""
-    if contents is output:
-        return new
-    output = copy.copy(output)
-    for name, value in new.items():
-        object.__setattr__(output, name, value)
-    return output
-
-
 def _loss_of(output: Any) -> Tensor | None:
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     return loss if isinstance(loss, Tensor) else None
@@ -157,8 +143,7 @@ def _without_graph(tensors: Sequence[Tensor], loss: Tensor | None) -> list[Tenso
     return [
         tensor
         for tensor in tensors
-        if (tensor.is_floating_point() or tensor.is_complex())
-        and not tensor.requires_grad
+        if not tensor.requires_grad
         and not tensor.is_inference()
         # beside a loss, other scalars are measures of it, which need no graph and may become numpy's
         and (loss is None or tensor is loss or tensor.dim() > 0)
@@ -194,6 +179,10 @@ class _Join(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # detached and not viewed: autograd forbids writing in place (loss /= n) to a view made in here
         return tuple(tensor.detach() for tensor in tensors[:count])
+
+    @staticmethod
+    def jvp(ctx: Any, count: int, zeros: bool, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return tangents[: len(tangents) - len(ctx.unused)]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

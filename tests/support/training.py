@@ -55,7 +55,7 @@ class Frozen:
 
 
 class Opaque:
-    def __init__(self, loss: Tensor) -> None:
+    def __init__(self, loss: Any) -> None:
         self.loss = loss
 
 
@@ -90,7 +90,8 @@ class Net(nn.Module):
             "partly": lambda: (x.detach(), torch.tensor([1, 2]), loss),
             # the slope of a square root at 0 is infinite: 0 · inf poisons the gradient if zeros go this way
             "unused": lambda: {"loss": loss, "norm": ((x - x.detach()) ** 2).sum().sqrt()},
-            "opaque": lambda: Opaque(loss),
+            "opaque": lambda: (Opaque(Opaque(loss)), 3),
+            "iterator": lambda: iter([loss]),
         }[self.case.output]()
 
 
@@ -111,7 +112,8 @@ def loss_of(case: Case, output: Any, y: Tensor) -> Tensor:
         "model-output": lambda: output.loss,
         "partly": lambda: output[2],
         "unused": lambda: output["loss"],
-        "opaque": lambda: output.loss,
+        "opaque": lambda: output[0].loss.loss,
+        "iterator": lambda: next(output),
     }
     return read[case.output]()
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gc
+import io
 import logging
 from ast import literal_eval
 from collections import namedtuple
@@ -10,15 +11,37 @@ from collections import namedtuple
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from cotolora import CoTo, CoToLoRALinear, adapter_parameters, adapters, eject, inject, weights
+from cotolora import CoTo, CoToLoRALinear, adapter_parameters, adapters, eject, inject, set_backend, weights
 from cotolora.hooks import HOOKS
 from cotolora.training import unreached
 from tests.support.training import graph_nodes
 
 WIDTH, BLOCKS, STEPS = 6, 4, 40
 Pair = namedtuple("Pair", "hidden pooled")
+
+
+class Strange:
+    """What a model may return that is no container: `slotted` has no __dict__, and it holds itself."""
+
+    __slots__ = ("__dict__", "slotted")
+
+    def __init__(self, hidden, pooled):
+        self.hidden, self.slotted, self.itself = hidden, pooled, self
+
+
+class Entries(dict):
+    """With attributes beside its entries, as easydict has."""
+
+    def __init__(self, hidden, pooled):
+        super().__init__(hidden=hidden, pooled=[pooled])
+        self.hidden = hidden
+
+
+class Several(tuple):
+    """No namedtuple."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +76,24 @@ class Towers(nn.Module):
         self.text, self.image = Encoder(lambda hidden, pooled: pooled), Encoder(lambda hidden, pooled: pooled)
 
 
+class Plain(nn.Module):
+    """Only names for its linears, as are the modules that it holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.Module()
+        self.parts.layers = nn.ModuleList(nn.Module() for _ in range(BLOCKS))
+        for layer in self.parts.layers:
+            layer.up, layer.down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.parts.head = nn.Linear(WIDTH, WIDTH)
+
+
+def tried_twice(module, x):
+    with pytest.raises(ValueError, match="x must be"):
+        module(x[:, :-1])
+    return module(x)
+
+
 class Experts(nn.Module):
     """Each sample goes to one expert, and all samples of a step to the same."""
 
@@ -75,6 +116,30 @@ CASES = {
     "tuple": (Encoder, lambda model, x, step: model(x)[0].square().mean()),
     "namedtuple": (lambda: Encoder(Pair), lambda model, x, step: model(x).hidden.square().mean()),
     "dataclass": (lambda: Encoder(Outputs), lambda model, x, step: model(x).hidden.square().mean()),
+    "dataclass-in-a-tuple": (
+        lambda: Encoder(lambda hidden, pooled: (Outputs(Outputs(hidden, None), pooled), torch.ones(2))),
+        lambda model, x, step: model(x)[0].hidden.hidden.square().mean(),
+    ),
+    "object": (
+        lambda: Encoder(lambda hidden, pooled: Strange({"all": [hidden]}, pooled)),
+        lambda model, x, step: model(x).itself.hidden["all"][0].square().mean(),
+    ),
+    "slots": (
+        lambda: Encoder(lambda hidden, pooled: (3, Strange(None, hidden))),
+        lambda model, x, step: model(x)[1].slotted.square().mean(),
+    ),
+    "entries-and-attributes": (
+        lambda: Encoder(Entries),
+        lambda model, x, step: (model(x)["hidden"] if step % 2 else model(x).hidden).square().mean(),
+    ),
+    "subclass-of-tuple": (
+        lambda: Encoder(lambda hidden, pooled: Several([torch.tensor(3), hidden])),
+        lambda model, x, step: model(x)[1].square().mean(),
+    ),
+    "distribution": (
+        lambda: Encoder(lambda hidden, pooled: torch.distributions.Normal(hidden, 1.0)),
+        lambda model, x, step: model(x).log_prob(x).mean(),
+    ),
     "nested": (lambda: Encoder(hidden_states), lambda model, x, step: model(x)["states"][1]["last"].square().mean()),
     "loss": (
         lambda: Encoder(lambda hidden, pooled: {"loss": hidden.square().mean(), "pooled": pooled}),
@@ -110,6 +175,15 @@ CASES = {
         lambda: nn.ModuleDict({"text": Encoder(), "projection": nn.Linear(WIDTH, WIDTH)}),
         lambda model, x, step: model["projection"](x).square().mean(),
     ),
+    "linears-of-modules-without-a-forward": (
+        Plain,
+        lambda model, x, step: (
+            (model.parts.head(x) if step % 2 else model.parts.layers[0].down(model.parts.layers[0].up(x)))
+            .square()
+            .mean()
+        ),
+    ),
+    "a-part-raised": (Towers, lambda model, x, step: tried_twice(model.text, x).square().mean()),
     "experts": (Experts, lambda model, x, step: model(x).square().mean()),
     "a-head-outside": (
         lambda: nn.ModuleDict({"body": Encoder(), "head": nn.Linear(WIDTH, 1)}),
@@ -278,6 +352,50 @@ def test_backward_of_a_part_that_a_loop_calls_still_stops_below_the_lowest_activ
         assert sum("Tanh" in node for node in nodes) == max(0, BLOCKS - lowest)
         assert not any("Join" in node for node in nodes)
     assert seen == {*range(BLOCKS), BLOCKS + 1}
+
+
+def test_nothing_is_said_of_the_output_of_a_forward_that_raised(caplog):
+    model = with_adapters(Encoder)
+    CoTo(model, 100, initial_p=0.0, shape="constant", at_least_one=False)
+    with caplog.at_level(logging.INFO, logger="cotolora"):
+        with pytest.raises(ValueError, match="x must be"):
+            model(torch.randn(3, WIDTH + 1))
+        assert caplog.messages == []
+        model.register_forward_hook(lambda module, args, output: None)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("others", [(), (torch.tensor(3),)], ids=["alone", "beside-an-integer"])
+def test_an_output_that_hides_its_tensors_is_logged_once(others, caplog):
+    model = with_adapters(lambda: Encoder(lambda hidden, pooled: (iter([hidden]), *others)))
+    CoTo(model, 100, initial_p=0.0, shape="constant", at_least_one=False)
+    with caplog.at_level(logging.INFO, logger="cotolora"):
+        for _ in range(2):
+            model(torch.randn(3, WIDTH))
+    assert ["a tuple, shows no tensors" in message for message in caplog.messages] == [True]
+
+
+def test_a_trace_of_masks_can_be_saved():
+    model = with_adapters(lambda: Encoder(lambda hidden, pooled: hidden))
+    coto = CoTo(model, 100, initial_p=0.3, seed=1)
+    for layer in adapters(model).values():
+        coto.attach(torch.optim.AdamW(layer.adapter_parameters))
+    x = torch.randn(3, WIDTH)
+    with set_backend("reference"):
+        traced = torch.jit.trace(model, x)
+    torch.jit.save(traced, io.BytesIO())
+    assert torch.equal(traced(x), model(x))
+
+
+def test_forward_mode_passes_a_mask():
+    model = with_adapters(lambda: Encoder(lambda hidden, pooled: hidden))
+    CoTo(model, 100, initial_p=0.0, shape="constant", at_least_one=False)
+    x, v = torch.randn(3, WIDTH, dtype=torch.float64), torch.randn(3, WIDTH, dtype=torch.float64)
+    model.double()
+    with forward_ad.dual_level(), set_backend("reference"):
+        found = forward_ad.unpack_dual(model(forward_ad.make_dual(x, v))).tangent
+    _, expected = torch.func.jvp(model, (x,), (v,))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

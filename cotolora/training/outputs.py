@@ -1,0 +1,96 @@
+"""Finds and replaces the tensors in what a module returns, whatever they are held in."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+# objects inside objects that are looked into: what is deeper is no output but what a model keeps
+_DEEPEST = 4
+# what holds nothing, by its class and not by isinstance, since most leaves are of these
+_PLAIN = frozenset((type(None), bool, int, float, str, bytes, torch.dtype, torch.device))
+_CLOSED = (nn.Module, type, ModuleType, FunctionType)
+
+
+def tensors_in(output: Any, *, deep: bool = True) -> list[Tensor]:
+    """The tensors of `output`: in containers that pytree knows, dataclasses and any object.
+
+    If not `deep`, objects inside an object are left out.
+    """
+    return list(_tensors(output, set(), 0 if deep else _DEEPEST - 1))
+
+
+def with_tensors(output: Any, new: Mapping[int, Tensor]) -> Any:
+    """`output` with other tensors for those of such ids. What holds one is copied, and nothing else is."""
+    return _replaced(output, new, {}, 0)
+
+
+def _tensors(value: Any, seen: set[int], depth: int) -> Iterator[Tensor]:
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif (held := _held(leaf, depth)) and id(leaf) not in seen:
+            seen.add(id(leaf))
+            for part in held:
+                yield from _tensors(part, seen, depth + 1)
+
+
+def _replaced(value: Any, new: Mapping[int, Tensor], done: dict[int, Any], depth: int) -> Any:
+    def in_place_of(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) or not (held := _held(leaf, depth)):
+            return new.get(id(leaf), leaf)
+        if id(leaf) in done:
+            return done[id(leaf)]
+        if new.keys().isdisjoint(id(tensor) for part in held for tensor in _tensors(part, {id(leaf)}, depth + 1)):
+            return leaf
+        # first the copy, in which what it holds may hold it again; a tuple must be made of what it holds
+        if isinstance(leaf, tuple):
+            entries = [_replaced(held.pop(), new, done, depth + 1)]
+            done[id(leaf)] = tuple.__new__(type(leaf), *entries)
+        else:
+            done[id(leaf)] = copy.copy(leaf)
+        _fill(done[id(leaf)], *(_replaced(part, new, done, depth + 1) for part in held))
+        return done[id(leaf)]
+
+    return pytree.tree_map(in_place_of, value)
+
+
+def _held(value: Any, depth: int) -> list[Any]:
+    """What `value` holds, in one or two containers that pytree knows: its attributes, and its entries if it has any."""
+    if type(value) in _PLAIN or isinstance(value, _CLOSED):
+        return []
+    # traced, the attributes of a stranger's object would be guards
+    if not dataclasses.is_dataclass(value) and (torch.compiler.is_compiling() or depth >= _DEEPEST):
+        return []
+    slots = [name for name in _slots(type(value)) if hasattr(value, name)]  # type: ignore[arg-type]
+    attributes = {name: getattr(value, name) for name in slots} | getattr(value, "__dict__", {})
+    entries: list[Any] = []
+    if isinstance(value, dict):
+        entries = [dict(value)]
+    elif isinstance(value, (list, tuple)):
+        entries = [list(value)]
+    return [attributes, *entries] if attributes or entries else []
+
+
+@functools.lru_cache
+def _slots(kind: type) -> list[str]:
+    found = [vars(base).get("__slots__", ()) for base in kind.__mro__]
+    names = [name for slots in found for name in ([slots] if isinstance(slots, str) else slots)]
+    return [name for name in names if not name.startswith("__")]
+
+
+def _fill(copied: Any, attributes: dict[str, Any], entries: Any = ()) -> None:
+    if isinstance(copied, dict):
+        dict.update(copied, entries)
+    elif isinstance(copied, list):
+        list.__setitem__(copied, slice(None), entries)
+    for name, attribute in attributes.items():
+        object.__setattr__(copied, name, attribute)  # a frozen dataclass refuses setattr
