@@ -16,6 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT, INITS
+from cotolora.wording import listed
 
 # inits that do not read the weight of a base
 FOREIGN_INITS = tuple(init for init in INITS if init not in FROM_WEIGHT)
@@ -30,8 +31,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_dense(module: nn.Module) -> bool:
-    """Whether `module` is an ``nn.Linear`` or a Conv1D, no subclass, and its weight a dense floating parameter."""
-    return (type(module) is nn.Linear or is_conv1d(module)) and _has_dense_weight(module)
+    """Whether `module` is an ``nn.Linear`` or a Conv1D, no subclass, of a dense floating weight and a bias at most."""
+    return (type(module) is nn.Linear or is_conv1d(module)) and _has_dense_weight(module) and not _others_in(module)
 
 
 def why_not_dense(module: nn.Module) -> str:
@@ -39,6 +40,8 @@ def why_not_dense(module: nn.Module) -> str:
     if isinstance(module, nn.Linear) and _has_dense_weight(module):
         # its module as well: subclasses may be called Linear
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        if type(module) is nn.Linear:
+            return f"a {kind} that holds {listed(_others_in(module))} beside its weight and bias"
         return f"a {kind}, whose forward need not be the product with its weight"
     return f"a {type(module).__name__}, which has no dense floating weight"
 
@@ -51,6 +54,22 @@ def _has_dense_weight(module: nn.Module) -> bool:
         and weight.is_floating_point()
         and weight.layout == torch.strided
     )
+
+
+def _others_in(module: nn.Module) -> list[str]:
+    """What `module` holds beside a weight and a bias."""
+    held = (*module._parameters, *module._buffers, *module._modules)
+    return [name for name in held if name not in ("weight", "bias")]
+
+
+def carry_attributes(source: nn.Module, target: nn.Module) -> tuple[str, ...]:
+    """Gives `target` what others have set on `source` and it has not itself; returns the names.
+
+    What they keep under a name of their own (accelerate's _hf_hook) stays where it is.
+    """
+    names = tuple(name for name in vars(source) if not name.startswith("_") and not hasattr(target, name))
+    target.__dict__.update({name: vars(source)[name] for name in names})
+    return names
 
 
 def is_pefts(module: nn.Module) -> bool:
@@ -106,6 +125,8 @@ def why_no_linear_map(module: nn.Module) -> str:
     It is tried on the meta device, where nothing is computed and every rank finds the same. Some subclasses of
     nn.Linear are routers, which return a tuple, or hold the weights of several groups.
     """
+    if complex_one := next((name for name, p in module.named_parameters() if p.is_complex()), None):
+        return f"got a {type(module).__name__}, whose {complex_one} is complex"
     forward = type(module).forward
     if forward in (nn.Linear.forward, nn.Identity.forward) or is_conv1d(module) or _wants_more_than_x(forward):
         return ""

@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cotolora.bases import ReadThrough, check_foreign, features, is_conv1d, is_dense, why_not_adaptable
+from cotolora.bases import (
+    ReadThrough,
+    carry_attributes,
+    check_foreign,
+    features,
+    is_conv1d,
+    is_dense,
+    why_not_adaptable,
+)
 from cotolora.checks import device_here, flag, floating_dtype, instance, size
 from cotolora.functional import add_low_rank, check_operands, coto_lora_linear, planned, run
 from cotolora.operands import check_extra, check_gate, check_switch
@@ -116,8 +124,9 @@ class CoToLoRALinear(MergeableWeights):
     ) -> CoToLoRALinear:
         """A layer around an ``nn.Linear``, a transformers ``Conv1D``, or another module that maps features.
 
-        Of the first two, unless the weight is quantised, sparse or of a tensor subclass, the parameters are shared,
-        not copied. Any other module with integer `in_features` and `out_features` becomes `base`: its own forward is
+        Of the first two, unless the weight is quantised, sparse or of a tensor subclass or there are tensors or modules
+        beside it and the bias, the parameters are shared, not copied, and attributes that others have set are the
+        layer's. Any other module with integer `in_features` and `out_features` becomes `base`: its own forward is
         called and the low-rank part added, so what it computes and how it is stored stay its own; it cannot be
         merged into. The keys of its state dict do not change. Either way the parameters are frozen by this.
 
@@ -147,6 +156,7 @@ class CoToLoRALinear(MergeableWeights):
         else:
             layer.fan_in_fan_out = is_conv1d(linear)
             layer._hold_weight(dense.weight, dense.bias)
+            layer._carried = carry_attributes(linear, layer)
         layer.training = linear.training
         _freeze(linear.parameters() if dense is None else (dense.weight, dense.bias))
         return layer
@@ -254,10 +264,13 @@ class CoToLoRALinear(MergeableWeights):
                 f"{self._name or 'the layer'} must have a base that returns [..., {self.out_features}]; its "
                 f"{type(self.base).__name__} returned {got}"
             )
-        return add_low_rank(
-            y, x, self.lora_a, self.lora_b, scale=self.scale, gate=self.active,
-            dropout=self.dropout if self.training else 0.0, variant=self.variant, extra=self.extra,
-        )  # fmt: skip
+        try:
+            return add_low_rank(
+                y, x, self.lora_a, self.lora_b, scale=self.scale, gate=self.active,
+                dropout=self.dropout if self.training else 0.0, variant=self.variant, extra=self.extra,
+            )  # fmt: skip
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self._named}{error}") from None
 
     def _checked(self, x: Tensor, gate: Gate, dropout: float) -> Tensor:
         weight = self._matrix(self.weight)

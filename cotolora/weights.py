@@ -22,6 +22,8 @@ logger = logging.getLogger("cotolora")
 class MergeableWeights(LowRankParameters):
     """How a `CoToLoRALinear` merges, moves, saves and loads."""
 
+    # the attributes that others had set on the linear
+    _carried: tuple[str, ...] = ()
     # of layers that were put into a model together: those that have been told of as merged and never called
     _told: frozenset[str] | set[str] = frozenset()
 
@@ -94,6 +96,7 @@ class MergeableWeights(LowRankParameters):
         else:
             linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight, linear.bias = weight, self.bias  # type: ignore[assignment]
+        linear.__dict__.update({name: self.__dict__[name] for name in self._carried if name in self.__dict__})
         return linear.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergeableWeights:

@@ -592,6 +592,19 @@ def test_merging_is_refused_and_the_update_can_be_read(make):
     assert layer.to_linear() is base
 
 
+def test_what_the_adapter_cannot_take_names_the_layer():
+    class Counts(nn.Module):
+        in_features, out_features = 4, 4
+
+        def forward(self, x):
+            return torch.zeros(*x.shape[:-1], 4)
+
+    model = nn.Sequential(Counts())
+    inject(model, ["0"], rank=2)
+    with pytest.raises(TypeError, match=r"^0: x must be of a floating dtype; got torch.int64"):
+        model(torch.zeros(2, 4, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("option", [{"variant": "dora"}, {"variant": "hira"}, {"init": "pissa"}, {"init": "olora"}])
 def test_what_reads_the_weight_is_refused(option):
     base = squashed()

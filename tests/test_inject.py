@@ -123,6 +123,56 @@ def in_peft(peft, targets, exclude, name):
     return bool(check_target_module_exists(config, name))
 
 
+def test_what_others_have_set_on_a_linear_is_set_on_the_layer():
+    model = Net(1)
+    linear = model.blocks[0].q_proj
+    linear.layer_index, linear.mask, linear._private, linear.rank = 3, torch.ones(4), "kept where it is", 99
+    inject(model, rank=2)
+    for one in (model, copy.deepcopy(model)):
+        layer = one.blocks[0].q_proj
+        assert layer.layer_index == 3
+        assert torch.equal(layer.mask, torch.ones(4))
+        assert not hasattr(layer, "_private")
+        assert layer.rank == 2  # its own
+    model.blocks[0].q_proj.layer_index = 4
+    plain = eject(model)["blocks.0.q_proj"]
+    assert (plain.layer_index, plain.mask) == (4, linear.mask)
+
+
+def test_a_conv1d_has_its_sizes_under_its_own_names():
+    Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(Conv1D(6, 4))
+    inject(model, rank=2)
+    assert (model[0].nf, model[0].nx) == (6, 4)
+
+
+def test_tensors_and_modules_that_a_linear_holds_stay_where_they_are():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].register_buffer("calls", torch.zeros(()))
+    model[0].register_parameter("gain", nn.Parameter(torch.ones(4)))
+    model[0].activation = nn.PReLU(4)
+    names = list(model.state_dict())
+    layers = inject(model, rank=2)
+    assert model[0].activation is layers["0"].base.activation
+    assert set(model.state_dict()) >= set(names)
+    assert not model[0].gain.requires_grad
+    with pytest.raises(
+        RuntimeError, match=r"0: the base is .*Linear that holds \['gain', 'calls', 'activation'\] beside"
+    ):
+        model[0].merge()
+    eject(model, merge=False)
+    assert list(model.state_dict()) == names
+
+
+def test_complex_linears_are_no_targets(caplog):
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"0 must be .*; got a Linear, whose weight is complex"):
+        inject(model, ["0"])
+    with caplog.at_level(logging.INFO, logger="cotolora"):
+        assert list(inject(model, rank=2)) == ["1"]
+    assert "leaves out what is no linear map: '0'; the first is a Linear, whose weight is complex" in caplog.text
+
+
 @settings(max_examples=200, deadline=None)
 @given(name=NAME, targets=RULE, start=st.integers(0, 12))
 def test_a_name_matches_as_in_peft(name, targets, start):
