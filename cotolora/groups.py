@@ -266,6 +266,8 @@ def as_mask(mask: object, argument: str = "mask") -> torch.Tensor:
     try:
         # a copy: what the caller writes to `mask` afterwards changes nothing
         values = mask.detach().clone() if isinstance(mask, torch.Tensor) else torch.tensor(mask)
+        if values.is_floating_point() and not isinstance(mask, torch.Tensor):
+            values = torch.tensor(mask, dtype=torch.float64)  # in float32 1 + 1e-9 is 1, and 1e-50 is 0
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(
             f"{argument} must be a bool or hold bools, as torch.tensor takes them; got {shown(mask)}"

@@ -45,7 +45,7 @@ def check_tensors(*tensors: tuple[str, Tensor | None]) -> None:
         if not t.is_floating_point():
             raise TypeError(f"{name} must be of a floating dtype; got {t.dtype}")
         if t.is_nested and t.layout != torch.jagged:
-            raise RuntimeError(
+            raise TypeError(
                 f"{name} must be dense, or nested with layout=torch.jagged, which every backend takes; got a nested "
                 "tensor of the strided layout, which has no shape"
             )

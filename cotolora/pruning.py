@@ -278,7 +278,7 @@ def _kept(names: list[str], keep: Keep, groups: list[list[str]]) -> set[str]:
         }
     if callable(keep):
         keeps = function("keep", keep, _MUST_KEEP)
-        return {name for name in names if keeps(name)}
+        return {name for name in names if _truth(keeps(name))}
     if isinstance(keep, str):
         checked_names("keep", keep)
     # the adapters that each name, or the one expression, matches
@@ -292,6 +292,13 @@ def _kept(names: list[str], keep: Keep, groups: list[list[str]]) -> set[str]:
             f"keep {listed(missing)} matches no adapter; adapters end in {listed(ends)}, labels are {LABELS}"
         )
     return set().union(*taken.values())
+
+
+def _truth(kept: object) -> bool:
+    try:
+        return bool(kept)
+    except Exception:  # of what has none, such as a tensor of several entries
+        raise TypeError(f"keep must give True or False for a name; got {shown(kept)}") from None
 
 
 def _names_in(keep: object) -> list[str]:

@@ -408,6 +408,8 @@ def test_units_of_layers_and_of_the_users_own():
         ([], r"got shape \(0,\)"),
         ([2] * 7, "only 0, 1, True or False"),
         (0.5, "only 0, 1, True or False"),
+        (1e-320, "only 0, 1, True or False"),
+        ([1 + 1e-9] * 7, "only 0, 1, True or False"),
         (float("nan"), "only 0, 1, True or False"),
         ([1, 1, 1, 1, 1, 1, -1], "only 0, 1, True or False"),
         (np.full(7, 1j), "only 0, 1, True or False"),

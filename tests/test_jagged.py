@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cotolora import CoToLoRALinear, coto_lora_linear, set_backend
+from cotolora import CoToLoRALinear, coto_lora_linear, inject, set_backend
 from cotolora.backends.fused.common import has_triton
 from cotolora.variants import VARIANTS
 
@@ -161,10 +161,14 @@ def test_what_no_backend_takes_is_said(backend):
     )
     with set_backend(backend):
         for call in calls:
-            with pytest.raises(RuntimeError, match=r"x must be dense, or nested with layout=torch.jagged, which every"):
+            with pytest.raises(TypeError, match=r"x must be dense, or nested with layout=torch.jagged, which every"):
                 call(strided)
             with pytest.raises(ValueError, match=r"x must be \[..., 8\] to fit weight"):
                 call(jagged(samples(7)))
+    model = nn.Sequential(nn.Linear(8, 6))
+    inject(model)
+    with pytest.raises(TypeError, match=r"^0: x must be dense, or"):
+        model(strided)
 
 
 def test_torch_compile_traces_it():

@@ -121,6 +121,7 @@ def test_what_is_named_stays(keep, expected):
         (["blocks.0"], ValueError, "matches no adapter"),
         ([], ValueError, "keep must name at least one adapter; got none"),
         (lambda name: False, ValueError, "leaves none of 6"),
+        (lambda name: torch.zeros(2), TypeError, r"keep must give True or False for a name; got <Tensor of .*\(2,\)"),
         (3, TypeError, "keep must be one of .* got 3"),
         ([1], TypeError, r"got \[1\]"),
         (None, TypeError, "got None"),
