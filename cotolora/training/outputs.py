@@ -56,7 +56,7 @@ def _replaced(value: Any, new: Mapping[int, Tensor], done: dict[int, Any], depth
             entries = [_replaced(held.pop(), new, done, depth + 1)]
             done[id(leaf)] = tuple.__new__(type(leaf), *entries)
         else:
-            done[id(leaf)] = copy.copy(leaf)
+            done[id(leaf)] = _new_like(leaf)
         _fill(done[id(leaf)], *(_replaced(part, new, done, depth + 1) for part in held))
         return done[id(leaf)]
 
@@ -85,6 +85,14 @@ def _slots(kind: type) -> list[str]:
     found = [vars(base).get("__slots__", ()) for base in kind.__mro__]
     names = [name for slots in found for name in ([slots] if isinstance(slots, str) else slots)]
     return [name for name in names if not name.startswith("__")]
+
+
+def _new_like(value: Any) -> Any:
+    kind = next(kind for kind in (dict, list, object) if isinstance(value, kind))
+    try:
+        return kind.__new__(type(value))  # not by copy, which a class may define as it likes
+    except TypeError:  # of what C makes
+        return copy.copy(value)
 
 
 def _fill(copied: Any, attributes: dict[str, Any], entries: Any = ()) -> None:

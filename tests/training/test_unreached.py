@@ -6,7 +6,7 @@ import gc
 import io
 import logging
 from ast import literal_eval
-from collections import namedtuple
+from collections import OrderedDict, namedtuple
 
 import pytest
 import torch
@@ -30,6 +30,13 @@ class Strange:
 
     def __init__(self, hidden, pooled):
         self.hidden, self.slotted, self.itself = hidden, pooled, self
+
+    def __copy__(self):
+        raise TypeError("only one of these")
+
+
+class Ordered(OrderedDict):
+    """Of a class that C makes."""
 
 
 class Entries(dict):
@@ -131,6 +138,10 @@ CASES = {
     "entries-and-attributes": (
         lambda: Encoder(Entries),
         lambda model, x, step: (model(x)["hidden"] if step % 2 else model(x).hidden).square().mean(),
+    ),
+    "subclass-of-an-ordered-dict": (
+        lambda: Encoder(lambda hidden, pooled: Ordered(pooled=pooled, hidden=[hidden])),
+        lambda model, x, step: model(x)["hidden"][0].square().mean(),
     ),
     "subclass-of-tuple": (
         lambda: Encoder(lambda hidden, pooled: Several([torch.tensor(3), hidden])),
