@@ -10,6 +10,7 @@ from cotolora.linear import CoToLoRALinear
 from cotolora.masks import adapter_mask
 from cotolora.saving.adapter import load_adapter, save_adapter
 from cotolora.schedule import Schedule, activation_probability, sample_mask
+from cotolora.stacking import stack
 
 __version__ = "0.1.0"
 
@@ -31,5 +32,6 @@ __all__ = [
     "sample_mask",
     "save_adapter",
     "set_backend",
+    "stack",
     "trainable_report",
 ]

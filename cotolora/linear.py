@@ -221,6 +221,8 @@ class CoToLoRALinear(MergeableWeights):
         if torch.compiler.is_compiling():
             note_trace()
             return self._checked(input, gate, dropout)
+        if self._stack is not None and (y := self._stack.forward(self, input)) is not None:
+            return y
         # in the dict of parameters a look-up takes a tenth of the time; a wrapper may have moved them out of it
         own = self._parameters
         weight: Any = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 (self.weight is slow)

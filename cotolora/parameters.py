@@ -37,6 +37,7 @@ class LowRankParameters(nn.Module):
     lora_a0: Tensor | None
     lora_b0: Tensor | None
     _name = ""  # in the model that `inject` put it into
+    _stack: Any = None  # of `cotolora.stack`
 
     def _settle(self, spec: AdapterSpec) -> None:
         spec.check_sizes(self.in_features, self.out_features)

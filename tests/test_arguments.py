@@ -80,6 +80,7 @@ ARGUMENTS = {
     "factors": (nothing, lambda world: world.state.factors),
     "fn": (of.function, lambda world: lambda output: output.sum()),
     "gate": (of.gate, lambda world: True),
+    "groups": (of.empty_list, lambda world: []),
     "gates": (nothing, lambda world: "device"),
     "grad_a": FACTOR_A,
     "grad_b": FACTOR_B,

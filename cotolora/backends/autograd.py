@@ -135,11 +135,11 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def differentiable_once(
-    gradients: Callable[[Any, Tensor], tuple[Tensor | None, ...]], ctx: Any, dy: Tensor, name: str
+    gradients: Callable[[Any, Tensor], tuple[Tensor | None, ...]], ctx: Any, dy: Tensor, name: str, *others: Tensor
 ) -> tuple[Tensor | None, ...]:
     """``gradients(ctx, dy)``, outside autocast and the graph. They raise if they are differentiated, but for dy itself.
 
-    `name` is the backend's.
+    `name` is the backend's; `others` are what else the gradients depend on.
     """
     recorded = torch.is_grad_enabled()
     if not recorded and not torch._C._is_any_autocast_enabled() and (dy.is_cpu or dy.is_cuda):
@@ -152,7 +152,7 @@ def differentiable_once(
     # requires_grad marks them as depending on the inputs, which no_grad hid from autograd; what was saved goes along
     # because autograd.grad visits only what leads to the tensors it is asked about
     marked = [None if g is None or g is dy else g.detach().requires_grad_() for g in found]
-    marked = _DifferentiableOnce.apply(name, len(marked), *marked, dy, *ctx.saved_tensors)
+    marked = _DifferentiableOnce.apply(name, len(marked), *marked, dy, *others, *ctx.saved_tensors)
     return tuple(dy if g is dy else m for g, m in zip(found, marked, strict=True))
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cotolora.backends import cost, measured
-from cotolora.backends.types import AlwaysOn, Backend, Call, NotPreparedError, Options, transforming
+from cotolora.backends.types import AlwaysOn, Backend, Call, NotPreparedError, Options, Stacked, transforming
 from cotolora.checks import shown
 from cotolora.variants import VARIANTS
 
@@ -139,6 +139,7 @@ class Plan(NamedTuple):
     traced: whether torch.compile traces the call.
     instead: the plan to follow where this one's kernels cannot run, None where a backend was asked for by name.
     always_on: a faster way of the backend for calls without a gate; None if it has none.
+    stacked: the backend's way for layers that read one x; None if it has none.
     """
 
     name: str
@@ -150,6 +151,7 @@ class Plan(NamedTuple):
     traced: bool = False
     instead: Plan | None = None
     always_on: AlwaysOn | None = None
+    stacked: Stacked | None = None
 
 
 def plan(backend: str | None, call: Call, options: Options, cast_to: torch.dtype | None = None) -> Plan:
@@ -168,7 +170,8 @@ def plan(backend: str | None, call: Call, options: Options, cast_to: torch.dtype
             chosen = chosen.when_captured()  # type: ignore[union-attr]
     if call.backward and not traced and hasattr(chosen, "always_on"):
         always_on = chosen.always_on(call)  # type: ignore[union-attr]
-    return Plan(name, chosen, options, call, cast_to, fused, traced, instead, always_on)
+    stacked = None if traced or not hasattr(chosen, "stacked") else chosen.stacked(call)  # type: ignore[union-attr]
+    return Plan(name, chosen, options, call, cast_to, fused, traced, instead, always_on, stacked)
 
 
 def choose(backend: str | None, call: Call) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -175,6 +175,19 @@ class NotPreparedError(RuntimeError):
     """Kernels would have to be compiled or loaded while a CUDA graph is captured, which may not be possible."""
 
 
+class Stacked(NamedTuple):
+    """A backend's forward and backward for several layers that read one x, of one scale, without a gate or dropout.
+
+    Only x and each A and B may have gradients.
+
+    forward: ``(x, weights, biases, factors A, bs, scale)`` to each y; A of all, in the dtype of x; and the h of all.
+    backward: ``(dys, x, weights, a of all, bs, h, scale)`` to dx, each dA and each dB; dx is None without weights.
+    """
+
+    forward: Callable[..., tuple[Sequence[Tensor], Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor | None, Sequence[Tensor], Sequence[Tensor]]]
+
+
 class AlwaysOn(NamedTuple):
     """A backend's forward and backward for calls without a gate, with nothing to look up and nothing to decide.
 
@@ -193,8 +206,9 @@ class AlwaysOn(NamedTuple):
 class Backend(Protocol):
     """A forward with a hand-written backward. Neither records a graph; `cotolora.backends.autograd` joins them.
 
-    It may have ``always_on(call)`` as well, which is None or an `AlwaysOn` for such calls, equal bit for bit. A fused
-    one has ``when_captured()``, the same backend, which raises NotPreparedError instead of launching what is new.
+    It may have ``always_on(call)`` as well, which is None or an `AlwaysOn` for such calls, equal bit for bit, and
+    ``stacked(call)``, which is None or a `Stacked` for layers of such calls. A fused one has ``when_captured()``, the
+    same backend, which raises NotPreparedError instead of launching what is new.
     """
 
     def why_not(self, call: Call) -> list[str]:

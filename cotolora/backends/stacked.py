@@ -1,0 +1,54 @@
+"""The autograd Function of layers that read one x."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cotolora.backends.autograd import differentiable_once
+from cotolora.backends.types import Stacked
+
+
+class StackedLinear(torch.autograd.Function):
+    """What several layers make of one x, by a backend's `Stacked`. `layers` are W, bias, A and B of each in turn."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, way: Stacked, name: str, scale: float, x: Tensor, *layers: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Each layer's y."""
+        weights, biases, factors, b = layers[::4], layers[1::4], layers[2::4], layers[3::4]
+        outputs, a, h = way.forward(x, weights, biases, factors, b, scale)  # type: ignore[arg-type]
+        ctx.way, ctx.name, ctx.scale, ctx.ranks = way, name, scale, [one.shape[1] for one in b]  # type: ignore[union-attr]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, a, h, *b, *(weights if x.requires_grad else ()))
+        return tuple(y.detach() if y._is_view() else y for y in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """The gradients of x and of each A and B, which raise if they are differentiated."""
+        given = [dy for dy in dys if dy is not None]
+        if not given:
+            return (None,) * (4 + 4 * len(dys))
+        return differentiable_once(lambda ctx, _: _gradients(ctx, dys), ctx, given[0], ctx.name, *given[1:])
+
+
+def _gradients(ctx: Any, dys: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    x, a, h, *rest = ctx.saved_tensors
+    b, weights, ranks = rest[: len(dys)], rest[len(dys) :], ctx.ranks
+    used = [i for i, dy in enumerate(dys) if dy is not None]
+    if len(used) < len(dys):  # the loss does not depend on the others
+        parts = a.split(ranks), h.split(ranks, 1)
+        a, h = torch.cat([parts[0][i] for i in used]), torch.cat([parts[1][i] for i in used], 1)
+        dys, b, weights = ([these[i] for i in used] for these in (dys, b, weights or dys))  # type: ignore[assignment]
+        weights = weights if ctx.needs_input_grad[3] else []
+    dx, da, db = ctx.way.backward(dys, x, weights, a, b, h, ctx.scale)
+    found: list[Tensor | None] = [None] * (4 * len(ranks))
+    for i, one_a, one_b in zip(used, da, db, strict=True):
+        found[4 * i + 2], found[4 * i + 3] = one_a, one_b
+    return None, None, None, dx, *found
+
+
+apply_stacked = super(torch.autograd.Function, StackedLinear).apply
