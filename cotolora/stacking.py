@@ -91,6 +91,8 @@ def stack(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[list[str]]:
 
 def _checked(groups: object) -> list[list[str]]:
     must, found = "a list of lists of names", []
+    if isinstance(groups, Tensor):
+        raise TypeError(f"groups must be {must}; got {shown(groups)}")
     for i, names in enumerate(entries("groups", groups, must)):
         found.append(ends := strings(f"groups[{i}]", names, "a list of names"))
         if len(set(ends)) < max(2, len(ends)) or not all(ends):

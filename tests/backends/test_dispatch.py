@@ -441,6 +441,7 @@ FLOORS = [
         "training.stepping",
         "training.unreached",
         "training.agreement",
+        "training.outputs",
         "training.optimizer_state",
         "saving.experts",
         "saving.files",
