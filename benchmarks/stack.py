@@ -5,6 +5,8 @@
 Whole blocks of transformers, attention, norms and activations included, forward and backward. The unstacked block is
 timed twice, under two names, which shows what a ratio is worth. Stacked results are held to unstacked ones, by their
 errors against float64, before they are timed.
+
+The second table counts what the groups of a Llama-3-8B launch and move on 8192 rows in bfloat16, as `launches` does.
 """
 
 from __future__ import annotations
@@ -19,14 +21,16 @@ import torch
 from torch import Tensor, nn
 
 import cotolora
-from benchmarks import clock, report
+from benchmarks import clock, launches, report
 from benchmarks.report import Result
 from benchmarks.shapes import number
 from benchmarks.sweep import DTYPES, device_of
 from benchmarks.workload import SLACK, RefusedError, error
 from cotolora.results import rounded
 
-SINGLE, STACKED, AGAIN = "unstacked", "stacked", "unstacked again"
+FROZEN, SINGLE, STACKED, AGAIN = "frozen", "unstacked", "stacked", "unstacked again"
+COUNTED = torch.bfloat16
+GROUPS = {"q, k and v": [4096, 1024, 1024], "gate and up": [14336, 14336]}  # out_features
 
 
 def llama(width: int) -> tuple[nn.Module, list[list[str]]]:
@@ -105,15 +109,60 @@ def measure(name: str, width: int, options: argparse.Namespace) -> list[dict[str
     ]  # fmt: skip
 
 
-def text(result: Result) -> str:
-    """The table."""
+class Group(nn.Module):
+    """Linears of one x."""
+
+    def __init__(self, features: int, sizes: list[int]) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(features, n, bias=False, device="meta", dtype=COUNTED) for n in sizes)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The y of each."""
+        return [linear(x) for linear in self.linears]
+
+
+def counted(name: str) -> list[dict[str, Any]]:
+    """Launches and bytes of a group, forward and backward: frozen, unstacked and stacked."""
+    features, sizes = 4096, GROUPS[name]
+    rows = []
+    for who in (FROZEN, SINGLE, STACKED):
+        group = Group(features, sizes).requires_grad_(False)
+        if who != FROZEN:
+            for layer in cotolora.inject(group, rank=16).values():
+                layer.lora_a.data, layer.lora_b.data = layer.lora_a.to(COUNTED), layer.lora_b.to(COUNTED)
+        if who == STACKED:
+            cotolora.stack(group, [[f"linears.{i}" for i in range(len(sizes))]])
+        x = torch.empty(8192, features, device="meta", dtype=COUNTED, requires_grad=True)
+        with launches.as_on_gpu(), cotolora.set_backend("addmm"), launches.Counter(x) as counter:
+            ys = group(x)
+            torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+        moved = launches.bytes_of(counter.kernels)
+        rows.append({"contender": who, "group": name, "launches": len(counter.kernels), "bytes": moved})
+    return rows
+
+
+def count_table(result: Result) -> str:
+    """The counts as a table."""
     lines = []
-    for (name, width), rows in report.groups(result.rows, ["block", "width"]).items():
+    for name, rows in report.groups([row for row in result.rows if "group" in row], ["group"]).items():
+        frozen = rows[0]["bytes"]
+        lines += [
+            [f"{name[0]}, {row['contender']}", f"{row['launches']}", f"{(row['bytes'] - frozen) / 1e6:.0f}"]
+            for row in rows
+        ]
+    return report.markdown(["group", "launches", "MB over frozen's"], lines)
+
+
+def text(result: Result) -> str:
+    """The tables."""
+    lines = []
+    timed = [row for row in result.rows if "block" in row]
+    for (name, width), rows in report.groups(timed, ["block", "width"]).items():
         by_who = {row["contender"]: row for row in rows}
         ratios = [report.ratio(by_who[who]["over_single"]) for who in (STACKED, AGAIN)]
         lines.append([name, f"{width}", report.duration(by_who[SINGLE]["seconds"]), *ratios])
     titles = ["block", "width", "unstacked", "stacked over it", "unstacked again over it"]
-    return report.head(result) + "\n" + report.markdown(titles, lines)
+    return "\n".join([report.head(result), report.markdown(titles, lines), "", count_table(result)])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -135,6 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in BLOCKS:
         for width in options.widths:
             result.rows += [rounded(row) for row in measure(name, width, options)]
+    result.rows += [row for name in GROUPS for row in counted(name)]
     print(text(result))
     if options.json:
         report.write(options.json, result)
