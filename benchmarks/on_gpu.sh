@@ -6,8 +6,8 @@
 # With some minutes more than nine: three calls, each of its own --minutes, with --only correctness, tuning, benchmarks.
 # Parts: correctness is gemm and tests, tuning is tune, benchmarks are the others; or one of: gemm (our GEMM, with and
 # without the low-rank term, beside cuBLAS on six shapes), tests (every kernel on the GPU, in every dtype), tune (times
-# every form, keeps the table that the parts after it choose by), linear, block, gates, memory, roofline, train, and
-# compiled: block beside torch.compile, which takes long.
+# every form, keeps the table that the parts after it choose by), linear, block, stack, gates, memory, roofline, train,
+# and compiled: block beside torch.compile, which takes long.
 # A part that fails or runs out of its time stops no other.
 # OUT gets log.txt, tune.json, results.json, four pictures and summary.txt, which is printed last.
 # --dry-run tries the plumbing on a machine without a GPU, at tiny sizes.
@@ -16,7 +16,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-parts=(gemm tests tune linear block gates memory roofline train compiled)
+parts=(gemm tests tune linear block stack gates memory roofline train compiled)
 out="" minutes=9 only="" dry=""
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -32,7 +32,7 @@ done
 case "$only" in
     correctness) only="gemm tests" ;;
     tuning) only=tune ;;
-    benchmarks) only="linear block gates memory roofline train compiled" ;;
+    benchmarks) only="linear block stack gates memory roofline train compiled" ;;
     *) [[ -z "$only" || " ${parts[*]} " == *" $only "* ]] ||
         { echo "--only must be one of correctness tuning benchmarks ${parts[*]}; got '$only'" >&2; exit 2; } ;;
 esac
@@ -96,6 +96,8 @@ if [ -n "$dry" ]; then
     bench linear 30 --shapes 16,32,48 "${tiny[@]}" "${plot[@]}"
     prefix=(env -u TRITON_INTERPRET)
     bench block 30 --shapes three-64 --rows 4 "${tiny[@]}" "${plot[@]}"
+    part stack 30 "${prefix[@]}" "$python" -m benchmarks stack --widths 64 --rows 4 --rounds 1 \
+        --json "$out/results.json"
     bench gates 30 --shapes 16,32,48 --rounds 1
     part memory 30 "$python" -m benchmarks memory --shapes three-64 --rows 16 --json "$out/results.json"
     bench roofline 30 --shapes 16,32,48 --rounds 1 "${plot[@]}"
@@ -121,6 +123,7 @@ else
     plain=(--peers peft unsloth torchtune lorafusion)
     bench block 25 "${plain[@]}" "${plot[@]}"
     bench linear 45 "${plain[@]}" --rounds 20 "${plot[@]}"
+    part stack 40 "${prefix[@]}" "$python" -m benchmarks stack --rounds 20 --json "$out/results.json"
     bench gates 30 --rounds 20
     bench roofline 40 --rows 512 2048 8192 --rounds 10 "${plot[@]}"
     part memory 40 "${prefix[@]}" "$python" -m benchmarks memory --json "$out/results.json"

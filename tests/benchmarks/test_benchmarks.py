@@ -605,7 +605,7 @@ def on_gpu(tmp_path):
     return run_it
 
 
-PARTS = ("gemm", "tests", "tune", "linear", "block", "gates", "memory", "roofline", "train")
+PARTS = ("gemm", "tests", "tune", "linear", "block", "stack", "gates", "memory", "roofline", "train")
 
 
 @pytest.mark.parametrize("dry", [True, False], ids=["dry", "on a GPU"])
@@ -637,7 +637,7 @@ def test_the_gpu_script_keeps_the_table_that_tune_has_written(arguments, on_gpu,
     [
         ("correctness", ["gemm", "tests"]),
         ("tuning", ["tune"]),
-        ("benchmarks", ["block", "linear", "gates", "roofline", "memory"]),
+        ("benchmarks", ["block", "linear", "stack", "gates", "roofline", "memory"]),
     ],
 )
 def test_the_gpu_script_runs_a_group_of_parts(group, parts, on_gpu):
