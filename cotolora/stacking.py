@@ -43,10 +43,10 @@ def stack(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[list[str]]:
     single layers but for the order in which floating-point numbers are added.
 
     A layer is computed by itself, as without this, where it is called with another tensor than the others, or with one
-    that was written to in between, or outside a forward of its parent; if its adapter is off, merged, of another
-    scale, switched by a tensor, or of a variant other than "lora" or an init from W; in training with dropout, whose
-    masks are each layer's own; around a base without a dense weight; under torch.compile, torch.func and
-    ``torch.jit.trace``; by the reference and by the fused kernels; and in copies of the model.
+    that was written to in between, or outside a forward of its parent; if its adapter is off, merged, of another scale
+    or switched by a tensor; in training with dropout, whose masks are each layer's own; under torch.compile,
+    torch.func, ``torch.jit.trace`` and ``torch.inference_mode``; by the reference and by the fused kernels; on a CPU
+    where x has fewer than 256 features, which would take longer; and in copies of the model.
 
     Args:
         model: a model with adapters.
@@ -186,7 +186,7 @@ class _Call(NamedTuple):
         """Whether a layer that is called with `x` now would make the same of it."""
         return (
             self.x is x
-            and self.version == _version(x)
+            and self.version == x._version
             and self.grad is torch.is_grad_enabled()
             and self.autocast is _autocast_of(x)
             and self.thread == threading.get_ident()
@@ -271,7 +271,8 @@ class _Stack:
         """The same of a layer that is called with an `x` which none of the others has read."""
         grad = torch.is_grad_enabled()
         together = self._together[grad].get(weakref.ref(layer), ())  # none of a copy
-        if len(together) < 2 or type(x) is not Tensor or not _is_plain(layer, x):
+        # inference tensors do not count how often they are written to
+        if len(together) < 2 or type(x) is not Tensor or x.is_inference() or not _is_plain(layer, x):
             return None
         plan = _plan(layer, x)
         if plan.stacked is None or not (plan.cast_to or x.dtype == layer._parameters["weight"].dtype):  # type: ignore[union-attr]
@@ -288,7 +289,7 @@ class _Stack:
             self._note_unused(call)
         outputs = dict(zip(layers, _outputs(plan, x, layers, grad), strict=True))
         y = outputs.pop(layer)
-        self._call = _Call(layer, outputs, x, _version(x), grad, _autocast_of(x), threading.get_ident())  # type: ignore[arg-type]
+        self._call = _Call(layer, outputs, x, x._version, grad, _autocast_of(x), threading.get_ident())  # type: ignore[arg-type]
         return y
 
 
@@ -371,10 +372,6 @@ def _tensors(layer: CoToLoRALinear, cast_to: torch.dtype | None) -> tuple[Any, A
     if cast_to is not None:
         weight, bias = weight.to(cast_to), None if bias is None else bias.to(cast_to)  # type: ignore[union-attr, assignment]
     return weight, bias, own["lora_a"], own["lora_b"]
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version  # which inference tensors do not count
 
 
 def _autocast_of(x: Tensor) -> torch.dtype | None:
