@@ -210,7 +210,7 @@ def gram(
     tiles = triton.cdiv(n, stream.columns) * triton.cdiv(rank, block_r)
     steps = triton.cdiv(m, stream.rows)
     split = split or splits(multiprocessors(arch, t.device), tiles, steps)
-    partials = out[None] if split == 1 else t.new_empty(split, n, rank, dtype=torch.float32)
+    partials = out[None] if split == 1 else parts_like(out, split)
     dm = None if dora is None else dora.magnitude_sum(split)
     launch(
         gram_kernel, (triton.cdiv(n, stream.columns), split, triton.cdiv(rank, block_r)),
@@ -228,6 +228,13 @@ def gram(
         **stream.meta(),
     )  # fmt: skip
     return Sum(partials, out), dm
+
+
+def parts_like(out: Tensor, split: int) -> Tensor:
+    """Memory for `split` parts of a matrix, each laid out as it is."""
+    if out.is_contiguous():
+        return out.new_empty(split, *out.shape, dtype=torch.float32)
+    return out.new_empty(split, *out.T.shape, dtype=torch.float32).transpose(1, 2)
 
 
 def scaling(dora: Dora | None, dm: Sum | None) -> tuple[Tensor | None, ...]:

@@ -10,54 +10,47 @@ from torch import Tensor
 
 from cotolora.kernels.launching import launch
 
-BLOCK_M, BLOCK_N = 16, 64
+BLOCK = 512  # elements of one program: a load of 16 bytes for each thread of 4 warps
+PARTS = 4  # whose loads are under way at once
 
 
 @triton.jit
-def sum_one(
-    partials_ptr, out_ptr, tile, S, M, N, stride_partials_s, stride_out_m, stride_out_n,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Writes the tile-th [BLOCK_M, BLOCK_N] tile of out, from contiguous partials."""
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    rows = (tile // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = (tile % tiles_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ok = (rows < M)[:, None] & (columns < N)[None, :]
-    ptrs = partials_ptr + rows[:, None] * N + columns[None, :]
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in range(S):
-        total += tl.load(ptrs, mask=ok, other=0.0)
-        ptrs += stride_partials_s
-    out_ptrs = out_ptr + rows[:, None] * stride_out_m + columns[None, :] * stride_out_n
-    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=ok)
+def sum_one(partials_ptr, out_ptr, block, S, size, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """Writes the block-th BLOCK elements of out."""
+    # int64: an index passes 2**31 for tensors beyond 2 Gi elements
+    elements = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ptrs = partials_ptr + elements
+    total = tl.zeros((BLOCK,), tl.float32)
+    # a mask, not loop_unroll_factor: what that leaves over, Triton 3.6 loads part by part, with barriers
+    for first in range(0, S, PARTS):
+        for part in tl.static_range(PARTS):
+            there = tl.where(first + part < S, size, 0)
+            total += tl.load(ptrs, mask=elements < there, other=0.0)
+            ptrs += size
+    tl.store(out_ptr + elements, total.to(out_ptr.dtype.element_ty), mask=elements < size)
 
 
-@triton.jit(do_not_specialize=["S0", "M0", "N0", "S1", "M1", "N1"])
+@triton.jit(do_not_specialize=["S0", "S1"])
 def sum_partials_kernel(
-    # [S0, M0, N0], [M0, N0]; [S1, M1, N1] or None, [M1, N1] or None
+    # [S0, size0], [size0]; [S1, size1] or None, [size1] or None
     partials0_ptr, out0_ptr, partials1_ptr, out1_ptr,
-    S0, M0, N0, S1, M1, N1,
-    stride_partials0_s, stride_out0_m, stride_out0_n,
-    stride_partials1_s, stride_out1_m, stride_out1_n,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    S0, size0, S1, size1,
+    BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One program writes a tile of the first sum, or of the second where there are two."""
-    tile = tl.program_id(0)
-    tiles0 = tl.cdiv(M0, BLOCK_M) * tl.cdiv(N0, BLOCK_N)
-    if tile < tiles0:
-        sum_one(
-            partials0_ptr, out0_ptr, tile, S0, M0, N0, stride_partials0_s, stride_out0_m, stride_out0_n,
-            BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+    """One program writes BLOCK elements of the first sum, or of the second where there are two."""
+    block = tl.program_id(0)
+    blocks0 = tl.cdiv(size0, BLOCK)
+    if block < blocks0:
+        sum_one(partials0_ptr, out0_ptr, block, S0, size0, BLOCK, PARTS)
     elif partials1_ptr is not None:
-        sum_one(
-            partials1_ptr, out1_ptr, tile - tiles0, S1, M1, N1, stride_partials1_s, stride_out1_m, stride_out1_n,
-            BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+        sum_one(partials1_ptr, out1_ptr, block - blocks0, S1, size1, BLOCK, PARTS)
 
 
 class Sum(NamedTuple):
-    """``out [M, N]``, of any strides, is to be the sum over s of ``partials [S, M, N]``, contiguous float32."""
+    """``out`` is to be the sum over s of ``partials[s]``, float32.
+
+    Both are dense, and each part is laid out as out is: whatever the order of its dimensions, a sum runs over memory.
+    """
 
     partials: Tensor
     out: Tensor
@@ -66,13 +59,12 @@ class Sum(NamedTuple):
 def sum_partials(first: Sum, second: Sum | None = None) -> None:
     """Launches `sum_partials_kernel` once, for one sum or two."""
     sums = [first] if second is None else [first, second]
-    tiles = sum(triton.cdiv(s.out.shape[0], BLOCK_M) * triton.cdiv(s.out.shape[1], BLOCK_N) for s in sums)
-    if tiles == 0:
+    blocks = sum(triton.cdiv(one.out.numel(), BLOCK) for one in sums)
+    if blocks == 0:
         return
     tensors = [*first, *(second or (None, None))]
-    sizes = [*first.partials.shape, *((0, 0, 0) if second is None else second.partials.shape)]
-    strides = [stride for s in sums for stride in (s.partials.stride(0), *s.out.stride())] + [0] * (6 - 3 * len(sums))
+    sizes = [size for one in sums for size in (one.partials.shape[0], one.out.numel())] + [0] * (4 - 2 * len(sums))
     launch(
-        sum_partials_kernel, (tiles,),
-        *tensors, *sizes, *strides, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4, enable_fp_fusion=True,
+        sum_partials_kernel, (blocks,),
+        *tensors, *sizes, BLOCK=BLOCK, PARTS=PARTS, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

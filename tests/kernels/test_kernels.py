@@ -623,7 +623,7 @@ def test_every_row_is_for_something(arch, kernel):
 
 def test_two_sums_in_one_launch(device):
     torch.manual_seed(0)
-    one, two = torch.randn(3, 20, 70, device=device), torch.randn(5, 33, 9, device=device)
+    one, two = torch.randn(3, 20, 70, device=device), torch.randn(21, 9, 33, device=device).mT
     out = [torch.empty(20, 70, device=device), torch.empty(9, 33, device=device, dtype=torch.float16).T]
     sum_partials(Sum(one, out[0]), Sum(two, out[1]))
     assert torch.equal(out[0], (one[0] + one[1]) + one[2])
