@@ -244,7 +244,7 @@ def row_cases(
     """The cases of a row's tile in one dtype, light ones before the heaviest of each kind; if `quick`, few of them."""
     m, n = row.max_m or (64 if kernel == "one_pass_swapped" else 8192), row.max_n or 16384
     scalar, precision = getattr(torch, dtype.split()[0]), dtype.partition(" ")[2] or "ieee"
-    ranks = [rank for rank in (8, 32, 64, 128, 256) if kernel != "project" or rank <= PROJECT_MAX_RANK]
+    ranks = [rank for rank in (8, 16, 32, 64, 128, 256) if kernel != "project" or rank <= PROJECT_MAX_RANK]
 
     def comes_to_row(rank: int, gate: str, layout: str, dropout: bool, scaled: bool) -> bool:
         return row is row_for(

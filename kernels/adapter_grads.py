@@ -24,6 +24,7 @@ from cotolora.kernels.tiles import (
     multiprocessors,
     row_for,
     splits,
+    stream_by_parts,
 )
 
 
@@ -257,13 +258,15 @@ def project(
     (m, n), rank = dy.shape, h.shape[1]
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(dy.device), dot_precision(dy.dtype, dy.device)
-    stream = stream or row_for(
+    row = row_for(
         PROJECT, arch, m, n, rank, element_size=dy.element_size(), precision=precision,
         aligned=dy.stride(1) == 1 and is_aligned(dy), scaled=dora is not None,
-    ).tile  # fmt: skip
+    )  # fmt: skip
+    processors = multiprocessors(arch, dy.device)
+    stream = stream or stream_by_parts(row, m, n, processors)
     p, db = dy.new_empty(m, rank), dy.new_empty(n, rank, dtype=dtype)
     tiles, steps = triton.cdiv(n, stream.columns), triton.cdiv(m, stream.rows)
-    split = split or splits(multiprocessors(arch, dy.device), tiles, steps)
+    split = split or splits(processors, tiles, steps)
     p_parts = p[None] if tiles == 1 else dy.new_empty(tiles, m, rank, dtype=torch.float32)
     db_parts = db[None] if split == 1 else dy.new_empty(split, n, rank, dtype=torch.float32)
     dm = None if dora is None else dora.magnitude_sum(split)

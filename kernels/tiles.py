@@ -327,12 +327,18 @@ GRAM: dict[str, tuple[Row[Stream], ...]] = {
     )
     for arch in ONE_PASS
 }
-# wide tiles, because each tile of columns writes its own part of p
+# each tile of columns writes its own part of p, each split of the rows its own part of dB: `stream_by_parts` weighs
+# them. Two of the widest run on an SM of sm_90 at ranks of whole 16-byte loads; at others they fill its registers
+WIDE_PROJECT = (Stream(32, 512, num_warps=8), Stream(32, 256, num_warps=8), Stream(32, 128, num_warps=8))
+WIDE_PROJECT_ROWS = tuple(
+    Row(WIDE_PROJECT[0], WIDE_PROJECT[1:], min_rank=rank, max_rank=rank, scaled=False) for rank in (16, 32)
+)
 PROJECT: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(16, 32, num_warps=8, num_stages=2), element_size=4),
         Row(Stream(32, 64, num_warps=8 if arch == "sm_100" else 4), aligned=False),
         *((Row(Stream(32, 64, num_warps=8), scaled=True),) if arch in ("sm_80", "sm_100", "generic") else ()),
+        *(WIDE_PROJECT_ROWS if arch == "sm_90" else ()),
         Row(Stream(32, 128, num_warps=4 if arch == "gfx942" else 8)),
     )
     for arch in ONE_PASS
@@ -499,6 +505,21 @@ def splits(multiprocessors: int, tiles: int, steps: int) -> int:
     if 4 * tiles >= 3 * multiprocessors:
         return 1
     return max(1, min(-(-2 * multiprocessors // max(tiles, 1)), steps // 4))
+
+
+def stream_by_parts(row: Row[Stream], m: int, n: int, multiprocessors: int) -> Stream:
+    """Of the row's tiles of ``dy [m, n]`` that fill the GPU, the one whose programs write the least of p and dB.
+
+    Filled is three quarters, as in `splits`; where none does that, the one with the most programs.
+    """
+
+    def rated(stream: Stream) -> tuple[bool, int]:
+        tiles = -(-n // stream.columns)
+        split = splits(multiprocessors, tiles, -(-m // stream.rows))
+        fills = 4 * tiles * split >= 3 * multiprocessors
+        return not fills, tiles * m + split * n if fills else -tiles * split
+
+    return min(row.tiles, key=rated)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from cotolora.kernels.tiles import (
     LOW_RANK_GEMM,
     MULTIPROCESSORS,
     ONE_PASS,
+    PROJECT,
     Row,
     Tile,
     architecture,
@@ -27,6 +28,7 @@ from cotolora.kernels.tiles import (
     multiprocessors,
     row_for,
     splits,
+    stream_by_parts,
     tile_by_waves,
     tile_for,
 )
@@ -184,6 +186,16 @@ def test_hira_grads_splits_m_before_it_takes_a_smaller_tile():
     assert tile_of_weight(row, 64, 768, 768, 132) is small  # nothing to split
     assert tile_of_weight(row, 8192, 1536, 1536, 132) is small  # 144 tiles: two waves, of which one is nearly empty
     assert tile_of_weight(row, 8192, 4096, 4096, 132) is large
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "columns"),
+    [(8192, 4096, 512), (8192, 14336, 512), (8192, 1024, 512), (512, 4096, 128), (70, 136, 128)],
+)
+def test_project_writes_few_parts_and_fills_the_gpu(m, n, columns):
+    row = row_for(PROJECT, "sm_90", m, n, 16, **BF16)
+    assert stream_by_parts(row, m, n, 132).columns == columns
+    assert row_for(PROJECT, "sm_90", m, n, 24, **BF16).tiles == (row.smaller[-1],)
 
 
 def test_the_device_is_asked_for_its_multiprocessors(monkeypatch):
