@@ -21,24 +21,27 @@ from cotolora.kernels.tiles import (
     tile_for,
 )
 
+# ranks of h and B that wait in registers during a K loop by TMA, which takes few; twice as many spill [compiled]
+HELD_RANKS = 32
+
 
 @triton.jit
-def add_low_rank(
-    # [BLOCK_M, BLOCK_N], [M, R], [N, R]
-    y, h_ptr, b_ptr,
+def low_rank_operands(
+    # [M, R], [N, R]
+    h_ptr, b_ptr,
     first_r, rows, columns, row_on, column_ok, R,
     stride_h_m, stride_h_r,
     stride_b_n, stride_b_r,
-    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Y + h Bᵀ over BLOCK_R ranks from first_r."""
+    """The tiles of h and of Bᵀ over BLOCK_R ranks from first_r."""
     ranks = first_r + tl.arange(0, BLOCK_R).to(tl.int64)
     rank_ok = ranks < R
     h_ptrs = h_ptr + rows[:, None] * stride_h_m + ranks[None, :] * stride_h_r
     h = tl.load(h_ptrs, mask=row_on[:, None] & rank_ok[None, :], other=0.0)
     b_ptrs = b_ptr + ranks[:, None] * stride_b_r + columns[None, :] * stride_b_n
     b = tl.load(b_ptrs, mask=rank_ok[:, None] & column_ok[None, :], other=0.0)
-    return tl.dot(h, b, y, input_precision=PRECISION)
+    return h, b
 
 
 @triton.jit
@@ -50,16 +53,18 @@ def low_rank_term(
     # not unrolled, a loop around the product takes 60 registers more with TMA, and fewer without it
     if TMA:
         for step in tl.static_range(RANK_STEPS):
-            y = add_low_rank(
-                y, h_ptr, b_ptr, step * BLOCK_R, rows, columns, row_on, column_ok, R,
-                stride_h_m, stride_h_r, stride_b_n, stride_b_r, BLOCK_R, PRECISION,
+            h, b = low_rank_operands(
+                h_ptr, b_ptr, step * BLOCK_R, rows, columns, row_on, column_ok, R,
+                stride_h_m, stride_h_r, stride_b_n, stride_b_r, BLOCK_R,
             )  # fmt: skip
+            y = tl.dot(h, b, y, input_precision=PRECISION)
     else:
         for step in range(RANK_STEPS):
-            y = add_low_rank(
-                y, h_ptr, b_ptr, step * BLOCK_R, rows, columns, row_on, column_ok, R,
-                stride_h_m, stride_h_r, stride_b_n, stride_b_r, BLOCK_R, PRECISION,
+            h, b = low_rank_operands(
+                h_ptr, b_ptr, step * BLOCK_R, rows, columns, row_on, column_ok, R,
+                stride_h_m, stride_h_r, stride_b_n, stride_b_r, BLOCK_R,
             )  # fmt: skip
+            y = tl.dot(h, b, y, input_precision=PRECISION)
     return y
 
 
@@ -106,6 +111,7 @@ def low_rank_gemm_kernel(
     TMA: tl.constexpr, WEIGHT_ROWS: tl.constexpr,
     STORES: tl.constexpr,  # in how many parts a tile is stored: each takes shared memory of its own size
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
+    LAST: tl.constexpr,  # adds the low-rank term after the K loop, during which h and B arrive
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
     """Each program writes several [BLOCK_M, BLOCK_N] tiles of y, num_programs apart."""
@@ -125,9 +131,14 @@ def low_rank_gemm_kernel(
             row_on = tl.load(gate_ptr + rows // rows_per_gate * stride_gate_g, mask=row_ok, other=0) != 0
             on = tl.max(row_on.to(tl.int32), axis=0) != 0
 
-        # the low-rank term first: gates and dropout can be applied to it without a second accumulator
         y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if on:
+        if LAST:
+            h, b = low_rank_operands(
+                h_ptr, b_ptr, 0, rows, columns, row_ok, column_ok, R, stride_h_m, stride_h_r, stride_b_n, stride_b_r,
+                BLOCK_R,
+            )  # fmt: skip
+        elif on:
+            # first: row gates and dropout can be applied to it without a second accumulator
             y = low_rank_term(
                 y, h_ptr, b_ptr, rows, columns, row_on, column_ok, R, stride_h_m, stride_h_r, stride_b_n, stride_b_r,
                 BLOCK_R, RANK_STEPS, TMA, PRECISION,
@@ -160,6 +171,10 @@ def low_rank_gemm_kernel(
                 x = scale_x(x, x_scale_ptr, first_k, row_on, K, BLOCK_K, ROW_GATES)
             y = tl.dot(x, weight, y, input_precision=PRECISION)
 
+        if LAST:
+            # selected here, not when loaded: what is selected is waited for. Zeros, as off is off whatever B holds
+            h, b = tl.where((row_ok & gate)[:, None], h, 0.0), tl.where((column_ok & gate)[None, :], b, 0.0)
+            y = tl.dot(h, b, y, input_precision=PRECISION)
         if TMA:
             if u_ptr is not None:
                 store_tma(y, u_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N, STORES)
@@ -229,6 +244,7 @@ def low_rank_gemm(
         WEIGHT_ROWS=weight_rows,
         STORES=stores,
         ROW_GATES=row_gates is not None,
+        LAST=tma and rank <= min(block_r, HELD_RANKS) and row_gates is None and seed is None,
         PRECISION=precision,
         **tile.meta(),
     )  # fmt: skip
