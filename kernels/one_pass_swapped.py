@@ -22,38 +22,6 @@ from cotolora.kernels.tiles import (
 )
 
 
-@triton.jit
-def narrow_product(
-    # [N, K], [M, K], [] or None, [N, M] of one split
-    wide_ptr, x_ptr, seed_ptr, partials_ptr,
-    tile, M, N, K, first_step, last_step,
-    stride_wide_n, stride_wide_k,
-    stride_x_m, stride_x_k,
-    dropout,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Writes the tile-th BLOCK_N rows of ``wide xᵀ``, over the steps of K from first_step to last_step."""
-    # int64: index * stride passes 2**31 for tensors beyond 2 Gi elements
-    columns = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.arange(0, BLOCK_M).to(tl.int64)
-    column_ok, row_ok = columns < N, rows < M
-    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    # in whole steps of BLOCK_K, so that offsets stay aligned and only the end of K is masked
-    for step in range(first_step, last_step):
-        ks = step * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
-        k_ok = ks < K
-        wide_ptrs = wide_ptr + columns[:, None] * stride_wide_n + ks[None, :] * stride_wide_k
-        wide = tl.load(wide_ptrs, mask=column_ok[:, None] & k_ok[None, :], other=0.0)
-        x_ptrs = x_ptr + rows[:, None] * stride_x_m + ks[None, :] * stride_x_k
-        x = tl.load(x_ptrs, mask=row_ok[:, None] & k_ok[None, :], other=0.0)
-        if seed_ptr is not None:
-            x = tl.where(keep_mask(tl.load(seed_ptr), rows, step * BLOCK_K, dropout, BLOCK_K), x, 0.0)
-        total = tl.dot(wide, x.T, total, input_precision=PRECISION)
-    partials_ptrs = partials_ptr + columns[:, None] * M + rows[None, :]
-    tl.store(partials_ptrs, total, mask=column_ok[:, None] & row_ok[None, :])
-
-
 @triton.jit(do_not_specialize=["M", "steps_per_split"])
 def stacked_kernel(
     # [M, K], [N, K], [R, K], [] or None, [] or None, [S, N + R, M]
@@ -70,23 +38,35 @@ def stacked_kernel(
     """One program writes BLOCK_N rows of ``[W; A] xᵀ``, summed over its steps_per_split · BLOCK_K columns of K."""
     tile, split = tl.program_id(0), tl.program_id(1)
     tiles_n = tl.cdiv(N, BLOCK_N)
+    # selected, not in two branches: each would have shared memory of its own
+    of_a = tile >= tiles_n
+    tile = tl.where(of_a, tile - tiles_n, tile)
+    wide_ptr = tl.where(of_a, a_ptr, weight_ptr)
+    stride_n, stride_k = tl.where(of_a, stride_a_r, stride_weight_n), tl.where(of_a, stride_a_k, stride_weight_k)
+    # int64: index * stride passes 2**31 for tensors beyond 2 Gi elements
+    columns = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M).to(tl.int64)
+    column_ok, row_ok = columns < tl.where(of_a, R, N), rows < M
     first_step = split * steps_per_split
     last_step = tl.minimum(first_step + steps_per_split, tl.cdiv(K, BLOCK_K))
+    if gate_ptr is not None:
+        last_step = tl.where(of_a & (tl.load(gate_ptr) == 0), first_step, last_step)
+
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    # in whole steps of BLOCK_K, so that offsets stay aligned and only the end of K is masked
+    for step in range(first_step, last_step):
+        ks = step * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
+        k_ok = ks < K
+        wide_ptrs = wide_ptr + columns[:, None] * stride_n + ks[None, :] * stride_k
+        wide = tl.load(wide_ptrs, mask=column_ok[:, None] & k_ok[None, :], other=0.0)
+        x_ptrs = x_ptr + rows[:, None] * stride_x_m + ks[None, :] * stride_x_k
+        x = tl.load(x_ptrs, mask=row_ok[:, None] & k_ok[None, :], other=0.0)
+        if seed_ptr is not None and of_a:
+            x = tl.where(keep_mask(tl.load(seed_ptr), rows, step * BLOCK_K, dropout, BLOCK_K), x, 0.0)
+        total = tl.dot(wide, x.T, total, input_precision=PRECISION)
     part_ptr = partials_ptr + split.to(tl.int64) * stride_partials_s
-    if tile < tiles_n:
-        narrow_product(
-            weight_ptr, x_ptr, None, part_ptr, tile, M, N, K, first_step, last_step,
-            stride_weight_n, stride_weight_k, stride_x_m, stride_x_k, dropout, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-        )  # fmt: skip
-    else:
-        on = True
-        if gate_ptr is not None:
-            on = tl.load(gate_ptr) != 0
-        if on:
-            narrow_product(
-                a_ptr, x_ptr, seed_ptr, part_ptr + N * M, tile - tiles_n, M, R, K, first_step, last_step,
-                stride_a_r, stride_a_k, stride_x_m, stride_x_k, dropout, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-            )  # fmt: skip
+    part_ptrs = part_ptr + (columns + tl.where(of_a, N, 0))[:, None] * M + rows[None, :]
+    tl.store(part_ptrs, total, mask=column_ok[:, None] & row_ok[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "S", "rows_per_gate"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy import where
 
-from tests.ptx.translate import Generator, Kernel
+from tests.ptx.translate import PARAMETER_BASE, Generator, Kernel
 
 u1, u2, u4, u8 = (np.dtype(f"u{size}") for size in (1, 2, 4, 8))
 i1, i2, i4, i8 = (np.dtype(f"i{size}") for size in (1, 2, 4, 8))
@@ -345,6 +345,12 @@ class Machine:
 
     def param(self, name, offset, dtype):
         return np.full(self.n, np.frombuffer(self.parameters[name], dtype, 1, offset)[0])
+
+    def param_at(self, addresses, offset, dtype):
+        """As `param`, of parameters that the kernel selects among by their addresses."""
+        numbers, of = np.unique((addresses - PARAMETER_BASE) // 256, return_inverse=True)
+        names = [self.program.kernel.params[number][0] for number in numbers]
+        return np.array([np.frombuffer(self.parameters[name], dtype, 1, offset)[0] for name in names])[of]
 
     def together(self, mask, what) -> None:
         if mask is not None:

@@ -512,7 +512,9 @@ class Generator:
         parts = self.vector(args[0])
         if space == "param":
             base, offset = self.address(args[1])
-            return self.store(args[0], f"M.param({base!r}, {offset}, {NUMPY[t]})", t)
+            if base in self.parameters:
+                return self.store(args[0], f"M.param({base!r}, {offset}, {NUMPY[t]})", t)
+            return self.store(args[0], f"M.param_at({self.bits(base, 32)}, {offset}, {NUMPY[t]})", t)
         if space not in ("global", "shared"):
             raise UnknownError(i.text)
         base, offset = self.address(args[1])
