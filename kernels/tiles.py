@@ -497,14 +497,15 @@ def tile_for(
 
 
 def splits(multiprocessors: int, tiles: int, steps: int) -> int:
-    """How many programs share the `steps` of each tile: as many as make two per multiprocessor, with 4 steps or more.
+    """How many programs share the `steps` of each tile: up to two per multiprocessor, with 4 steps or more.
 
-    One, if the tiles fill three quarters of the GPU: the second launch, which sums the parts, would cost more. Depends
-    on nothing but the arguments, so that a sum has one order on a GPU, and the same on all of as many multiprocessors.
+    The few beyond two would be a wave of their own. One, if the tiles fill three quarters of the GPU: the second
+    launch, which sums the parts, would cost more. Depends on nothing but the arguments, so that a sum has one order on
+    a GPU, and the same on all of as many multiprocessors.
     """
     if 4 * tiles >= 3 * multiprocessors:
         return 1
-    return max(1, min(-(-2 * multiprocessors // max(tiles, 1)), steps // 4))
+    return max(1, min(2 * multiprocessors // max(tiles, 1), steps // 4))
 
 
 def stream_by_parts(row: Row[Stream], m: int, n: int, multiprocessors: int) -> Stream:
