@@ -8,14 +8,14 @@ from torch import Tensor
 
 from cotolora.kernels.dropout import keep_mask, keep_scale, wide_gates
 from cotolora.kernels.launching import launch
-from cotolora.kernels.tiles import PRE_EXPAND, Stream, architecture, dot_precision, row_for
+from cotolora.kernels.tiles import PRE_EXPAND, Stream, architecture, dot_precision, multiprocessors, row_for
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_gate"])
+@triton.jit(do_not_specialize=["M", "rows_per_gate", "steps_per_program"])
 def pre_expand_kernel(
     # [M, K] or None, [R, K] or None, [N] or None, [N, R], [M, N] or None, [] or [G] or None, [] or None, [M, R], [M, N]
     x_ptr, a_ptr, bias_ptr, b_ptr, add_ptr, gate_ptr, seed_ptr, h_ptr, y_ptr,
-    M, N, K, R, rows_per_gate,
+    M, N, K, R, rows_per_gate, steps_per_program,
     stride_x_m, stride_x_k,
     stride_a_r, stride_a_k,
     stride_bias_n,
@@ -30,7 +30,10 @@ def pre_expand_kernel(
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
-    """One program writes BLOCK_M rows of y; with x it first computes and stores those of h, else it reads them."""
+    """One program writes BLOCK_M rows of y, in steps_per_program · BLOCK_N columns, from those of h.
+
+    With x it first computes and stores these, and is the only program of its rows.
+    """
     # int64: index * stride passes 2**31 for tensors beyond 2 Gi elements
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = rows < M
@@ -64,7 +67,9 @@ def pre_expand_kernel(
         # threads of this program read what others of it have written to h
         tl.debug_barrier()
 
-    for first_n in range(0, N, BLOCK_N):
+    first_step = tl.program_id(1) * steps_per_program
+    for step in range(first_step, tl.minimum(first_step + steps_per_program, tl.cdiv(N, BLOCK_N))):
+        first_n = step * BLOCK_N
         columns = first_n + tl.arange(0, BLOCK_N).to(tl.int64)
         column_ok = columns < N
         y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -124,20 +129,19 @@ def _launch(
     y = h.new_empty(m, n)
     if m == 0:
         return y
-    precision = dot_precision(h.dtype, h.device)
+    arch, precision = architecture(h.device), dot_precision(h.dtype, h.device)
     gate = wide_gates(gate, seed, precision)
     row_gates = gate if gate is not None and gate.dim() == 1 else None
-    stream = (
-        stream
-        or row_for(
-            PRE_EXPAND, architecture(h.device), m, n, rank, element_size=h.element_size(), precision=precision
-        ).tile
-    )
+    stream = stream or row_for(PRE_EXPAND, arch, m, n, rank, element_size=h.element_size(), precision=precision).tile
     factor = 1.0 if seed is None else keep_scale(dropout)
+    tiles, steps = triton.cdiv(m, stream.rows), triton.cdiv(n, stream.columns)
+    # two programs for each multiprocessor, where a row's columns may be divided
+    across = 1 if x is not None else max(1, min(steps, 2 * multiprocessors(arch, h.device) // tiles))
     launch(
-        pre_expand_kernel, (triton.cdiv(m, stream.rows),),
+        pre_expand_kernel, (tiles, across),
         x, a, bias, b, add, gate, seed, h, y,
         m, n, 0 if x is None else x.shape[1], rank, m if row_gates is None else m // row_gates.shape[0],
+        triton.cdiv(steps, across),
         *((0, 0) if x is None else x.stride()), *((0, 0) if a is None else a.stride()),
         0 if bias is None else bias.stride(0), *b.stride(), *((0, 0) if add is None else add.stride()),
         0 if row_gates is None else row_gates.stride(0), *h.stride(), *y.stride(),
