@@ -10,7 +10,16 @@ from torch import Tensor
 from cotolora.kernels.dropout import keep_mask, keep_scale
 from cotolora.kernels.launching import launch
 from cotolora.kernels.partials import Sum, sum_partials
-from cotolora.kernels.tiles import SHRINK, Stream, architecture, dot_precision, multiprocessors, row_for, splits
+from cotolora.kernels.tiles import (
+    SHRINK,
+    Stream,
+    architecture,
+    dot_precision,
+    is_aligned,
+    multiprocessors,
+    row_for,
+    splits,
+)
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_gate", "steps_per_split"])
@@ -79,7 +88,10 @@ def shrink(
         return h
     row_gates = gate if gate is not None and gate.dim() == 1 else None
     arch, precision = architecture(x.device), dot_precision(x.dtype, x.device)
-    stream = stream or row_for(SHRINK, arch, m, 0, rank, element_size=x.element_size(), precision=precision).tile
+    stream = stream or row_for(
+        SHRINK, arch, m, 0, rank, element_size=x.element_size(), precision=precision,
+        aligned=x.stride(1) == 1 and is_aligned(x) and is_aligned(a),
+    ).tile  # fmt: skip
     block_r = min(stream.max_ranks, max(16, triton.next_power_of_2(rank)))
     tiles = triton.cdiv(m, stream.rows) * triton.cdiv(rank, block_r)
     steps = triton.cdiv(k, stream.columns)
