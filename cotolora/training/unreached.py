@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Collection, Iterable, Mapping
@@ -10,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
 
 from cotolora.wording import LOG_LINE, listed
 
@@ -19,7 +19,6 @@ Adapter = TypeVar("Adapter")
 
 # the names of layers that no step of an optimizer has told of yet
 _watched: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-_handle: RemovableHandle | None = None
 
 
 def trained_by(optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:
@@ -51,23 +50,25 @@ def watch(layers: Mapping[str, nn.Module]) -> None:
 
     A hook of all optimizers and none of the layers: nothing is added to a forward.
     """
-    global _handle
     _watched.update({layer: name for name, layer in layers.items()})
-    if _handle is None:
-        _handle = register_optimizer_step_post_hook(_after_step)
+    _hear_of_steps()
+
+
+@functools.cache
+def _hear_of_steps() -> None:
+    # for good: torch goes through these hooks while they run, when none may be removed
+    register_optimizer_step_post_hook(_after_step)
 
 
 def unwatch(layers: Iterable[nn.Module]) -> None:
     """Leaves `layers` to another, who sees the same."""
-    global _handle
     for layer in layers:
         _watched.pop(layer, None)
-    if _handle is not None and not _watched:
-        _handle.remove()
-        _handle = None
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not _watched:
+        return
     held = trained_by(optimizer)
     seen: dict[Any, str] = {}
     for layer, name in list(_watched.items()) if held else ():
