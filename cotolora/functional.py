@@ -345,8 +345,8 @@ def _run_cast(
         if weight is not None:
             if weight.dtype != plan.call.dtype:
                 extra = (*extra, *variant.constants(plan.backend, weight, a, b, plan.options.scale))
-            weight, bias = _autocast(weight, cast_to), None if bias is None else _autocast(bias, cast_to)
-        x = _autocast(x, cast_to)
+            weight, bias = autocast(weight, cast_to), None if bias is None else autocast(bias, cast_to)
+        x = autocast(x, cast_to)
         if weight is not None:
             check_dtypes(x, weight, bias)
         return run(plan._replace(cast_to=None), x, weight, bias, a, b, extra, gate, base)
@@ -372,6 +372,7 @@ def _run_reference(
     return variant.addition(base, x, a, b, *extra, **options)
 
 
-def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+def autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """`t` as autocast to `dtype` casts an operand."""
     # F.linear is on autocast's list of lower-precision operations, which leaves float64 alone
     return t if t.dtype == torch.float64 else t.to(dtype)

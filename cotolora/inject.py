@@ -24,6 +24,7 @@ from cotolora.matching import (
 )
 from cotolora.quantised import allow_training, disallow_training
 from cotolora.spec import AdapterSpec
+from cotolora.stacking import unstack
 from cotolora.targets import match_linears, trainable_parameters, why_forward_is_not_its_own
 from cotolora.training.unreached import watch
 from cotolora.variants import VARIANTS
@@ -215,6 +216,7 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
             replace_module(model, name, plain[id(module)])
     for layer in layers.values():
         move_hooks(layer, plain[id(layer)])
+    unstack(model)
     restore_fast_path(model)
     disallow_training(model)
     for name, (weight, others) in shared.items():

@@ -342,6 +342,229 @@ def test_a_layer_called_past_its_parent_is_computed_by_itself():
     assert_same(*results)
 
 
+# what changes between the first call with an x and the others
+
+
+def between(change, undo=lambda block: None):
+    """Blocks in which `change` is called after q and before k, and `undo` at the end."""
+
+    def forward(block, x):
+        q = block.q(x)
+        change(block)
+        y = q[..., :8] + 2 * block.k(x) + 3 * block.v(x)
+        undo(block)
+        return torch.cat([y, y[..., :4]], -1)
+
+    return forward
+
+
+def written(block):
+    with torch.no_grad():
+        block.k.lora_b.add_(1)
+
+
+def replaced(block):
+    block.k.lora_a = nn.Parameter(block.k.lora_a.detach() * 2)
+
+
+BETWEEN = {
+    "written": between(written),
+    "replaced": between(replaced),
+    "off": between(lambda block: setattr(block.k, "gate", False)),
+    "scaled": between(lambda block: setattr(block.k, "alpha", 5.0), lambda block: setattr(block.k, "alpha", 2.0)),
+    "merged": between(lambda block: block.k.merge(), lambda block: block.k.unmerge()),
+    "other-variant": between(lambda block: setattr(block.k, "variant", "hira")),
+}
+
+
+@pytest.mark.parametrize("how", BETWEEN)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_layer_that_has_changed_since_is_computed_anew(how, grad, monkeypatch):
+    model, single = pair()
+    monkeypatch.setattr(Block, "forward", BETWEEN[how])
+    results = []
+    for one in (model, single):
+        if grad and how not in ("written", "merged"):
+            results.append([one[0](x := inputs()), *torch.autograd.grad(one[0](x).sum(), x)])
+        else:
+            with torch.no_grad():
+                results.append([one[0](inputs())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_forward_pre_hook_may_switch_its_layer():
+    model, single = pair()
+    for one in (model, single):
+        one[0].k.register_forward_pre_hook(lambda layer, args: setattr(layer, "gate", False))
+    x = inputs()
+    for one, other in zip(step(model, x), step(single, x), strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["requires_grad_", "detach_"])
+def test_an_x_that_enters_or_leaves_the_graph_is_another(how, monkeypatch):
+    model, single = pair()
+    monkeypatch.setattr(Block, "forward", lambda block, x: block.q(x)[..., :8] + (getattr(x, how)(), block.k(x))[1])
+    grads = []
+    for one in (model, single):
+        x = inputs(grad=how == "detach_")
+        one[0](x * 1 if how == "detach_" else x).sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_parameters_of_one_call_alone_are_read(monkeypatch):
+    def forward(block, x):
+        doubled = {"lora_b": 2 * block.k.lora_b}
+        return block.q(x)[..., :8] + torch.func.functional_call(block.k, doubled, (x,)) + block.v(x)
+
+    model, single = pair()
+    monkeypatch.setattr(Block, "forward", forward)
+    torch.testing.assert_close(model[0](inputs()), single[0](inputs()))
+
+
+@pytest.mark.parametrize("inside", ["q", "k", "q and k"])
+def test_a_checkpoint_inside_the_forward_recomputes_what_it_computed(inside, monkeypatch):
+    def forward(block, x):
+        if inside == "q and k":
+            y = checkpoint(lambda x: block.q(x)[..., :8] * block.k(x), x, use_reentrant=False)
+        elif inside == "q":
+            y = checkpoint(block.q, x, use_reentrant=False)[..., :8] * block.k(x)
+        else:
+            y = block.q(x)[..., :8] * checkpoint(lambda x: block.k(x).sin(), x, use_reentrant=False)
+        y = y + block.v(x)
+        return torch.cat([y, y[..., :4]], -1)
+
+    model, single = pair()
+    monkeypatch.setattr(Block, "forward", forward)
+    x = inputs()
+    assert_equal_to_rounding(step(model, x), step(single, x), step(copy.deepcopy(single).double(), x.double()))
+
+
+def test_steps_of_other_optimizers_change_no_recomputation():
+    model, _ = pair()
+    reads_another(model)
+    other = nn.Parameter(torch.ones(1))
+    other.grad = torch.ones(1)
+    y = checkpoint(model[0], inputs(), use_reentrant=False)
+    torch.optim.SGD([other]).step()
+    y.sum().backward()
+    assert len(model[0].q._stack._together[True][weakref.ref(model[0].q)]) == 3
+    torch.optim.SGD(adapter_parameters(model)).step()
+    assert len(model[0].q._stack._together[True][weakref.ref(model[0].q)]) == 1
+
+
+def test_what_was_not_called_is_noted_once_without_a_step():
+    model, _ = pair()
+    reads_another(model)
+    for _ in range(5):
+        model(inputs())
+    assert len(model[0].q._stack._left_out) == 3
+
+
+@pytest.mark.parametrize("what", ["output", "parameter"])
+def test_hooks_on_gradients_see_none_where_there_is_none(what):
+    model, single = pair()
+    results = []
+    for one in (model, single):
+        for block in one:
+            if what == "output":
+                block.k.register_forward_hook(lambda layer, args, y: y.register_hook(lambda dy: dy * 2) and None)
+            block.k.lora_b.register_hook(lambda gradient: gradient * 2)
+            block.k.register_forward_hook(lambda layer, args, y: y.detach())
+        results.append(step(one, inputs()))
+    for one, other in zip(*results, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_moved_out_of_the_parameters_is_read_where_it_is():
+    class Twice(nn.Module):
+        def forward(self, t):
+            return 2 * t
+
+    for name in ("bias", "weight", "lora_a", "lora_b"):
+        for layer in ("gate", "up"):
+            model, single = pair()
+            for one in (model, single):
+                nn.utils.parametrize.register_parametrization(getattr(one[0], layer), name, Twice())
+            torch.testing.assert_close(model(inputs()), single(inputs()))
+
+
+def test_second_derivatives_by_a_alone_are_refused():
+    model, _ = pair()
+    x = inputs()
+    (dx,) = torch.autograd.grad(model[0].q(x).sum() + model[0](x).sum(), x, create_graph=True)
+    for layer in (model[0].gate, model[0].k):
+        with pytest.raises(RuntimeError, match="has no double backward"):
+            torch.autograd.grad(dx.sum(), layer.lora_a, allow_unused=True)
+
+
+def wrong(name, *shape, dtype=torch.float32):
+    return lambda layer: setattr(layer, name, nn.Parameter(torch.ones(shape, dtype=dtype), "lora" in name))
+
+
+WRONG = {
+    "a": wrong("lora_a", RANK + 1, WIDTH),
+    "b": wrong("lora_b", 16, RANK - 1),
+    "weight": wrong("weight", 15, WIDTH),
+    "bias": wrong("bias", 15),
+    "dtype": wrong("bias", 16, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_what_is_wrong_with_a_layer_it_says_itself_and_only_if_called(how, monkeypatch):
+    model, single = pair()
+    errors = []
+    for one in (model, single):
+        WRONG[how](one[0].up)
+        with pytest.raises((TypeError, ValueError), match=r"^0\.up: ") as error:
+            one(inputs())
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+    monkeypatch.setattr(Block, "forward", lambda block, x: block.gate(x))
+    assert torch.equal(model[0](inputs()), single[0](inputs()))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_without_a_shape_is_refused_as_by_single_layers():
+    model, _ = pair()
+    with pytest.raises(TypeError, match=r"^0.q: x must be dense, or nested with layout=torch.jagged"):
+        model[0](torch.nested.nested_tensor([torch.ones(2, WIDTH), torch.ones(3, WIDTH)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_leaves_float64_alone(dtype):
+    results = []
+    for one in pair(dtype):
+        try:
+            with cotolora.set_backend("addmm"), torch.autocast("cpu", torch.bfloat16):
+                results.append(one[0](inputs(torch.float64)))
+        except TypeError as error:
+            results.append(str(error))
+    assert type(results[0]) is type(results[1])
+    assert results[0] == results[1] if dtype is torch.float32 else results[0].dtype is results[1].dtype
+
+
+def test_eject_leaves_nothing_of_a_stack():
+    model, _ = pair()
+    eject(model)
+    for block in model:
+        assert "_stacks" not in vars(block)
+        assert not block._forward_hooks
+        assert not block._forward_pre_hooks
+
+
+def test_a_module_that_was_given_the_hooks_of_a_parent_runs_without_a_stack():
+    model, single = pair()
+    for name in ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called"):
+        setattr(single[0], name, getattr(model[0], name))
+    assert count(single[0], inputs()) == 0
+
+
 # what shows while a stack is used otherwise than it was
 
 

@@ -23,7 +23,8 @@ class StackedLinear(torch.autograd.Function):
         outputs, a, h = way.forward(x, weights, biases, factors, b, scale)  # type: ignore[arg-type]
         ctx.way, ctx.name, ctx.scale, ctx.ranks = way, name, scale, [one.shape[1] for one in b]  # type: ignore[union-attr]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, a, h, *b, *(weights if x.requires_grad else ()))
+        # each A goes along by reference, for its second derivative to be noticed
+        ctx.save_for_backward(x, a, h, *b, *factors, *(weights if x.requires_grad else ()))
         return tuple(y.detach() if y._is_view() else y for y in outputs)
 
     @staticmethod
@@ -37,7 +38,7 @@ class StackedLinear(torch.autograd.Function):
 
 def _gradients(ctx: Any, dys: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     x, a, h, *rest = ctx.saved_tensors
-    b, weights, ranks = rest[: len(dys)], rest[len(dys) :], ctx.ranks
+    b, weights, ranks = rest[: len(dys)], rest[2 * len(dys) :], ctx.ranks
     used = [i for i, dy in enumerate(dys) if dy is not None]
     if len(used) < len(dys):  # the loss does not depend on the others
         parts = a.split(ranks), h.split(ranks, 1)
