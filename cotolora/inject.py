@@ -53,10 +53,11 @@ def inject(
     Names are matched as PEFT matches them: a list holds whole names or their dotted ends (``"q_proj"`` takes
     ``layers.0.q_proj``, not ``not_q_proj``); a string is a regular expression for the whole name, or
     "all-linear": every ``nn.Linear``, subclasses included, and transformers ``Conv1D`` except what `trainable` takes
-    and, in a transformers model, the output embedding; subclasses whose forward is no map from in_features to
-    out_features (routers of experts) are left out, which is logged. By name, any other module is taken too that has
-    integer `in_features` and `out_features`: see `CoToLoRALinear.from_linear`, which says what becomes of a base
-    without a dense weight. What lies inside of such a module is its own and no target.
+    and, in a transformers model, the output embedding; also left out, which is logged, are the head of a
+    ``…ForSequenceClassification`` (its `score` or `classifier`, as for PEFT's SEQ_CLS), which stays frozen, and
+    subclasses whose forward is no map from in_features to out_features (routers of experts). By name, any other module
+    is taken too that has integer `in_features` and `out_features`: see `CoToLoRALinear.from_linear`, which says what
+    becomes of a base without a dense weight. What lies inside of such a module is its own and no target.
 
     A module under several names becomes one adapter, named after the first. `save_adapter` refuses it, because PEFT
     adapts the first place alone, unless these are names of one place, as where a block is held twice. Hooks move to the

@@ -15,6 +15,8 @@ from cotolora.wording import listed, shown, some_of
 
 logger = logging.getLogger("cotolora")
 
+HEADS = ("score", "classifier")  # what PEFT's SEQ_CLS looks for, in this order
+
 
 def match_linears(
     model: nn.Module,
@@ -39,12 +41,13 @@ def match_linears(
     trains = taking("trainable", trainable)
     modules = dict(model.named_modules(remove_duplicate=False))
     inside: set[nn.Module] = set()  # of a base that stays whole
-    head = _output_embedding(model) if everything else None
+    output = _output_embedding(model) if everything else None
+    head = _classification_head(model) if everything else set()
     raw_names_of: dict[nn.Module, list[str]] = {}
     for raw_name, module in modules.items():
         raw_names_of.setdefault(module, []).append(raw_name)
 
-    found, no_maps = {}, {}
+    found, no_maps, of_head = {}, {}, []
     for module, raw_names in raw_names_of.items():
         names = [plain_name(raw_name) for raw_name in raw_names]
         if not everything and not any(map(takes, names)):
@@ -64,7 +67,10 @@ def match_linears(
             if everything:
                 continue
             raise ValueError(f"targets and trainable must not overlap; both take {names[0]}")
-        if module is head:
+        if module is output:
+            continue
+        if module in head:
+            of_head.append(names[0])
             continue
         if everything and (reason := why_no_linear_map(module)):
             no_maps[names[0]] = reason
@@ -79,6 +85,13 @@ def match_linears(
     if no_maps:
         reason = next(iter(no_maps.values())).removeprefix("got ")
         logger.warning("all-linear leaves out what is no linear map: %s; the first is %s", some_of(no_maps), reason)
+    if of_head:
+        logger.warning(
+            "all-linear leaves out the classification head, which stays frozen: %s; from_pretrained draws it at random "
+            "unless the checkpoint has it, so train it in full: trainable=[%r]",
+            some_of(of_head),
+            next(name for name in HEADS if hasattr(model, name)),
+        )
     _refuse_missing(model, targets, found)
     return found
 
@@ -180,3 +193,11 @@ def trainable_parameters(model: nn.Module, trainable: Targets) -> set[nn.Paramet
 def _output_embedding(model: nn.Module) -> nn.Module | None:
     find = getattr(model, "get_output_embeddings", None)
     return find() if callable(find) else None
+
+
+def _classification_head(model: nn.Module) -> set[nn.Module]:
+    """The head of a transformers ``…ForSequenceClassification``, which PEFT's SEQ_CLS leaves out; its modules too."""
+    if not any(kind.__name__.endswith("ForSequenceClassification") for kind in type(model).__mro__):
+        return set()
+    head = next((getattr(model, name) for name in HEADS if hasattr(model, name)), None)
+    return set(head.modules()) if isinstance(head, nn.Module) else set()

@@ -334,13 +334,44 @@ def in_a_peft_model(peft, model, **config):
 
 def test_all_linear_takes_what_peft_takes(peft, transformer):
     model, _ = transformer
-    theirs = in_a_peft_model(peft, model, target_modules="all-linear", r=2)
+    task = "SEQ_CLS" if "SequenceClassification" in type(model).__name__ else None
+    theirs = in_a_peft_model(peft, model, target_modules="all-linear", r=2, task_type=task)
     assert list(inject(model, rank=2)) == theirs.base_model.targeted_module_names
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "llama"])
+def test_all_linear_leaves_a_classification_head_to_trainable(tf, kind, caplog):
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
+    make = {
+        "bert": (tf.BertConfig, tf.BertForSequenceClassification, "classifier", ["classifier"]),
+        "roberta": (tf.RobertaConfig, tf.RobertaForSequenceClassification, "classifier",
+                    ["classifier.dense", "classifier.out_proj"]),
+        "llama": (tf.LlamaConfig, tf.LlamaForSequenceClassification, "score", ["score"]),
+    }  # fmt: skip
+    config, classifier, head, linears_of_head = make[kind]
+
+    def model():
+        return classifier(config(**sizes, intermediate_size=24))
+
+    layers = inject(frozen := model(), rank=2)
+    assert layers
+    assert not [name for name in layers if name.startswith(head)]
+    assert not any(p.requires_grad for p in frozen.get_submodule(head).parameters())
+    (line,) = [record.message for record in caplog.records if "classification head" in record.message]
+    assert all(repr(name) in line for name in linears_of_head)
+    assert f"trainable=['{head}']" in line
+    caplog.clear()
+    assert list(inject(trained := model(), rank=2, trainable=[head])) == list(layers)
+    assert all(p.requires_grad for p in trained.get_submodule(head).parameters())
+    # by name it is a target like any other
+    assert list(inject(model(), linears_of_head, rank=2)) == linears_of_head
+    assert "classification head" not in caplog.text
 
 
 def test_the_report_is_pefts(peft, transformer, capsys):
     model, _ = transformer
-    in_a_peft_model(peft, model, target_modules="all-linear", r=3).print_trainable_parameters()
+    names = list(inject(copy.deepcopy(model), rank=3))
+    in_a_peft_model(peft, model, target_modules=names, r=3).print_trainable_parameters()
     inject(model, rank=3)
     assert trainable_report(model) == capsys.readouterr().out.strip()
 
