@@ -4,7 +4,7 @@ from cotolora.backends.choice import set_backend
 from cotolora.backends.explain import explain
 from cotolora.coto import CoTo
 from cotolora.functional import coto_lora_linear
-from cotolora.groups import adapter_parameters, adapters, lora_plus_groups, trainable_report
+from cotolora.groups import adapter_parameters, adapters, lora_plus_groups, trainable_parameters, trainable_report
 from cotolora.inject import eject, inject
 from cotolora.linear import CoToLoRALinear
 from cotolora.masks import adapter_mask
@@ -33,5 +33,6 @@ __all__ = [
     "save_adapter",
     "set_backend",
     "stack",
+    "trainable_parameters",
     "trainable_report",
 ]

@@ -95,6 +95,40 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for layer in adapters(model).values() for parameter in layer.adapter_parameters]
 
 
+def trainable_parameters(model: nn.Module) -> list[dict[str, Any]]:
+    """All that trains, in parameter groups for an optimizer: first the adapters, then what trains in full beside them.
+
+    The second is there only if something does, as a head that `inject` took by `trainable`. Give a group a rate or a
+    weight decay of its own by another key: ``groups[1]["lr"] = 1e-4``.
+
+    Returns:
+        groups with "name" ("adapters" or "others") and "params", in module order.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: it has no adapters, or nothing of it trains.
+
+    >>> from cotolora import inject
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> _ = inject(model, ["0"], rank=1, trainable=["1"])
+    >>> groups = trainable_parameters(model)
+    >>> [(group["name"], len(group["params"])) for group in groups]
+    [('adapters', 2), ('others', 2)]
+    >>> optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    """
+    if not adapters(model):
+        raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
+    of_adapters = {id(p) for p in adapter_parameters(model)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(f"model must have something that trains; all of {type(model).__name__} is frozen")
+    groups = [
+        {"name": "adapters", "params": [p for p in trained if id(p) in of_adapters]},
+        {"name": "others", "params": [p for p in trained if id(p) not in of_adapters]},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer in which every B learns `ratio` times faster than the rest.
 

@@ -25,7 +25,7 @@ from cotolora.matching import (
 from cotolora.quantised import allow_training, disallow_training
 from cotolora.spec import AdapterSpec
 from cotolora.stacking import unstack
-from cotolora.targets import match_linears, trainable_parameters, why_forward_is_not_its_own
+from cotolora.targets import match_linears, parameters_taken, why_forward_is_not_its_own
 from cotolora.training.unreached import watch
 from cotolora.variants import VARIANTS
 from cotolora.weights import warn_of_uncalled
@@ -97,7 +97,7 @@ def inject(
     model = plain_model(model)
     trainable = checked_names("trainable", trainable)
     matched = match_linears(model, targets, exclude, trainable)
-    trained = trainable_parameters(model, trainable)
+    trained = parameters_taken(model, trainable)
     _refuse_overlap({name: model.get_submodule(raw_names[0]) for name, raw_names in matched.items()}, trained)
     ranks = compile_patterns("rank_pattern", rank_pattern)
     alphas = compile_patterns("alpha_pattern", alpha_pattern)

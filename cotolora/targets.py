@@ -161,7 +161,7 @@ def _refuse_missing(model: nn.Module, targets: Targets, found: dict[str, list[st
         raise ValueError(f"targets {listed(missing)} match no linear module in {type(model).__name__}{which}")
 
 
-def trainable_parameters(model: nn.Module, trainable: Targets) -> set[nn.Parameter]:
+def parameters_taken(model: nn.Module, trainable: Targets) -> set[nn.Parameter]:
     """The parameters that `trainable` takes, by their own names or by those of modules around them."""
     parameters = [
         (plain_name(name), parameter)

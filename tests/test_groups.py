@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
-from cotolora import CoTo, CoToLoRALinear, adapter_mask, adapters, inject
+from cotolora import CoTo, CoToLoRALinear, adapter_mask, adapters, eject, inject, trainable_parameters
 from cotolora.groups import as_mask, group_names, modules_of, plain_name, unwrap
 
 
@@ -40,6 +40,43 @@ def adapted(blocks=3):
         for layer in adapters(model).values():
             layer.lora_b.normal_(std=0.1)
     return model.eval()
+
+
+# what trains
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "vera"])
+def test_all_that_trains_is_grouped_once(variant):
+    model = Net()
+    layers = inject(model, ["q", "v"], rank=2, variant=variant, trainable=["embed"])
+    groups = trainable_parameters(model)
+    assert [group["name"] for group in groups] == ["adapters", "others"]
+    assert groups[0]["params"] == [p for layer in layers.values() for p in layer.adapter_parameters]
+    assert groups[1]["params"] == [model.embed.weight, model.embed.bias]
+    groups[1]["lr"] = 1e-4
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-4]
+    every = [p for group in groups for p in group["params"]]
+    assert {id(p) for p in every} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert len({id(p) for p in every}) == len(every)
+
+
+def test_what_trains_without_a_head_or_frozen_adapters():
+    model = Net()
+    inject(model, rank=2)
+    assert [group["name"] for group in trainable_parameters(nn.Sequential(model))] == ["adapters"]
+    for layer in list(adapters(model).values())[1:]:
+        layer.requires_grad_(False)
+    (group,) = trainable_parameters(model)
+    assert len(group["params"]) == 2
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="all of Net is frozen"):
+        trainable_parameters(model)
+    eject(model)
+    with pytest.raises(ValueError, match="model must have adapters; Net has none"):
+        trainable_parameters(model)
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
+        trainable_parameters([])
 
 
 # names under wrappers

@@ -13,8 +13,9 @@ import cotolora
 from tests.support.repository import ROOT
 
 NAMES = """
-CoToLoRALinear coto_lora_linear inject eject adapters adapter_parameters lora_plus_groups trainable_report CoTo
-Schedule activation_probability sample_mask adapter_mask save_adapter load_adapter set_backend explain stack __version__
+CoToLoRALinear coto_lora_linear inject eject adapters adapter_parameters lora_plus_groups trainable_parameters
+trainable_report CoTo Schedule activation_probability sample_mask adapter_mask save_adapter load_adapter set_backend
+explain stack __version__
 """
 
 
