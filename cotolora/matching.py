@@ -40,6 +40,23 @@ def taking(argument: str, targets: Targets) -> Callable[[str], bool]:
     return lambda name: expression.fullmatch(_short_enough(argument, name)) is not None
 
 
+def why_not_whole(argument: str, expression: str, names: Iterable[str]) -> str:
+    """That `expression` takes a part of one of `names`; empty if it takes a whole one, or no part either.
+
+    >>> why_not_whole("targets", "q_proj|v_proj", ["layers.0.q_proj"])
+    "; a regular expression must match the whole name, and this one matches a part of 'layers.0.q_proj'"
+    """
+    names = [name for name in names if len(name) <= LONGEST_NAME]
+    try:
+        inside = compiled(argument, expression, "(?s:.*)(?:", ")")[0]
+    except ValueError:  # searched for, it could take very long, or it has flags that must stand first
+        return ""
+    found = next((name for name in names if inside.match(name)), None)
+    if found is None or any(map(taking(argument, expression), names)):
+        return ""
+    return f"; a regular expression must match the whole name, and this one matches a part of {found!r}"
+
+
 def matches(name: str, targets: Targets) -> bool:
     """Whether `taking` takes this one name."""
     return _taking(targets if isinstance(targets, str) else tuple(targets))(name)

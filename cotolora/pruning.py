@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cotolora.checks import function, instance, integer, number, one_of, strings
 from cotolora.groups import Unit, adapters, group_names, is_enabled, modules_of, unmerged_adapters
 from cotolora.linear import CoToLoRALinear
-from cotolora.matching import checked_names, matches
+from cotolora.matching import checked_names, matches, why_not_whole
 from cotolora.reference import Gate
 from cotolora.shapley import Shapley
 from cotolora.wording import listed, shown
@@ -288,8 +288,9 @@ def _kept(names: list[str], keep: Keep, groups: list[list[str]]) -> set[str]:
     }
     if missing := [rule for rule, found in taken.items() if not found]:
         ends = sorted({name.rpartition(".")[2] for name in names})
+        part = why_not_whole("keep", keep, names) if isinstance(keep, str) else ""
         raise ValueError(
-            f"keep {listed(missing)} matches no adapter; adapters end in {listed(ends)}, labels are {LABELS}"
+            f"keep {listed(missing)} matches no adapter; adapters end in {listed(ends)}, labels are {LABELS}{part}"
         )
     return set().union(*taken.values())
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from cotolora.bases import is_conv1d, is_dense, why_no_linear_map, why_not_adaptable
 from cotolora.groups import plain_name
-from cotolora.matching import Targets, checked_names, dotted_ends, taking, with_parents
+from cotolora.matching import Targets, checked_names, dotted_ends, taking, why_not_whole, with_parents
 from cotolora.wording import listed, shown, some_of
 
 logger = logging.getLogger("cotolora")
@@ -150,15 +150,16 @@ def _refuse_missing(model: nn.Module, targets: Targets, found: dict[str, list[st
         if not targets:
             raise ValueError(f"targets must name at least one module; got none, {shown(targets)}")
     if missing:
-        linears = (name for name, module in model.named_modules() if not why_not_adaptable(module))
-        if ends := sorted({plain_name(name).rpartition(".")[2] for name in linears if name}):
+        linears = [name for name, module in model.named_modules() if name and not why_not_adaptable(module)]
+        if ends := sorted({plain_name(name).rpartition(".")[2] for name in linears}):
             which = f"; its linear modules end in {listed(ends)}"
         elif not why_not_adaptable(model):
             which = ": it is one itself, which CoToLoRALinear.from_linear adapts"
         else:
             kinds = {type(m).__name__ for m in model.modules() if list(m.parameters(recurse=False))}
             which = f", which has none to adapt: its parameters are of {listed(sorted(kinds))}"
-        raise ValueError(f"targets {listed(missing)} match no linear module in {type(model).__name__}{which}")
+        part = _matched_in_part("targets", targets, linears)
+        raise ValueError(f"targets {listed(missing)} match no linear module in {type(model).__name__}{which}{part}")
 
 
 def parameters_taken(model: nn.Module, trainable: Targets) -> set[nn.Parameter]:
@@ -185,9 +186,13 @@ def parameters_taken(model: nn.Module, trainable: Targets) -> set[nn.Parameter]:
         children = [name for name, _ in model.named_children()]
         raise ValueError(
             f"trainable {listed(missing)} matches no parameter in {type(model).__name__}; its top modules are "
-            f"{listed(children)}"
+            f"{listed(children)}{_matched_in_part('trainable', trainable, (name for name, _ in parameters))}"
         )
     return found
+
+
+def _matched_in_part(argument: str, targets: Targets, names: Iterable[str]) -> str:
+    return why_not_whole(argument, targets, map(plain_name, names)) if isinstance(targets, str) else ""
 
 
 def _output_embedding(model: nn.Module) -> nn.Module | None:

@@ -117,6 +117,7 @@ def test_what_is_named_stays(keep, expected):
     [
         (["q", "k"], ValueError, r"keep \['k'\] matches no adapter; adapters end in \['q', 'v'\]"),
         ("q", ValueError, r"keep \['q'\] matches no adapter.*labels are \('every-other'"),
+        ("q|v", ValueError, r"must match the whole name, and this one matches a part of 'blocks\.0\.q'"),
         ("(", ValueError, "keep must hold regular expressions"),
         (["blocks.0"], ValueError, "matches no adapter"),
         ([], ValueError, "keep must name at least one adapter; got none"),
