@@ -6,7 +6,7 @@ A label names what stays, as in the CoTo paper (Zhuang et al. 2025, arXiv:2506.0
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,7 @@ def prune(model: nn.Module, keep: Keep, *, unit: Unit = "layer") -> Pruning:
     [False, True, True, False]
     """
     layers = unmerged_adapters(model)
-    kept = _kept(list(layers), keep, list(group_names(layers, unit, modules_of(model)).values()))
+    kept = _kept(list(layers), keep, group_names(layers, unit, modules_of(model)))
     if not any(is_enabled(layers[name]) for name in kept):
         off = f", and {len(kept)} that are off already" if kept else ""
         raise ValueError(f"keep must leave an enabled adapter; {shown(keep)} leaves none of {len(layers)}{off}")
@@ -267,7 +267,8 @@ def _size(layer: CoToLoRALinear) -> int:
     return layer.lora_a.numel() + layer.lora_b.numel()
 
 
-def _kept(names: list[str], keep: Keep, groups: list[list[str]]) -> set[str]:
+def _kept(names: list[str], keep: Keep, named: Mapping[Hashable, list[str]]) -> set[str]:
+    groups = list(named.values())
     if isinstance(keep, str) and keep in LABELS:
         if keep == "every-other":
             return {name for group in groups[::2] for name in group}
@@ -290,7 +291,8 @@ def _kept(names: list[str], keep: Keep, groups: list[list[str]]) -> set[str]:
         ends = sorted({name.rpartition(".")[2] for name in names})
         part = why_not_whole("keep", keep, names) if isinstance(keep, str) else ""
         raise ValueError(
-            f"keep {listed(missing)} matches no adapter; adapters end in {listed(ends)}, labels are {LABELS}{part}"
+            f"keep {listed(missing)} matches no adapter; adapters end in {listed(ends)}, their groups are "
+            f"{listed(map(str, named))}, labels are {LABELS}{part}"
         )
     return set().union(*taken.values())
 
