@@ -19,7 +19,7 @@ from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
 from cotolora.training.agreement import check_agreement
 from cotolora.training.callers import AVERAGES, called_from
 from cotolora.training.entry import EntryHooks, entries_below
-from cotolora.training.notices import warn_of_few_groups, warn_of_many_graphs
+from cotolora.training.notices import warn_of_disabled, warn_of_few_groups, warn_of_many_graphs
 from cotolora.training.optimizer_state import support_missing_states
 from cotolora.training.reducer import OutputJoin, find_starved
 from cotolora.training.stepping import CombinedHandle, register_before_step, unwrap_optimizer
@@ -155,6 +155,9 @@ class CoTo:
             if isinstance(switch, LayerSwitch):
                 switch.reset_gate(gates)
         warn_of_few_groups(self.groups)
+        # of PEFT's layers, its own switch is looked at in every forward
+        ours = {name: switch for name, switch in self._layers.items() if isinstance(switch, LayerSwitch)}
+        warn_of_disabled([name for name, switch in ours.items() if not switch.enabled], len(ours))
         if gates == "host":
             warn_of_many_graphs(model, [[switch.layer for switch in group] for group in self._switches()])
         self._go_to(0)

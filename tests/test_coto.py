@@ -23,6 +23,7 @@ from cotolora import (
     adapter_parameters,
     adapters,
     inject,
+    pruning,
     sample_mask,
 )
 from cotolora.backends import autograd
@@ -251,6 +252,19 @@ def test_at_least_one_counts_enabled_adapters(how):
     assert seen == {1, 2}
     if context is not None:
         context.__exit__(None, None, None)
+
+
+def test_a_prune_still_in_force_is_named(caplog):
+    model = make()
+    pruned = pruning.prune(model, "low")
+    CoTo(model, 10).step()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{len(pruned.removed)} of {len(adapters(model))} adapters are off by `enabled` and do not")
+    assert repr(next(iter(pruned.removed))) in line
+    pruned.undo()
+    caplog.clear()
+    CoTo(model, 10).step()
+    assert not caplog.records
 
 
 def test_with_every_adapter_disabled_none_is_on():

@@ -7,6 +7,8 @@ from collections.abc import Collection, Hashable, Iterable, Mapping
 
 from torch import nn
 
+from cotolora.wording import some_of
+
 logger = logging.getLogger("cotolora")
 
 
@@ -19,6 +21,23 @@ def warn_of_few_groups(groups: Mapping[Hashable, Collection[str]]) -> None:
             "another unit, such as 'module' or a callable from an adapter's name to its group",
             key,
             len(names),
+        )
+
+
+def warn_of_disabled(disabled: Collection[str], count: int) -> None:
+    """Warns where adapters are off by the user's own switch when a run begins: they would not train.
+
+    Args:
+        disabled: names of these adapters.
+        count: of all adapters.
+    """
+    if disabled:
+        logger.warning(
+            "%d of %d adapters are off by `enabled` and do not train, nor does save_adapter write them: %s; if that is "
+            "a prune or an adapter_mask still in force, undo it before CoTo",
+            len(disabled),
+            count,
+            some_of(disabled),
         )
 
 
