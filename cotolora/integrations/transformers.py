@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from cotolora.checks import flag
 from cotolora.coto import CoTo, checked_run
-from cotolora.groups import Unit, adapters
+from cotolora.groups import Unit, adapters, plain_name
 from cotolora.saving.adapter import save_adapter
 from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
+
+logger = logging.getLogger("cotolora")
 
 
 class CoToCallback(TrainerCallback):
@@ -29,6 +35,9 @@ class CoToCallback(TrainerCallback):
             Its total_steps are ``state.max_steps``.
         save: also write our adapters in PEFT's format into the folder ``adapter`` of every checkpoint. A PEFT model
             is saved by Trainer itself.
+        save_base: leave in a checkpoint what Trainer writes there, the whole model. False takes the frozen parameters
+            out of its ``model.safetensors`` again: a run then resumes, and finds its best model, in a Trainer whose
+            model is made of the same base; `from_pretrained` cannot read such a checkpoint.
 
     Attributes:
         coto: the `CoTo` of the current or the last run, None before the first.
@@ -51,6 +60,7 @@ class CoToCallback(TrainerCallback):
         gates: str = "host",
         check_every: int = 0,
         save: bool = True,
+        save_base: bool = True,
     ) -> None:
         schedule = schedule_of(
             schedule,
@@ -68,7 +78,7 @@ class CoToCallback(TrainerCallback):
             "gates": gates,
             "check_every": check_every,
         }
-        self._save = flag("save", save)
+        self._save, self._save_base = flag("save", save), flag("save_base", save_base)
         self._attached: RemovableHandle | None = None
         self.coto: CoTo | None = None
 
@@ -95,11 +105,14 @@ class CoToCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
-        """Writes our adapters beside what Trainer has written."""
+        """Writes our adapters beside what Trainer has written, and takes the base out of that if it is not wanted."""
+        assert args.output_dir is not None
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self._save and adapters(model):
-            assert args.output_dir is not None
             # in a folder of its own: adapter files in the checkpoint itself Trainer would load with PEFT
-            save_adapter(model, Path(args.output_dir) / f"checkpoint-{state.global_step}" / "adapter")
+            save_adapter(model, checkpoint / "adapter")
+        if not self._save_base and args.should_save and adapters(model):
+            leave_out_base(checkpoint, model)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Switches every adapter on."""
@@ -111,3 +124,23 @@ class CoToCallback(TrainerCallback):
         if self._attached is not None:
             self._attached.remove()
             self._attached = None
+
+
+def leave_out_base(checkpoint: Path, model: nn.Module) -> None:
+    """Takes the frozen parameters of `model` out of the weights in a checkpoint's folder, one file or several."""
+    files = sorted(checkpoint.glob("model*.safetensors"))
+    if not files:
+        logger.warning("save_base=False found no model.safetensors in %s, and leaves it as it is", checkpoint)
+        return
+    frozen = {plain_name(name) for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    kept: dict[str, torch.Tensor] = {}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            kept |= {key: opened.get_tensor(key) for key in opened.keys() if plain_name(key) not in frozen}  # noqa: SIM118
+    whole = checkpoint / SAFE_WEIGHTS_NAME
+    part = whole.with_suffix(".part")
+    save_file(kept, part, metadata={"format": "pt"})
+    part.replace(whole)
+    for file in (*files, checkpoint / SAFE_WEIGHTS_INDEX_NAME):
+        if file != whole:
+            file.unlink(missing_ok=True)

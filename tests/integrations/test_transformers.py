@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
-from cotolora.integrations.transformers import CoToCallback  # noqa: E402
+from cotolora.integrations.transformers import CoToCallback, leave_out_base  # noqa: E402
 from tests.support.trainer import (  # noqa: E402
     SMALL,
     STEPS,
@@ -254,6 +254,37 @@ def test_a_run_that_is_resumed_equals_one_that_was_not(optim, package, tmp_path)
         assert torch.uint8 in {state["state1"].dtype for state in states if state}
     for name, weight in weights(again).items():
         assert torch.equal(weight, weights(whole)[name]), name
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_checkpoint_without_its_base_resumes_the_run(shards, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    if shards:
+        save = transformers.PreTrainedModel.save_pretrained
+        monkeypatch.setattr(
+            transformers.PreTrainedModel, "save_pretrained", functools.partialmethod(save, max_shard_size="20KB")
+        )
+    whole = prepared(llama)
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    trainer_of(whole, tmp_path, callbacks=[CoToCallback(save_base=False)], **saving).train()
+    checkpoint = tmp_path / "checkpoint-3"
+    assert sorted(path.name for path in checkpoint.glob("*model*")) == ["model.safetensors"]
+    kept = load_file(checkpoint / "model.safetensors")
+    assert set(kept) == set(weights(whole))
+    again = prepared(llama)  # the same base, and adapters that have not begun
+    trainer = trainer_of(again, tmp_path / "again", callbacks=[CoToCallback()], **saving)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    for name, weight in weights(again).items():
+        assert torch.equal(weight, weights(whole)[name]), name
+
+
+def test_a_checkpoint_of_other_files_is_left_as_it_is(tmp_path, caplog):
+    model = prepared(llama)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"as it is")
+    leave_out_base(tmp_path, model)
+    assert "found no model.safetensors" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_model.bin"]
 
 
 def test_evaluation_in_the_middle_sees_every_adapter(tmp_path):
