@@ -19,7 +19,7 @@ COMMANDS = {
     "shapley": "times Shapley values with many coalitions in one forward beside one coalition a forward",
     "show": "prints measurements from their JSON",
     "stack": "times whole blocks of a Llama and a BERT whose projections of one x are stacked beside unstacked",
-    "study": "checks the paper's claims on digits and text: accuracy, fusing, merging, pruning, Shapley values, time",
+    "study": "checks the paper's claims on a pretrained encoder, digits and text: task, fusing, pruning, merging, time",
     "train": "times whole training steps of a small Llama over a CoTo run: PEFT, ours always on, ours with CoTo",
     "variants": "times DoRA and HiRA: ours beside PEFT's and our own LoRA, and what each holds at most",
     "tune": 'time every form of a low-rank layer on this GPU and keep the table that backend="auto" chooses by',

@@ -1,12 +1,18 @@
-"""Checks the CoTo paper's claims on two small tasks that every machine has.
+"""Checks the CoTo paper's claims: on a pretrained model from the disk, and on two small tasks that every machine has.
 
-    python -m benchmarks study [--quick] [--out DIR] [--settings digits text] [--methods LoRA CoTo]
+    python -m benchmarks study --settings sentiment news --model DIR --data DIR [--quick] [--out DIR]
+    python -m benchmarks study [--settings digits text] [--quick] [--out DIR] [--methods LoRA CoTo]
+
+Settings "sentiment" and "news": a pretrained text encoder, adapted to rated sentences of several domains, and to few
+headlines of each topic (`benchmarks/study/README.md` says where to get both). A screen on one domain's validation
+split chooses each method's learning rate, its schedule and what belongs to CoTo alone; fresh seeds then confirm it on
+the test splits. Every finished job is kept in the folder of --out, and the same command goes on after the last one.
 
 Setting "digits": a vision transformer that knows the handwritten digits 0 to 4, adapted to all ten. Setting "text": a
 small Llama over characters that has read Python's library, adapted to English prose, to names of Unicode characters and
 to code pages. Each method gets the same batches, steps and adapters, and the best of the same learning rates by its
 own validation score. Scores are larger for the better: accuracy in percent, or bits per character, negated.
-Settings run side by side, a process and a thread each, where the machine has a core for each.
+Settings, or jobs of a pretrained one, run side by side, a process and a thread each, where there is a core for each.
 A claim holds if the 95 % interval of the paired differences over the seeds lies on its side, does not hold if it
 lies on the other, and is not decidable here otherwise.
 """
@@ -15,11 +21,10 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +34,8 @@ from tqdm import tqdm
 from benchmarks import report
 from benchmarks.report import Result
 from benchmarks.shapes import number
-from benchmarks.study import claims, figures, measures, runs, tasks
+from benchmarks.study import claims, encoders, figures, measures, runs, stages, tasks
+from benchmarks.study.journal import Journal, cores
 from benchmarks.study.measures import Value
 from benchmarks.study.runs import Method, Run
 from benchmarks.study.tasks import Setting
@@ -60,6 +66,16 @@ SIZES = {
 QUICK = {
     "digits": Size(2, 100, 150, (8e-3, 1.6e-2), 1, (runs.METHODS[0], runs.METHODS[2]), 1),
     "text": Size(2, 30, 100, (8e-3, 1.6e-2), 1, (runs.METHODS[0], runs.METHODS[2]), 1),
+}
+
+
+PRETRAINED = {
+    "sentiment": stages.Plan(150, (5e-4, 1.5e-3, 4.5e-3), 3, 8, 4, 4, 4, 60, 16, (200, 300), 150),
+    "news": stages.Plan(2000, (5e-4, 1.6e-3, 5e-3), 3, 8, 4, 0, 2, 60, 16, (200, 300), 150, shots=16),
+}
+QUICK_PRETRAINED = {
+    "sentiment": stages.Plan(20, (1.5e-3,), 1, 2, 1, 1, 1, 10, 16, (50, 50), 50),
+    "news": stages.Plan(20, (1.6e-3,), 1, 2, 1, 0, 1, 10, 16, (50, 50), 50, shots=16),
 }
 
 
@@ -139,6 +155,8 @@ def tables(results: Sequence[Result]) -> str:
         setting, rows = result.settings["setting"], result.rows
         seeds = len({row["seed"] for row in rows if row["measure"] == "time"})
         parts += [report.head(result), f"## {setting}: {result.settings['unit']}, mean ± sd of {seeds} seeds\n"]
+        if setting in PRETRAINED:
+            parts += [claims.screened(rows) + "\n"]
         parts += [claims.table(rows, setting) + "\n", claims.overview(rows, setting) + "\n", *result.notes, ""]
     return "\n".join(parts)
 
@@ -150,8 +168,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="two methods, two seeds, few steps: two and a half minutes")
     made.add_argument("--out", type=Path, default=Path("study-out"), help="folder for results (default: %(default)s)")
     made.add_argument(
-        "--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="which of them (default: both)"
+        "--settings", nargs="+", choices=[*SETTINGS, *PRETRAINED], default=list(SETTINGS),
+        help="which of them (default: digits text)",
+    )  # fmt: skip
+    made.add_argument("--model", type=Path, metavar="DIR", help="of sentiment and news: a transformers checkpoint")
+    made.add_argument(
+        "--data", type=Path, metavar="DIR", help="of sentiment and news: what benchmarks.study.corpora has written"
     )
+    made.add_argument("--processes", type=number(int), help="of sentiment and news (default: a core each)")
     names = [method.name for method in runs.METHODS]
     made.add_argument(
         "--methods", nargs="+", choices=names, metavar="METHOD",
@@ -171,6 +195,9 @@ def main(arguments: Sequence[str]) -> int:
         parser().error(f"--steps must be at least 20, for the rate to warm up; got {options.steps}")
     if options.methods is not None and "LoRA" not in options.methods:
         parser().error(f"--methods must hold LoRA, which the others are timed against; got {' '.join(options.methods)}")
+    pretrained = [name for name in dict.fromkeys(options.settings) if name in PRETRAINED]
+    if pretrained and (options.model is None or options.data is None):
+        parser().error(f"--model and --data must be given for {' and '.join(pretrained)}")
     methods = options.methods and tuple(method for method in runs.METHODS if method.name in options.methods)
     try:
         import einops  # noqa: F401
@@ -182,11 +209,20 @@ def main(arguments: Sequence[str]) -> int:
         parser().error(f'the study needs {error.name}; install it with: pip install "cotolora[bench]"')
     options.out.mkdir(parents=True, exist_ok=True)
     jobs = []
-    for line, name in enumerate(dict.fromkeys(options.settings)):
+    for line, name in enumerate(name for name in dict.fromkeys(options.settings) if name in SETTINGS):
         changes = {"seeds": options.seeds, "steps": options.steps, "methods": methods}
         size = replace((QUICK if options.quick else SIZES)[name], **{k: v for k, v in changes.items() if v is not None})
         jobs.append((name, size, line))
-    for result in in_processes(result_of, jobs):
+    for result in in_processes(result_of, jobs) if jobs else ():
+        report.write(options.out / "study.json", result)
+    for name in pretrained:
+        plan = (QUICK_PRETRAINED if options.quick else PRETRAINED)[name]
+        changes = {"seeds": options.seeds, "steps": options.steps}
+        plan = replace(plan, **{k: v for k, v in changes.items() if v is not None})
+        try:
+            result = pretrained_result(stages.Course(name, options.model, options.data, options.out, plan), options)
+        except ValueError as error:
+            parser().error(str(error))
         report.write(options.out / "study.json", result)
     publish(options.out)
     return 0
@@ -201,11 +237,28 @@ def result_of(job: tuple[str, Size, int]) -> Result:
     setting = SETTINGS[name]()
     asked = {
         "setting": name, "unit": setting.unit, "seeds": size.seeds, "steps": size.steps, "batch": setting.batch,
-        "rank": runs.RANK, "alpha": runs.ALPHA, "pretraining": size.pretrain, "sweep seeds": size.sweep_seeds,
+        "rank": setting.rank, "alpha": setting.alpha, "pretraining": size.pretrain, "sweep seeds": size.sweep_seeds,
         "data": [f"{key} {domain.digest}".strip() for key, domain in setting.domains.items()],
     }  # fmt: skip
     result = Result("study", report.machine(torch.device("cpu")), asked, study(setting, size, line))
     result.notes.append(f"made in {time.perf_counter() - began:.0f} s")
+    return result
+
+
+def pretrained_result(course: stages.Course, options: argparse.Namespace) -> Result:
+    """The study of a pretrained model; resumes what the folder of results holds."""
+    setting = course.setting()
+    domains = sorted(setting.domains, key=lambda name: -len(setting.domains[name].train[1]))
+    asked = {
+        "setting": course.name, "unit": setting.unit, "batch": setting.batch, "rank": setting.rank,
+        "alpha": setting.alpha, **asdict(course.plan), "model": encoders.digest(course.model),
+        "data": [f"{name} {setting.domains[name].digest}" for name in domains],
+    }  # fmt: skip
+    book = Journal(options.out / f"{course.name}.jsonl", asked)
+    stages.study(course, book, options.processes or cores(), domains)
+    asked["chosen"] = [f"{name}: {recipe};" for name, recipe in stages.recipes(book.rows()).items()]
+    result = Result("study", report.machine(torch.device("cpu")), asked, book.rows())
+    result.notes.append(f"made in {book.seconds:.0f} s of the processor")
     return result
 
 
@@ -214,10 +267,9 @@ def in_processes(function: Callable[[T], S], arguments: Sequence[T]) -> Iterator
     if len(arguments) == 1:
         yield function(arguments[0])
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # forked, a child would inherit torch's threads without their having been forked
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(cores, len(arguments)), context) as pool:
+    with ProcessPoolExecutor(min(cores(), len(arguments)), context) as pool:
         errors = []
         for future in as_completed([pool.submit(function, argument) for argument in arguments]):
             error = future.exception()
@@ -231,7 +283,7 @@ def in_processes(function: Callable[[T], S], arguments: Sequence[T]) -> Iterator
 
 def publish(folder: Path) -> None:
     """Prints and writes what the results in `folder` say, and draws them."""
-    order = list(SETTINGS)
+    order = [*PRETRAINED, *SETTINGS]
     results = sorted(report.read(folder / "study.json"), key=lambda result: order.index(result.settings["setting"]))
     told = tables(results)
     (folder / "study.md").write_text(told)

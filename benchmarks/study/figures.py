@@ -36,17 +36,18 @@ def draw(rows: Rows, units: dict[str, str], folder: Path) -> list[Path]:
     settings = [name for name in units if any(row["setting"] == name for row in rows)]
     made = []
     for name, title, measure, label, logarithmic in CURVES:
-        canvas, axes = figure(len(settings), width=5.6, height=4.0)
-        for axis, setting in zip(axes, settings, strict=True):
+        shown = [setting for setting in settings if places_of(rows, setting, measure)]
+        if not shown:
+            continue
+        canvas, axes = figure(len(shown), width=5.6, height=4.0)
+        for axis, setting in zip(axes, shown, strict=True):
             curves(axis, rows, setting, measure)
             axis.set(title=f"{setting}: {title}", xlabel=label, ylabel=units[setting])
             if logarithmic:
                 axis.set_xscale("log", base=2)
         made.append(save(canvas, axes, folder / f"{name}.png"))
     for name, title, measure, unit in POINTS:
-        shown = [
-            setting for setting in settings if any(r["measure"] == measure and r["setting"] == setting for r in rows)
-        ]
+        shown = [setting for setting in settings if places_of(rows, setting, measure)]
         if not shown:
             continue
         canvas, axes = figure(len(shown), width=6.4, height=4.0)
@@ -70,7 +71,8 @@ def save(canvas: Any, axes: list[Any], path: Path) -> Path:
 
 def color_of(method: str) -> str:
     """A method's colour, the same in every picture."""
-    return f"C{[known.name for known in METHODS].index(method)}"
+    names = list(dict.fromkeys([*(known.name for known in METHODS), "CoTo, chosen", "PEFT's LoRA"]))
+    return f"C{names.index(method)}"
 
 
 def methods_of(rows: Rows, setting: str, measure: str) -> list[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import torch
 
-from benchmarks.study.runs import Run
+from benchmarks.study.runs import Run, Trained
 from benchmarks.study.tasks import Domain, Setting
 from cotolora import connectivity, merging, pruning, shapley
 from cotolora.merging import AdapterState
@@ -22,32 +22,43 @@ HALF = 0.5
 SAMPLES = 8  # subsets of dropped layers drawn for each number of them
 
 
-def is_product(run: Run) -> bool:
+def is_product(run: Trained) -> bool:
     """Whether the update is a product of two factors, which is what can be merged."""
     return run.method.variant == "lora"
 
 
 def of_one(setting: Setting, domain: Domain, run: Run) -> Iterator[Value]:
     """Measures of one trained model: its score, its cost, and its score with parts of the adapters removed."""
+    yield "score", None, setting.score(run.model, domain.test)
+    yield "skipped", None, 100 * run.skipped / run.multiplied
+    yield from of_layers(setting, domain, run)
+    yield from of_entries(setting, domain, run, SPARSITIES)
+
+
+def of_layers(setting: Setting, domain: Domain, run: Trained, samples: int = SAMPLES) -> Iterator[Value]:
+    """Scores with the adapters of some layers removed."""
 
     def score(model: torch.nn.Module) -> float:
         return setting.score(model, domain.test)
 
-    yield "score", None, score(run.model)
-    yield "skipped", None, 100 * run.skipped / run.multiplied
     for kept in KEPT:
         with pruning.prune(run.model, keep=kept):
             yield "kept", kept, score(run.model)
-    for sparsity in SPARSITIES:
-        with pruning.magnitude(run.model, sparsity):
-            yield "sparsity", sparsity, score(run.model)
-    stability = connectivity.dropout_stability(run.model, score, samples=SAMPLES, seed=run.seed)
+    stability = connectivity.dropout_stability(run.model, score, samples=samples, seed=run.seed)
     for count, value in zip(stability.dropped, stability.means, strict=True):
         yield "dropped", count, value
     yield "dropped, mean", None, statistics.fmean(stability.means[1:-1])
+    yield "dropped, half", None, stability.means[len(stability.means) // 2]
 
 
-def contributions(setting: Setting, domain: Domain, run: Run) -> Iterator[Value]:
+def of_entries(setting: Setting, domain: Domain, run: Trained, sparsities: Iterable[float]) -> Iterator[Value]:
+    """Scores with the smallest entries of A and B zeroed."""
+    for sparsity in sparsities:
+        with pruning.magnitude(run.model, sparsity):
+            yield "sparsity", sparsity, setting.score(run.model, domain.test)
+
+
+def contributions(setting: Setting, domain: Domain, run: Trained) -> Iterator[Value]:
     """Exact Shapley values of the layers, and how unequal they are."""
     values = shapley.shapley_values(run.model, lambda model: setting.score(model, domain.test), method="exact").values
     for layer, value in enumerate(values.tolist()):
@@ -55,34 +66,41 @@ def contributions(setting: Setting, domain: Domain, run: Run) -> Iterator[Value]
     yield "imbalance", None, (values.std(correction=0) / values.mean().abs()).item()
 
 
-def of_pair(setting: Setting, domain: Domain, run: Run, other: Run) -> Iterator[Value]:
-    """Measures of two seeds of one task: scores along the line between them."""
+def of_pair(
+    setting: Setting, domain: Domain, run: Trained, other: Trained, points: int = LAMBDAS, aligned: bool = True
+) -> Iterator[Value]:
+    """Measures of two seeds of one task: scores along the line between them, also where it is `aligned` (slow)."""
 
     def score(model: torch.nn.Module) -> float:
         return setting.score(model, domain.test)
 
     one, two = AdapterState.from_model(run.model), AdapterState.from_model(other.model)
-    curve = connectivity.interpolation_curve(run.model, one, two, score, LAMBDAS)
+    curve = connectivity.interpolation_curve(run.model, one, two, score, points)
     for weight, value in zip(curve.lambdas, curve.scores, strict=True):
         yield "fused", weight, value
     yield "barrier", None, curve.barrier
-    for measure, merged in (
-        ("mixed", merging.mix([one, two])),
-        ("aligned", merging.fuse([one, merging.align(two, onto=one)])),
-    ):
-        with merged.applied_to(run.model):
-            yield measure, HALF, score(run.model)
+    with merging.mix([one, two]).applied_to(run.model):
+        yield "mixed", HALF, score(run.model)
+    if aligned:
+        with merging.fuse([one, merging.align(two, onto=one)]).applied_to(run.model):
+            yield "aligned", HALF, score(run.model)
 
 
-def of_tasks(setting: Setting, runs: dict[str, Run]) -> Iterator[Value]:
+def of_several(setting: Setting, domain: Domain, runs: Sequence[Trained]) -> Iterator[Value]:
+    """The score of more seeds than two of one task, fused by their factors with equal weights."""
+    fused = merging.fuse([AdapterState.from_model(run.model) for run in runs])
+    with fused.applied_to(runs[0].model):
+        yield "fused, seeds", len(runs), setting.score(runs[0].model, domain.test)
+
+
+def of_tasks(setting: Setting, runs: Mapping[str, Trained], aligned: bool = True) -> Iterator[Value]:
     """Measures of one seed's adapters to all tasks, merged by each operator: the mean score over the tasks."""
     states = [AdapterState.from_model(run.model) for run in runs.values()]
     rank = next(iter(states[0].factors.values())).rank
-    aligned = [states[0], *(merging.align(state, onto=states[0]) for state in states[1:])]
     model = next(iter(runs.values())).model
     operators = {
         "fuse": lambda: merging.fuse(states),
-        "align, fuse": lambda: merging.fuse(aligned),
+        "align, fuse": lambda: merging.fuse([states[0], *(merging.align(s, onto=states[0]) for s in states[1:])]),
         "mix": lambda: merging.mix(states),
         "mix, cut to the rank": lambda: merging.mix(states, rank=rank),
         "lego": lambda: merging.lego(states, rank),
@@ -90,6 +108,8 @@ def of_tasks(setting: Setting, runs: dict[str, Run]) -> Iterator[Value]:
         "ties": lambda: merging.ties(states, of="products", density=0.5, rank=rank),
         "dare": lambda: merging.dare(states, of="products", drop=0.5, rank=rank),
     }
+    if not aligned:
+        del operators["align, fuse"]
     for name, merge in operators.items():
         with merge().applied_to(model):
             yield "merged", name, mean_over(setting, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -15,18 +16,25 @@ from torch import Tensor, nn
 import cotolora
 from benchmarks.study.tasks import Setting, Split, batches
 
-RANK, ALPHA = 4, 8.0
 RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)
 SWEEP_SEED = 1000  # seeds from here on are used only to choose the rate
 
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """A variant, and how CoTo switches it (None: always on)."""
+    """A variant, how CoTo switches it (None: always on), and how the learning rate goes.
+
+    Attributes:
+        coto: arguments of `cotolora.CoTo`.
+        schedule: of the learning rate: a key of `SCHEDULES`.
+        library: whose layers: "cotolora" or "peft".
+    """
 
     name: str
     coto: dict[str, Any] | None = None
     variant: str = "lora"
+    schedule: str = "one cycle"
+    library: str = "cotolora"
 
 
 # p of the constant schedule is CoTo's mean over a run, so that both skip the same work
@@ -42,13 +50,42 @@ METHODS = (
 )
 
 
+# share of the run done after the warm-up → learning rate over its peak
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "constant": lambda done: 1.0,
+}
+WARM_UP = 0.1  # of the steps
+SCHEDULES = ("one cycle", *DECAYS)
+
+
+def scheduler_of(
+    optimizer: torch.optim.Optimizer, schedule: str, rate: float, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate of each step: a tenth of them to warm up, then one of `SCHEDULES`."""
+    if schedule == "one cycle":
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=WARM_UP)
+    warm = WARM_UP * steps
+    decay = DECAYS[schedule]
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (step + 1) / warm if step + 1 < warm else decay((step + 1 - warm) / (steps - warm))
+    )
+
+
 @dataclass
-class Run:
-    """One training run, and what was measured during it."""
+class Trained:
+    """A model after training."""
 
     method: Method
     seed: int
     model: nn.Module
+
+
+@dataclass
+class Run(Trained):
+    """One training run, and what was measured during it; seconds are those of the processor."""
+
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     coto: cotolora.CoTo | None
@@ -58,14 +95,15 @@ class Run:
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """One timed optimizer step."""
-        start = time.perf_counter()
+        # of the processor: other processes may take their turns meanwhile, and a step uses one thread
+        start = time.process_time()
         F.cross_entropy(self.model(x), y).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
         if self.coto is not None:
             self.coto.step()
-        self.seconds.append(time.perf_counter() - start)
+        self.seconds.append(time.process_time() - start)
 
     def count(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook: adds the adapter's multiplications to what ran or to what was skipped."""
@@ -75,16 +113,25 @@ class Run:
             self.skipped += products if layer.active is False else 0
 
 
-def start(setting: Setting, base: nn.Module, method: Method, seed: int, rate: float, steps: int) -> Run:
+def adapted(setting: Setting, base: nn.Module, variant: str = "lora") -> nn.Module:
     """A copy of the base with fresh adapters."""
-    torch.manual_seed(seed)
     model = deepcopy(base)
-    layers = cotolora.inject(
-        model, setting.targets, rank=RANK, alpha=ALPHA, variant=method.variant,
+    cotolora.inject(
+        model, setting.targets, rank=setting.rank, alpha=setting.alpha, variant=variant,
         exclude=setting.exclude or None, trainable=setting.trainable,
     )  # fmt: skip
+    return model
+
+
+def start(setting: Setting, base: nn.Module, method: Method, seed: int, rate: float, steps: int) -> Run:
+    """A run that has not made a step yet."""
+    torch.manual_seed(seed)
+    model = adapted(setting, base, method.variant)
+    layers = cotolora.adapters(model)
+    if method.library == "peft":
+        model = in_peft(setting, deepcopy(base), list(layers))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    scheduler = scheduler_of(optimizer, method.schedule, rate, steps)
     coto = None
     if method.coto is not None:
         coto = cotolora.CoTo(model, steps, seed=seed, **method.coto)
@@ -93,6 +140,16 @@ def start(setting: Setting, base: nn.Module, method: Method, seed: int, rate: fl
     for layer in layers.values():
         layer.register_forward_pre_hook(run.count)
     return run
+
+
+def in_peft(setting: Setting, base: nn.Module, targets: list[str]) -> nn.Module:
+    """The base with PEFT's adapters in the same places."""
+    import peft
+
+    config = peft.LoraConfig(
+        r=setting.rank, lora_alpha=setting.alpha, target_modules=targets, modules_to_save=setting.trainable or None
+    )
+    return peft.get_peft_model(base, config)
 
 
 def train(
@@ -106,7 +163,7 @@ def train(
 ) -> list[Run]:
     """One run of each method, step by step side by side on the same batches, so that their times compare."""
     runs = [start(setting, base, method, seed, rate, steps) for method, rate in rates.items()]
-    for i, (x, y) in enumerate(batches(split, setting.batch, steps, seed)):
+    for i, (x, y) in enumerate(batches(split, setting.batch, steps, seed, setting.lengths)):
         first = i % len(runs)
         for run in runs[first:] + runs[:first]:
             run.step(x, y)

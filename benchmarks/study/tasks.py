@@ -20,6 +20,7 @@ Split = tuple[Tensor, Tensor]  # inputs and targets; a row is a sample
 
 CHARACTERS, LENGTH = 128, 64
 TRAIN, HELD_OUT = 150_000, 6_400  # characters of a domain
+POOL = 10  # batches that share their rows out by length
 # modules of the standard library, whose sources a base learns from
 CODE = (
     "argparse", "ast", "asyncio.base_events", "calendar", "collections", "configparser", "csv", "dataclasses",
@@ -44,9 +45,12 @@ class Setting:
     """A base model and what it is adapted to.
 
     Attributes:
-        score: the model and a split → a number, larger is better.
         unit: of the score, for people.
-        trainable: modules trained in full beside the adapters.
+        pretrained: steps of pretraining → the base.
+        score: the model and a split → a number, larger is better.
+        targets, exclude, trainable, rank, alpha: of `cotolora.inject`.
+        batch: samples of a step.
+        lengths: inputs → how long each sample is without padding; batches are then of samples of similar length.
     """
 
     name: str
@@ -57,15 +61,28 @@ class Setting:
     targets: str | list[str]
     batch: int
     trainable: list[str] = field(default_factory=list)
-    exclude: list[str] = field(default_factory=list)
+    exclude: str | list[str] = field(default_factory=list)
+    rank: int = 4
+    alpha: float = 8.0
+    lengths: Callable[[Tensor], Tensor] | None = None
 
 
-def batches(split: Split, size: int, steps: int, seed: int) -> Iterator[Split]:
-    """`steps` batches of random rows, the same for the same seed."""
+def batches(
+    split: Split, size: int, steps: int, seed: int, lengths: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[Split]:
+    """`steps` batches of random rows, the same for the same seed; with `lengths`, rows of similar length together."""
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        rows = torch.randint(len(split[0]), (size,), generator=generator)
-        yield split[0][rows], split[1][rows]
+    at_once = 1 if lengths is None else POOL
+    for step in range(steps):
+        if step % at_once == 0:
+            rows = torch.randint(len(split[0]), (at_once * size,), generator=generator)
+            if lengths is not None:
+                rows = rows[lengths(split[0][rows]).argsort(stable=True)]
+                pool = rows.view(at_once, size)[torch.randperm(at_once, generator=generator)]
+            else:
+                pool = rows.view(1, size)
+        chosen = pool[step % at_once]
+        yield split[0][chosen], split[1][chosen]
 
 
 def learn(model: nn.Module, split: Split, size: int, steps: int, rate: float) -> nn.Module:
