@@ -175,6 +175,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--data", type=Path, metavar="DIR", help="of sentiment and news: what benchmarks.study.corpora has written"
     )
+    made.add_argument(
+        "--report", action="store_true", help="of sentiment and news: no more jobs, tell what those in --out have found"
+    )
     made.add_argument("--processes", type=number(int), help="of sentiment and news (default: a core each)")
     names = [method.name for method in runs.METHODS]
     made.add_argument(
@@ -255,10 +258,15 @@ def pretrained_result(course: stages.Course, options: argparse.Namespace) -> Res
         "data": [f"{name} {setting.domains[name].digest}" for name in domains],
     }  # fmt: skip
     book = Journal(options.out / f"{course.name}.jsonl", asked)
-    stages.study(course, book, options.processes or cores(), domains)
+    if not options.report:
+        stages.study(course, book, options.processes or cores(), domains)
+    elif not (domains := stages.finished(course.plan, domains, book)):
+        raise ValueError(f"--report needs a domain that is confirmed; {book.path} has {len(book.done)} jobs and none")
+    asked["confirmed"] = domains
     asked["chosen"] = [f"{name}: {recipe};" for name, recipe in stages.recipes(book.rows()).items()]
-    result = Result("study", report.machine(torch.device("cpu")), asked, book.rows())
-    result.notes.append(f"made in {book.seconds:.0f} s of the processor")
+    rows = [row for row in book.rows() if row["domain"] in (*domains, "all")]
+    result = Result("study", report.machine(torch.device("cpu")), asked, rows)
+    result.notes.append(f"{len(book.done)} jobs, {book.seconds:.0f} s of the processor")
     return result
 
 

@@ -80,6 +80,18 @@ def values(rows: Rows, setting: str, method: str, measure: str, at: str | float 
     return {seed: statistics.fmean(parts) for seed, parts in found.items()}
 
 
+def pairs(rows: Rows, setting: str, claim: Claim) -> dict[int, tuple[float, float]]:
+    """For each seed the baseline's and the method's value, both the mean over the domains in which both have one."""
+    found: dict[int, list[tuple[float, float]]] = {}
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        own = [row for row in rows if row["domain"] == domain]
+        ours = values(own, setting, claim.method, claim.measure, claim.at)
+        others = values(own, setting, claim.baseline, claim.measure, claim.at)
+        for seed in sorted(ours.keys() & others.keys()):
+            found.setdefault(seed, []).append((others[seed], ours[seed]))
+    return {seed: tuple(map(statistics.fmean, zip(*both, strict=True))) for seed, both in sorted(found.items())}
+
+
 def mean_sd(found: dict[int, float]) -> tuple[float, float]:
     """Mean and standard deviation over the seeds."""
     numbers = list(found.values())
@@ -109,17 +121,16 @@ def judged(rows: Rows, setting: str) -> list[dict[str, Any]]:
     """Every claim that the setting has rows for, with both means, the paired difference and the verdict."""
     found = []
     for claim in CLAIMS:
-        ours = values(rows, setting, claim.method, claim.measure, claim.at)
-        others = values(rows, setting, claim.baseline, claim.measure, claim.at)
-        seeds = sorted(ours.keys() & others.keys())
-        if setting not in claim.settings or not seeds:
+        both = pairs(rows, setting, claim)
+        if setting not in claim.settings or not both:
             continue
-        differences = [ours[seed] - others[seed] for seed in seeds]
+        others, ours = ({seed: values[i] for seed, values in both.items()} for i in (0, 1))
+        differences = [ours[seed] - others[seed] for seed in both]
         low, high = interval(differences)
         found.append({
             "claim": claim, "without": mean_sd(others), "with": mean_sd(ours),
             "difference": statistics.fmean(differences), "low": low, "high": high,
-            "verdict": verdict(differences, claim.sign),
+            "verdict": verdict(differences, claim.sign), "seeds": len(both),
         })  # fmt: skip
     return found
 
@@ -137,10 +148,9 @@ def table(rows: Rows, setting: str) -> str:
         claim, digits = found["claim"], 2 if abs(found["difference"]) >= 1 else 3
         span = f"{found['difference']:+.{digits}f} ({found['low']:+.{digits}f} to {found['high']:+.{digits}f})"
         beside = f"{claim.method} / {claim.baseline}"
-        lines.append(
-            [claim.says, beside, claim.paper, shown(found["without"]), shown(found["with"]), span, found["verdict"]]
-        )
-    titles = ["claim", "with / without", "paper", "without", "with", "difference (95 %)", "verdict"]
+        told = [shown(found["without"]), shown(found["with"]), span, str(found["seeds"]), found["verdict"]]
+        lines.append([claim.says, beside, claim.paper, *told])
+    titles = ["claim", "with / without", "paper", "without", "with", "difference (95 %)", "pairs", "verdict"]
     return markdown(titles, lines) + f"\n\n{len(lines)} comparisons, each with an interval of its own."
 
 

@@ -313,6 +313,16 @@ def confirming(plan: Plan, domains: list[str], chosen: dict[str, Recipe]) -> Ite
             yield from (named("merge", *method, seed) for method in chosen.items())
 
 
+def finished(plan: Plan, domains: list[str], book: Journal) -> list[str]:
+    """The domains in which LoRA and both kinds of CoTo have all their seeds."""
+    needed = {(name, seed) for name in (LORA, PAPER, CHOSEN) for seed in range(plan.seeds)}
+    there: dict[str, set[tuple[str, int]]] = {}
+    for kind, domain, *rest in map(parts_of, book.done):
+        if kind == "train":
+            there.setdefault(domain, set()).add((rest[0], int(rest[-1])))
+    return [domain for domain in domains if needed <= there.get(domain, set())]
+
+
 def of_domain(plan: Plan, domain: str, methods: dict[str, Recipe], layers: bool) -> Iterator[str]:
     """The jobs of some methods in one domain; with `layers`, those also that remove adapters."""
     seeds = range(plan.seeds)

@@ -44,9 +44,10 @@ def test_claims_pair_the_seeds_and_average_the_domains():
     rows = [
         row("LoRA", "score", 10.0 * seed + shift, seed, domain=d)
         for seed in (0, 1)
-        for d, shift in (("a", 0), ("b", 2))
+        for d, shift in (("a", 0), ("b", 2), ("c", 999))  # no CoTo has learned c
     ]
-    rows += [row("CoTo", "score", 10.0 * seed + 4, seed) for seed in (1, 0, 7)]  # no LoRA has seed 7
+    # no LoRA has seed 7
+    rows += [row("CoTo", "score", 10.0 * seed + 4, seed, domain=d) for seed in (1, 0, 7) for d in ("a", "b")]
     (found,) = claims.judged(rows, "digits")
     assert found["claim"].says == "a single task is learned better"
     assert (found["difference"], found["low"], found["high"]) == (3.0, 3.0, 3.0)

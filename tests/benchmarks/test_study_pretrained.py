@@ -98,6 +98,18 @@ def test_the_whole_course_and_its_resumption(checkpoint, data, tmp_path, monkeyp
     )
     assert before == after
 
+    # a part can be told: that of the domain which is confirmed
+    part = [line for line in lines if not line.startswith(('{"job": "train | books', '{"job": "merge'))]
+    (tmp_path / "sentiment.jsonl").write_text("\n".join(part) + "\n")
+    done.clear()
+    assert study.main([*command, "--report"]) == 0
+    assert not done
+    assert "confirmed films," in capsys.readouterr().out
+    (tmp_path / "sentiment.jsonl").write_text("\n".join(lines[:10]) + "\n")
+    with pytest.raises(SystemExit):
+        study.main([*command, "--report"])
+    assert "--report needs a domain that is confirmed" in capsys.readouterr().err
+
     with pytest.raises(SystemExit):
         study.main([*command, "--steps", "21"])
     assert "is of a run with another steps" in capsys.readouterr().err
