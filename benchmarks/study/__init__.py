@@ -69,13 +69,19 @@ QUICK = {
 }
 
 
-PRETRAINED = {
-    "sentiment": stages.Plan(150, (5e-4, 1.5e-3, 4.5e-3), 3, 8, 4, 4, 4, 60, 16, (200, 300), 150),
-    "news": stages.Plan(2000, (5e-4, 1.6e-3, 5e-3), 3, 8, 4, 0, 2, 60, 16, (200, 300), 150, shots=16),
-}
+SENTIMENT = stages.Plan(
+    steps=150, rates=(5e-4, 1.5e-3, 4.5e-3), screen_seeds=3, seeds=8, layer_seeds=4, merge_seeds=4, time_seeds=4,
+    time_steps=60, longest=16, held_out=(200, 300), probe=150,
+)  # fmt: skip
+NEWS = replace(SENTIMENT, steps=2000, rates=(5e-4, 1.6e-3, 5e-3), merge_seeds=0, time_seeds=2, shots=16)
+PRETRAINED = {"sentiment": SENTIMENT, "news": NEWS}
+HURRIED = {
+    "steps": 20, "rates": (1.5e-3,), "screen_seeds": 1, "seeds": 2, "layer_seeds": 1, "time_seeds": 1, "time_steps": 10,
+    "held_out": (50, 50), "probe": 50,
+}  # fmt: skip
 QUICK_PRETRAINED = {
-    "sentiment": stages.Plan(20, (1.5e-3,), 1, 2, 1, 1, 1, 10, 16, (50, 50), 50),
-    "news": stages.Plan(20, (1.6e-3,), 1, 2, 1, 0, 1, 10, 16, (50, 50), 50, shots=16),
+    "sentiment": replace(SENTIMENT, merge_seeds=1, **HURRIED),
+    "news": replace(NEWS, **HURRIED),
 }
 
 
@@ -214,14 +220,12 @@ def main(arguments: Sequence[str]) -> int:
     jobs = []
     for line, name in enumerate(name for name in dict.fromkeys(options.settings) if name in SETTINGS):
         changes = {"seeds": options.seeds, "steps": options.steps, "methods": methods}
-        size = replace((QUICK if options.quick else SIZES)[name], **{k: v for k, v in changes.items() if v is not None})
-        jobs.append((name, size, line))
+        jobs.append((name, changed((QUICK if options.quick else SIZES)[name], changes), line))
     for result in in_processes(result_of, jobs) if jobs else ():
         report.write(options.out / "study.json", result)
     for name in pretrained:
         plan = (QUICK_PRETRAINED if options.quick else PRETRAINED)[name]
-        changes = {"seeds": options.seeds, "steps": options.steps}
-        plan = replace(plan, **{k: v for k, v in changes.items() if v is not None})
+        plan = changed(plan, {"seeds": options.seeds, "steps": options.steps})
         try:
             result = pretrained_result(stages.Course(name, options.model, options.data, options.out, plan), options)
         except ValueError as error:
@@ -229,6 +233,11 @@ def main(arguments: Sequence[str]) -> int:
         report.write(options.out / "study.json", result)
     publish(options.out)
     return 0
+
+
+def changed(size: T, changes: dict[str, Any]) -> T:
+    """`size` with those of the changes that were asked for."""
+    return replace(size, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[type-var]
 
 
 def result_of(job: tuple[str, Size, int]) -> Result:
