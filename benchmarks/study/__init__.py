@@ -159,7 +159,7 @@ def tables(results: Sequence[Result]) -> str:
     parts = []
     for result in results:
         setting, rows = result.settings["setting"], result.rows
-        seeds = len({row["seed"] for row in rows if row["measure"] == "time"})
+        seeds = len({row["seed"] for row in rows if row["measure"] == "score" and row["method"] != "base"})
         parts += [report.head(result), f"## {setting}: {result.settings['unit']}, mean ± sd of {seeds} seeds\n"]
         if setting in PRETRAINED:
             parts += [claims.screened(rows) + "\n"]
@@ -273,7 +273,9 @@ def pretrained_result(course: stages.Course, options: argparse.Namespace) -> Res
         raise ValueError(f"--report needs a domain that is confirmed; {book.path} has {len(book.done)} jobs and none")
     asked["confirmed"] = domains
     asked["chosen"] = [f"{name}: {recipe};" for name, recipe in stages.recipes(book.rows()).items()]
+    order = [stages.LORA, stages.PEFT, *stages.METHODS]
     rows = [row for row in book.rows() if row["domain"] in (*domains, "all")]
+    rows.sort(key=lambda row: order.index(row["method"]) if row["method"] in order else -1)
     result = Result("study", report.machine(torch.device("cpu")), asked, rows)
     result.notes.append(f"{len(book.done)} jobs, {book.seconds:.0f} s of the processor")
     return result

@@ -14,6 +14,7 @@ Rows = Sequence[dict[str, Any]]
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decidable here"
 CONFIDENCE = 0.95
+LEAST = 3
 CURVES = ("sweep", "fused", "dropped", "shapley")
 
 
@@ -112,7 +113,12 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def verdict(differences: Sequence[float], sign: int) -> str:
-    """What the interval of the paired differences says: all on the claimed side, all on the other, or neither."""
+    """What the interval of the paired differences says: all on the claimed side, all on the other, or neither.
+
+    Of fewer than `LEAST` pairs nothing: scores that count right answers differ by the same number often enough.
+    """
+    if len(differences) < LEAST:
+        return OPEN
     low, high = sorted(sign * end for end in interval(differences))
     return HOLDS if low > 0 else FAILS if high < 0 else OPEN
 
