@@ -67,8 +67,14 @@ PAPERS = (
     Claim("HiRA trains faster with CoTo", "time", None, "HiRA, CoTo", "HiRA", -1, "-24.2 %"),
     Claim("our LoRA takes less time than PEFT's", "time", None, "LoRA", "PEFT's LoRA", -1),
 )
-# the same of CoTo as a screen chose it, whose rows no other setting has
-CLAIMS = PAPERS + tuple(replace(claim, method="CoTo, chosen") for claim in PAPERS if claim.method == "CoTo")
+# of CoTo as a screen chose it, whose rows no other setting has
+CHOSEN = (
+    *(replace(claim, method="CoTo, chosen") for claim in PAPERS if claim.method == "CoTo"),
+    Claim("what the screen chose is better than the paper's settings: task", "score", None, "CoTo, chosen", "CoTo"),
+    Claim("… fused", "fused", 0.5, "CoTo, chosen", "CoTo"),
+    Claim("… layers dropped", "dropped, mean", None, "CoTo, chosen", "CoTo"),
+)
+CLAIMS = PAPERS + CHOSEN
 
 
 def values(rows: Rows, setting: str, method: str, measure: str, at: str | float | None = None) -> dict[int, float]:
