@@ -120,6 +120,7 @@ ARGUMENTS = {
     "rows": (maybe(integers(0, 2**63)), lambda world: 2),
     "samples": (integers(2), lambda world: 4),
     "save": (flag, lambda world: False),
+    "save_base": (flag, lambda world: False),
     "scale": (numbers(), lambda world: 0.5),
     "schedule": (maybe(nothing), lambda world: world.schedule),
     "scope": (nothing, lambda world: "layer"),
