@@ -110,7 +110,7 @@ UNALIGNED = Row(Tile(64, 64, 32, num_warps=8, num_stages=2), element_size=2, ali
 IEEE = (
     Row(Tile(16, 32, 16, num_warps=8, num_stages=2), min_rank=129, element_size=4, precision="ieee"),
     Row(Tile(16, 64, 16, num_stages=2), max_rank=32, element_size=4, precision="ieee"),
-    Row(Tile(16, 64, 16, num_stages=1), max_rank=64, element_size=4, precision="ieee", aligned=True),
+    Row(Tile(16, 64, 16, num_warps=8, num_stages=1), max_rank=64, element_size=4, precision="ieee", aligned=True),
     Row(Tile(32, 32, 16, num_warps=8, num_stages=2), max_rank=64, element_size=4, precision="ieee"),
 )
 IEEE_ONE_PASS = (*IEEE, Row(Tile(16, 32, 16, num_stages=1), element_size=4, precision="ieee"))
