@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,15 +42,18 @@ def _gradients(ctx: Any, dys: tuple[Tensor | None, ...]) -> tuple[Tensor | None,
     b, weights, ranks = rest[: len(dys)], rest[2 * len(dys) :], ctx.ranks
     used = [i for i, dy in enumerate(dys) if dy is not None]
     if len(used) < len(dys):  # the loss does not depend on the others
-        parts = a.split(ranks), h.split(ranks, 1)
-        a, h = torch.cat([parts[0][i] for i in used]), torch.cat([parts[1][i] for i in used], 1)
-        dys, b, weights = ([these[i] for i in used] for these in (dys, b, weights or dys))  # type: ignore[assignment]
-        weights = weights if ctx.needs_input_grad[3] else []
+        a = torch.cat(_of(used, a.split(ranks)))
+        h = torch.cat(_of(used, h.split(ranks, 1)), 1)
+        dys, b, weights = _of(used, dys), _of(used, b), _of(used, weights) if weights else []  # type: ignore[assignment]
     dx, da, db = ctx.way.backward(dys, x, weights, a, b, h, ctx.scale)
     found: list[Tensor | None] = [None] * (4 * len(ranks))
     for i, one_a, one_b in zip(used, da, db, strict=True):
         found[4 * i + 2], found[4 * i + 3] = one_a, one_b
     return None, None, None, dx, *found
+
+
+def _of(used: Sequence[int], these: Sequence[Any]) -> list[Any]:
+    return [these[i] for i in used]
 
 
 apply_stacked = super(torch.autograd.Function, StackedLinear).apply

@@ -21,12 +21,12 @@ at which `UnknownError` is raised. ``wgmma.wait_group`` is taken, as by Triton, 
 its group. And what a case does not reach: a branch that no tile takes, a loop that turns once.
 
 ``--barriers`` takes out each barrier of each kernel by itself, and lists those that nothing notices. Of sm_80 with
-Triton 3.9 those of one_pass, low_rank_gemm, pre_expand, shrink and gram were read, before
-the last four were changed, and are redundant: a wait for
-copies and its barrier at the head of a loop, which repeat those at its end, with no copy and no store between; two
-barriers with no access to shared memory between, or others around; a barrier before stores of each warp to where only
-its own copies have arrived. Triton sets barriers by buffers, not by bytes. The one in pre_expand's source, between the
-stores of h and its reads, is among them: one of the compiler's own follows it, which no rule promises.
+Triton 3.9 those of one_pass, low_rank_gemm, pre_expand, shrink and gram were read, before the last four were changed,
+and are redundant: a wait for copies and its barrier at the head of a loop, which repeat those at its end, with no copy
+and no store between; two barriers with no access to shared memory between, or others around; a barrier before stores of
+each warp to where only its own copies have arrived. Triton sets barriers by buffers, not by bytes. The one in
+pre_expand's source, between the stores of h and its reads, is among them: one of the compiler's own follows it, which
+no rule promises.
 
 `translate` parses PTX; each basic block becomes a Python function over arrays of all threads of many blocks at once.
 `machine` runs them, lowest block first, masked where threads diverge. `hopper` adds what sm_90 has. `launch` takes a
