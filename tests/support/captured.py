@@ -1,4 +1,4 @@
-"""The README's captured training step, with what captures left open."""
+"""The captured training step of cotolora/integrations/README.md, with what captures left open."""
 
 import torch
 from torch import nn
