@@ -278,6 +278,22 @@ def test_auto_fuses_no_float32_that_was_not_measured(arch, variant, captured):
         assert name == (f"triton:{form}" if fused else "addmm")
 
 
+@pytest.mark.parametrize(
+    ("variant", "captured", "sizes"), [("lora", False, 0), ("lora", True, 6), ("dora", False, 16), ("hira", False, 14)]
+)
+def test_the_model_predicts_a_gain_where_the_page_on_benchmarks_says_so(variant, captured, sizes):
+    features = [(768, 768), (4096, 4096), (4096, 14336), (14336, 4096)]
+    found = []
+    for m in (1, 16, 64, 2048, 8192, 16384):
+        for k, n in features:
+            call = Sizes(m, k, n, 16).call(VARIANTS[variant])
+            if dispatch.fastest(call, "sm_90", captured=captured)[0] != "addmm":
+                found.append((m, k, n))
+    assert len(found) == sizes
+    if captured:
+        assert {k for _, k, _ in found} == {768}
+
+
 def test_auto_takes_the_reference_in_float64_and_under_transforms(ran):
     call(torch.float64)
     call(torch.float64, backend="addmm")
