@@ -3,15 +3,14 @@
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import report, show
 from cotolora.results import rounded, save_picture, text, write_json
+from tests.support.repository import ROOT, pages
 
-ROOT = Path(__file__).parent.parent
 COMMITTED = ROOT / "benchmarks" / "results"
 CONTENT = {
     "schema": 1,
@@ -126,9 +125,8 @@ def test_committed_results_are_small():
 
 
 def test_the_pictures_committed_are_those_that_a_page_shows():
-    pages = [ROOT / "README.md", *(ROOT / "benchmarks").rglob("*.md")]
     shown = {
-        (page.parent / name).resolve() for page in pages for name in re.findall(r"\]\((\S+\.png)\)", page.read_text())
+        (page.parent / name).resolve() for page in pages() for name in re.findall(r"\]\((\S+\.png)\)", page.read_text())
     }
     assert shown == {path.resolve() for path in COMMITTED.rglob("*.png")}
 
