@@ -84,6 +84,12 @@ def test_readme_has_the_two_commands():
     assert 'pip install -e ".[test]" && pytest -n auto --dist loadfile\n' in text
 
 
+def test_what_runs_before_a_commit_is_what_ci_runs():
+    hooks = re.findall(r"^ +entry: (.+)$", (ROOT / ".pre-commit-config.yaml").read_text(), re.M)
+    (lint,) = re.findall(r'^step "lint and types"\n(.*?)\n\n', (ROOT / ".ci" / "run").read_text(), re.M | re.S)
+    assert hooks == [line for line in lint.splitlines() if not line.startswith("pip install")]
+
+
 def test_python_m_cotolora_says_what_would_run():
     text = subprocess.run(
         [sys.executable, "-m", "cotolora"], capture_output=True, text=True, check=True, cwd=ROOT
