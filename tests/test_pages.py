@@ -197,3 +197,9 @@ def test_the_examples_of_style_are_our_own_code():
 def stripped(text: str) -> str:
     """Lines without what is around them, and without empty ones."""
     return "\n".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def test_the_readme_is_read_in_five_minutes():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 1000  # as `wc -w` counts
+    assert len(text.splitlines()) <= 150
