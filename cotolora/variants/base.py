@@ -105,6 +105,7 @@ class Variant:
         trained: the attributes that train, in the order in which an optimizer gets them; the others are shared.
         inits: of A and B, see `CoToLoRALinear`.
         product: whether the update is ``scale · B A`` and nothing else, which merging takes apart.
+        low_rank: in words, the product of `factors` times the scale, whose norm `python -m cotolora inspect` prints.
         peft: how PEFT's config speaks of it.
         shared_keys: the names in PEFT's files, after ``base_model.``, of tensors that belong to no single module.
     """
@@ -121,6 +122,7 @@ class Variant:
     trained: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
     inits: ClassVar[tuple[str, ...]] = INITS
     product: ClassVar[bool] = False
+    low_rank: ClassVar[str] = "s B A"
     peft: ClassVar[PeftMethod]
     shared_keys: ClassVar[tuple[str, ...]] = ()
 
@@ -162,8 +164,13 @@ class Variant:
     def share(self, layers: Sequence[CoToLoRALinear]) -> None:
         """Gives the layers of one model the tensors that they share, when they are put into it."""
 
+    def factors(self, a: Tensor, b: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """What stands for A and B in `low_rank`, of the same shapes and in their dtype."""
+        return a, b
+
     def delta(self, weight: Tensor | None, a: Tensor, b: Tensor, extra: Sequence[Tensor], scale: float) -> Tensor:
         """What merging adds to W, ``[out_features, in_features]``, in the dtype of A and B."""
+        a, b = self.factors(a, b, extra)
         return scale * (b @ a)
 
     # files

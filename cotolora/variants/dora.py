@@ -27,6 +27,7 @@ class Dora(Variant):
     fused = by_kernels.BACKENDS
     parts = (lora_a(), lora_b(), Part("lora_magnitude", ("out_features",), "lora_magnitude_vector", "magnitude"))
     trained = ("lora_a", "lora_b", "lora_magnitude")
+    low_rank = "s B A (the rows of W + s B A then get the lengths m)"
     peft = PeftMethod("LORA", flags={"use_dora": True}, fields={"bias": "none"})
 
     def constants(

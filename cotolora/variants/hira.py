@@ -21,6 +21,7 @@ class Hira(Variant):
     addmm = by_addmm.BACKEND
     fused = by_kernels.BACKENDS
     parts = (lora_a("hira_A"), lora_b("hira_B"))
+    low_rank = "s B A (W is then multiplied by it entry by entry)"
     inits = ("kaiming", "gaussian")  # the others take B A for a part of W, which W ∘ B A is not
     # PEFT (as of 0.21) writes a rank_pattern of HiRA that it has not followed
     peft = PeftMethod(

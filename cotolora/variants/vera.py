@@ -40,6 +40,7 @@ class Vera(Variant):
     )
     trained = ("vera_lambda_d", "vera_lambda_b")
     inits = ("kaiming",)
+    low_rank = "s (b * B)(d * A)"
     peft = PeftMethod(
         "VERA", dropout="vera_dropout", init="init_weights", inits=(True, False, None), default_rank=256,
         default_alpha=256, scaled=False, patterned=False, fields=_FIELDS,
@@ -72,10 +73,10 @@ class Vera(Variant):
                 layer.lora_a = nn.Parameter(a[:, : layer.in_features], requires_grad=False)
                 layer.lora_b = nn.Parameter(b[: layer.out_features], requires_grad=False)
 
-    def delta(self, weight: Tensor | None, a: Tensor, b: Tensor, extra: Sequence[Tensor], scale: float) -> Tensor:
-        """``scale · (b ∘ B) (d ∘ A)``, d by rows of A."""
+    def factors(self, a: Tensor, b: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """``d ∘ A`` and ``b ∘ B``, d and b by rows."""
         d, lambda_b = (t.to(a.dtype) for t in extra)
-        return scale * ((b * lambda_b[:, None]) @ (a * d[:, None]))
+        return a * d[:, None], b * lambda_b[:, None]
 
     def saved(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
         """With the scale, which PEFT does not have, in b."""

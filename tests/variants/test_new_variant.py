@@ -43,8 +43,8 @@ class Gain(Variant):
     def start(self, layer, weight):
         layer.lora_gain.fill_(1.0)
 
-    def delta(self, weight, a, b, extra, scale):
-        return scale * (extra[0][:, None].to(b.dtype) * b @ a)
+    def factors(self, a, b, extra):
+        return a, extra[0][:, None].to(b.dtype) * b
 
 
 class Frozen(Variant):
@@ -77,9 +77,9 @@ class Frozen(Variant):
         layer.lora_d.fill_(0.1)
         layer.lora_o.zero_()
 
-    def delta(self, weight, a, b, extra, scale):
+    def factors(self, a, b, extra):
         d, o = extra
-        return scale * ((o[:, None] * b) @ (d[:, None] * a))
+        return d[:, None] * a, o[:, None] * b
 
     def share(self, layers):
         rank = layers[0].rank
