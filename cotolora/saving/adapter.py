@@ -31,8 +31,8 @@ from cotolora.wording import listed, shown, some_of
 logger = logging.getLogger("cotolora")
 
 # what PEFT puts before the names of the base model, and before those of tensors that belong to no module of it
-_PREFIX = "base_model.model."
-_SHARED_PREFIX = "base_model."
+PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model."
 _ROOM = 1600  # characters of keys in a log line
 
 
@@ -82,8 +82,8 @@ def write_files(files: AdapterFiles, directory: str | os.PathLike[str]) -> None:
     Raises:
         OSError: the files cannot be written; the old ones are as they were.
     """
-    tensors = {_PREFIX + key: tensor for key, tensor in files.tensors.items()}
-    shared = {_SHARED_PREFIX + key: tensor for key, tensor in files.shared.items()}
+    tensors = {PREFIX + key: tensor for key, tensor in files.tensors.items()}
+    shared = {SHARED_PREFIX + key: tensor for key, tensor in files.shared.items()}
     write(checks.path("directory", directory), files.fields, tensors | shared)
 
 
@@ -142,18 +142,18 @@ def read_files(directory: str | os.PathLike[str]) -> AdapterFiles:
     variant = VARIANTS[config.variant]
     tensors, shared = {}, {}
     for key, tensor in pair.tensors.items():
-        if key.startswith(_PREFIX):
-            tensors[_plain_key(key.removeprefix(_PREFIX), variant)] = tensor
-        elif (rest := key.removeprefix(_SHARED_PREFIX)) != key and rest in variant.shared_keys:
+        if key.startswith(PREFIX):
+            tensors[plain_key(key.removeprefix(PREFIX), variant)] = tensor
+        elif (rest := key.removeprefix(SHARED_PREFIX)) != key and rest in variant.shared_keys:
             shared[rest] = tensor
         else:
-            raise ValueError(f"{path / WEIGHTS} must hold keys that begin with {_PREFIX!r}; got {shown(key)}")
+            raise ValueError(f"{path / WEIGHTS} must hold keys that begin with {PREFIX!r}; got {shown(key)}")
     for key in superseded(tensors, config.saves):
         del tensors[key]
     return AdapterFiles(tensors, shared, pair.fields, config, pair.ours)
 
 
-def _plain_key(key: str, variant: Variant) -> str:
+def plain_key(key: str, variant: Variant) -> str:
     """`key` without the end that PEFT adds where it holds a vector in a module: ``.weight``."""
     stem = key.removesuffix(".weight")
     ends = tuple(f".{part.key}" for part in variant.parts if part.key is not None)
@@ -193,19 +193,7 @@ def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: boo
     if not existing:
         plain_model(model)  # raises before anything is said of names that are not the model's own
     _shard_again(model)
-    try:
-        fit = fit_files(unwrap(model), files, existing)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-    if strict and fit.unfit:
-        names, reason = _by_reason(fit.unfit)[0]
-        raise ValueError(f"{names} {reason}; strict=False passes over what {source} holds for such modules")
-    if strict and (fit.missing or fit.unexpected):
-        raise ValueError(
-            f"{source} must hold exactly what {CONFIG} and the model call for; missing keys {listed(fit.missing)}, "
-            f"unexpected keys {listed(fit.unexpected)}{why_not_renamed(unwrap(model), fit.unexpected)}; strict=False "
-            "loads what fits"
-        )
+    fit = fitted(model, files, existing, source=source, strict=strict)
     if existing and fit.copies:
         keys, _, _, others = fit.copies[0]
         raise ValueError(
@@ -233,6 +221,30 @@ def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: boo
         if keys:
             logger.warning("%s: %s keys %s", source, kind, listed(keys, _ROOM))
     return LoadResult(fit.missing, fit.unexpected)
+
+
+def fitted(
+    model: nn.Module, files: AdapterFiles, existing: dict[str, CoToLoRALinear], *, source: str, strict: bool = True
+) -> Fit:
+    """How files fit `model`, whose adapters are `existing`. Changes nothing.
+
+    Raises:
+        ValueError: as `load_adapter`, of what the files and the model's modules decide.
+    """
+    try:
+        fit = fit_files(unwrap(model), files, existing)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    if strict and fit.unfit:
+        names, reason = _by_reason(fit.unfit)[0]
+        raise ValueError(f"{names} {reason}; strict=False passes over what {source} holds for such modules")
+    if strict and (fit.missing or fit.unexpected):
+        raise ValueError(
+            f"{source} must hold exactly what {CONFIG} and the model call for; missing keys {listed(fit.missing)}, "
+            f"unexpected keys {listed(fit.unexpected)}{why_not_renamed(unwrap(model), fit.unexpected)}; strict=False "
+            "loads what fits"
+        )
+    return fit
 
 
 def _by_reason(unfit: dict[str, str]) -> list[tuple[str, str]]:

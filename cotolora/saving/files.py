@@ -34,6 +34,8 @@ _PATIENCE = 5  # hundredths of a second that two savers at once may take to put 
 _TEMPORARY = re.compile(r"\..+-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.new")
 _ABANDONED_SECONDS = 24 * 3600  # of a temporary file whose process cannot be asked for
 _DENSE = torch.contiguous_format
+# what reading damaged weights may raise
+_UNREADABLE = (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, KeyError)
 
 
 def write(directory: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -212,6 +214,19 @@ class Pair(NamedTuple):
     ours: bool
 
 
+class Look(NamedTuple):
+    """As much of a pair as can be read; None for what cannot.
+
+    tensors: by their keys in the file.
+    fields: of the config; of the copy in the weights where there is no config beside them.
+    checksum: whether the weights are as they were saved; None without a checksum.
+    """
+
+    tensors: dict[str, Tensor] | None
+    fields: dict[str, Any] | None
+    checksum: bool | None
+
+
 class _MismatchError(ValueError):
     """The config is not what the weights were saved with."""
 
@@ -269,13 +284,31 @@ def _read(directory: Path, is_same: Callable[[Any, Any], bool]) -> Pair:
     try:
         data = path.read_bytes()  # once: another file may have this name when it is opened again
         tensors = dict(sorted(deserialize(data).items()))  # in no order of its own
-    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, KeyError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{path} must be a whole safetensors file; reading it failed: {cut(str(error))}") from error
     metadata = _metadata(data)
     if _CHECKSUM in metadata and metadata[_CHECKSUM] != _checksum(data):
         raise ValueError(f"{path} must be as it was saved; its bytes have changed since, and its checksum says so")
     saved_config = metadata.get(_SAVED_CONFIG)
     return Pair(tensors, _read_config(directory, saved_config, is_same), saved_config is not None)
+
+
+def look(directory: Path) -> Look:
+    """What lies in a directory, however damaged; `read` says what is wrong with it."""
+    tensors, fields, checksum, saved_config = None, None, None, None
+    with suppress(*_UNREADABLE):
+        if (path := directory / WEIGHTS).is_file():  # a pipe would keep the reader waiting
+            data = path.read_bytes()
+            tensors, metadata = dict(sorted(deserialize(data).items())), _metadata(data)
+            checksum = metadata[_CHECKSUM] == _checksum(data) if _CHECKSUM in metadata else None
+            saved_config = metadata.get(_SAVED_CONFIG)
+    with suppress(ValueError, RecursionError, OSError):
+        if (path := directory / CONFIG).is_file():
+            fields = _fields(path)
+        elif saved_config is not None:
+            saved = json.loads(saved_config)
+            fields = saved if isinstance(saved, dict) else None
+    return Look(tensors, fields, checksum)
 
 
 def _metadata(data: bytes) -> dict[str, str]:
