@@ -6,7 +6,8 @@ Nothing is computed that takes time. Triton compiles the kernels for an H200 and
 that a C compiler makes of `driver_stub.c`, which runs nothing; what torch computes has a few rows on a CPU. The fused
 forms, of which nothing is computed, have sizes that take the launches of large ones. Microseconds of one thread's CPU
 time, the least of all rounds, in which the contenders take turns. The driver's own time, and that of torch's allocator
-and launches on a GPU, are not in it.
+and launches on a GPU, are not in it. A last line fits to all of LoRA, DoRA and HiRA what the model of a backend's cost
+assumes of the host.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cotolora
+from benchmarks import host_model
 from benchmarks.clock import Clock, take_turns
 from benchmarks.contenders import Adapted, Adapter, device_gate, ours
 from cotolora.backends import autograd
@@ -264,6 +266,8 @@ def main(arguments: list[str] | None = None) -> int:
             for kind in options.kinds:
                 found[kind] = measure(kind, options.backends, stub, options.rounds, options.count)
                 print("\n" + table(kind, found[kind]), flush=True)
+        if options.backends == list(BACKENDS) and found.keys() >= host_model.KINDS:
+            print("\n" + host_model.line(found))
     finally:
         torch.set_num_threads(threads)
     if options.json:

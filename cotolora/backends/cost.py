@@ -6,7 +6,7 @@ rates below. A table measured by `python -m benchmarks tune` on a GPU goes befor
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cotolora.backends.types import Launch, Launches, Sizes
@@ -25,12 +25,12 @@ class Machine:
     # that draws a mask of x in its main loop: 763 instructions a step where 169 draw none [compiled, sm_90]
     masking_gemm: float = 0.75 * 169 / 763
     gap: float = 1e-6  # between two kernels of a graph
-    # of the host, fitted to `python -m benchmarks host` with float32 A and B: a layer's Python and autograd in one
-    # forward and in one backward, and a launch, to which 2 µs are added for the driver [assumed]
-    forward_host: float = 28e-6
-    backward_host: float = 67e-6
-    vendor_launch: float = 5e-6
-    triton_launch: float = 12e-6
+    # of the host, as `python -m benchmarks host` fits them under Triton 3.6 and 3.9, on an EPYC at 2.4 GHz: an operator
+    # of torch with what surrounds it, a launch of Triton, to both of which 2 µs are added for the driver [assumed], and
+    # what a fused form takes besides in a forward, and again in a backward
+    vendor_launch: float = 30e-6
+    triton_launch: float = 31e-6
+    fused_host: float = 64e-6
 
 
 MACHINES = {
@@ -44,8 +44,13 @@ MACHINES = {
     "gfx942": Machine(500e12, 4.0e12, gemm=0.75),
 }
 
-
 VENDOR = ("linear", "mm", "addmm", "addmm_", "mul", "mul_", "add_", "addcmul", "cast", "norm", "sub", "sum")
+
+
+def by_whom(launches: Sequence[Launch]) -> tuple[int, int]:
+    """How many of the launches are the vendor's and how many Triton's."""
+    vendor = sum(launch.kernel in VENDOR for launch in launches)
+    return vendor, len(launches) - vendor
 
 
 def frozen(sizes: Sizes) -> Launches:
@@ -59,11 +64,12 @@ def frozen(sizes: Sizes) -> Launches:
 
 def seconds(launches: Launches, element_size: int, machine: Machine, *, captured: bool, backward: bool = True) -> float:
     """Modelled time of a forward, with `backward` of both; captured in a CUDA graph, the host costs nothing."""
-    device, host = 0.0, machine.forward_host + (machine.backward_host if backward else 0)
-    both: Iterable[Launch] = (*launches.forward, *(launches.backward if backward else ()))
-    for launch in both:
-        efficiency = 1.0 if launch.speed == "vendor" else getattr(machine, launch.speed)
-        rate = machine.flops / (1 if element_size == 2 else 2) * efficiency
-        device += max(launch.bytes / machine.bandwidth, launch.flops / rate) + machine.gap
-        host += machine.vendor_launch if launch.kernel in VENDOR else machine.triton_launch
+    device = host = 0.0
+    for launched in (launches.forward, launches.backward) if backward else (launches.forward,):
+        for launch in launched:
+            efficiency = 1.0 if launch.speed == "vendor" else getattr(machine, launch.speed)
+            rate = machine.flops / (1 if element_size == 2 else 2) * efficiency
+            device += max(launch.bytes / machine.bandwidth, launch.flops / rate) + machine.gap
+        vendor, triton = by_whom(launched)
+        host += vendor * machine.vendor_launch + triton * machine.triton_launch + (triton > 0) * machine.fused_host
     return device if captured else max(device, host)

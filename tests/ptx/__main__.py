@@ -45,7 +45,7 @@ import triton
 from triton import knobs
 
 from cotolora.kernels.tiles import PROJECT_MAX_RANK, TABLES
-from tests.ptx.cases import ARCHITECTURES, all_cases, barriers, kernel_case, outcome
+from tests.ptx.cases import ARCHITECTURES, all_cases, barriers, in_turn, kernel_case, outcome
 
 
 def show_barriers(arch: str, only: str) -> None:
@@ -55,7 +55,9 @@ def show_barriers(arch: str, only: str) -> None:
             name = f"barriers {arch} {kernel} r{rank}"
             if only not in name or (kernel == "project" and rank > PROJECT_MAX_RANK):
                 continue
-            for of, count, unnoticed, reached in barriers(kernel_case(kernel, arch, rows=150, rank=rank, gate="rows")):
+            # all rows off: what the kernel passes over then, and with it its barriers
+            works = [kernel_case(kernel, arch, rows=150, rank=rank, gate=gate) for gate in ("rows", "rows off")]
+            for of, count, unnoticed, reached in barriers(in_turn(*works)):
                 text = f"{count - len(unnoticed)} of {count} noticed, not {unnoticed}, of which reached {reached}"
                 print(f"{name}  {of}: {text}", flush=True)
 

@@ -57,6 +57,20 @@ def kernel_case(kernel: str, arch: str, dtype: str = "bf16", **kind) -> Work:
     return row_case(case_for(kernel, arch, dtype, **kind))
 
 
+def in_turn(*works: Work) -> Work:
+    """Several cases as one, which ends with the first that is wrong."""
+
+    def work(emulator: Emulator) -> Outcome:
+        text, wrong = "", []
+        for one in works:
+            text, wrong = one(emulator)
+            if wrong or emulator.errors:
+                break
+        return text, wrong
+
+    return work
+
+
 def layer_case(case: Case, arch: str) -> Work:
     """A layer's forward and backward."""
 

@@ -108,6 +108,14 @@ def test_kernels_select_rows_and_drop_entries(wrong, kernel):
     assert wrong("kernel_case", kernel, "sm_80", gate="rows", dropout=DROPS[kernel]) == []
 
 
+# not those that take long; layers with all rows off are in the default set
+@pytest.mark.parametrize(
+    "kernel", ["gram", "hira_grads", "low_rank_gemm", "pre_expand", "project", "row_norm", "shrink"]
+)
+def test_kernels_pass_over_rows_that_are_all_off(wrong, kernel):
+    assert wrong("kernel_case", kernel, "sm_80", gate="rows off") == []
+
+
 @pytest.mark.parametrize("kernel", TABLES)
 def test_kernels_scale_columns(wrong, kernel):
     scaled = kernel in ("one_pass", "one_pass_swapped", "low_rank_gemm", "gram", "project")
