@@ -163,7 +163,8 @@ def _wants_more_than_x(forward: Callable[..., Any]) -> bool:
 
 def _on_meta(module: nn.Module) -> nn.Module:
     """`module` without memory and hooks; what its forward may write to is its own."""
-    twin = copy.copy(module)
+    twin = object.__new__(type(module))  # not by copy, which parametrised modules refuse
+    twin.__dict__.update(vars(module))
     twin.__dict__.pop("forward", None)
     for name, value in vars(module).items():
         if isinstance(value, (dict, list, set)):
@@ -209,10 +210,24 @@ class ReadThrough(nn.Module):
             return getattr(base, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("weight", "bias"):
+        if name in ("weight", "bias") or self._shows(name):
             setattr(self.base, name, value)
         else:
             super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._shows(name):
+            delattr(self.base, name)
+        else:
+            super().__delattr__(name)
+
+    def _shows(self, name: str) -> bool:
+        """Whether `name` is read of the base."""
+        if name.startswith("_") or name in self.__dict__ or hasattr(type(self), name):
+            return False
+        parameters, buffers, modules = (self.__dict__.get(kind, {}) for kind in ("_parameters", "_buffers", "_modules"))
+        own = name in parameters or name in buffers or name in modules
+        return not own and hasattr(modules.get("base"), name)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True

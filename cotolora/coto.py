@@ -19,7 +19,7 @@ from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
 from cotolora.training.agreement import check_agreement
 from cotolora.training.callers import AVERAGES, called_from
 from cotolora.training.entry import EntryHooks, entries_below
-from cotolora.training.notices import warn_of_disabled, warn_of_few_groups, warn_of_many_graphs
+from cotolora.training.notices import warn_of_disabled, warn_of_few_groups, warn_of_many_graphs, warn_of_stranger
 from cotolora.training.optimizer_state import support_missing_states
 from cotolora.training.reducer import OutputJoin, find_starved
 from cotolora.training.stepping import CombinedHandle, register_before_step, unwrap_optimizer
@@ -220,6 +220,7 @@ class CoTo:
                 "optimizer must take parameters that have their first step after others; got fused SGD with momentum, "
                 "which raises then (use it with fused=False)"
             )
+        warn_of_stranger(optimizer, (p for p in self._model.parameters() if p.requires_grad))
         unwatch(switch.layer for switch in self._layers.values())  # seen below, by the mask
         before = register_before_step(optimizer, functools.partial(self._before_optimizer_step, optimizer))
         self._optimizers.append(optimizer)
@@ -347,7 +348,9 @@ class CoTo:
                 trains = switch.trainable and (is_on or not switch.training)
                 (on if trains else off).append(switch)
         if unreached := without_gradient(on, optimizer):
-            names = [name for name, switch in self._layers.items() if switch in unreached]
+            # of those that another CoTo has taken over, that one knows which are on
+            own = [switch for switch in unreached if coto_of(switch.layer) in (None, self)]
+            names = [name for name, switch in self._layers.items() if switch in own]
             warn_of_unreached([name for name in names if name not in self._unreached])
             self._unreached.update(names)
         # no other optimizer's, or GradScaler would find nothing there when it comes to that one

@@ -114,8 +114,10 @@ def check_switch(argument: str, value: Gate) -> None:
     if not isinstance(value, Tensor):
         got = f"{type(value).__name__} {shown(value)}"
         raise TypeError(f"{argument} must be a bool or a bool or integer tensor; got {got}")
-    if value.is_floating_point() or value.is_complex():
-        raise TypeError(f"{argument} must be a bool or a bool or integer tensor; got a tensor of {value.dtype}")
+    dense = value.layout == torch.strided and not value.is_nested
+    if not dense or value.is_floating_point() or value.is_complex() or value.is_quantized:
+        got = f"a tensor of {value.dtype}" + ("" if dense else " that is not dense")
+        raise TypeError(f"{argument} must be a bool or a bool or integer tensor; got {got}")
     if value.dim() > 1:
         raise ValueError(f"{argument} must be 0-dim or [batch]; got a tensor of shape {tuple(value.shape)}")
 

@@ -66,7 +66,7 @@ class PerSample:
             gains nothing on a CPU; inputs that fill the machine by themselves gain nothing anywhere.
 
     Raises:
-        TypeError: `inputs` hold no tensor, or `fn` is not callable.
+        TypeError: `inputs` hold no tensor, or a nested one, or `fn` is not callable.
         ValueError: the tensors disagree in length or are empty, or `batch` is not a positive integer.
     """
 
@@ -80,6 +80,8 @@ class PerSample:
             raise TypeError(
                 f"inputs must be a tensor, or a tuple or dict with tensors; got {type(self.inputs).__name__}"
             )
+        if any(t.is_nested for t in tensors):
+            raise TypeError("inputs must hold dense tensors; got a nested one, whose samples cannot be repeated")
         lengths = [t.shape[0] if t.dim() else 0 for t in tensors]
         if len(set(lengths)) != 1 or lengths[0] == 0:
             raise ValueError(f"inputs must be [samples, ...], of equal length; got {[tuple(t.shape) for t in tensors]}")

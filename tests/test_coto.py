@@ -363,6 +363,37 @@ def test_the_optimizer_of_an_earlier_run_no_longer_leaves_adapters_out():
     assert not any(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
 
 
+def test_an_earlier_run_has_nothing_to_say_of_adapters_that_were_off(caplog):
+    model = make()
+    optimizer = torch.optim.AdamW(adapter_parameters(model))
+    CoTo(model, 20, seed=1).attach(optimizer)
+    second = CoTo(model, 20, seed=2)
+    second.attach(optimizer)
+    assert not second.mask.all()
+    backward(model)
+    optimizer.step()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", ["made-before-inject", "of-another-model", "of-a-head", "of-adapters", "of-more"])
+def test_an_optimizer_that_trains_nothing_of_the_model_is_told_of(kind, caplog):
+    plain = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)), nn.Linear(4, 2))
+    early = torch.optim.AdamW(plain.parameters())
+    inject(plain, ["0", "1", "2"], rank=1, trainable=["3"])
+    early.param_groups[0]["params"] = early.param_groups[0]["params"][:6]  # without what still trains
+    others = {
+        "of-another-model": make().parameters(),
+        "of-a-head": plain[3].parameters(),
+        "of-adapters": adapter_parameters(plain),
+        "of-more": [nn.Parameter(torch.ones(1)), *plain.parameters()],
+    }
+    optimizer = early if kind == "made-before-inject" else torch.optim.AdamW(others[kind])
+    CoTo(plain, 20).attach(optimizer)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == (kind in ("made-before-inject", "of-another-model"))
+    assert all(text.startswith("AdamW holds no parameter of the model that trains") for text in told)
+
+
 @pytest.mark.parametrize("way", ["outer-after-inner", "inner-after-outer", "part-after-whole", "whole-after-part"])
 @pytest.mark.parametrize("kind", ["host", "device"])
 def test_one_run_decides_whatever_modules_they_were_made_with(kind, way):

@@ -343,6 +343,34 @@ def test_a_weight_that_is_tied_to_a_layer_is_tied_to_its_base():
     assert list(layer.state_dict()) == ["lora_a", "lora_b", "weight"]
 
 
+def test_what_code_writes_to_a_base_it_writes_through_the_layer():
+    class Tempered(nn.Linear):
+        def __init__(self):
+            super().__init__(12, 10)
+            self.temperature = 1.0
+            self.register_buffer("offset", torch.zeros(10))
+
+        def forward(self, x):
+            return self.temperature * super().forward(x) + self.offset
+
+    layer = around(Tempered())
+    layer.enabled = False
+    x, held = inputs(), set(layer.state_dict())
+    before = layer(x)
+    layer.temperature, layer.offset = 2.0, torch.ones(10)
+    torch.testing.assert_close(layer(x), 2 * before + 1)
+    assert set(layer.state_dict()) == held
+    assert (layer.base.temperature, layer.temperature) == (2.0, 2.0)
+    del layer.temperature
+    assert not hasattr(layer, "temperature")
+    # what is the layer's own stays so, and what neither has becomes the layer's
+    layer.alpha, layer.mark = 5.0, "new"
+    assert not hasattr(layer.base, "alpha")
+    assert not hasattr(layer.base, "mark")
+    with pytest.raises(AttributeError, match="temperature"):
+        del layer.temperature
+
+
 class ByItsWeight(nn.Module):
     """As T5 and many others find the dtype to compute in."""
 
@@ -917,7 +945,13 @@ NO_MAPS = {
     "wider": (Wider, r"a Wider, whose forward returns torch.float32 of shape \(1, 22\)"),
     "chosen": (Chosen, r"a Chosen, whose forward returns torch.int64"),
 }
-MAPS = {"squashed": Squashed, "affine": lambda *_: Affine(12, 10), "checked": Checked, "sequences": Sequences}
+MAPS = {
+    "squashed": Squashed,
+    "affine": lambda *_: Affine(12, 10),
+    "checked": Checked,
+    "sequences": Sequences,
+    "parametrized": lambda *sizes: parametrizations.weight_norm(Squashed(*sizes)),
+}
 
 
 def mixed(odd):

@@ -241,6 +241,20 @@ def test_eval_ignores_row_gates_and_train_brings_them_back():
     ids=["int", "none", "list", "float", "float-tensor", "complex-tensor", "two-dimensions"],
 )
 def test_switches_refuse_everything_else_and_keep_what_they_had(switch, value, error, message):
+    refuses(switch, value, error, message)
+
+
+@pytest.mark.parametrize("switch", ["gate", "enabled"])
+@pytest.mark.filterwarnings("ignore:.*(nested tensors is in prototype|quantized tensor creation):UserWarning")
+def test_switches_refuse_tensors_of_another_make(switch):
+    must = "must be a bool or a bool or integer tensor; got a tensor of torch."
+    nested = torch.nested.nested_tensor([torch.ones(2, dtype=torch.bool)])
+    refuses(switch, torch.ones(2, dtype=torch.bool).to_sparse(), TypeError, f"{must}bool that is not dense")
+    refuses(switch, nested, TypeError, f"{must}bool that is not dense")
+    refuses(switch, torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8), TypeError, f"{must}qint8")
+
+
+def refuses(switch, value, error, message):
     layer = layer_of()
     for before in (False, torch.tensor(0)):
         setattr(layer, switch, before)

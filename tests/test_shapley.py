@@ -377,6 +377,14 @@ def test_models_that_cannot_play():
         shapley_values(model, ANY)
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype:UserWarning")
+def test_nested_inputs_cannot_be_repeated():
+    for layout in (torch.strided, torch.jagged):
+        x = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)], layout=layout)
+        with pytest.raises(TypeError, match="inputs must hold dense tensors; got a nested one"):
+            PerSample((x,), len)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [

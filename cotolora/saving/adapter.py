@@ -80,10 +80,13 @@ def write_files(files: AdapterFiles, directory: str | os.PathLike[str]) -> None:
     """Writes the pair, whole or not at all.
 
     Raises:
+        ValueError: a tensor is on the meta device.
         OSError: the files cannot be written; the old ones are as they were.
     """
     tensors = {PREFIX + key: tensor for key, tensor in files.tensors.items()}
     shared = {SHARED_PREFIX + key: tensor for key, tensor in files.shared.items()}
+    if unmade := [key for key, tensor in (files.tensors | files.shared).items() if tensor.is_meta]:
+        raise ValueError(f"tensors to save must have memory; on the meta device are {listed(unmade)}")
     write(checks.path("directory", directory), files.fields, tensors | shared)
 
 
@@ -143,7 +146,9 @@ def read_files(directory: str | os.PathLike[str]) -> AdapterFiles:
     tensors, shared = {}, {}
     for key, tensor in pair.tensors.items():
         if key.startswith(PREFIX):
-            tensors[plain_key(key.removeprefix(PREFIX), variant)] = tensor
+            if (plain := plain_key(key.removeprefix(PREFIX), variant)) in tensors:
+                raise ValueError(f"{path / WEIGHTS} must hold each tensor once; {shown(key)} is another of one")
+            tensors[plain] = tensor
         elif (rest := key.removeprefix(SHARED_PREFIX)) != key and rest in variant.shared_keys:
             shared[rest] = tensor
         else:

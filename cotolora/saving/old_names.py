@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ def renamed(model: nn.Module, tensors: Mapping[str, Tensor], fits: Callable[[str
     if rename is None:
         return dict(tensors)
     now = {key: new for key in strange if (new := rename(key)) not in tensors and fits(new)}
+    given = Counter(now.values())
+    now = {key: new for key, new in now.items() if given[new] == 1}  # of two, neither is known to be the one
     return {now.get(key, key): tensor for key, tensor in tensors.items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Hashable, Iterable, Mapping
 
+import torch
 from torch import nn
 
 from cotolora.wording import some_of
@@ -38,6 +39,17 @@ def warn_of_disabled(disabled: Collection[str], count: int) -> None:
             len(disabled),
             count,
             some_of(disabled),
+        )
+
+
+def warn_of_stranger(optimizer: torch.optim.Optimizer, trained: Iterable[nn.Parameter]) -> None:
+    """Warns where `optimizer` holds none of the parameters that are trained, as one that was made before `inject`."""
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    if held and held.isdisjoint(trained):
+        logger.warning(
+            "%s holds no parameter of the model that trains, so its steps train nothing of it; was it made before "
+            "inject, or of another model? Make it of adapter_parameters(model) or trainable_parameters(model)",
+            type(optimizer).__name__,
         )
 
 

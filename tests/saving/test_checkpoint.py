@@ -319,6 +319,15 @@ def test_ddp_needs_its_adapters_first(saved):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("part", ["fc", "head"])
+def test_what_has_no_memory_is_not_saved(part, tmp_path):
+    model = tuned(base(), ["fc"], rank=2, trainable=["head"])
+    getattr(model, part).to("meta")
+    with pytest.raises(ValueError, match=rf"tensors to save must have memory; on the meta device are \['{part}"):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_shared_modules_are_saved_once(tmp_path):
     class Shared(nn.Module):
         def __init__(self):

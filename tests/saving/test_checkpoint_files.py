@@ -404,6 +404,7 @@ def test_files_without_a_checksum_are_read(saved):
         ("head-integers", r"head.2.bias must be of a dtype like torch.float32; the file holds torch.int64"),
         ("counter-floats", r"num_batches_tracked must be of a dtype like torch.int64; the file holds torch.float32"),
         ("no-tensors", "missing keys"),
+        ("twice", r"must hold each tensor once; 'base_model.model.fc.lora_A.weight.weight' is another of one"),
     ],
 )
 def test_weights_that_do_not_fit(case, match, saved):
@@ -443,6 +444,7 @@ def test_weights_that_do_not_fit(case, match, saved):
             "head-integers": lambda: {**tensors, head: torch.zeros(3, dtype=torch.int64)},
             "counter-floats": lambda: {**tensors, counter: torch.tensor(1.0)},
             "no-tensors": lambda: {},
+            "twice": lambda: {**tensors, f"{a}.weight": tensors[a] + 1},
         }[case]()
         rewrite(saved, changed)
     for model in (base(), tuned(base(), ["fc"], rank=2)):

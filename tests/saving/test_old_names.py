@@ -85,7 +85,11 @@ def test_names_of_transformers_4_are_found_as_peft_finds_them(onto, peft, tf, tm
 class Stating(nn.Module):
     """States its old names as classes of transformers 4.52 to 4.57 do; the first rule that finds something decides."""
 
-    _checkpoint_conversion_mapping: ClassVar = {r"^old\.": "new.", r"^old": "never", r"fc": "fc"}
+    _checkpoint_conversion_mapping: ClassVar = {
+        r"^(old|elder)\.": "new.",
+        r"^old": "never",
+        r"fc": "fc",
+    }
 
     def __init__(self):
         super().__init__()
@@ -118,6 +122,16 @@ def test_a_key_that_fits_keeps_its_name_and_one_that_never_does_too(tmp_path):
         "older.lora_A.weight",
     ]
     assert torch.equal(model.new["fc"].lora_a, tensors[f"{PREFIX}new.fc.lora_A.weight"])
+
+
+def test_two_old_names_of_one_tensor_are_passed_over(tmp_path):
+    save_adapter(tuned(base(Stating), ["fc"], rank=2), tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    value = tensors.pop(f"{PREFIX}new.fc.lora_A.weight")
+    rewrite(tmp_path, tensors | {f"{PREFIX}{name}.fc.lora_A.weight": value.clone() for name in ("old", "elder")})
+    model = base(Stating)
+    with refused(model, r"unexpected keys \['elder.fc.lora_A.weight', 'old.fc.lora_A.weight'\]"):
+        load_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize("targets", [["w1", "w2"], ["q_proj", "w1", "w2"]])

@@ -33,6 +33,7 @@ POOL: dict[str, Callable[[], Any]] = {
         "torch.device('meta')", "torch.tensor(1.5)", "torch.tensor(True)", "torch.tensor(2)", "torch.zeros(0)",
         "torch.zeros(2, 2, 2)", "torch.zeros(7, 5)", "torch.zeros(2, 4, dtype=torch.int64)", "torch.zeros(2, 4) * 1j",
         "torch.zeros(2, 4, device='meta')", "torch.zeros(2, 4).to(torch.float8_e4m3fn)", "nn.LayerNorm(2)",
+        "torch.ones((), dtype=torch.bool).to_sparse()",
         "nn.Parameter(torch.zeros(3))", "nn.Linear", "nn.Sequential()", "np.complex64(1)", "'\\ud800'", "Unprintable()",
     )
 }  # fmt: skip
@@ -164,7 +165,7 @@ def fields(value: Any) -> bool:
 
 def gate(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.dim() == 0 and value.dtype in (torch.bool, torch.int64)
+        return value.dim() == 0 and value.layout == torch.strided and value.dtype in (torch.bool, torch.int64)
     return flag(value)
 
 
