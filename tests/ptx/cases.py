@@ -71,6 +71,11 @@ def in_turn(*works: Work) -> Work:
     return work
 
 
+def barrier_case(kernel: str, arch: str, rank: int = 16) -> Work:
+    """What notices a kernel's barriers: some rows off, then all, where it passes over loops and their barriers."""
+    return in_turn(*(kernel_case(kernel, arch, rows=150, rank=rank, gate=gate) for gate in ("rows", "rows off")))
+
+
 def layer_case(case: Case, arch: str) -> Work:
     """A layer's forward and backward."""
 

@@ -94,11 +94,11 @@ def test_a_fault_put_into_the_ptx_is_noticed(wrong, name, arch):
     assert wrong("fault_case", name, arch) == []
 
 
-@pytest.mark.parametrize("kernel", ["hira", "row_norm"])
-def test_each_barrier_is_noticed_if_it_is_taken_out(barriers_of, kernel):
+@pytest.mark.parametrize(("case", "kernel"), [("kernel_case", "hira"), ("barrier_case", "row_norm")])
+def test_each_barrier_is_noticed_if_it_is_taken_out(barriers_of, case, kernel):
     if kernel == "row_norm" and not importlib.metadata.version("triton").startswith("3.9."):
-        pytest.skip("read for Triton 3.9; 3.6 sets two barriers in row_norm that are not noticed")
-    for name, count, unnoticed, _ in barriers_of("kernel_case", kernel, "sm_80"):
+        pytest.skip("read for Triton 3.9; 3.6 sets barriers in row_norm that are not noticed")
+    for name, count, unnoticed, _ in barriers_of(case, kernel, "sm_80"):
         assert count, name
         assert unnoticed == [], name
 
