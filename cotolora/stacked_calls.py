@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cotolora.linear import CoToLoRALinear
-from cotolora.stacked_layers import Output, is_plain, outputs_of, plan_of, plan_with, with_own_node
+from cotolora.stacked_layers import Output, may_join, member, outputs_of, with_own_node
 from cotolora.wording import listed
 
 logger = logging.getLogger("cotolora")
@@ -25,12 +25,14 @@ class _Call(NamedTuple):
 
     first: the layer that was called.
     outputs: of the layers that have yet to be called.
+    memory: that of x.
     version: how often x had been written to; the rest is what x was part of, and where.
     """
 
     first: CoToLoRALinear
     outputs: dict[CoToLoRALinear, Output]
     x: Tensor
+    memory: Tensor
     version: int
     requires_grad: bool
     grad_fn: Any
@@ -42,12 +44,18 @@ class _Call(NamedTuple):
         return (
             self.x is x
             and self.version == x._version
+            and self._has_its_memory(x)
             # other than by the version, which detach_ and requires_grad_ leave
             and self.requires_grad is x.requires_grad
             and self.grad_fn is x.grad_fn
             and self.grad is torch.is_grad_enabled()
             and self.thread == threading.get_ident()
         )
+
+    def _has_its_memory(self, x: Tensor) -> bool:
+        # which x loses, without another version, where x.data is assigned to
+        memory = self.memory
+        return memory.data_ptr() == x.data_ptr() and memory.shape == x.shape and memory.stride() == x.stride()
 
 
 class Stack:
@@ -137,30 +145,33 @@ class Stack:
         grad = torch.is_grad_enabled()
         together = self._together[grad].get(weakref.ref(layer), ())  # none of a copy
         # inference tensors do not count how often they are written to
-        if len(together) < 2 or type(x) is not Tensor or x.is_inference() or not is_plain(layer, x):
+        if len(together) < 2 or type(x) is not Tensor or x.is_inference():
             return None
-        plan = plan_of(layer, x)
-        if plan.stacked is None:
+        if (first := member(layer, x)) is None:
+            return None
+        if first.plan.stacked is None:
             self._open = False  # nor for the others of this forward, as a rule: not to ask each
             return None
-        plans = {layer: plan}
+        members = [first]
         for reference in together:
             other = reference()
-            if other is not None and other is not layer and (own := plan_with(layer, plan, other, x)) is not None:
-                plans[other] = own
-        if len(plans) < 2:
+            if other is not None and other is not layer:
+                joining = member(other, x)
+                if joining is not None and may_join(first, joining):
+                    members.append(joining)
+        if len(members) < 2:
             return None
-        outputs = outputs_of(plans, x, grad)
+        outputs = outputs_of(members, x, grad)
         if outputs is None:
             self._open = False
             return None
         if (call := self._call) is not None:
             self._note_unused(call)
-        y = outputs.pop(layer).y
+        of_others = {one.layer: output for one, output in zip(members[1:], outputs[1:], strict=True)}
         self._call = _Call(
-            layer, outputs, x, x._version, x.requires_grad, x.grad_fn, grad, threading.get_ident()
+            layer, of_others, x, x.detach(), x._version, x.requires_grad, x.grad_fn, grad, threading.get_ident()
         )  # fmt: skip
-        return with_own_node(y)
+        return with_own_node(outputs[0].y)
 
 
 # stacks that wait for a step of an optimizer of theirs

@@ -30,13 +30,17 @@ def stack(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[list[str]]:
     losses of different yᵢ that are differentiated one by one, all but the last need ``retain_graph=True``, and no A or
     B of the group may be written to before the last.
 
+    Gates may differ within a group. Where a gate is a tensor, off selects the base as in a single layer, and a gate on
+    a device is read by the device alone; a layer whose adapter the host knows to be off is computed by itself.
+
     A layer is computed by itself, as without this, where it is called with another tensor than the others, or with one
     that was written to in between, or outside a forward of its parent, or in a checkpoint or other hooks on saved
-    tensors that begin inside that forward; if the layer has changed in between; if its adapter is off, merged, of
-    another scale or switched by a tensor, or A or B has hooks on its gradient, which must see none where the layer is
-    not used; in training with dropout, whose masks are each layer's own; under torch.compile,
-    torch.func, ``torch.jit.trace`` and ``torch.inference_mode``; by the reference and by the fused kernels; on a CPU
-    where x has fewer than 256 features, which would take longer; and in copies of the model.
+    tensors that begin inside that forward; if the layer has changed in between; if its adapter is off, merged or of
+    another scale, or A or B has hooks on its gradient, which must see none where the layer is not used; in training
+    with dropout: each layer drops entries of x by a mask of its own, so that there is no one product, and one mask for
+    all would correlate what they drop; under torch.compile, torch.func, ``torch.jit.trace`` and
+    ``torch.inference_mode``; by the reference, whose results are what others are held to, and by the fused kernels; on
+    a CPU where x has fewer than 256 features, which would take longer; and in copies of the model.
 
     Args:
         model: a model with adapters.

@@ -13,19 +13,19 @@ from cotolora.backends.types import Stacked
 
 
 class StackedLinear(torch.autograd.Function):
-    """What several layers make of one x, by a backend's `Stacked`. `layers` are W, bias, A and B of each in turn."""
+    """What several layers make of one x, by a backend's `Stacked`. `layers`: W, bias, A, B and the gate of each."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, way: Stacked, name: str, scale: float, x: Tensor, *layers: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Each layer's y."""
-        weights, biases, factors, b = layers[::4], layers[1::4], layers[2::4], layers[3::4]
-        outputs, a, h = way.forward(x, weights, biases, factors, b, scale)  # type: ignore[arg-type]
+        weights, biases, factors, b, gates = (layers[i::5] for i in range(5))
+        outputs, a, h = way.forward(x, weights, biases, factors, b, gates, scale)
         ctx.way, ctx.name, ctx.scale, ctx.ranks = way, name, scale, [one.shape[1] for one in b]  # type: ignore[union-attr]
         ctx.set_materialize_grads(False)
         # each A goes along by reference, for its second derivative to be noticed
-        ctx.save_for_backward(x, a, h, *b, *factors, *(weights if x.requires_grad else ()))
+        ctx.save_for_backward(x, a, h, *gates, *b, *factors, *(weights if x.requires_grad else ()))
         return tuple(y.detach() if y._is_view() else y for y in outputs)
 
     @staticmethod
@@ -33,22 +33,24 @@ class StackedLinear(torch.autograd.Function):
         """The gradients of x and of each A and B, which raise if they are differentiated."""
         given = [dy for dy in dys if dy is not None]
         if not given:
-            return (None,) * (4 + 4 * len(dys))
+            return (None,) * (4 + 5 * len(dys))
         return differentiable_once(lambda ctx, _: _gradients(ctx, dys), ctx, given[0], ctx.name, *given[1:])
 
 
 def _gradients(ctx: Any, dys: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     x, a, h, *rest = ctx.saved_tensors
-    b, weights, ranks = rest[: len(dys)], rest[2 * len(dys) :], ctx.ranks
+    count, ranks = len(dys), ctx.ranks
+    gates, b, weights = rest[:count], rest[count : 2 * count], rest[3 * count :]
     used = [i for i, dy in enumerate(dys) if dy is not None]
     if len(used) < len(dys):  # the loss does not depend on the others
         a = torch.cat(_of(used, a.split(ranks)))
         h = torch.cat(_of(used, h.split(ranks, 1)), 1)
-        dys, b, weights = _of(used, dys), _of(used, b), _of(used, weights) if weights else []  # type: ignore[assignment]
-    dx, da, db = ctx.way.backward(dys, x, weights, a, b, h, ctx.scale)
-    found: list[Tensor | None] = [None] * (4 * len(ranks))
+        dys, gates, b = _of(used, dys), _of(used, gates), _of(used, b)  # type: ignore[assignment]
+        weights = _of(used, weights) if weights else []
+    dx, da, db = ctx.way.backward(dys, x, weights, a, b, h, gates, ctx.scale)
+    found: list[Tensor | None] = [None] * (5 * count)
     for i, one_a, one_b in zip(used, da, db, strict=True):
-        found[4 * i + 2], found[4 * i + 3] = one_a, one_b
+        found[5 * i + 2], found[5 * i + 3] = one_a, one_b
     return None, None, None, dx, *found
 
 

@@ -176,12 +176,13 @@ class NotPreparedError(RuntimeError):
 
 
 class Stacked(NamedTuple):
-    """A backend's forward and backward for several layers that read one x, of one scale, without a gate or dropout.
+    """A backend's forward and backward for several layers that read one x, of one scale and without dropout.
 
-    Only x and each A and B may have gradients.
+    Only x and each A and B may have gradients. Gates are as in `Options`, one for each layer.
 
-    forward: ``(x, weights, biases, factors A, bs, scale)`` to each y; A of all, in the dtype of x; and the h of all.
-    backward: ``(dys, x, weights, a of all, bs, h, scale)`` to dx, each dA and each dB; dx is None without weights.
+    forward: ``(x, weights, biases, factors A, bs, gates, scale)`` to each y; A of all, in the dtype of x; and h of all.
+    backward: ``(dys, x, weights, a of all, bs, h, gates, scale)`` to dx, each dA and each dB; dx is None without
+        weights.
     """
 
     forward: Callable[..., tuple[Sequence[Tensor], Tensor, Tensor]]

@@ -94,6 +94,34 @@ def test_an_x_that_enters_or_leaves_the_graph_is_another(how, monkeypatch):
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize(
+    "other", [lambda x: x.detach() * 2, lambda x: x.detach()[:1], lambda x: x.detach().mT.clone().mT]
+)
+def test_an_x_that_was_given_other_memory_is_another(other, monkeypatch):
+    def forward(block, x):
+        q = block.q(x)
+        x.data = other(x)
+        return q[:1, ..., :8] + block.k(x)[:1] + block.v(x)[:1]
+
+    model, single = pair()
+    monkeypatch.setattr(Block, "forward", forward)
+    with torch.no_grad():
+        torch.testing.assert_close(model[0](inputs(grad=False)), single[0](inputs(grad=False)))
+
+
+@pytest.mark.parametrize("name", ["weight", "lora_a", "lora_b", "bias"])
+def test_a_layer_that_was_given_other_memory_is_computed_anew(name, monkeypatch):
+    def forward(block, x):
+        gate, parameter = block.gate(x), getattr(block.up, name)
+        parameter.data = parameter.detach() * 2
+        return gate + block.up(x)
+
+    model, single = pair()
+    monkeypatch.setattr(Block, "forward", forward)
+    with torch.no_grad():
+        torch.testing.assert_close(model[0](inputs(grad=False)), single[0](inputs(grad=False)))
+
+
 def test_parameters_of_one_call_alone_are_read(monkeypatch):
     def forward(block, x):
         doubled = {"lora_b": 2 * block.k.lora_b}
