@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cotolora.backends.autograd import readable, without_autocast
-from cotolora.backends.choice import Plan
+from cotolora.backends.choice import Plan, note_failure, stacked_plan
 from cotolora.backends.stacked import apply_stacked
 from cotolora.functional import autocast, planned
 from cotolora.linear import CoToLoRALinear
@@ -52,10 +52,14 @@ class Output(NamedTuple):
 
 
 def outputs_of(members: Sequence[Member], x: Tensor, grad: bool) -> list[Output] | None:
-    """What each layer makes of `x`; None if one has an operand that may not fit: its own forward says what is wrong."""
-    plan = members[0].plan
-    way, scale, cast_to = plan.stacked, plan.options.scale, plan.cast_to
-    assert way is not None
+    """What each layer makes of `x`; None if each must be computed by itself.
+
+    As where an operand may not fit, of which its own forward says what is wrong, or where a kernel cannot run.
+    """
+    plan = stacked_plan([one.plan for one in members])
+    if plan is None or plan.stacked is None:
+        return None
+    cast_to = plan.cast_to
     read = [_read_by(one.layer, one.gate is not None) for one in members]
     states = [[_state(one) for one in own] for own in read]
     with nullcontext() if cast_to is None else without_autocast(x.device):
@@ -64,10 +68,16 @@ def outputs_of(members: Sequence[Member], x: Tensor, grad: bool) -> list[Output]
         if not all(surely_right(x, *own) for own in operands):
             return None
         layers = [(*own, one.gate) for own, one in zip(operands, members, strict=True)]
-        if grad:
-            found = apply_stacked(way, plan.name, scale, x, *itertools.chain(*layers))
-        else:
-            found = way.forward(x, *zip(*layers, strict=True), scale)[0]
+        try:
+            if grad:
+                found = apply_stacked(plan, x, *itertools.chain(*layers))
+            else:
+                found = plan.stacked.forward(x, *zip(*layers, strict=True), plan.options.scale)[0]
+        except Exception as error:
+            if plan.instead is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            note_failure(plan, error)
+            return None
     made = zip(found, members, read, states, strict=True)
     return [Output(y, one.plan, one.gate is not None, *of_it) for y, one, *of_it in made]
 
@@ -99,7 +109,7 @@ def may_join(first: Member, other: Member) -> bool:
     """Whether `other` can be computed together with `first`."""
     plan, weight, its_weight = first.plan, first.layer._parameters["weight"], other.layer._parameters["weight"]
     return (
-        other.plan.stacked is plan.stacked and other.plan.options == plan.options and its_weight.dtype == weight.dtype  # type: ignore[union-attr]
+        other.plan.stacked is not None and other.plan.options == plan.options and its_weight.dtype == weight.dtype  # type: ignore[union-attr]
     )
 
 

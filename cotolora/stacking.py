@@ -39,8 +39,13 @@ def stack(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[list[str]]:
     another scale, or A or B has hooks on its gradient, which must see none where the layer is not used; in training
     with dropout: each layer drops entries of x by a mask of its own, so that there is no one product, and one mask for
     all would correlate what they drop; under torch.compile, torch.func, ``torch.jit.trace`` and
-    ``torch.inference_mode``; by the reference, whose results are what others are held to, and by the fused kernels; on
-    a CPU where x has fewer than 256 features, which would take longer; and in copies of the model.
+    ``torch.inference_mode``; by the reference, whose results are what others are held to; where
+    ``set_backend("triton:one_pass")`` asks for a form that computes h in its GEMM; where the ranks of a group add up to
+    more than the fused kernels take; on a CPU where x has fewer than 256 features, which would take longer; and in
+    copies of the model.
+
+    By the fused kernels h is one launch and dA another, each with one read of x; the vendor's GEMMs add up dx. Where
+    ``backend="auto"`` has another backend for each layer, the group takes the one that is modelled fastest for all.
 
     Args:
         model: a model with adapters.

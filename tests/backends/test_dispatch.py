@@ -451,6 +451,7 @@ FLOORS = [
     {"operands", "patterns"},
     {"schedule", "matching", "backends.cost", "backends.measured", "backends.addmm.stacked"},
     {*(f"backends.addmm.{name}" for name in VARIANTS), "backends.fused.common", "backends.off"},
+    {"backends.fused.stacked"},
     {"backends.fused.lora"},
     {"backends.fused.dora", "backends.fused.hira", "backends.fused.ops"},
     {"variants.base", "variants.starts"},

@@ -95,3 +95,54 @@ def writes_between(model):
     for block in model:
         block.memory = lambda x: x.add_(0)
         block.q.register_forward_pre_hook(lambda layer, args: (args[0].clone(),))
+
+
+def of(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+def one(value, dtype=torch.int32):
+    return torch.tensor(value, dtype=dtype)
+
+
+# of q, k, v, gate and up
+GATES = {
+    "on": [one(1)] * 5,
+    "off": [one(0)] * 5,
+    "mixed": [one(1), one(0), one(2), one(0), one(1)],
+    "beside-bools": [True, one(0), one(1), one(1, torch.bool), True],
+    "one-is-off-at-once": [one(1), False, one(0), False, one(1)],
+    "dtypes": [one(1), one(True, torch.bool), one(1, torch.uint8), one(1, torch.int64), one(False, torch.bool)],
+    "rows": [of(1, 0), of(0, 1), of(1, 1), of(0, 0), of(True, False, dtype=torch.bool)],
+    "rows-beside-others": [of(1, 0), one(1), True, of(0, 1), one(0)],
+}
+
+
+def gated(model, how, switch="gate"):
+    for block in model:
+        for layer, gate in zip((block.q, block.k, block.v, block.gate, block.up), GATES[how], strict=True):
+            gate = gate.clone() if isinstance(gate, torch.Tensor) else gate
+            setattr(layer, switch, gate)
+            if switch == "enabled":
+                layer.gate = torch.ones((), dtype=torch.int32)
+
+
+class Heads(nn.Module):
+    """Returns what each of its layers makes of x."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.q, self.k = nn.Linear(WIDTH, 8, dtype=dtype), nn.Linear(WIDTH, 6, bias=False, dtype=dtype)
+
+    def forward(self, x):
+        return self.q(x), self.k(x)
+
+
+def heads(dtype, gates):
+    torch.manual_seed(0)
+    model = Heads(dtype)
+    for layer, gate in zip(inject(model, rank=3).values(), gates, strict=True):
+        nn.init.normal_(layer.lora_b, std=0.3)
+        layer.gate = gate
+    stack(model, [["q", "k"]])
+    return model

@@ -19,7 +19,7 @@ from cotolora.backends.addmm.products import (
     transposing_is_faster,
     zero_times_is_zero,
 )
-from cotolora.backends.types import Stacked
+from cotolora.backends.types import Call, Launch, Launches, Stacked
 
 
 def on_by_rank(gates: Sequence[Tensor | None], ranks: Sequence[int]) -> Tensor | None:
@@ -96,8 +96,9 @@ def _backward(
     h: Tensor,
     gates: Sequence[Tensor | None],
     scale: float,
+    dtype_a: torch.dtype,
 ) -> tuple[Tensor | None, Sequence[Tensor], list[Tensor]]:
-    """As `LoraByAddmm.backward`; dx is summed in place."""
+    """As `LoraByAddmm.backward`; dx is summed in place. Autograd casts dA."""
     dtype, ranks = x.dtype, [b.shape[1] for b in bs]
     on = on_by_rank(gates, ranks)
     own = switches(on, gates, ranks)
@@ -146,4 +147,20 @@ def _add_low_rank(
     return dx
 
 
-STACKED = Stacked(_forward, _backward)
+def _launches(calls: Sequence[Call]) -> Launches:
+    """Those of a group, forward and backward; what moves a factor or p is not counted."""
+    sizes = [call.sizes for call in calls if call.sizes is not None]
+    of_all = sizes[0]._replace(rank=sum(one.rank for one in sizes))
+    forward, backward = [Launch("addmm", of_all.bytes("x", "a", "h"))], []
+    for i, one in enumerate(sizes):
+        forward.append(Launch("linear", one.bytes("x", "w", "y"), one.products))
+        forward.append(Launch("addmm_", one.bytes("h", "b", "y", "y")))
+        backward.append(Launch("mm", one.bytes("h", "dy", "b")))
+        backward.append(Launch("addmm", one.bytes("b", "dy", "p")))
+        dx = ("dx", "dx") if i else ("dx",)
+        backward.append(Launch("addmm_" if i else "mm", one.bytes("dy", "w", *dx), one.products))
+    backward += [Launch("mm", of_all.bytes("p", "x", "a")), Launch("addmm_", of_all.bytes("p", "a", "dx", "dx"))]
+    return Launches(tuple(forward), tuple(backward), of_all.bytes("h"))
+
+
+STACKED = Stacked("addmm", _forward, _backward, _launches)
