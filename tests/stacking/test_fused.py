@@ -19,8 +19,10 @@ from tests.support.stacks import (
     assert_same,
     count,
     gated,
+    heads,
     inputs,
     nodes_of,
+    of,
     pair,
     step,
 )
@@ -105,6 +107,7 @@ def test_gradients_of_factors_are_in_their_dtype_and_contiguous():
     for gradient, parameter in zip(found, adapter_parameters(model[0]), strict=True):
         assert gradient.dtype is parameter.dtype
         assert gradient.is_contiguous()
+        assert not torch.equal(gradient, gradient.half().float()), "never rounded to the dtype of x"
 
 
 @interpreter
@@ -169,7 +172,7 @@ def test_a_kernel_that_cannot_run_is_replaced_by_vendor_gemms_for_the_whole_grou
     what, auto_takes, monkeypatch, caplog
 ):
     auto_takes(EACH)
-    model, single = pair(alpha=3.0)
+    model, single = pair()
     for each in (model, single):
         gated(each, "mixed")
     x = inputs()
@@ -189,6 +192,25 @@ def test_a_kernel_that_cannot_run_is_replaced_by_vendor_gemms_for_the_whole_grou
     nodes = nodes_of(model(x))
     assert {node.plan.stacked.name for node in nodes} == {"addmm"}
     assert sorted(len(node.ranks) for node in nodes) == [3, 3], "q, k and v, though auto takes one_pass for k and v"
+
+
+@interpreter
+def test_vendor_gemms_that_go_on_read_nothing_of_a_layer_that_is_off(auto_takes, monkeypatch):
+    auto_takes({8: "triton:low_rank_gemm", 6: "triton:low_rank_gemm"})
+    model = heads(torch.float32, (of(0, 0), of(1, 0)))
+    with torch.no_grad():
+        model.q.lora_a.fill_(torch.nan)
+
+    def broken(*_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(fused, "gram", broken)
+    q, k = model(inputs())
+    assert names_of(q) == {"triton:low_rank_gemm"}
+    (q.sum() + k.sum()).backward()
+    for parameter in (model.q.lora_a, model.q.lora_b):
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+    assert model.k.lora_b.grad.any()
 
 
 @interpreter

@@ -164,6 +164,16 @@ def test_with_all_off_dx_is_that_of_the_bases_whatever_x_and_the_factors_hold(ba
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in adapter_parameters(model))
 
 
+@pytest.mark.usefixtures("on_device")
+def test_a_layer_that_is_off_gets_zeros_where_x_is_not_finite_and_another_is_on(backend):
+    model = heads(torch.float32, (one(1), one(0)))
+    x = torch.full((2, 5, WIDTH), NAN)
+    torch.autograd.backward(model(x), (torch.ones(2, 5, 8), torch.ones(2, 5, 6)))
+    assert model.q.lora_a.grad.isnan().all()
+    for parameter in (model.k.lora_a, model.k.lora_b):
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
 @interpreted_infinities
 @pytest.mark.parametrize("poisoned", ["x", "dy", "lora_a", "lora_b"])
 @pytest.mark.parametrize("poison", [NAN, torch.inf])

@@ -132,6 +132,57 @@ def test_llama_and_bert(tf, dtype):
         assert_equal_to_rounding(*results)
 
 
+def test_t5_whose_cross_attention_reads_two_tensors(tf):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 50}
+    config = tf.T5Config(
+        **sizes, dropout_rate=0.0, feed_forward_proj="gated-gelu", decoder_start_token_id=0, pad_token_id=0
+    )
+    groups = [["q", "k", "v"], ["wi_0", "wi_1"]]
+    model = tf.T5ForConditionalGeneration(config)
+    for layer in inject(model, [name for names in groups for name in names], rank=4).values():
+        nn.init.normal_(layer.lora_b, std=0.1)
+    single, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    assert len(stack(model, groups)) == 10
+    tokens = torch.arange(24).view(2, 12)
+    ranks = []
+    for _ in range(2):
+        results = []
+        for one in (model, single, exact):
+            loss = one(input_ids=tokens, labels=tokens).loss
+            ranks += [sorted(len(node.ranks) for node in nodes_of(loss))] if one is model else []
+            one.zero_grad()
+            loss.backward()
+            torch.optim.SGD(adapter_parameters(one), lr=0.0).step()
+            results.append([loss.detach(), *[p.grad for p in adapter_parameters(one)]])
+        assert_equal_to_rounding(*results)
+    # in cross-attention k and v read the encoder's output: q computed them in vain, and k then q and v
+    assert ranks == [[2] * 4 + [3] * 8, [2] * 6 + [3] * 4]
+    generated = [one.generate(input_ids=tokens, max_new_tokens=6, do_sample=False) for one in (model, single)]
+    assert torch.equal(*generated)
+
+
+@pytest.mark.parametrize("gates", ["host", "device"])
+def test_trainer_with_the_callback_trains_a_stacked_model_as_an_unstacked_one(gates, tmp_path):
+    pytest.importorskip("accelerate")
+    trainer = pytest.importorskip("tests.support.trainer")
+    from cotolora.integrations.transformers import CoToCallback
+
+    torch.manual_seed(0)
+    groups = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
+    single = trainer.llama()
+    for layer in inject(single, [name for names in groups for name in names], rank=4).values():
+        nn.init.normal_(layer.lora_b, std=0.05)
+    model = copy.deepcopy(single)
+    stack(model, groups)
+    trained = []
+    for one in (model, single):
+        callback = CoToCallback(gates=gates, seed=0, save=False)
+        trainer.trainer_of(one, tmp_path, callbacks=[callback]).train()
+        trained.append(trainer.weights(one))
+    for name, weight in trained[0].items():
+        torch.testing.assert_close(weight, trained[1][name], rtol=1e-4, atol=1e-5)
+
+
 def test_mistakes_are_refused_by_name():
     model, _ = pair()
     before = model[0].q._stack
