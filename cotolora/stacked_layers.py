@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from cotolora.backends.autograd import readable, without_autocast
-from cotolora.backends.choice import Plan, note_failure, stacked_plan
-from cotolora.backends.stacked import apply_stacked
+from cotolora.backends.choice import Plan, note_failure
+from cotolora.backends.stacked import apply_stacked, stacked_plan
 from cotolora.functional import autocast, planned
 from cotolora.linear import CoToLoRALinear
 from cotolora.operands import surely_right

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -176,54 +176,6 @@ def plan(backend: str | None, call: Call, options: Options, cast_to: torch.dtype
     return Plan(name, chosen, options, call, cast_to, fused, traced, instead, always_on, stacked)
 
 
-def stacked_plan(plans: Sequence[Plan]) -> Plan | None:
-    """How layers of these plans, each of which has `stacked`, are computed together; None if they cannot be.
-
-    Where auto has chosen backends for them that have no common way, it takes that which is fastest for all.
-    """
-    first, calls = plans[0], tuple(each.call for each in plans)
-    if all(each.stacked is first.stacked for each in plans) and _fits(first.stacked, calls):
-        return first
-    if requested(None)[0] not in ("auto", CAPTURED):
-        return None
-    captured = requested(None)[0] == CAPTURED or capturing(first.call)
-    name = _fastest_stacked(calls, architecture(first.call.device), captured)
-    if _failed.get(_kind(name, first.call)):
-        name = "addmm"
-    backends = first.call.variant.backends_for(first.call)
-    chosen, by_addmm = backends[name], Plan("addmm", backends["addmm"], first.options, first.call, first.cast_to)
-    if name != "addmm" and capturing(first.call):
-        chosen = chosen.when_captured()  # type: ignore[attr-defined]
-    way = chosen.stacked(first.call)  # type: ignore[attr-defined]
-    fused = name != "addmm"
-    return by_addmm._replace(
-        name=name, backend=chosen, fused=fused, instead=by_addmm if fused else None, stacked=way
-    )  # fmt: skip
-
-
-def _fits(way: Stacked | None, calls: Sequence[Call]) -> bool:
-    return way is not None and (way.most_ranks is None or sum(call.rank for call in calls) <= way.most_ranks)
-
-
-@functools.lru_cache(maxsize=4096)
-def _fastest_stacked(calls: tuple[Call, ...], arch: str, captured: bool) -> str:
-    """The name of the backend that computes such a group fastest by the roofline; vendor GEMMs unless another is."""
-    first = calls[0]
-    backends = first.variant.backends_for(first)
-    ways = [one.stacked(first) for one in backends.values() if hasattr(one, "stacked")]
-    ways = [way for way in ways if _fits(way, calls)]
-    if arch not in cost.MACHINES or first.dtype.itemsize == 4:
-        return "addmm"
-    times = {
-        way.name: cost.seconds(
-            way.launches(calls), first.dtype.itemsize, cost.MACHINES[arch], captured=captured, backward=first.backward
-        )
-        for way in ways
-    }
-    name = min(times, key=lambda name: times[name])
-    return name if times["addmm"] / times[name] >= CLEAR_WIN else "addmm"
-
-
 def choose(backend: str | None, call: Call) -> str:
     """What runs a call: "reference", "addmm" or "triton:" and a form.
 
@@ -271,7 +223,7 @@ def auto(call: Call, *, captured: bool = False) -> tuple[str, str]:
     if call.rows is None:
         return "addmm", "the number of rows is not known beforehand"
     name, reason = _cached_fastest(call, captured or capturing(call))
-    if error := _failed.get(_kind(name, call)):
+    if error := why_failed(name, call):
         return "addmm", f"the fused {name.removeprefix('triton:')} has failed in this process: {error}"
     return name, reason
 
@@ -386,6 +338,11 @@ _unprepared: set[tuple[Any, ...]] = set()
 def _kind(name: str, call: Call) -> tuple[Any, ...]:
     """What of a call decides whether its kernels can be compiled and loaded."""
     return name, call.dtype, call.rank, call.variant.name, bool(call.dropout)
+
+
+def why_failed(name: str, call: Call) -> str | None:
+    """The error with which the kernels of a backend have failed for such calls; None if they have not."""
+    return _failed.get(_kind(name, call))
 
 
 def keep(kind: tuple[object, ...], kept: Plan) -> None:

@@ -1,15 +1,75 @@
-"""The autograd Function of layers that read one x."""
+"""Layers that read one x: by which backend they are computed together, and their autograd Function."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cotolora.backends import cost
 from cotolora.backends.autograd import differentiable_once
-from cotolora.backends.choice import Plan, note_failure
+from cotolora.backends.choice import (
+    CAPTURED,
+    CLEAR_WIN,
+    Plan,
+    architecture,
+    capturing,
+    note_failure,
+    requested,
+    why_failed,
+)
+from cotolora.backends.types import Call, Stacked
+
+
+def stacked_plan(plans: Sequence[Plan]) -> Plan | None:
+    """How layers of these plans, each of which has `stacked`, are computed together; None if they cannot be.
+
+    Where auto has chosen backends for them that have no common way, it takes that which is fastest for all.
+    """
+    first, calls = plans[0], tuple(each.call for each in plans)
+    if all(each.stacked is first.stacked for each in plans) and _fits(first.stacked, calls):
+        return first
+    if requested(None)[0] not in ("auto", CAPTURED):
+        return None
+    captured = requested(None)[0] == CAPTURED or capturing(first.call)
+    name = _fastest_stacked(calls, architecture(first.call.device), captured)
+    if why_failed(name, first.call):
+        name = "addmm"
+    backends = first.call.variant.backends_for(first.call)
+    chosen, by_addmm = backends[name], Plan("addmm", backends["addmm"], first.options, first.call, first.cast_to)
+    if name != "addmm" and capturing(first.call):
+        chosen = chosen.when_captured()  # type: ignore[attr-defined]
+    way = chosen.stacked(first.call)  # type: ignore[attr-defined]
+    fused = name != "addmm"
+    return by_addmm._replace(
+        name=name, backend=chosen, fused=fused, instead=by_addmm if fused else None, stacked=way
+    )  # fmt: skip
+
+
+def _fits(way: Stacked | None, calls: Sequence[Call]) -> bool:
+    return way is not None and (way.most_ranks is None or sum(call.rank for call in calls) <= way.most_ranks)
+
+
+@functools.lru_cache(maxsize=4096)
+def _fastest_stacked(calls: tuple[Call, ...], arch: str, captured: bool) -> str:
+    """The name of the backend that computes such a group fastest by the roofline; vendor GEMMs unless another is."""
+    first = calls[0]
+    backends = first.variant.backends_for(first)
+    ways = [one.stacked(first) for one in backends.values() if hasattr(one, "stacked")]
+    ways = [way for way in ways if _fits(way, calls)]
+    if arch not in cost.MACHINES or first.dtype.itemsize == 4:
+        return "addmm"
+    times = {
+        way.name: cost.seconds(
+            way.launches(calls), first.dtype.itemsize, cost.MACHINES[arch], captured=captured, backward=first.backward
+        )
+        for way in ways
+    }
+    name = min(times, key=lambda name: times[name])
+    return name if times["addmm"] / times[name] >= CLEAR_WIN else "addmm"
 
 
 class StackedLinear(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch
 
 import cotolora
 from cotolora import adapter_mask, adapter_parameters, adapters
-from cotolora.backends import choice
+from cotolora.backends import choice, stacked
 from cotolora.backends.fused import stacked as fused
 from cotolora.backends.fused.common import has_triton
 from cotolora.backends.types import NotPreparedError, Options, Sizes
@@ -260,10 +260,10 @@ def plans_of(sizes, names, rank=16, rows=8192):
 
 
 def chosen(plans, arch, monkeypatch, name="auto"):
-    monkeypatch.setattr(choice, "architecture", lambda device: arch)
-    monkeypatch.setattr(choice, "capturing", lambda call: False)
+    monkeypatch.setattr(stacked, "architecture", lambda device: arch)
+    monkeypatch.setattr(stacked, "capturing", lambda call: False)
     with cotolora.set_backend(name):
-        return choice.stacked_plan(plans)
+        return stacked.stacked_plan(plans)
 
 
 def test_layers_of_one_way_keep_it(monkeypatch):
@@ -277,7 +277,7 @@ def test_layers_of_one_way_keep_it(monkeypatch):
 def test_layers_of_several_ways_take_the_fastest_for_all(monkeypatch):
     plans = plans_of((4096, 1024, 1024), ["addmm", "triton:low_rank_gemm", "triton:low_rank_gemm"])
     found = chosen(plans, "sm_90", monkeypatch)
-    expected = choice._fastest_stacked(tuple(plan.call for plan in plans), "sm_90", False)
+    expected = stacked._fastest_stacked(tuple(plan.call for plan in plans), "sm_90", False)
     assert found.stacked.name == found.name == expected
     assert (found.instead is not None) is (expected != "addmm")
     assert chosen(plans, "generic", monkeypatch).name == "addmm"
@@ -292,7 +292,7 @@ def test_more_ranks_than_the_kernels_are_made_for_are_left_to_vendor_gemms(monke
 
 def test_a_form_that_has_failed_is_not_chosen_for_a_group(monkeypatch):
     plans = plans_of((4096, 1024), ["addmm", "triton:low_rank_gemm"])
-    monkeypatch.setattr(choice, "_fastest_stacked", lambda *_: "triton:low_rank_gemm")
+    monkeypatch.setattr(stacked, "_fastest_stacked", lambda *_: "triton:low_rank_gemm")
     assert chosen(plans, "sm_90", monkeypatch).name == "triton:low_rank_gemm"
     monkeypatch.setattr(choice, "_failed", {choice._kind("triton:low_rank_gemm", plans[0].call): "broken"})
     assert chosen(plans, "sm_90", monkeypatch).name == "addmm"
