@@ -6,7 +6,8 @@ Whole blocks of transformers, attention, norms and activations included, forward
 timed twice, under two names, which shows what a ratio is worth. Stacked results are held to unstacked ones, by their
 errors against float64, before they are timed.
 
-The second table counts what the groups of a Llama-3-8B launch and move on 8192 rows in bfloat16, as `launches` does.
+The second table counts what the groups of a Llama-3-8B launch and move on 8192 rows in bfloat16, as `launches` does: by
+vendor GEMMs, under gates on a device, and, unless TRITON_INTERPRET is set, by the fused kernels.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from triton import knobs
 
 import cotolora
 from benchmarks import clock, launches, report
@@ -121,24 +123,38 @@ class Group(nn.Module):
         return [linear(x) for linear in self.linears]
 
 
+WAYS = {  # backend, and whether every gate is a tensor on the device
+    "addmm": ("addmm", False), "addmm, device gates": ("addmm", True), "low_rank_gemm": ("triton:low_rank_gemm", False),
+    "low_rank_gemm, device gates": ("triton:low_rank_gemm", True), "pre_expand": ("triton:pre_expand", False),
+}  # fmt: skip
+
+
 def counted(name: str) -> list[dict[str, Any]]:
-    """Launches and bytes of a group, forward and backward: frozen, unstacked and stacked."""
-    features, sizes = 4096, GROUPS[name]
-    rows = []
-    for who in (FROZEN, SINGLE, STACKED):
-        group = Group(features, sizes).requires_grad_(False)
-        if who != FROZEN:
-            for layer in cotolora.inject(group, rank=16).values():
-                layer.lora_a.data, layer.lora_b.data = layer.lora_a.to(COUNTED), layer.lora_b.to(COUNTED)
-        if who == STACKED:
-            cotolora.stack(group, [[f"linears.{i}" for i in range(len(sizes))]])
-        x = torch.empty(8192, features, device="meta", dtype=COUNTED, requires_grad=True)
-        with launches.as_on_gpu(), cotolora.set_backend("addmm"), launches.Counter(x) as counter:
-            ys = group(x)
-            torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
-        moved = launches.bytes_of(counter.kernels)
-        rows.append({"contender": who, "group": name, "launches": len(counter.kernels), "bytes": moved})
+    """Launches and bytes of a group, forward and backward: frozen, and unstacked and stacked in every way."""
+    rows = [_count(name, FROZEN, "addmm", False, False)]
+    for way, (backend, gated) in WAYS.items():
+        if backend != "addmm" and knobs.runtime.interpret:
+            continue  # kernels that are interpreted are never launched
+        for who in (SINGLE, STACKED):
+            rows.append(_count(name, f"{way}, {who}", backend, gated, who == STACKED))
     return rows
+
+
+def _count(name: str, who: str, backend: str, gated: bool, stacked: bool) -> dict[str, Any]:
+    features, sizes = 4096, GROUPS[name]
+    group = Group(features, sizes).requires_grad_(False)
+    for layer in cotolora.inject(group, rank=16).values() if who != FROZEN else ():
+        layer.lora_a.data, layer.lora_b.data = layer.lora_a.to(COUNTED), layer.lora_b.to(COUNTED)
+        if gated:
+            layer.gate = torch.ones((), dtype=torch.int32, device="meta")
+    if stacked:
+        cotolora.stack(group, [[f"linears.{i}" for i in range(len(sizes))]])
+    x = torch.empty(8192, features, device="meta", dtype=COUNTED, requires_grad=True)
+    with launches.as_on_gpu(), cotolora.set_backend(backend), launches.Counter(x) as counter:
+        ys = group(x)
+        torch.autograd.backward(ys, [torch.empty_like(y) for y in ys])
+    moved = launches.bytes_of(counter.kernels)
+    return {"contender": who, "group": name, "launches": len(counter.kernels), "bytes": moved}
 
 
 def count_table(result: Result) -> str:

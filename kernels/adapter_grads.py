@@ -324,6 +324,17 @@ def adapter_grads(
     return p, da, None if db_sum is None else db_sum.out, None if dm_sum is None else dm_sum.out[0]
 
 
+def factor_grad(x: Tensor, p: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``dA = pᵀ x`` alone, over the rows that are on: ``x [M, K]``, ``p [M, R]`` → ``[R, K]`` in `dtype`, contiguous.
+
+    R may be any number; 1 or 2 launches.
+    """
+    da, _ = gram(x, p, gate, 1.0, dtype, transposed=True)
+    for one in unfinished(da):
+        sum_partials(one)
+    return da.out.T
+
+
 def unfinished(*sums: Sum | None) -> list[Sum]:
     """Those that still have several parts to add up."""
     return [one for one in sums if one is not None and one.partials.shape[0] > 1]

@@ -171,6 +171,8 @@ def plan(backend: str | None, call: Call, options: Options, cast_to: torch.dtype
     if call.backward and not traced and hasattr(chosen, "always_on"):
         always_on = chosen.always_on(call)  # type: ignore[union-attr]
     stacked = None if traced or not hasattr(chosen, "stacked") else chosen.stacked(call)  # type: ignore[union-attr]
+    if stacked is not None and requested(backend)[0].startswith("triton:") and stacked.name != name:
+        stacked = None  # a form that was asked for by name does not give way to another
     return Plan(name, chosen, options, call, cast_to, fused, traced, instead, always_on, stacked)
 
 
@@ -221,7 +223,7 @@ def auto(call: Call, *, captured: bool = False) -> tuple[str, str]:
     if call.rows is None:
         return "addmm", "the number of rows is not known beforehand"
     name, reason = _cached_fastest(call, captured or capturing(call))
-    if error := _failed.get(_kind(name, call)):
+    if error := why_failed(name, call):
         return "addmm", f"the fused {name.removeprefix('triton:')} has failed in this process: {error}"
     return name, reason
 
@@ -336,6 +338,11 @@ _unprepared: set[tuple[Any, ...]] = set()
 def _kind(name: str, call: Call) -> tuple[Any, ...]:
     """What of a call decides whether its kernels can be compiled and loaded."""
     return name, call.dtype, call.rank, call.variant.name, bool(call.dropout)
+
+
+def why_failed(name: str, call: Call) -> str | None:
+    """The error with which the kernels of a backend have failed for such calls; None if they have not."""
+    return _failed.get(_kind(name, call))
 
 
 def keep(kind: tuple[object, ...], kept: Plan) -> None:

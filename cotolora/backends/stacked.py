@@ -1,31 +1,92 @@
-"""The autograd Function of layers that read one x."""
+"""Layers that read one x: by which backend they are computed together, and their autograd Function."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cotolora.backends import cost
 from cotolora.backends.autograd import differentiable_once
-from cotolora.backends.types import Stacked
+from cotolora.backends.choice import (
+    CAPTURED,
+    CLEAR_WIN,
+    Plan,
+    architecture,
+    capturing,
+    note_failure,
+    requested,
+    why_failed,
+)
+from cotolora.backends.types import Call, Stacked
+
+
+def stacked_plan(plans: Sequence[Plan]) -> Plan | None:
+    """How layers of these plans, each of which has `stacked`, are computed together; None if they cannot be.
+
+    Where auto has chosen backends for them that have no common way, it takes that which is fastest for all.
+    """
+    first, calls = plans[0], tuple(each.call for each in plans)
+    if all(each.stacked is first.stacked for each in plans) and _fits(first.stacked, calls):
+        return first
+    if requested(None)[0] not in ("auto", CAPTURED):
+        return None
+    captured = requested(None)[0] == CAPTURED or capturing(first.call)
+    name = _fastest_stacked(calls, architecture(first.call.device), captured)
+    if why_failed(name, first.call):
+        name = "addmm"
+    backends = first.call.variant.backends_for(first.call)
+    chosen, by_addmm = backends[name], Plan("addmm", backends["addmm"], first.options, first.call, first.cast_to)
+    if name != "addmm" and capturing(first.call):
+        chosen = chosen.when_captured()  # type: ignore[attr-defined]
+    way = chosen.stacked(first.call)  # type: ignore[attr-defined]
+    fused = name != "addmm"
+    return by_addmm._replace(
+        name=name, backend=chosen, fused=fused, instead=by_addmm if fused else None, stacked=way
+    )  # fmt: skip
+
+
+def _fits(way: Stacked | None, calls: Sequence[Call]) -> bool:
+    return way is not None and (way.most_ranks is None or sum(call.rank for call in calls) <= way.most_ranks)
+
+
+@functools.lru_cache(maxsize=4096)
+def _fastest_stacked(calls: tuple[Call, ...], arch: str, captured: bool) -> str:
+    """The name of the backend that computes such a group fastest by the roofline; vendor GEMMs unless another is."""
+    first = calls[0]
+    backends = first.variant.backends_for(first)
+    ways = [one.stacked(first) for one in backends.values() if hasattr(one, "stacked")]
+    ways = [way for way in ways if _fits(way, calls)]
+    if arch not in cost.MACHINES or first.dtype.itemsize == 4:
+        return "addmm"
+    times = {
+        way.name: cost.seconds(
+            way.launches(calls), first.dtype.itemsize, cost.MACHINES[arch], captured=captured, backward=first.backward
+        )
+        for way in ways
+    }
+    name = min(times, key=lambda name: times[name])
+    return name if times["addmm"] / times[name] >= CLEAR_WIN else "addmm"
 
 
 class StackedLinear(torch.autograd.Function):
-    """What several layers make of one x, by a backend's `Stacked`. `layers` are W, bias, A and B of each in turn."""
+    """What several layers make of one x, by the `stacked` of a plan. `layers`: W, bias, A, B and the gate of each."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, way: Stacked, name: str, scale: float, x: Tensor, *layers: Tensor | None
+        ctx: Any, plan: Plan, x: Tensor, *layers: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Each layer's y."""
-        weights, biases, factors, b = layers[::4], layers[1::4], layers[2::4], layers[3::4]
-        outputs, a, h = way.forward(x, weights, biases, factors, b, scale)  # type: ignore[arg-type]
-        ctx.way, ctx.name, ctx.scale, ctx.ranks = way, name, scale, [one.shape[1] for one in b]  # type: ignore[union-attr]
+        assert plan.stacked is not None
+        weights, biases, factors, b, gates = (layers[i::5] for i in range(5))
+        outputs, a, h = plan.stacked.forward(x, weights, biases, factors, b, gates, plan.options.scale)
+        ctx.plan, ctx.ranks = plan, [one.shape[1] for one in b]  # type: ignore[union-attr]
         ctx.set_materialize_grads(False)
         # each A goes along by reference, for its second derivative to be noticed
-        ctx.save_for_backward(x, a, h, *b, *factors, *(weights if x.requires_grad else ()))
+        ctx.save_for_backward(x, a, h, *gates, *b, *factors, *(weights if x.requires_grad else ()))
         return tuple(y.detach() if y._is_view() else y for y in outputs)
 
     @staticmethod
@@ -33,23 +94,35 @@ class StackedLinear(torch.autograd.Function):
         """The gradients of x and of each A and B, which raise if they are differentiated."""
         given = [dy for dy in dys if dy is not None]
         if not given:
-            return (None,) * (4 + 4 * len(dys))
-        return differentiable_once(lambda ctx, _: _gradients(ctx, dys), ctx, given[0], ctx.name, *given[1:])
+            return (None,) * (2 + 5 * len(dys))
+        return differentiable_once(
+            lambda ctx, _: _gradients(ctx, dys), ctx, given[0], ctx.plan.stacked.name, *given[1:]
+        )
 
 
 def _gradients(ctx: Any, dys: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     x, a, h, *rest = ctx.saved_tensors
-    b, weights, ranks = rest[: len(dys)], rest[2 * len(dys) :], ctx.ranks
+    count, ranks = len(dys), ctx.ranks
+    gates, b, factors, weights = (rest[i * count : (i + 1) * count] for i in range(4))
     used = [i for i, dy in enumerate(dys) if dy is not None]
     if len(used) < len(dys):  # the loss does not depend on the others
         a = torch.cat(_of(used, a.split(ranks)))
         h = torch.cat(_of(used, h.split(ranks, 1)), 1)
-        dys, b, weights = _of(used, dys), _of(used, b), _of(used, weights) if weights else []  # type: ignore[assignment]
-    dx, da, db = ctx.way.backward(dys, x, weights, a, b, h, ctx.scale)
-    found: list[Tensor | None] = [None] * (4 * len(ranks))
+        dys, gates, b = _of(used, dys), _of(used, gates), _of(used, b)  # type: ignore[assignment]
+        weights = _of(used, weights) if weights else []
+    operands = dys, x, weights, a, b, h, gates, ctx.plan.options.scale, factors[0].dtype
+    way = ctx.plan.stacked
+    try:
+        dx, da, db = way.backward(*operands)
+    except Exception as error:
+        if ctx.plan.instead is None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        note_failure(ctx.plan, error)
+        dx, da, db = way.elsewhere(*operands)
+    found: list[Tensor | None] = [None] * (5 * count)
     for i, one_a, one_b in zip(used, da, db, strict=True):
-        found[4 * i + 2], found[4 * i + 3] = one_a, one_b
-    return None, None, None, dx, *found
+        found[5 * i + 2], found[5 * i + 3] = one_a, one_b
+    return None, dx, *found
 
 
 def _of(used: Sequence[int], these: Sequence[Any]) -> list[Any]:

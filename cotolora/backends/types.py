@@ -176,16 +176,25 @@ class NotPreparedError(RuntimeError):
 
 
 class Stacked(NamedTuple):
-    """A backend's forward and backward for several layers that read one x, of one scale, without a gate or dropout.
+    """A backend's forward and backward for several layers that read one x, of one scale and without dropout.
 
-    Only x and each A and B may have gradients.
+    Only x and each A and B may have gradients. Gates are as in `Options`, one for each layer.
 
-    forward: ``(x, weights, biases, factors A, bs, scale)`` to each y; A of all, in the dtype of x; and the h of all.
-    backward: ``(dys, x, weights, a of all, bs, h, scale)`` to dx, each dA and each dB; dx is None without weights.
+    name: the full name of the backend.
+    forward: ``(x, weights, biases, factors A, bs, gates, scale)`` to each y; A of all, in the dtype of x; and h of all.
+    backward: ``(dys, x, weights, a of all, bs, h, gates, scale, dtype of the factors)`` to dx, each dA and each dB; dx
+        is None without weights.
+    launches: for calls whose number of rows is known.
+    most_ranks: of all layers together; None for any.
+    elsewhere: the backward by vendor GEMMs of what the forward has left; None for those themselves.
     """
 
+    name: str
     forward: Callable[..., tuple[Sequence[Tensor], Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor | None, Sequence[Tensor], Sequence[Tensor]]]
+    launches: Callable[[Sequence[Call]], Launches]
+    most_ranks: int | None = None
+    elsewhere: Callable[..., tuple[Tensor | None, Sequence[Tensor], Sequence[Tensor]]] | None = None
 
 
 class AlwaysOn(NamedTuple):

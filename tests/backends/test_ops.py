@@ -131,6 +131,7 @@ def test_opcheck(gate, dropout, checks):
         "low_rank_gemm": (x, weight, bias, h, b, gate, seed, dropout),
         "expand": (h, a, dy @ dy.new_ones(5, 6), gate, seed, dropout),
         "adapter_grads": (dy, x, h, b, gate, seed, SCALE, dropout, torch.float32, torch.float16),
+        "gram": (x, h, gate, torch.float16),
         "row_norm": (weight, a, b, SCALE, None, bias, gate),
         "hira": (x, weight, bias, a, b, gate, seed, SCALE, dropout, True),
         "hira_grads": (dy, x, weight, a, b, gate, seed, SCALE, dropout, torch.float32, torch.float16),

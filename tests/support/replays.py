@@ -40,6 +40,7 @@ def calls(t, dropout):
     yield "expand", (h, a, None, gate, seed, dropout)
     yield "adapter_grads", (dy, x, h, b, gate, seed, SCALE, dropout, *floats)
     yield "adapter_grads", (dy, None, h, b, gate, seed, SCALE, dropout, *floats)
+    yield "gram", (x, h, gate, torch.float32)
     yield "hira", (x, weight, bias, a, b, gate, seed, SCALE, dropout, True)
     yield "hira_grads", (dy, x, weight, a, b, gate, seed, SCALE, dropout, *floats)
     if seed is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from cotolora.backends.addmm import lora as addmm
 from cotolora.backends.addmm.products import cast, flat, shaped_like
 from cotolora.backends.fused.common import Fused, drawn_seed, mask_of_x, repeatable
+from cotolora.backends.fused.stacked import STACKED
 from cotolora.backends.types import (
     Call,
     Gradients,
@@ -21,6 +22,7 @@ from cotolora.backends.types import (
     Operands,
     Options,
     Sizes,
+    Stacked,
     kept_by_lora,
 )
 
@@ -172,6 +174,12 @@ class FusedLora(Fused):
             ),
             saved_bytes,
         )
+
+    def stacked(self, call: Call) -> Stacked | None:
+        """Without dropout. one_pass computes h in its GEMM, where nothing can be shared: it gives way to another."""
+        if call.dropout:
+            return None
+        return STACKED["low_rank_gemm" if self.form == "one_pass" else self.form, self.only_prepared]
 
     def saved_elsewhere(self, saved: SavedFusedLora, dy: Tensor, options: Options) -> addmm.SavedLora:
         """See `saved_by_addmm`."""

@@ -38,6 +38,7 @@ SCHEMAS = {
     "adapter_grads": "(Tensor dy, Tensor? x, Tensor? h, Tensor? b, Tensor? gate, Tensor? seed, float scale, "
     "float dropout, ScalarType dtype_a, ScalarType dtype_b, Tensor? column_scale=None, Tensor? norm=None, "
     "Tensor? u=None, ScalarType? dtype_m=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "gram": "(Tensor x, Tensor p, Tensor? gate, ScalarType dtype) -> Tensor",
     "row_norm": "(Tensor weight, Tensor a, Tensor b, float scale, Tensor? norm, Tensor? magnitude, Tensor? gate) "
     "-> (Tensor, Tensor)",
     "hira": f"({FORWARD}, bool drops_input) -> Tensor",
@@ -129,6 +130,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
     "low_rank_gemm": (_low_rank_gemm, _low_rank_gemm_shapes),
     "expand": (_expand, lambda p, a, add, gate, seed, dropout: p.new_empty(p.shape[0], a.shape[1])),
     "adapter_grads": (_adapter_grads, _adapter_grads_shapes),
+    "gram": (grads.factor_grad, lambda x, p, gate, dtype: x.new_empty(p.shape[1], x.shape[1], dtype=dtype)),
     "row_norm": (norms.row_norm, _norm_shapes),
     "hira": (_hira, lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0])),
     "hira_grads": (_hira_grads, _factor_shapes),
