@@ -244,7 +244,7 @@ def test_bad_dropout_is_refused():
         dropout_stability(model, weighed, seed=-1)
     with (
         adapter_mask(model, [[True, False]]),
-        pytest.raises(ValueError, match=r"layers.0.q .* its enabled is a row mask"),
+        pytest.raises(ValueError, match=r"enabled of layers.0.q must be a bool.*; got a row mask"),
     ):
         dropout_stability(model, weighed)
     with adapter_mask(model, False), pytest.raises(ValueError, match="must have enabled adapters; Net has none"):

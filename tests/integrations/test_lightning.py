@@ -311,7 +311,7 @@ def test_validation_in_the_middle_sees_every_adapter(tmp_path):
 def test_bad_settings_are_named(tmp_path):
     with pytest.raises(ValueError, match="initial_p"):
         CoToLightningCallback(initial_p=2.0)
-    with pytest.raises(ValueError, match="schedule must come without seed"):
+    with pytest.raises(ValueError, match="schedule must not be combined with seed"):
         CoToLightningCallback(cotolora.Schedule(), seed=0)
     with pytest.raises(ValueError, match="max_steps or max_epochs"):
         trainer_of(tmp_path, CoToLightningCallback(), max_steps=-1, max_epochs=-1).fit(Task(), loader())

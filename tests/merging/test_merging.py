@@ -705,7 +705,7 @@ def test_ensemble_refuses():
 
 ONE, TWO = random_state(0), random_state(1)
 REFUSED = {
-    "none": (lambda: fuse([]), ValueError, "states must hold at least one; got none"),
+    "none": (lambda: fuse([]), ValueError, "states must hold at least one entry; got []"),
     "not-a-list": (lambda: mix("directory"), TypeError, "sequence of states; got one str"),
     "a-state": (lambda: mix(ONE), TypeError, "sequence of states; got one AdapterState"),
     "mapping": (lambda: fuse([{A: torch.ones(1, 2)}]), ValueError, "does not; use AdapterState.from_tensors"),

@@ -136,7 +136,7 @@ def test_a_key_that_takes_no_target_is_named_in_a_warning(pattern, saved, caplog
     with caplog.at_level(logging.WARNING, "cotolora"):
         load_adapter(base(), saved)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{pattern}: 'nowhere', 'head.*' take none of the targets, 'blocks.0.fc', 'blocks.1.fc', 'fc'"
+        f"{pattern}: 'nowhere', 'head.*' match none of the targets, 'blocks.0.fc', 'blocks.1.fc', 'fc'"
     ]
 
 
