@@ -72,7 +72,7 @@ def carry_attributes(source: nn.Module, target: nn.Module) -> tuple[str, ...]:
     return names
 
 
-def is_pefts(module: nn.Module) -> bool:
+def is_peft_module(module: nn.Module) -> bool:
     """Whether `module` is a layer, wrapper or model of PEFT; does not import PEFT."""
     kinds = (
         ("peft.tuners.tuners_utils", "BaseTunerLayer"),

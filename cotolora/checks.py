@@ -20,7 +20,7 @@ T = TypeVar("T")
 # the dtypes that a linear layer is computed in
 FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
-LARGEST = torch.finfo(torch.float32).max  # of a number that a float32 tensor is multiplied by
+LARGEST = torch.finfo(torch.float32).max  # the largest number that a float32 tensor can be multiplied by
 _INT64_END = 2**63  # the first integer that int64 cannot hold
 
 

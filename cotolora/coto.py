@@ -21,7 +21,7 @@ from cotolora.training.callers import AVERAGES, called_from
 from cotolora.training.entry import EntryHooks, entries_below
 from cotolora.training.notices import warn_of_disabled, warn_of_few_groups, warn_of_many_graphs, warn_of_stranger
 from cotolora.training.optimizer_state import support_missing_states
-from cotolora.training.reducer import OutputJoin, find_starved
+from cotolora.training.reducer import OutputJoin, find_grad_carriers
 from cotolora.training.stepping import CombinedHandle, register_before_step, unwrap_optimizer
 from cotolora.training.switches import LayerSwitch, PeftSwitch, Switch, modules_by_users_name, parameters_of, switches
 from cotolora.training.unreached import unwatch, warn_of_unreached, without_gradient
@@ -138,9 +138,9 @@ class CoTo:
         # explicitly on the CPU: the user may have set another default device
         self.mask = torch.ones(len(self.groups), dtype=torch.bool, device="cpu")
         self._optimizers: list[torch.optim.Optimizer] = []  # the attached ones
-        # a parameter of each attached optimizer that may have no gradient at all in this step
-        self._starved: list[nn.Parameter] = []
-        self._join = OutputJoin(self._parameters_by_use, self._is_masked, self._is_attached, self._starved_now)
+        # an unused parameter of each attached optimizer that might otherwise have no gradient in this step
+        self._grad_carriers: list[nn.Parameter] = []
+        self._join = OutputJoin(self._parameters_by_use, self._is_masked, self._is_attached, self._grad_carriers_now)
         modules = modules_by_users_name(model)
         blocks = group_names(self._layers, "layer", modules)
         parts = entries_below(modules, {name: key for key, names in blocks.items() for name in names})
@@ -230,7 +230,7 @@ class CoTo:
         unwatch(switch.layer for switch in self._layers.values())  # _before_optimizer_step watches them, by the mask
         before = register_before_step(optimizer, functools.partial(self._before_optimizer_step, optimizer))
         self._optimizers.append(optimizer)
-        self._find_starved()
+        self._find_grad_carriers()
         return CombinedHandle(
             before, *support_missing_states(optimizer), then=functools.partial(self._detach, optimizer)
         )
@@ -286,7 +286,7 @@ class CoTo:
         self._active = True
         for switch in self._layers.values():
             switch.install()
-        self._find_starved()
+        self._find_grad_carriers()
 
     def _take_over(self) -> None:
         """Makes this the CoTo of its layers; the mask of an earlier one no longer affects what an optimizer steps."""
@@ -297,7 +297,7 @@ class CoTo:
             _COTO_OF[switch.layer] = weakref.ref(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_optimizers": [], "_starved": []}  # a copy has no hooks on the optimizers
+        return {**self.__dict__, "_optimizers": [], "_grad_carriers": []}  # a copy has no hooks on the optimizers
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # the hooks of a copied model hold a copy of its CoTo
@@ -334,16 +334,18 @@ class CoTo:
     def _is_attached(self) -> bool:
         return bool(self._optimizers)
 
-    def _starved_now(self) -> list[nn.Parameter]:
-        return self._starved
+    def _grad_carriers_now(self) -> list[nn.Parameter]:
+        return self._grad_carriers
 
     def _detach(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizers.remove(optimizer)
-        self._find_starved()
+        self._find_grad_carriers()
 
-    def _find_starved(self) -> None:
+    def _find_grad_carriers(self) -> None:
         # once per step: in each forward it would take longer than the hooks
-        self._starved = find_starved(self._optimizers, self._parameters_by_use()[0]) if self._optimizers else []
+        self._grad_carriers = (
+            find_grad_carriers(self._optimizers, self._parameters_by_use()[0]) if self._optimizers else []
+        )
 
     def _before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         off: list[Switch] = []

@@ -13,7 +13,7 @@ from cotolora.linear import CoToLoRALinear
 
 logger = logging.getLogger("cotolora")
 
-LARGE = 0.5  # share of unreachable weights from which on to warn
+WARN_ABOVE = 0.5  # share of unreachable weights
 
 
 def warn_of_frozen_share(model: nn.Module) -> None:
@@ -23,7 +23,7 @@ def warn_of_frozen_share(model: nn.Module) -> None:
     """
     total, out_of_reach = _weights(model)
     frozen = sum(out_of_reach.values())
-    if frozen > LARGE * total:
+    if frozen > WARN_ABOVE * total:
         places = [name for name, _ in out_of_reach.most_common(4)]
         more = f" and {len(out_of_reach) - 4} more" if len(out_of_reach) > 4 else ""
         logger.warning(
@@ -38,7 +38,7 @@ def warn_of_frozen_share(model: nn.Module) -> None:
 
 
 def _weights(model: nn.Module) -> tuple[int, Counter[str]]:
-    """The number of weights, and of those that no adapter can reach by name, with * for the numbers of blocks."""
+    """The number of weights, and the number that no adapter can reach under each name; block numbers become *."""
     total, out_of_reach = 0, Counter[str]()
     embeddings = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
     # a weight that is tied to an embedding counts as part of it

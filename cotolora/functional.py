@@ -103,7 +103,7 @@ def coto_lora_linear(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: an argument has the wrong shape, value or device.
-        RuntimeError: the backend asked for by name cannot run this call; lists every reason.
+        RuntimeError: a backend requested by name cannot run this call; the message lists every reason.
 
     Source: LoRA, Hu et al. 2021, eq. 3 (arXiv:2106.09685); δ is the activation indicator of CoTo,
     Zhuang et al. 2025, section 3 (arXiv:2506.05713).
@@ -133,7 +133,7 @@ def coto_lora_linear(
                 values, weight, bias, lora_a, lora_b, gate=rows, backend=backend, **options
             )
         )  # fmt: skip
-    plan_for = planned_anew if torch.compiler.is_compiling() else planned
+    plan_for = new_plan if torch.compiler.is_compiling() else planned
     plan = plan_for(kind, x, lora_a.shape[0], weight.shape[1], weight.shape[0], scale, dropout, backend, None)
     return run(plan, x, weight, bias, lora_a, lora_b, extra, None if gate is True else gate)
 
@@ -198,7 +198,7 @@ def add_low_rank(
                 y.values(), values, lora_a, lora_b, gate=rows, backend=backend, **options
             )
         )  # fmt: skip
-    plan_for = planned_anew if torch.compiler.is_compiling() else planned
+    plan_for = new_plan if torch.compiler.is_compiling() else planned
     plan = plan_for(kind, x, lora_a.shape[0], x.shape[-1], y.shape[-1], scale, dropout, backend, y.dtype)
     return run(plan, x, None, None, lora_a, lora_b, extra, None if gate is True else gate, y)
 
@@ -250,7 +250,7 @@ def planned(
     backend: str | None = None,
     base_dtype: torch.dtype | None = None,
 ) -> Plan:
-    """The plan for such a call, cached by its properties. Not for a trace, which uses `planned_anew`.
+    """The plan for such a call, cached by its properties. Not for a trace, which uses `new_plan`.
 
     Raises:
         ValueError, RuntimeError: as `coto_lora_linear`, because of `backend`.
@@ -274,12 +274,12 @@ def planned(
         )
     found = choice.plans.get(key)
     if found is None:
-        found = planned_anew(kind, x, rank, in_features, out_features, scale, dropout, backend, base_dtype)
+        found = new_plan(kind, x, rank, in_features, out_features, scale, dropout, backend, base_dtype)
         choice.keep(key, found)
     return found
 
 
-def planned_anew(
+def new_plan(
     kind: Variant,
     x: Tensor,
     rank: int,

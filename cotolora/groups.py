@@ -200,7 +200,7 @@ def held_at(model: nn.Module) -> dict[nn.Module, list[str]]:
     return found
 
 
-def why_not_pefts(names: Collection[str]) -> str:
+def why_not_in_peft(names: Collection[str]) -> str:
     """Why PEFT cannot represent our adapter on a module in these places; empty if it can."""
     if len(names) < 2:
         return ""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cotolora import checks
-from cotolora.bases import is_pefts
+from cotolora.bases import is_peft_module
 from cotolora.coverage import warn_of_frozen_share
 from cotolora.groups import adapters, plain_name, unwrap, wrappers
 from cotolora.hooks import block_fast_path, hooks_of, move_hooks, replace_module, restore_fast_path, set_hooks
@@ -165,11 +165,11 @@ def install(
         undo.callback(disallow_training, model)
         allow_training(model)
         undo.pop_all()
-    settle(layers)
+    name_and_watch(layers)
     return layers
 
 
-def settle(layers: Mapping[str, CoToLoRALinear]) -> None:
+def name_and_watch(layers: Mapping[str, CoToLoRALinear]) -> None:
     """Tells the layers of a model their names in it, and watches whether they receive gradients."""
     told: set[str] = set()
     for name, layer in layers.items():
@@ -229,7 +229,7 @@ def plain_model(model: nn.Module) -> nn.Module:
     """`model` without its wrappers; raises ValueError unless it can get adapters."""
     if existing := adapters(model):
         raise ValueError(f"model must have no adapters yet; it has {len(existing)} (eject them first)")
-    if pefts := next(((name, module) for name, module in model.named_modules() if is_pefts(module)), None):
+    if pefts := next(((name, module) for name, module in model.named_modules() if is_peft_module(module)), None):
         name, module = pefts
         raise ValueError(
             f"model must hold no PEFT modules; {plain_name(name) or 'it'} is a PEFT {type(module).__name__}: call "

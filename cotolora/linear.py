@@ -102,7 +102,7 @@ class CoToLoRALinear(MergeableWeights):
         super().__init__()
         self.in_features = size("in_features", in_features)
         self.out_features = size("out_features", out_features)
-        self._settle(AdapterSpec(rank, alpha, dropout, use_rslora, variant, init))
+        self._apply_spec(AdapterSpec(rank, alpha, dropout, use_rslora, variant, init))
         dtype = None if dtype is None else floating_dtype("dtype", dtype)
         device, bias = None if device is None else device_here("device", device), flag("bias", bias)
         sizes = self.in_features, self.out_features
@@ -152,7 +152,7 @@ class CoToLoRALinear(MergeableWeights):
         layer = kind.__new__(kind)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = features(linear)
-        layer._settle(spec)
+        layer._apply_spec(spec)
         if dense is None:
             layer._hold_base(linear)
         else:

@@ -39,7 +39,7 @@ class LowRankParameters(nn.Module):
     _name = ""  # the layer's name in the model that `inject` put it into
     _stack: Any = None  # set by `cotolora.stack`
 
-    def _settle(self, spec: AdapterSpec) -> None:
+    def _apply_spec(self, spec: AdapterSpec) -> None:
         spec.check_sizes(self.in_features, self.out_features)
         self.rank, self.alpha, self.dropout = spec.rank, spec.alpha, spec.dropout
         self.use_rslora, self.variant, self.init = spec.use_rslora, spec.variant, spec.init

@@ -168,7 +168,7 @@ def best(shapley: Shapley, count: int) -> Callable[[str], bool]:
         TypeError: `shapley` is not a Shapley.
         ValueError: `count` is not an integer from 1 to the number of groups.
     """
-    n = len(instance("shapley", shapley, Shapley, "what shapley_values gives").groups)
+    n = len(instance("shapley", shapley, Shapley, "a Shapley, as shapley_values returns it").groups)
     count = integer("count", count, 1, n + 1, must=f"an integer from 1 to {n}, the number of groups")
     order = shapley.values.argsort(descending=True, stable=True)[:count].tolist()
     groups = list(shapley.groups.values())
@@ -281,7 +281,7 @@ def _kept(names: list[str], keep: Keep, named: Mapping[Hashable, list[str]]) -> 
         }
     if callable(keep):
         keeps = function("keep", keep, _MUST_KEEP)
-        return {name for name in names if _truth(keeps(name))}
+        return {name for name in names if _as_bool(keeps(name))}
     if isinstance(keep, str):
         checked_names("keep", keep)
     # the adapters that each name, or the one expression, matches
@@ -299,7 +299,7 @@ def _kept(names: list[str], keep: Keep, named: Mapping[Hashable, list[str]]) -> 
     return set().union(*taken.values())
 
 
-def _truth(kept: object) -> bool:
+def _as_bool(kept: object) -> bool:
     try:
         return bool(kept)
     except Exception:  # a value without a truth value, such as a tensor with several entries

@@ -151,7 +151,7 @@ def shapley_values(
     >>> shapley_values(model, gloves, method="exact").values
     tensor([0.1667, 0.1667, 0.6667], dtype=torch.float64)
     """
-    layers = _playable(model)
+    layers = _player_layers(model)
     samples, seed = _checked_arguments(score, method, samples, seed)
     groups = group_names(layers, unit, modules_of(model))
     n = len(groups)
@@ -323,7 +323,7 @@ def _checked_output(output: Any, rows: int) -> Any:
     return output
 
 
-def _playable(model: nn.Module) -> dict[str, CoToLoRALinear]:
+def _player_layers(model: nn.Module) -> dict[str, CoToLoRALinear]:
     layers = unmerged_adapters(model)
     if masked := [name for name, x in layers.items() if isinstance(x.enabled, Tensor) and x.enabled.dim()]:
         raise ValueError(f"model must have no adapter whose enabled is a row mask; got row masks on {masked}")

@@ -46,7 +46,7 @@ class LowRankLinear(torch.autograd.Function):
         y, saved, plan = compute(plan, operands, None if gate_is_open else gate, needs)
         ctx.state = plan, type(saved), needs, for_base, gate_is_open
         # the extra tensors are saved too, so that a second differentiation with respect to them is detected
-        ctx.save_for_backward(gate, _trace_of(x) if hides_x else None, *extra, *saved)
+        ctx.save_for_backward(gate, _link_to(x) if hides_x else None, *extra, *saved)
         # autograd forbids writing in place to a view made in a Function, such as a y of three dimensions
         return y if plan.traced or not y._is_view() else y.detach()
 
@@ -156,7 +156,7 @@ def differentiable_once(
     return tuple(dy if g is dy else m for g, m in zip(found, marked, strict=True))
 
 
-def _trace_of(x: Tensor) -> Tensor | None:
+def _link_to(x: Tensor) -> Tensor | None:
     """An empty slice of x, which connects a backward to x in the graph if x itself is not saved, as without dA."""
     if torch.compiler.is_compiling():
         return None

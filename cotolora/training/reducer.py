@@ -34,8 +34,7 @@ class OutputJoin:
         masked: returns whether a gate makes any adapter inactive that would otherwise train.
         drops_zeros: returns whether optimizer steps ignore the gradients of unused parameters. If so these gradients
             are zeros instead of None, because GradScaler raises if an optimizer has no gradient at all.
-        starved: returns one unused parameter for each optimizer that may otherwise have no gradient although the
-            output has a graph.
+        grad_carriers: returns one unused parameter for each optimizer that might otherwise have no gradient at all.
     """
 
     def __init__(
@@ -43,10 +42,10 @@ class OutputJoin:
         parameters: Callable[[], tuple[list[nn.Parameter], list[nn.Parameter]]],
         masked: Callable[[], bool],
         drops_zeros: Callable[[], bool],
-        starved: Callable[[], list[nn.Parameter]],
+        grad_carriers: Callable[[], list[nn.Parameter]],
     ) -> None:
         self._parameters, self._masked, self._drops_zeros = parameters, masked, drops_zeros
-        self._starved = starved
+        self._grad_carriers = grad_carriers
         self._warned = False
         # whether the output depended on a parameter when a forward used it for the first time
         self._reached: dict[nn.Parameter, bool] = {}
@@ -64,8 +63,8 @@ class OutputJoin:
         found = tensors_in(output, deep=loss is None)
         tensors = [tensor for tensor in found if tensor.is_floating_point() or tensor.is_complex()]
         without_graph = _without_graph(tensors, loss)
-        starved = self._starved()
-        if tensors and not without_graph and not reducer and not starved:
+        grad_carriers = self._grad_carriers()
+        if tensors and not without_graph and not reducer and not grad_carriers:
             return None  # the usual case
         # torch.func transforms use no reducer and reject this kind of Function; a jit trace with one cannot be saved
         if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
@@ -77,20 +76,20 @@ class OutputJoin:
         if reducer:
             unused += self._unreached(used, tensors)
         elif tensors and not without_graph:
-            unused = starved
+            unused = grad_carriers
         if not unused:
             return None
         if not tensors:
             self._warn(output)
             return None
-        chosen = [tensor for tensor in tensors if tensor.requires_grad] if reducer or starved else []
+        chosen = [tensor for tensor in tensors if tensor.requires_grad] if reducer or grad_carriers else []
         chosen += without_graph if masked else []
         # by id: a tensor in two places must stay one tensor, so that writing to it in place affects both
         by_id = {id(tensor): tensor for tensor in chosen}
         if not by_id:
             return None
         zeros = reducer or self._drops_zeros()
-        if starved and not reducer:
+        if grad_carriers and not reducer:
             # one node per output: with a shared node, outputs that the loss does not use would pass on zeros
             results = {key: _Join.apply(1, zeros, tensor, *unused)[0] for key, tensor in by_id.items()}
         else:
@@ -119,8 +118,10 @@ class OutputJoin:
             self._warned = True
 
 
-def find_starved(optimizers: Sequence[torch.optim.Optimizer], unused: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """One of the `unused` parameters for each of `optimizers` that may have no parameter with a gradient.
+def find_grad_carriers(
+    optimizers: Sequence[torch.optim.Optimizer], unused: Sequence[nn.Parameter]
+) -> list[nn.Parameter]:
+    """One `unused` parameter, to carry a gradient, for each of `optimizers` that may have no other parameter with one.
 
     A single optimizer may have none if all its parameters are `unused`; each of several may, because the loss may
     depend only on parameters of the others.

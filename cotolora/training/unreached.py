@@ -49,7 +49,7 @@ def warn_of_unreached(names: Collection[str]) -> None:
 def watch(layers: Mapping[str, nn.Module]) -> None:
     """Checks each of `layers` (by name) once, after the first step of an optimizer that trains it while it is active.
 
-    Uses a global optimizer hook and no module hooks, so forwards are not slowed down.
+    Uses a global optimizer hook and no module hooks, so nothing is added to a forward.
     """
     _watched.update({layer: name for name, layer in layers.items()})
     _register_step_hook()

@@ -294,7 +294,7 @@ def test_lightnings_weight_averaging_averages_the_adapters(tmp_path):
         torch.testing.assert_close(weight, torch.stack(steps).mean(0))
     trainer = trainer_of(tmp_path, CoToLightningCallback(gates="device"))
     trainer.callbacks.append(averaging())
-    with pytest.raises(ValueError, match="gates must be 'host' beside a WeightAveraging"):
+    with pytest.raises(ValueError, match="gates must be 'host' with a WeightAveraging"):
         trainer.fit(Task(), loader())
 
 

@@ -140,7 +140,7 @@ def test_a_module_under_two_names_and_its_hooks_stay_one(caplog):
     handle = base.layers[0][0].register_forward_hook(lambda *_: seen.append(1))
     expected = output(base)
     back = to_peft(base)
-    assert "several places of the model; from its files PEFT adapts the first alone: layers.0.0" in caplog.text
+    assert "several places of the model, but PEFT will load its files into the first only: layers.0.0" in caplog.text
     torch.testing.assert_close(output(back), expected, rtol=1e-6, atol=1e-7)
     again = from_peft(back)
     assert again.layers[2][0] is again.layers[0][0]
@@ -246,7 +246,7 @@ UNCONVERTIBLE = {
     "embedding": (with_embedding, r"model\.0 must .* peft.tuners.lora.layer.Embedding"),
     "quantised": (lambda: lora(quantised), r"layers.1.0 .* its base must be an nn.Linear .*; got FourBit"),
     "merged": (merged, r"layers.0.0 .* merged; call unmerge_adapter"),
-    "held-by-coto": (held, r"model must not be driven by a CoTo; call its finish"),
+    "held-by-coto": (held, r"model must not be switched by a CoTo; call the finish"),
     "hooked-base": (hooked_base, r"layers.0.0 .* base layer has hooks"),
     "disabled-module-to-save": (disabled_head, r"layers.3.0 .* modules_to_save and disabled"),
     "trainable-tokens": (with_tokens, r"embed_tokens .* TrainableTokensWrapper"),
@@ -284,7 +284,7 @@ def changed(name, value):
     [
         (mlp, "Net has none"),
         (lambda: changed("merge", CoToLoRALinear.merge), "layers.2.0 .* merged; call its unmerge"),
-        (lambda: changed("enabled", torch.tensor([True, False])), "layers.2.0 .* enabled by rows"),
+        (lambda: changed("enabled", torch.tensor([True, False])), "layers.2.0 .* its enabled is a row mask"),
         (lambda: changed("gate", False), "layers.2.0 .* its gate is off"),
         (lambda: changed("gate", torch.tensor(0)), "layers.2.0 .* its gate is off"),
         (lambda: changed("variant", "dora"), "layers.2.0 .* it is of variant 'dora'"),
@@ -322,7 +322,7 @@ def test_a_failure_inside_peft_leaves_our_model_as_it_was(monkeypatch):
 def test_a_model_that_coto_drives_is_not_given_to_peft():
     model = injected()
     coto = CoTo(model, 10, initial_p=1.0)
-    with pytest.raises(ValueError, match="must not be driven by a CoTo; call its finish"):
+    with pytest.raises(ValueError, match="must not be switched by a CoTo; call the finish"):
         to_peft(model)
     coto.finish()
     assert isinstance(to_peft(model), peft.PeftModel)

@@ -65,7 +65,7 @@ class HiraByAddmm:
         on, _, by_row = switch(gate, x)
         a, b = cast(a, x.dtype), cast(b, x.dtype)
         kept = kept_by_hira(operands, needs)
-        if not dropout and _one_weight_serves(weight, by_row):
+        if not dropout and _one_gemm_suffices(weight, by_row):
             refuse_nested(x)  # F.linear supports nested tensors, but the backward does not
             return F.linear(x, _whole_weight(weight, a, b, scale, on), bias), SavedHira(*kept, None)
         y = F.linear(x, weight, bias).contiguous()
@@ -107,7 +107,7 @@ class HiraByAddmm:
                 da = None if da is None else select(any_on, da)
                 db = None if db is None else select(any_on, db)
         if needs.x and weight is not None:
-            if keep is None and _one_weight_serves(weight, by_row):
+            if keep is None and _one_gemm_suffices(weight, by_row):
                 dx = rows @ _whole_weight(weight, a, b, scale, on)
             else:
                 update = select(on, on_rows @ _update(weight, a, b, scale))
@@ -164,7 +164,7 @@ def _of_factors(
     return da, torch.cat(parts) if parts else None
 
 
-def _one_weight_serves(weight: Tensor, by_row: Tensor | None) -> bool:
+def _one_gemm_suffices(weight: Tensor, by_row: Tensor | None) -> bool:
     """Whether all rows have the same weight, and its dtype is precise enough for ``1 + scale · B A``."""
     return by_row is None and weight.dtype.itemsize >= 4
 

@@ -16,6 +16,7 @@ from cotolora.backends.addmm.products import (
     dropped_out,
     flat,
     ignored_by_addmm,
+    is_known_finite,
     masked,
     scaled_product,
     select,
@@ -24,7 +25,6 @@ from cotolora.backends.addmm.products import (
     times,
     transposed_times,
     transposing_is_faster,
-    zero_times_is_zero,
 )
 from cotolora.backends.addmm.stacked import STACKED
 from cotolora.backends.types import AlwaysOn, Call, Gradients, Launch, Launches, Needs, Operands, Options, Stacked
@@ -88,7 +88,7 @@ class LoraByAddmm:
         if gate is not None:
             on, one, by_row = switch(gate, y)
             h, b_cast = select(on, h), select(one, b_cast)
-        if by_row is not None and not zero_times_is_zero(b_cast):
+        if by_row is not None and not is_known_finite(b_cast):
             # zeros in inactive rows times a non-finite B give NaN, so this selects after the product
             y = torch.where(by_row, torch.addmm(rows, h, b_cast.T, alpha=scale).view(y.shape), y)
         elif base is not None:

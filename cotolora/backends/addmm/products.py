@@ -123,7 +123,7 @@ def select(on: Tensor | None, t: Tensor) -> Tensor:
     return torch.where(on.view(-1, 1, 1), per_sample, 0).reshape(t.shape)
 
 
-def zero_times_is_zero(b: Tensor) -> bool:
+def is_known_finite(b: Tensor) -> bool:
     """Whether adding 0 · B changes nothing, so that y needs no selection; False if a check would sync or break a trace.
 
     The selection in y takes longer on a CPU than the product itself.
