@@ -106,7 +106,7 @@ class CoToLoRALinear(MergeableWeights):
         dtype = None if dtype is None else floating_dtype("dtype", dtype)
         device, bias = None if device is None else device_here("device", device), flag("bias", bias)
         sizes = self.in_features, self.out_features
-        must = f"in_features and out_features must leave room for W; got {sizes}"
+        must = f"in_features and out_features must be small enough to allocate W; got {sizes}"
         base = allocated(must, nn.Linear, *sizes, bias, device=device, dtype=dtype)
         self._hold_weight(base.weight, base.bias)  # type: ignore[arg-type]
         _freeze((self.weight, self.bias))

@@ -68,7 +68,7 @@ class LowRankParameters(nn.Module):
         variant = self._variant
         for part in variant.parts:
             shape = part.sizes(**sizes)
-            must = f"rank must leave room for {part.attribute} {list(shape)}; got {self.rank}"
+            must = f"rank must be small enough to allocate {part.attribute} {list(shape)}; got {self.rank}"
             empty = allocated(must, torch.empty, shape, device=device, dtype=dtype)
             self.register_parameter(part.attribute, nn.Parameter(empty, part.attribute in variant.trained))
         if "lora_magnitude" not in self._parameters:

@@ -215,7 +215,7 @@ def magnitude(model: nn.Module, sparsity: float, scope: str = "global") -> Pruni
             if parameter.is_meta or hasattr(parameter, "full_tensor"):
                 raise ValueError(f"model must hold whole A and B; those of {name} are sharded or on the meta device")
             if parameter.isnan().any():
-                raise ValueError(f"model must have no NaN in A or B; {name} has")
+                raise ValueError(f"model must have no NaN in A or B; {name} has NaN")
     pools = [list(layers)] if scope == "global" else [[name] for name in layers]
     chosen: dict[str, tuple[Tensor, ...]] = {}
     for pool in pools:

@@ -313,7 +313,7 @@ def test_bad_settings_are_named(tmp_path):
         CoToLightningCallback(initial_p=2.0)
     with pytest.raises(ValueError, match="schedule must not be combined with seed"):
         CoToLightningCallback(cotolora.Schedule(), seed=0)
-    with pytest.raises(ValueError, match="max_steps or max_epochs"):
+    with pytest.raises(ValueError, match="max_steps, or max_epochs"):
         trainer_of(tmp_path, CoToLightningCallback(), max_steps=-1, max_epochs=-1).fit(Task(), loader())
 
 

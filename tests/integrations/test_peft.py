@@ -106,7 +106,7 @@ def test_an_unclear_choice_of_adapter_is_refused():
     with pytest.raises(ValueError, match=r"adapter must be one of \['default', 'other'\]; got 'third'"):
         from_peft(theirs, "third")
     theirs.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match=r"since 2 are active: \['default', 'other'\]"):
+    with pytest.raises(ValueError, match=r"because 2 are active: \['default', 'other'\]"):
         from_peft(theirs)
 
 
@@ -288,7 +288,7 @@ def changed(name, value):
         (lambda: changed("gate", False), "layers.2.0 .* its gate is off"),
         (lambda: changed("gate", torch.tensor(0)), "layers.2.0 .* its gate is off"),
         (lambda: changed("variant", "dora"), "layers.2.0 .* it is of variant 'dora'"),
-        (lambda: changed("init", "pissa"), "layers.2.0 .* init 'pissa' computes more"),
+        (lambda: changed("init", "pissa"), "layers.2.0 .* init 'pissa' its update is not just"),
         (lambda: changed("weight", lambda layer: layer.weight.requires_grad_()), "must not train the base"),
         (lambda: injected(trainable=()).layers[0][0], "model must hold adapters; it is one itself"),
     ],
@@ -349,16 +349,16 @@ def mixed():
 
 
 OF_PEFT = {
-    "lora": (lambda: lora(mlp, ["layers.0.0"]), "it is its PeftModel"),
-    "inside": (lambda: lora(mlp, ["layers.0.0"]).get_base_model(), r"layers\.0\.0 is its Linear"),
-    "in-a-model": (lambda: nn.ModuleDict({"body": lora(mlp), "head": nn.Linear(6, 2)}), "body is its PeftModel"),
-    "wrapped": (lambda: nn.DataParallel(lora(mlp)), "module is its PeftModel"),
-    "loha": (lambda: peft.get_peft_model(mlp(), METHODS["loha"]()).base_model.model, r"layers\.0\.0 is its Linear"),
-    "transformers": (without_a_peft_model, r"model\.layers\.0\.self_attn\.q_proj is its Linear"),
-    "modules-to-save": (with_a_saved_module, "it is its ModulesToSaveWrapper"),
-    "tokens": (lambda: with_tokens().base_model.model.model.embed_tokens, "it is its TrainableTokensWrapper"),
-    "prompt": (with_a_prompt, "it is its PeftModelForCausalLM"),
-    "mixed": (mixed, "it is its PeftMixedModel"),
+    "lora": (lambda: lora(mlp, ["layers.0.0"]), "it is a PEFT PeftModel"),
+    "inside": (lambda: lora(mlp, ["layers.0.0"]).get_base_model(), r"layers\.0\.0 is a PEFT Linear"),
+    "in-a-model": (lambda: nn.ModuleDict({"body": lora(mlp), "head": nn.Linear(6, 2)}), "body is a PEFT PeftModel"),
+    "wrapped": (lambda: nn.DataParallel(lora(mlp)), "module is a PEFT PeftModel"),
+    "loha": (lambda: peft.get_peft_model(mlp(), METHODS["loha"]()).base_model.model, r"layers\.0\.0 is a PEFT Linear"),
+    "transformers": (without_a_peft_model, r"model\.layers\.0\.self_attn\.q_proj is a PEFT Linear"),
+    "modules-to-save": (with_a_saved_module, "it is a PEFT ModulesToSaveWrapper"),
+    "tokens": (lambda: with_tokens().base_model.model.model.embed_tokens, "it is a PEFT TrainableTokensWrapper"),
+    "prompt": (with_a_prompt, "it is a PEFT PeftModelForCausalLM"),
+    "mixed": (mixed, "it is a PEFT PeftMixedModel"),
 }  # fmt: skip
 
 
@@ -369,7 +369,7 @@ def test_a_model_of_pefts_gets_no_adapters_and_does_not_change(case, tmp_path):
     model = make()
     before = state_of(model)
     for call in (cotolora.inject, lambda model: cotolora.load_adapter(model, tmp_path, strict=False)):
-        with pytest.raises(ValueError, match=rf"nothing of PEFT; {says}.*: call .*from_peft.*CoTo.*unload") as error:
+        with pytest.raises(ValueError, match=rf"no PEFT modules; {says}.*: call .*from_peft.*CoTo.*unload") as error:
             call(model)
         assert len(str(error.value)) < 400
     assert_unchanged(model, before)
