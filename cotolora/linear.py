@@ -75,7 +75,7 @@ class CoToLoRALinear(MergeableWeights):
     Raises:
         ValueError: a size, `alpha`, `dropout`, `variant` or `init` is out of its range; "pissa" and "olora" need a
             rank of at most ``min(in_features, out_features)``, and a W that is not on the meta device.
-        TypeError: `dtype` is not floating.
+        TypeError: `dtype` is not floating, or `device` is not a device.
         RuntimeError: torch cannot use `device` here, or cannot allocate tensors of these sizes.
 
     Source: Hu et al. 2021, section 4.1 (arXiv:2106.09685).

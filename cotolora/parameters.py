@@ -106,7 +106,7 @@ class LowRankParameters(nn.Module):
             assert weight is not None
             if weight.is_meta:
                 raise ValueError(
-                    f"init must be 'kaiming' or 'gaussian' on the meta device, got {self.init!r}, which reads W"
+                    f"init must be 'kaiming' or 'gaussian' on the meta device; got {self.init!r}, which reads W"
                 )
             a0, b0 = start(self.init, weight, self.rank, self.scale)
             for target, value in ((self.lora_a, a0), (self.lora_b, b0), (self.lora_a0, a0), (self.lora_b0, b0)):

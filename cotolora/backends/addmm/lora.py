@@ -159,7 +159,7 @@ class LoraByAddmm:
         return None if call.dropout or call.adds or narrow else STACKED
 
     def launches(self, call: Call) -> Launches:
-        """Three launches forward and five backward; omits launches that move only a row or a factor."""
+        """Three launches forward and five backward, or two and four with a `base`; omits those of a row or a factor."""
         sizes = call.sizes
         assert sizes is not None
         bytes_of = sizes.bytes
