@@ -26,9 +26,9 @@ class Machine:
     # a GEMM that draws a mask of x in its main loop: 763 instructions per step instead of 169 [compiled, sm_90]
     masking_gemm: float = 0.75 * 169 / 763
     gap: float = 1e-6  # between two kernels of a graph
-    # host times, fitted by `python -m benchmarks host` under Triton 3.6 and 3.9, on an EPYC at 2.4 GHz: a torch operator
-    # with its surrounding Python, a Triton launch (both including 2 µs for the driver [assumed]), and the additional
-    # time of a fused form in a forward, and again in a backward
+    # host times, fitted by `python -m benchmarks host` under Triton 3.6 and 3.9, on an EPYC at 2.4 GHz: a torch
+    # operator with its surrounding Python, a Triton launch (both including 2 µs for the driver [assumed]), and the
+    # additional time of a fused form in a forward, and again in a backward
     vendor_launch: float = 30e-6
     triton_launch: float = 31e-6
     fused_host: float = 64e-6

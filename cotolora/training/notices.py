@@ -43,7 +43,7 @@ def warn_of_disabled(disabled: Collection[str], count: int) -> None:
 
 
 def warn_of_stranger(optimizer: torch.optim.Optimizer, trained: Iterable[nn.Parameter]) -> None:
-    """Warns where `optimizer` holds none of the parameters that are trained, as one that was made before `inject`."""
+    """Warns if `optimizer` holds none of the `trained` parameters, for example because it was made before `inject`."""
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     if held and held.isdisjoint(trained):
         logger.warning(
