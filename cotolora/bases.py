@@ -1,4 +1,4 @@
-"""What an adapter can be put around: a dense linear, whose weight it shares, or any other module, which it calls."""
+"""The modules that an adapter can wrap: a dense linear, whose weight it shares, or another module, which it calls."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ _COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is a transformers Conv1D; never imports transformers to find out."""
+    """Whether `module` is a transformers Conv1D; does not import transformers."""
     loaded = sys.modules.get("transformers.pytorch_utils")
     return loaded is not None and type(module) is loaded.Conv1D
 
 
 def is_dense(module: nn.Module) -> bool:
-    """Whether `module` is an ``nn.Linear`` or a Conv1D, no subclass, of a dense floating weight and a bias at most."""
+    """Whether `module` is an ``nn.Linear`` or Conv1D, no subclass, with a dense floating weight and at most a bias."""
     return (type(module) is nn.Linear or is_conv1d(module)) and _has_dense_weight(module) and not _others_in(module)
 
 
 def why_not_dense(module: nn.Module) -> str:
-    """Of a module for which `is_dense` does not hold, why its weight can be neither read nor written."""
+    """Describes a module that is not `is_dense`, and why its weight can be neither read nor written."""
     if isinstance(module, nn.Linear) and _has_dense_weight(module):
-        # its module as well: subclasses may be called Linear
+        # with the name of its Python module, because subclasses may be called Linear
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         if type(module) is nn.Linear:
-            return f"a {kind} that holds {listed(_others_in(module))} beside its weight and bias"
-        return f"a {kind}, whose forward need not be the product with its weight"
+            return f"a {kind} that holds {listed(_others_in(module))} in addition to its weight and bias"
+        return f"a {kind}, whose forward may be other than the product with its weight"
     return f"a {type(module).__name__}, which has no dense floating weight"
 
 
@@ -57,23 +57,23 @@ def _has_dense_weight(module: nn.Module) -> bool:
 
 
 def _others_in(module: nn.Module) -> list[str]:
-    """What `module` holds beside a weight and a bias."""
+    """The names of parameters, buffers and modules in `module` other than weight and bias."""
     held = (*module._parameters, *module._buffers, *module._modules)
     return [name for name in held if name not in ("weight", "bias")]
 
 
 def carry_attributes(source: nn.Module, target: nn.Module) -> tuple[str, ...]:
-    """Gives `target` what others have set on `source` and it has not itself; returns the names.
+    """Copies attributes of `source` that `target` does not have to `target`; returns their names.
 
-    What they keep under a name of their own (accelerate's _hf_hook) stays where it is.
+    Names with an underscore, which other packages keep for themselves (accelerate's _hf_hook), are not copied.
     """
     names = tuple(name for name in vars(source) if not name.startswith("_") and not hasattr(target, name))
     target.__dict__.update({name: vars(source)[name] for name in names})
     return names
 
 
-def is_pefts(module: nn.Module) -> bool:
-    """Whether `module` is of PEFT's making: one of its layers, of its wrappers or of its models."""
+def is_peft_module(module: nn.Module) -> bool:
+    """Whether `module` is a layer, wrapper or model of PEFT; does not import PEFT."""
     kinds = (
         ("peft.tuners.tuners_utils", "BaseTunerLayer"),
         ("peft.utils.other", "AuxiliaryTrainingWrapper"),
@@ -85,7 +85,7 @@ def is_pefts(module: nn.Module) -> bool:
 
 
 def features(module: nn.Module) -> tuple[Any, Any]:
-    """``in_features`` and ``out_features`` as `module` has them; None where it has none."""
+    """``in_features`` and ``out_features`` of `module`; None for one that it does not have."""
     if is_dense(module):
         weight: Any = module.weight
         return tuple(weight.shape if is_conv1d(module) else weight.shape[::-1])
@@ -94,7 +94,7 @@ def features(module: nn.Module) -> tuple[Any, Any]:
 
 
 def _own(module: nn.Module, name: str) -> Any:
-    # past __getattr__, by which compile and checkpoint wrappers answer for the module inside
+    # without __getattr__, which compile and checkpoint wrappers forward to the module inside
     return getattr(module, name) if name in vars(module) or hasattr(type(module), name) else None
 
 
@@ -104,26 +104,26 @@ def why_not_adaptable(module: nn.Module) -> str:
     if not isinstance(module, nn.Module):
         return f"got {kind}"
     if isinstance(module, NonDynamicallyQuantizableLinear):
-        return f"got {kind}, whose weight nn.MultiheadAttention hands to a functional without calling it"
+        return f"got {kind}, whose weight nn.MultiheadAttention passes to a functional without calling the module"
     if hasattr(module, "lora_a") or hasattr(module, "base_layer"):  # ours, and PEFT's
         return f"got a {kind} that is an adapter already"
     if isinstance(vars(module).get("weight"), Tensor):
-        # torch's old weight_norm and prune: their hook would move to the layer, and make it a weight there
-        return f"got a {kind} whose weight is a Tensor, not an nn.Parameter: a hook makes it anew before each forward"
+        # torch's old weight_norm and prune: their hook would move to the layer and set a weight there
+        return f"got a {kind} whose weight is a Tensor, not an nn.Parameter: a hook sets it before each forward"
     if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in features(module)):
-        return f"got {kind}, of which in_features and out_features are not positive integers"
+        return f"got {kind}, whose in_features and out_features are not positive integers"
     if type(module).forward is nn.Module.forward:
         return f"got {kind}, which has no forward"
     if any(hasattr(t, "device_mesh") for t in chain(module.parameters(), module.buffers())):
-        return f"got a {kind} that is sharded already: an adapter made now would be on no other rank's account"
+        return f"got a {kind} that is sharded already: an adapter made now would not be sharded or synchronised with it"
     return why_no_linear_map(module)
 
 
 def why_no_linear_map(module: nn.Module) -> str:
-    """Why the forward of `module` does not map in_features to out_features; empty if it does or cannot be tried.
+    """Why the forward of `module` does not map in_features to out_features; empty if it does or cannot be tested.
 
-    It is tried on the meta device, where nothing is computed and every rank finds the same. Some subclasses of
-    nn.Linear are routers, which return a tuple, or hold the weights of several groups.
+    The test runs on the meta device, where nothing is computed and every rank gets the same result. It finds subclasses
+    of nn.Linear that are routers, which return a tuple, or that hold the weights of several groups.
     """
     if complex_one := next((name for name, p in module.named_parameters() if p.is_complex()), None):
         return f"got a {type(module).__name__}, whose {complex_one} is complex"
@@ -131,7 +131,7 @@ def why_no_linear_map(module: nn.Module) -> str:
     if forward in (nn.Linear.forward, nn.Identity.forward) or is_conv1d(module) or _wants_more_than_x(forward):
         return ""
     tensors = [*module.parameters(), *module.buffers()]
-    # a packed weight needs a kernel of its own; its module was made to stand for a linear
+    # a packed weight needs its own kernel; such a module was made to replace a linear
     if not all(
         type(t) in (nn.Parameter, Tensor) and t.dtype in _COMPUTED_IN and t.layout == torch.strided for t in tensors
     ):
@@ -145,7 +145,7 @@ def why_no_linear_map(module: nn.Module) -> str:
             with torch.no_grad():
                 y = forward(_on_meta(module), x)
         except Exception as error:
-            if "meta" in str(error).lower():  # what it does cannot be done there
+            if "meta" in str(error).lower():  # an operation that the meta device does not support
                 return ""
             reasons.append(f"raises on an input of shape {shape}: {type(error).__name__}: {str(error)[:200]}")
             continue
@@ -162,8 +162,8 @@ def _wants_more_than_x(forward: Callable[..., Any]) -> bool:
 
 
 def _on_meta(module: nn.Module) -> nn.Module:
-    """`module` without memory and hooks; what its forward may write to is its own."""
-    twin = object.__new__(type(module))  # not by copy, which parametrised modules refuse
+    """A copy of `module` on the meta device, without hooks, whose forward cannot change the original."""
+    twin = object.__new__(type(module))  # not copy.copy, which parametrised modules refuse
     twin.__dict__.update(vars(module))
     twin.__dict__.pop("forward", None)
     for name, value in vars(module).items():
@@ -183,7 +183,7 @@ def _without_memory(t: Tensor | None) -> Any:
 
 
 def check_foreign(module: nn.Module, variant: str, init: str) -> None:
-    """Raises ValueError where `variant` or `init` would read the weight of a base that is not dense."""
+    """Raises ValueError if `variant` or `init` would read the weight of a base that is not dense."""
     adding = tuple(name for name, kind in VARIANTS.items() if kind.addition is not None)
     for name, value, allowed in (("variant", variant, adding), ("init", init, FOREIGN_INITS)):
         if value not in allowed:
@@ -191,20 +191,20 @@ def check_foreign(module: nn.Module, variant: str, init: str) -> None:
 
 
 def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where A and B go beside a base that is not dense, and float64 if any parameter of it is."""
+    """Device and dtype of A and B for a base that is not dense: float32, or float64 if one of its parameters is."""
     first = next(chain(module.parameters(), module.buffers()), None)
     double = any(parameter.dtype == torch.float64 for parameter in module.parameters())
     return torch.device("cpu") if first is None else first.device, torch.float64 if double else torch.float32
 
 
 class ReadThrough(nn.Module):
-    """What a layer around a `base` shows of it: all that code around the layer would read of the base itself."""
+    """Makes the attributes of ``base`` readable on the layer around it, for code that expects the base there."""
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # what others keep in a module under a name of their own (accelerate's _hf_hook) is the base's alone
+            # names with an underscore, which other packages keep for themselves (accelerate's _hf_hook), stay private
             if name.startswith("_") or (base := self.__dict__["_modules"].get("base")) is None:
                 raise
             return getattr(base, name)
@@ -222,7 +222,7 @@ class ReadThrough(nn.Module):
             super().__delattr__(name)
 
     def _shows(self, name: str) -> bool:
-        """Whether `name` is read of the base."""
+        """Whether the layer reads the attribute `name` from its base."""
         if name.startswith("_") or name in self.__dict__ or hasattr(type(self), name):
             return False
         parameters, buffers, modules = (self.__dict__.get(kind, {}) for kind in ("_parameters", "_buffers", "_modules"))
@@ -232,7 +232,7 @@ class ReadThrough(nn.Module):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """The base first: code asks the first parameter of a model for the dtype and device of all."""
+        """The base before the layer: some code takes dtype and device of a model from its first parameter."""
         found = super().named_modules(memo, prefix, remove_duplicate)
         own = next(found, None)
         yield from found
@@ -241,7 +241,7 @@ class ReadThrough(nn.Module):
 
 
 def materialise(layer: nn.Module, names: Iterable[str], device: torch.device) -> None:
-    """Gives the tensors of such names that are on the meta device memory on `device`, not initialised."""
+    """Replaces those of the tensors `names` that are on the meta device by uninitialised ones on `device`."""
     for name in names:
         if (t := getattr(layer, name)) is not None and t.is_meta:
             empty = torch.empty_like(t, device=device)
@@ -249,7 +249,7 @@ def materialise(layer: nn.Module, names: Iterable[str], device: torch.device) ->
 
 
 def keep_keys(layer: nn.Module) -> None:
-    """Gives the tensors of ``layer.base`` the keys that they have in a state dict without the layer around it."""
+    """Keeps the state dict keys of ``layer.base`` as they are without the layer around it."""
     layer.register_state_dict_post_hook(_without_base)
     layer.register_load_state_dict_pre_hook(_with_base)
     # the base is loaded after the layer
@@ -263,12 +263,12 @@ def _start_beside_base(layer: Any, incompatible_keys: Any) -> None:
 
 def _without_base(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
     inside = prefix + "base."
-    # all out before any goes in: a base may itself hold something named base
+    # remove all before adding any: a base may itself hold a module named base
     moved = {key.removeprefix(inside): state_dict.pop(key) for key in list(state_dict) if key.startswith(inside)}
     state_dict.update({prefix + name: value for name, value in moved.items()})
     metadata = getattr(state_dict, "_metadata", {})
     for key in [key for key in metadata if f"{key}.".startswith(inside)]:
-        # beside the old entry, by which a layer like this finds it again
+        # in addition to the old entry, which a layer like this reads on loading
         metadata[(prefix + f"{key}.".removeprefix(inside))[:-1]] = metadata[key]
 
 

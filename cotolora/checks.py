@@ -1,4 +1,4 @@
-"""What arguments must be: each check names the argument, what it must be and what it was."""
+"""Argument checks. Each error names the argument, what it must be and what it was."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from cotolora.wording import shown
 
 T = TypeVar("T")
 
-# what a linear is computed in
+# the dtypes that a linear layer is computed in
 FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 
-LARGEST = torch.finfo(torch.float32).max  # a factor of a float32 tensor can be no larger
-_MOST = 2**63  # what an int64 cannot hold
+LARGEST = torch.finfo(torch.float32).max  # the largest number that a float32 tensor can be multiplied by
+_INT64_END = 2**63  # the first integer that int64 cannot hold
 
 
 def integer(argument: str, value: object, least: int = 1, below: int | None = None, *, must: str | None = None) -> int:
-    """`value` as an int of at least `least`, and less than `below`; numpy's integers are integers, bools are not.
+    """`value` as an int of at least `least` and less than `below`; accepts numpy integers, not bools.
 
     Raises:
-        ValueError: it is none; `must` says what it must be where more is asked of it than these bounds.
+        ValueError: it is not such an integer. The message describes these bounds, or says `must` if that is given.
     """
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if whole and least <= value and (below is None or value < below):  # type: ignore[operator]
@@ -40,28 +40,28 @@ def integer(argument: str, value: object, least: int = 1, below: int | None = No
 
 
 def size(argument: str, value: object, least: int = 1) -> int:
-    """`value` as an int of at least `least` that counts what there is memory or time for; raises as `integer`."""
+    """`value` as an int of at least `least` that int64 can hold, for sizes and counts; raises as `integer` does."""
     found = integer(argument, value, least)
-    return found if found < _MOST else integer(argument, value, least, _MOST)
+    return found if found < _INT64_END else integer(argument, value, least, _INT64_END)
 
 
 def number(argument: str, value: object, must: str, fits: Callable[[float], bool] = math.isfinite) -> float:
-    """`value` as a float that `fits`, as `must` says in words; numpy's numbers are numbers, bools are not.
+    """`value` as a float for which `fits` is true; `must` describes it for the message. Not bools.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not such a number.
     """
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         try:
             if fits(as_float := float(value)):
                 return as_float
-        except OverflowError:  # of an integer that no float can hold
+        except OverflowError:  # an integer too large for a float
             pass
     raise ValueError(f"{argument} must be {must}; got {shown(value)}")
 
 
 def finite(argument: str, value: object) -> float:
-    """`value` as a float; raises ValueError unless it is a finite number, of float32 too."""
+    """`value` as a float; raises ValueError unless it is a number that is finite in float32 as well."""
     found = number(argument, value, "a finite number")
     return number(argument, found, "a number that float32 can hold", lambda number: abs(number) <= LARGEST)
 
@@ -86,7 +86,7 @@ def one_of(argument: str, value: object, allowed: Collection[str]) -> str:
 
 
 def instance(argument: str, value: object, kind: type[T], must: str) -> T:
-    """`value`; raises TypeError unless it is of the class `kind`, which `must` says in words."""
+    """`value`; raises TypeError unless it is an instance of `kind`, which `must` describes for the message."""
     if not isinstance(value, kind):
         raise TypeError(f"{argument} must be {must}; got {type(value).__name__} {shown(value)}")
     return value
@@ -98,20 +98,20 @@ def module(argument: str, value: object) -> nn.Module:
 
 
 def function(argument: str, value: object, must: str) -> Callable[..., Any]:
-    """`value`; raises TypeError unless it can be called and is no module: that is the model, in the wrong place."""
+    """`value`; raises TypeError unless it is callable. A module is refused: it is the model in the wrong place."""
     if not callable(value) or isinstance(value, nn.Module):
         raise TypeError(f"{argument} must be {must}; got {type(value).__name__} {shown(value)}")
     return value
 
 
 def score(value: object) -> float:
-    """What a score gave, as a float; raises TypeError unless it is a number, or a tensor or an array of one."""
+    """The result of a score as a float; raises TypeError unless it is a number, or a tensor or array with one entry."""
     try:
         found = None if isinstance(value, (str, bytes, bytearray)) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError, OverflowError):
         found = None
     if found is None:
-        raise TypeError(f"score must give a number; got {type(value).__name__} {shown(value)}")
+        raise TypeError(f"score must return a number; got {type(value).__name__} {shown(value)}")
     return found
 
 
@@ -120,7 +120,7 @@ def path(argument: str, value: object) -> Path:
     try:
         name = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
         possible = isinstance(name, str) and b"\0" not in (os.fsencode(name) or b"\0")
-    except Exception:  # of what a stranger's class does, and of characters that no file system has
+    except Exception:  # a class of another library may raise anything; some characters cannot be encoded
         name, possible = "", False
     if not isinstance(name, str):
         raise TypeError(f"{argument} must be a path, as a str or os.PathLike; got {shown(value)}")
@@ -130,13 +130,13 @@ def path(argument: str, value: object) -> Path:
 
 
 def device(argument: str, value: object) -> torch.device:
-    """`value` as a device; raises TypeError unless it is one, a str or an index, ValueError if torch knows none so."""
+    """`value` as a device; raises TypeError unless it is a device, a str or an int, ValueError if torch rejects it."""
     if isinstance(value, bool) or not isinstance(value, (str, int, torch.device)):
         raise TypeError(f"{argument} must be a torch.device or the name of one; got {shown(value)}")
     try:
         found = torch.device(value)
         if isinstance(value, int) and found.index != value:
-            raise ValueError(f"torch makes {found} of it")  # the lowest byte
+            raise ValueError(f"torch reads it as {found}")  # it keeps only the lowest byte
         return found
     except (RuntimeError, ValueError, OverflowError, TypeError) as error:
         raise ValueError(
@@ -145,11 +145,11 @@ def device(argument: str, value: object) -> torch.device:
 
 
 def device_here(argument: str, value: object) -> torch.device:
-    """`value` as a device; raises as `device`, and RuntimeError if torch cannot use it on this machine."""
+    """`value` as a device; raises as `device` does, and RuntimeError if torch cannot use it on this machine."""
     found = device(argument, value)
     try:
         torch.empty(0, device=found)
-    except Exception as error:  # torch has several, also an AssertionError
+    except Exception as error:  # torch raises several types, among them AssertionError
         reason = str(error).partition("\n")[0]
         raise RuntimeError(
             f"{argument} must be a device that torch can use here; got {shown(value)} ({reason})"
@@ -158,7 +158,7 @@ def device_here(argument: str, value: object) -> torch.device:
 
 
 def floating_dtype(argument: str, value: object) -> torch.dtype:
-    """`value`; raises TypeError unless it is one of torch's dtypes that a linear is computed in."""
+    """`value`; raises TypeError unless it is one of the dtypes in `FLOATING`."""
     if not isinstance(value, torch.dtype) or value not in FLOATING:
         names = ", ".join(sorted(map(str, FLOATING)))
         raise TypeError(f"{argument} must be a floating dtype; got {shown(value)}, which is none of {names}")
@@ -166,32 +166,32 @@ def floating_dtype(argument: str, value: object) -> torch.dtype:
 
 
 def entries(argument: str, value: object, must: str, *, empty: bool = True) -> list[Any]:
-    """The entries of a list, which may be `empty` or not.
+    """The entries of `value` as a list; `empty` says whether there may be none.
 
     Raises:
-        TypeError: it is none; nor are strings, maps, sets and modules, though they have entries.
-        ValueError: it is empty, and must not be.
+        TypeError: it is not a sequence of entries. Strings, mappings, sets and modules are refused as well.
+        ValueError: it has no entries and `empty` is False.
     """
     no_list = (str, bytes, bytearray, Mapping, Set, nn.Module)
     if isinstance(value, no_list) or not isinstance(value, Iterable):
         raise TypeError(f"{argument} must be {must}; got {shown(value)}")
     try:
         found = value.tolist() if isinstance(value, (Tensor, np.ndarray)) else list(value)
-    except Exception:  # of a tensor on meta, and of what a stranger's class does
+    except Exception:  # a tensor on meta raises; a class of another library may raise anything
         found = None
-    if not isinstance(found, list):  # of a tensor without dimensions
+    if not isinstance(found, list):  # a 0-dim tensor gives a number
         raise TypeError(f"{argument} must be {must}; got {shown(value)}")
     if not found and not empty:
-        raise ValueError(f"{argument} must hold at least one; got none, {shown(value)}")
+        raise ValueError(f"{argument} must hold at least one entry; got {shown(value)}")
     return found
 
 
 def strings(argument: str, value: object, must: str) -> list[str]:
-    """The entries of any iterable of strings; raises TypeError of anything else, a string included."""
+    """The entries of an iterable of strings; raises TypeError for anything else, including a single string."""
     refused = (str, bytes, bytearray, Tensor, nn.Module)
     try:
         names: list[Any] = [None] if isinstance(value, refused) else list(value)  # type: ignore[call-overload]
-    except Exception:  # of what is no iterable, though its class may say so
+    except Exception:  # not iterable, even if its class has __iter__
         names = [None]
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"{argument} must be {must}; got {shown(value)}")
@@ -199,7 +199,7 @@ def strings(argument: str, value: object, must: str) -> list[str]:
 
 
 def mapping(argument: str, value: Mapping[str, T], must: str, kind: type = object) -> Mapping[str, T]:
-    """`value`; raises ValueError unless it is a map from strings to values of the class `kind`."""
+    """`value`; raises ValueError unless it is a mapping from strings to instances of `kind`."""
     if not isinstance(value, Mapping) or not all(isinstance(k, str) and isinstance(v, kind) for k, v in value.items()):
         raise ValueError(f"{argument} must be {must}; got {shown(value)}")
     return value

@@ -1,4 +1,4 @@
-"""How a model scores along the line between two trained adapters, and with some of its adapters dropped."""
+"""Scores of a model along the line between two trained adapters, and with some of its adapters dropped."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class InterpolationCurve:
     """Scores along the line from one adapter state to another.
 
     Attributes:
-        lambdas: weights of `state_a`, from 0 (all `state_b`) to 1.
-        scores: one for each; larger is better.
+        lambdas: weights of `state_a`, from 0 (only `state_b`) to 1.
+        scores: one for each weight; larger is better.
     """
 
     lambdas: tuple[float, ...]
@@ -41,15 +41,14 @@ class InterpolationCurve:
 
     @property
     def barrier(self) -> float:
-        r"""How far the curve drops below the straight line between its ends, at worst.
+        r"""The largest drop of the curve below the straight line between its ends, in the units of the score.
 
             max_λ  λ score(1) + (1-λ) score(0) - score(λ)
 
-        Never negative, because it is 0 at the ends; 0 means that no sampled point is below the line.
-        In the units of the score.
+        Never negative, because the drop is 0 at the ends; 0 means that no sampled point is below the line.
 
-        Source: the error barrier of Frankle et al. 2020, section 2 (arXiv:1912.05671), of a score instead of an
-        error, against the line between the ends instead of their mean.
+        Source: the error barrier of Frankle et al. 2020, section 2 (arXiv:1912.05671), for a score instead of an
+        error, and relative to the line between the ends instead of their mean.
 
         >>> InterpolationCurve((0.0, 0.5, 1.0), (0.75, 0.5, 0.25)).barrier
         0.0
@@ -75,15 +74,15 @@ def interpolation_curve(
 ) -> InterpolationCurve:
     """Scores `model` with adapters at evenly spaced points between `state_a` and `state_b`, ends included.
 
-    The model scores in `eval()` and without gradients. Afterwards, also if `score` raises, it is as it was:
-    parameters (the same objects), buffers, train or eval, merged layers and switches.
+    The model is scored in `eval()` and without gradients. Afterwards, also if `score` raises, it is restored:
+    parameters (the same objects), buffers, train or eval mode, merged layers and switches.
 
     Args:
-        model: a model with adapters of the same modules; their own rank and values do not matter.
-        state_a, state_b: what `fuse` takes; also a mapping of tensors as `AdapterState.from_tensors` takes it, whose
-            scale is the model's.
-        score: the model → a finite number, larger is better.
-        points: at least 2.
+        model: a model with adapters on the same modules; their rank and values do not matter.
+        state_a, state_b: as in `fuse`; or a mapping of tensors as in `AdapterState.from_tensors`, for which the model's
+            scale is used.
+        score: a callable of the model that returns a finite number, larger is better.
+        points: number of points, at least 2.
         of: "factors" scores ``fuse([a, b], [λ, 1-λ])``, linear mode connectivity as the paper measures it;
             "products" scores ``mix([a, b], [λ, 1-λ])``.
 
@@ -121,11 +120,11 @@ def interpolation_curve(
 
 @dataclass(frozen=True)
 class DropoutStability:
-    """Scores against the number of groups of adapters that are dropped, from none to all.
+    """Scores by the number of dropped groups of adapters, from none to all.
 
     Attributes:
-        dropped: 0, 1, …, n.
-        scores: for each number, one score for each subset.
+        dropped: numbers of dropped groups, 0, 1, …, n.
+        scores: for each of these numbers, one score per subset of groups.
     """
 
     dropped: tuple[int, ...]
@@ -133,21 +132,21 @@ class DropoutStability:
 
     @property
     def exact(self) -> tuple[bool, ...]:
-        """For each number, whether these are all the subsets there are."""
+        """For each number of dropped groups, whether all subsets of that size were scored."""
         return tuple(
             len(scores) == self._subsets(count) for count, scores in zip(self.dropped, self.scores, strict=True)
         )
 
     @property
     def means(self) -> tuple[float, ...]:
-        """The mean score for each number."""
+        """The mean score for each number of dropped groups."""
         return tuple(fmean(scores) for scores in self.scores)
 
     @property
     def errors(self) -> tuple[float, ...]:
         """Standard errors of the means.
 
-        ``sd / √m · √(1 - m / all)`` for m subsets drawn without repetition; 0 where they are all.
+        ``sd / √m · √(1 - m / all)`` for m subsets drawn without repetition; 0 if all subsets were scored.
         """
         return tuple(
             0.0 if exact else stdev(scores) / math.sqrt(len(scores)) * math.sqrt(1 - len(scores) / self._subsets(count))
@@ -161,24 +160,25 @@ class DropoutStability:
 def dropout_stability(
     model: nn.Module, score: Score, *, unit: Unit = "layer", samples: int = 8, seed: int = 0
 ) -> DropoutStability:
-    """Scores `model` with random subsets of its adapters dropped, for each size of the subset.
+    """Scores `model` with random subsets of its adapters dropped, for each subset size.
 
-    Layer-wise dropout stability is what CoTo's objective bounds, and what linear mode connectivity follows
-    from. Dropped adapters cost nothing in forward. The model scores in `eval()` and without gradients, and is
-    as it was afterwards. Adapters that are disabled stay so and do not count.
+    CoTo's objective bounds layer-wise dropout stability, from which linear mode connectivity follows. The
+    model is scored in `eval()` and without gradients, and restored afterwards. Disabled adapters stay disabled
+    and do not count.
 
     Args:
         model: a model with adapters.
-        score: the model → a finite number, larger is better.
-        unit: what is dropped together: "layer", "module" or a callable, as in `CoTo`.
-        samples: subsets of each size, drawn without repetition; all of them where there are no more. At least 2.
-        seed: of the draws (numpy's Philox, keyed by it and the size); no global random state is touched.
+        score: a callable of the model that returns a finite number, larger is better.
+        unit: which adapters are dropped together: "layer", "module" or a callable, as in `CoTo`.
+        samples: number of subsets of each size, at least 2, drawn without repetition; all subsets if there are fewer.
+        seed: seed of the draws (numpy's Philox, keyed by the seed and the size); no global random state is touched.
 
     Raises:
-        ValueError: no enabled adapters; `samples` or `seed` is out of its range; `enabled` of an adapter is
-            a row mask, or adapters are merged, which no mask can drop; a score is not finite.
+        TypeError: `model` is not a module, `score` is not a callable, or a score is not a number.
+        ValueError: the model has no enabled adapters, has merged ones, or has ones whose `enabled` is a row mask;
+            `samples` or `seed` is out of its range; a score is not finite.
 
-    Source: Zhuang et al. 2025, theorem 3.1 (arXiv:2506.05713), with exactly j adapters on.
+    Source: Zhuang et al. 2025, theorem 3.1 (arXiv:2506.05713), with exactly j adapters active.
 
     >>> from cotolora import inject
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
@@ -191,7 +191,7 @@ def dropout_stability(
     layers = unmerged_adapters(model)
     for name, layer in layers.items():
         if isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0:
-            raise ValueError(f"{name} must be enabled or not; its enabled is a row mask")
+            raise ValueError(f"enabled of {name} must be a bool or a 0-dim tensor; got a row mask")
     named = group_names(layers, unit, modules_of(model)).values()
     enabled = ([name for name in names if layers[name].enabled] for names in named)
     groups = [names for names in enabled if names]
@@ -211,7 +211,7 @@ def _subsets(n: int, count: int, samples: int, seed: int) -> list[tuple[int, ...
     """`samples` different subsets of ``range(n)`` of `count` members, or all of them, in order."""
     if math.comb(n, count) <= samples:
         return list(combinations(range(n), count))
-    # raw 64-bit words and not Generator methods, whose streams may change between numpy versions
+    # raw 64-bit words instead of Generator methods, whose streams may change between numpy versions
     words = np.random.Philox(key=np.array([seed, count], dtype=np.uint64))
     drawn: set[tuple[int, ...]] = set()
     while len(drawn) < samples:

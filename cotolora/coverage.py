@@ -1,4 +1,4 @@
-"""Which weights of a model no adapter can reach, such as those of experts that are one parameter together."""
+"""Warns of weights that no adapter can reach, such as experts stored together in one parameter."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from cotolora.linear import CoToLoRALinear
 
 logger = logging.getLogger("cotolora")
 
-LARGE = 0.5  # a share from which on most of what fine-tuning could change stays as it is
+WARN_ABOVE = 0.5  # share of unreachable weights
 
 
 def warn_of_frozen_share(model: nn.Module) -> None:
-    """Warns where most weights of `model`, embeddings aside, are frozen and of no module that can have an adapter.
+    """Warns if most weights of `model` outside embeddings are frozen and in modules that cannot have an adapter.
 
-    Linear modules without an adapter do not count: that they have none is what the user chose.
+    Linear modules without an adapter do not count, since the user chose not to adapt them.
     """
     total, out_of_reach = _weights(model)
     frozen = sum(out_of_reach.values())
-    if frozen > LARGE * total:
+    if frozen > WARN_ABOVE * total:
         places = [name for name, _ in out_of_reach.most_common(4)]
         more = f" and {len(out_of_reach) - 4} more" if len(out_of_reach) > 4 else ""
         logger.warning(
-            "%.0f%% of the weights outside the embeddings (%s of %s) stay frozen, and no adapter can reach them, for "
-            "they are of no linear module: %s%s; trainable=[...] would train them in full",
+            "%.0f%% of the weights outside the embeddings (%s of %s) stay frozen and cannot be adapted, because they "
+            "belong to no linear module: %s%s; trainable=[...] would train them in full",
             100 * frozen / total,
             f"{frozen:,d}",
             f"{total:,d}",
@@ -38,13 +38,13 @@ def warn_of_frozen_share(model: nn.Module) -> None:
 
 
 def _weights(model: nn.Module) -> tuple[int, Counter[str]]:
-    """How many weights there are, and how many no adapter can reach, by name with * for what counts blocks."""
+    """The number of weights, and the number that no adapter can reach under each name; block numbers become *."""
     total, out_of_reach = 0, Counter[str]()
     embeddings = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
-    # what is tied to an embedding is part of it
+    # a weight that is tied to an embedding counts as part of it
     seen = {parameter for module in embeddings for parameter in module.parameters(recurse=False)}
     linears = [module for module in model.modules() if _is_linear(module)]
-    # with what they hold their weights in: the base of an adapter, a parametrisation
+    # including the modules inside that hold their weights: the base of an adapter, a parametrisation
     reached = {part for linear in linears for part in linear.modules()}
     for name, module in model.named_modules():
         own = {part.attribute for part in module._variant.parts} if isinstance(module, CoToLoRALinear) else set()

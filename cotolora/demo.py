@@ -1,7 +1,7 @@
-"""Adapters coming together on real data: ``python -m cotolora.demo``.
+"""Compares plain LoRA with CoTo on a small data set: ``python -m cotolora.demo``.
 
 A small vision transformer is trained on the handwritten digits 0 to 4. Then plain LoRA and CoTo each
-adapt that same base to all ten digits, with the same budget and several seeds, and are compared.
+adapt this base to all ten digits, with the same number of steps and several seeds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cotolora.results import save_picture, write_json
 STEPS, BATCH, RANK, ALPHA = 400, 64, 4, 8.0
 PRETRAIN_STEPS = 300
 PARTS = ["qkv", "proj", "up", "down"]
-# the best of LEARNING_RATES for each method on the validation split, by `python -m cotolora.demo --sweep`
+# the best of LEARNING_RATES for each method on the validation split, found with `python -m cotolora.demo --sweep`
 LEARNING_RATE = {"LoRA": 1.5e-2, "CoTo": 1.5e-2}
 LEARNING_RATES = (2e-3, 5e-3, 1e-2, 1.5e-2, 2e-2)
 LAMBDAS = [i / 10 for i in range(11)]
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, tokens, width]`` → the same."""
-        from einops import rearrange  # of the extra "demo", as what is imported in functions below
+        from einops import rearrange  # in the extra "demo", as are the other imports inside functions
 
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b t (n h d) -> n b h t d", n=3, h=self.heads)
         attended = F.scaled_dot_product_attention(q, k, v)
@@ -54,7 +54,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Ten digits from 8x8 pixels: patches of 2x2, a class token, pre-norm blocks."""
+    """Classifies 8x8 images into ten digits: 2x2 patches, a class token, pre-norm blocks."""
 
     def __init__(self, width: int = 48, depth: int = 8, heads: int = 4) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def load_data(device: torch.device) -> Data:
 
 
 def batches(data: tuple[Tensor, Tensor], steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """`steps` random batches, the same for the same seed."""
+    """`steps` random batches, determined by the seed."""
     generator = torch.Generator().manual_seed(seed)
     x, y = data
     for _ in range(steps):
@@ -112,7 +112,7 @@ def batches(data: tuple[Tensor, Tensor], steps: int, seed: int) -> Iterator[tupl
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    """Share of `data` that `model` gets right, in percent."""
+    """Accuracy of `model` on `data`, in percent."""
     was_training = model.training
     right = model.eval()(data[0]).argmax(1) == data[1]
     model.train(was_training)
@@ -120,7 +120,7 @@ def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 
 
 def pretrain(data: Data, device: torch.device, progress: Any) -> VisionTransformer:
-    """A base model, all of it trained on the digits 0 to 4."""
+    """A base model, fully trained on the digits 0 to 4."""
     torch.manual_seed(0)
     model = VisionTransformer().to(device)
     known = data.train[1] < 5
@@ -135,7 +135,7 @@ def pretrain(data: Data, device: torch.device, progress: Any) -> VisionTransform
 
 @dataclass
 class Run:
-    """One training run, and what was measured during it."""
+    """One training run and its measurements."""
 
     method: str
     model: nn.Module
@@ -165,7 +165,7 @@ class Run:
         self.seconds.append(time.perf_counter() - start)
 
     def count(self, layer: nn.Module, args: Any) -> None:
-        """Forward pre-hook: adds the adapter's multiplications to what ran or to what was skipped."""
+        """Forward pre-hook: counts the adapter's multiplications, in total and of skipped ones."""
         assert isinstance(layer, cotolora.CoToLoRALinear)
         products = layer.rank * (layer.in_features + layer.out_features) * args[0].shape[:-1].numel()
         if layer.training:
@@ -173,7 +173,7 @@ class Run:
             self.skipped += products if layer.active is False else 0
 
 
-# the choices of --variant, and the arguments of `inject` that each stands for
+# the choices of --variant, with their arguments of `inject`
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -185,7 +185,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def start(method: str, base: nn.Module, seed: int, lr: float, steps: int, kind: str = "lora") -> Run:
-    """A fresh copy of the base with adapters of a kind and a new head, ready to train."""
+    """A copy of the base with new adapters, ready to train; the head is trained too."""
     torch.manual_seed(seed)
     model = deepcopy(base)
     layers = cotolora.inject(model, PARTS, rank=RANK, alpha=ALPHA, trainable=["head"], **KINDS[kind])
@@ -204,7 +204,7 @@ def start(method: str, base: nn.Module, seed: int, lr: float, steps: int, kind: 
 def adapt(
     base: nn.Module, data: Data, seed: int, rates: dict[str, float], steps: int, progress: Any, kind: str = "lora"
 ) -> list[Run]:
-    """One run of each method on the same batches, step by step side by side, so that their times compare."""
+    """One run of each method on the same batches; the methods alternate step by step, so that their times compare."""
     runs = [start(method, base, seed, rate, steps, kind) for method, rate in rates.items()]
     for i, (x, y) in enumerate(batches(data.train, steps, seed)):
         for run in runs if i % 2 else runs[::-1]:
@@ -218,12 +218,12 @@ def adapt(
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all that was trained: every A, every B and the head."""
+    """Copies of all trained parameters: the adapters and the head."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def interpolation(runs: list[Run], data: tuple[Tensor, Tensor]) -> list[list[float]]:
-    """Accuracy at each λ of ``λ · factors of one seed + (1 - λ) · factors of the next``, a curve for each pair."""
+    """Accuracy of ``λ · factors of one seed + (1 - λ) · factors of the next`` at each λ, one curve for each pair."""
     curves = []
     for first, second in zip(runs, runs[1:] + runs[:1], strict=True):
         one, two = trained_state(first.model), trained_state(second.model)
@@ -237,7 +237,7 @@ def interpolation(runs: list[Run], data: tuple[Tensor, Tensor]) -> list[list[flo
 
 
 def every_other(run: Run, data: tuple[Tensor, Tensor]) -> float:
-    """Accuracy with the adapters of every second block switched off."""
+    """Accuracy with the adapters of every second block disabled."""
     modules = cotolora.groups.modules_of(run.model)
     depth = len(cotolora.groups.group_names(cotolora.adapters(run.model), "layer", modules))
     with cotolora.adapter_mask(run.model, [i % 2 == 0 for i in range(depth)], unit="layer"):
@@ -251,7 +251,7 @@ def mean_sd(values: list[float]) -> str:
 
 
 def measure(runs: list[Run], reference: list[Run], data: Data) -> dict[str, Any]:
-    """Everything the table and the figure show of one method."""
+    """The values of one method that the table and the figure show."""
     curves = interpolation(runs, data.test)
     return {
         "learning_rate": LEARNING_RATE[runs[0].method],
@@ -259,7 +259,7 @@ def measure(runs: list[Run], reference: list[Run], data: Data) -> dict[str, Any]
         "fused": [curve[len(curve) // 2] for curve in curves],
         "every_other_layer": [every_other(run, data.test) for run in runs],
         "adapter_compute_skipped": [100 * run.skipped / run.multiplied for run in runs],
-        # medians of steps that took turns on the same batches
+        # the methods alternated on the same batches
         "time_per_step_over_lora": [
             statistics.median(run.seconds) / statistics.median(other.seconds)
             for run, other in zip(runs, reference, strict=True)
@@ -351,13 +351,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method, at least 2 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of each run (default: %(default)s)")
     parser.add_argument(
-        "--variant", choices=KINDS, default="lora", help="of both methods' adapters (default: %(default)s)"
+        "--variant", choices=KINDS, default="lora", help="variant of all adapters (default: %(default)s)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     parser.add_argument("--sweep", action="store_true", help="only compare learning rates, on the validation split")
     options = parser.parse_args(arguments)
     if options.seeds < 2:
-        parser.error(f"--seeds must be at least 2, to fuse two of them; got {options.seeds}")
+        parser.error(f"--seeds must be at least 2, because pairs of seeds are fused; got {options.seeds}")
     if options.steps < 10:
         parser.error(f"--steps must be at least 10; got {options.steps}")
     name = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
@@ -365,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device must be one that torch can use here; got {name!r} ({error})")
+        parser.error(f"--device must be a device that torch can use here; got {name!r} ({error})")
     try:
         import einops  # noqa: F401
         import matplotlib  # noqa: F401
@@ -374,7 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f'the demo needs {error.name}; install it with: pip install "cotolora[demo]"')
     from tqdm import tqdm
 
-    # matrices this small gain nothing from a second thread, which would only compete with other programs
+    # such small matrices gain nothing from a second thread, which would only compete with other programs
     torch.set_num_threads(1)
     began = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The operation: checks its arguments, looks up the plan for such a call, casts as autocast would, and applies it."""
+"""`coto_lora_linear` and `add_low_rank`: check the arguments, look up a plan, cast as autocast would, and run it."""
 
 from __future__ import annotations
 
@@ -60,39 +60,39 @@ def coto_lora_linear(
 
         dx = dy W + scale · (dy B) A      dA = scale · (dy B)ᵀ x      dB = scale · dyᵀ (x Aᵀ)
 
-    W and bias get none unless they require it. No double backward except by the reference.
+    W and bias get gradients only if they require them. Only the reference backend supports double backward.
 
-    Or a variant of it, with the same gates, dropout and dtypes; of one that is on,
+    `variant` selects another update, with the same gates, dropout and dtypes. Where the adapter is active,
 
-        dora:  y = c ∘ (x Wᵀ + scale · (x Aᵀ) Bᵀ) + bias,   c = m / ‖W + scale · B A‖ by rows, the norm a constant
+        dora:  y = c ∘ (x Wᵀ + scale · (x Aᵀ) Bᵀ) + bias,   c = m / ‖W + scale · B A‖ per row, no gradient of the norm
         hira:  y = x (W ∘ (1 + scale · B A))ᵀ + bias
 
-    which `cotolora.reference` defines, with their sources.
+    `cotolora.reference` defines all variants and names their sources.
 
     Args:
-        x: inputs, ``[..., in_features]``; any strides, any leading dimensions, also none or empty; or a jagged nested
-            tensor, of which the values are computed.
+        x: inputs, ``[..., in_features]``, with any strides and any leading dimensions, also none or of size 0; or a
+            jagged nested tensor, whose values are computed like the rows of a dense one.
         weight: base weight W, ``[out_features, in_features]``, in the dtype of `x`.
         bias: base bias, ``[out_features]``, in the dtype of `x`, or None.
-        lora_a: A, ``[rank, in_features]``, floating; float32 masters are usual. Cast to the dtype of `x` for
-            compute, its gradient is in its own dtype.
+        lora_a: A, ``[rank, in_features]``, floating, usually float32 master weights. Cast to the dtype of `x` for
+            the computation; its gradient has its own dtype.
         lora_b: B, ``[out_features, rank]``, likewise.
         scale: ``alpha / rank``; for rsLoRA ``alpha / √rank``.
         gate: δ.
 
             - ``True``: ordinary LoRA. ``False``: exactly ``F.linear(x, weight, bias)``; A and B do not
               enter the graph and get no gradient.
-            - 0-dim bool or integer tensor on the device of `x`: read by the device, without a
-              sync, so legal in CUDA graphs; when 0, A and B get zeros.
+            - 0-dim bool or integer tensor on the device of `x`: read on the device, without a
+              sync, so allowed in CUDA graphs; when 0, the gradients of A and B are zeros.
             - bool or integer tensor ``[batch]`` with ``batch = x.shape[0]``: one gate per sample.
 
-            Off selects the base, also where A or B is not finite.
-        dropout: probability in [0, 1] of zeroing an entry of the adapter's input; always acts. Masks are
-            drawn from torch's generator; the fused kernels draw a seed from it, so their masks are others.
+            A gate of 0 gives the base output even if A or B is not finite.
+        dropout: probability in [0, 1] of zeroing an entry of the adapter's input, in every call. Masks are drawn from
+            torch's generator; the fused kernels draw only a seed from it, so their masks differ.
         variant: "lora" or another name in `cotolora.variants.VARIANTS`, each of which has a definition in
             `cotolora.reference`.
-        magnitude: m of DoRA, ``[out_features]``, floating, as A and B; None for the others.
-        extra: the tensors that a variant has beside A and B, in its order; for DoRA the same as ``magnitude=``.
+        magnitude: m of DoRA, ``[out_features]``, floating, as A and B; None for the other variants.
+        extra: the further tensors of a variant after A and B, in its order; for DoRA the same as ``magnitude=``.
         backend: "auto", "reference", "addmm", "triton" or another name as in `set_backend`; None
             follows `set_backend`, then the environment variable ``COTOLORA_BACKEND``, then "auto".
 
@@ -103,7 +103,7 @@ def coto_lora_linear(
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: an argument has the wrong shape, value or device.
-        RuntimeError: the backend asked for by name cannot run this call; lists every reason.
+        RuntimeError: a backend requested by name cannot run this call; the message lists every reason.
 
     Source: LoRA, Hu et al. 2021, eq. 3 (arXiv:2106.09685); δ is the activation indicator of CoTo,
     Zhuang et al. 2025, section 3 (arXiv:2506.05713).
@@ -133,7 +133,7 @@ def coto_lora_linear(
                 values, weight, bias, lora_a, lora_b, gate=rows, backend=backend, **options
             )
         )  # fmt: skip
-    plan_for = planned_anew if torch.compiler.is_compiling() else planned
+    plan_for = new_plan if torch.compiler.is_compiling() else planned
     plan = plan_for(kind, x, lora_a.shape[0], weight.shape[1], weight.shape[0], scale, dropout, backend, None)
     return run(plan, x, weight, bias, lora_a, lora_b, extra, None if gate is True else gate)
 
@@ -151,19 +151,20 @@ def add_low_rank(
     extra: Sequence[Tensor] = (),
     backend: str | None = None,
 ) -> Tensor:
-    r"""The low-rank update alone, for a base whose weight is not there to read: ``y + δ · scale · (dropout(x) Aᵀ) Bᵀ``.
+    r"""Adds the low-rank update to a base output, without reading W: ``y + δ · scale · (dropout(x) Aᵀ) Bᵀ``.
 
-    `y` is what the base has made of `x`. It is never written, and gets the gradient of the result as it is; dx, dA and
-    dB are those of `coto_lora_linear` less ``dy W``.
+    `y` is the output of the base for `x`. It is never written to, and its gradient is that of the result; dx, dA and
+    dB are those of `coto_lora_linear` without the term ``dy W``.
 
-    ``h = scale · dropout(x) Aᵀ`` is computed in the dtype of `x` (under autocast in that to which `F.linear` would cast
-    it) and rounded to the dtype of `y`; ``h Bᵀ`` and the sum are computed in that. So a base that answers in a dtype
-    of its own keeps it.
+    ``h = scale · dropout(x) Aᵀ`` is computed in the dtype of `x` (under autocast in the dtype to which `F.linear` would
+    cast it) and rounded to the dtype of `y`; ``h Bᵀ`` and the sum are computed in the dtype of `y`. So a base whose
+    output has another dtype than `x` keeps it.
 
     Args:
         y: ``[..., out_features]``, with the leading dimensions and the device of `x`.
-        x, lora_a, lora_b, scale, gate, dropout, backend: as in `coto_lora_linear`; ``gate=False`` gives `y` itself.
-            Every form of the fused kernels stands for the one that there is here, which wants one dtype for x and y.
+        x, lora_a, lora_b, scale, gate, dropout, backend: as in `coto_lora_linear`; ``gate=False`` returns `y` itself.
+            There is one form of fused kernel for this, which every "triton" backend selects; x and y must have the same
+            dtype for it.
 
     Returns:
         ``[..., out_features]``, in the dtype of `y`.
@@ -197,26 +198,26 @@ def add_low_rank(
                 y.values(), values, lora_a, lora_b, gate=rows, backend=backend, **options
             )
         )  # fmt: skip
-    plan_for = planned_anew if torch.compiler.is_compiling() else planned
+    plan_for = new_plan if torch.compiler.is_compiling() else planned
     plan = plan_for(kind, x, lora_a.shape[0], x.shape[-1], y.shape[-1], scale, dropout, backend, y.dtype)
     return run(plan, x, None, None, lora_a, lora_b, extra, None if gate is True else gate, y)
 
 
 def _of_jagged(x: Tensor, gate: Gate, compute: Callable[[Tensor, Gate], Tensor]) -> Tensor:
-    """`compute`, given the values of a jagged nested tensor and the gates of their rows, in the structure of `x`."""
+    """Applies `compute` to the values of a jagged `x` and the gates of their rows; the result is jagged like `x`."""
     values, offsets, ragged = x.values(), x.offsets(), x._ragged_idx  # type: ignore[attr-defined]
     if isinstance(gate, Tensor) and gate.dim():
         if ragged != 1:
             raise ValueError(f"a row gate [batch] needs x jagged in dimension 1; got x jagged in dimension {ragged}")
         gate = gate.repeat_interleave(offsets.diff(), output_size=values.shape[0])
-    # what is known of the lengths is handed on, which attention would else ask a device for
+    # passes on the known sequence lengths, which attention would otherwise have to read from the device
     known = {f"{end}_seqlen": getattr(x, f"_maybe_{end}_seqlen", None) for end in ("min", "max")}
     lengths = x.lengths()  # type: ignore[attr-defined]
     return torch.nested.nested_tensor_from_jagged(compute(values, gate), offsets, lengths, ragged, **known)
 
 
 def check_operands(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> None:
-    """Raises unless these are the tensors of one low-rank layer.
+    """Raises unless these tensors fit together as the operands of one low-rank layer.
 
     Raises:
         TypeError, ValueError: as `coto_lora_linear`.
@@ -249,16 +250,16 @@ def planned(
     backend: str | None = None,
     base_dtype: torch.dtype | None = None,
 ) -> Plan:
-    """The plan for such a call, made at the first of its kind. Not for a trace, which makes one for itself.
+    """The plan for such a call, cached by its properties. Not for a trace, which uses `new_plan`.
 
     Raises:
-        ValueError, RuntimeError: as `coto_lora_linear`, of `backend`.
+        ValueError, RuntimeError: as `coto_lora_linear`, because of `backend`.
     """
     usual = (
         backend is None and x.is_cpu and not choice.ever_set and not torch._C._is_any_autocast_enabled()
         and not transforming()
     )  # fmt: skip
-    # off a GPU vendor GEMMs run whatever the number of rows
+    # on a CPU vendor GEMMs are chosen for every number of rows
     key: tuple[object, ...] = (
         kind, x.dtype, rank, in_features, out_features, scale, dropout, torch.is_grad_enabled(), base_dtype
     )  # fmt: skip
@@ -273,12 +274,12 @@ def planned(
         )
     found = choice.plans.get(key)
     if found is None:
-        found = planned_anew(kind, x, rank, in_features, out_features, scale, dropout, backend, base_dtype)
+        found = new_plan(kind, x, rank, in_features, out_features, scale, dropout, backend, base_dtype)
         choice.keep(key, found)
     return found
 
 
-def planned_anew(
+def new_plan(
     kind: Variant,
     x: Tensor,
     rank: int,
@@ -289,7 +290,7 @@ def planned_anew(
     backend: str | None,
     base_dtype: torch.dtype | None,
 ) -> Plan:
-    """The plan for such a call. In a trace the number of rows, which may be a symbol, has no part in it."""
+    """The plan for such a call, without the cache. In a trace it ignores the number of rows, which may be symbolic."""
     refuse_nested(x)
     cast_to = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else None
     rows = None if torch.compiler.is_compiling() else math.prod(x.shape[:-1])
@@ -310,7 +311,7 @@ def run(
     gate: Tensor | None,
     base: Tensor | None = None,
 ) -> Tensor:
-    """Applies a plan to the operands of a call of its kind, which are not checked. A `gate` of None is on."""
+    """Runs a plan on the operands of such a call, without checking them. A `gate` of None means active."""
     if plan.cast_to is not None:
         return _run_cast(plan, x, weight, bias, a, b, extra, gate, base)
     if plan.backend is None:
@@ -338,7 +339,7 @@ def _run_cast(
     gate: Tensor | None,
     base: Tensor | None,
 ) -> Tensor:
-    """As autocast would have it; of the sum with a base's output it leaves the dtype as it is."""
+    """Casts the operands as autocast would and runs the plan; a sum with a base output keeps the dtype of that."""
     cast_to, variant = plan.cast_to, plan.call.variant
     assert cast_to is not None
     with without_autocast(x.device):
@@ -373,6 +374,6 @@ def _run_reference(
 
 
 def autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """`t` as autocast to `dtype` casts an operand."""
-    # F.linear is on autocast's list of lower-precision operations, which leaves float64 alone
+    """`t` as autocast to `dtype` would cast it for F.linear."""
+    # autocast does not cast float64 operands of its lower-precision operations, such as F.linear
     return t if t.dtype == torch.float64 else t.to(dtype)

@@ -1,4 +1,4 @@
-"""Finds the adapters of a model and sorts their names into groups."""
+"""Finds the adapters and parameters of a model, and sorts adapter names into groups."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cotolora.wording import listed, shown, some_of
 
 Unit = str | Callable[[str], Hashable]
 
-# classes that hold a whole model, and the name that it has there; torch.compile's is found by that name
+# classes that wrap a whole model, and the attribute that holds it; torch.compile's is recognised by its attribute
 _HOLDERS = {
     "torch.nn.parallel.distributed.DistributedDataParallel": "module",
     "torch.nn.parallel.data_parallel.DataParallel": "module",
@@ -27,12 +27,12 @@ _HOLDERS = {
     "lightning.fabric.wrappers._FabricModule": "_forward_module",
     "lightning_fabric.wrappers._FabricModule": "_forward_module",
 }
-# components that compile, checkpoint and FSDP1 wrappers put into the names of what they wrap
+# components that compile, checkpoint and FSDP1 wrappers insert into names
 _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
 
 
 def wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """`model` and what lies inside it, as long as that is DistributedDataParallel, a moving average or the like."""
+    """`model` and, as long as it is a wrapper such as DistributedDataParallel or a moving average, the model inside."""
     yield model
     kinds = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__)
     inner = getattr(model, next((_HOLDERS[kind] for kind in kinds if kind in _HOLDERS), "_orig_mod"), None)
@@ -69,7 +69,7 @@ def adapters(model: nn.Module) -> dict[str, CoToLoRALinear]:
 
 
 def unmerged_adapters(model: nn.Module) -> dict[str, CoToLoRALinear]:
-    """The adapters of a model that must have some, all of which switches reach.
+    """The adapters of a model, which must have some and no merged ones.
 
     Raises:
         TypeError: `model` is not a module.
@@ -80,33 +80,37 @@ def unmerged_adapters(model: nn.Module) -> dict[str, CoToLoRALinear]:
         raise ValueError(f"model must have adapters; {type(model).__name__} has none (call inject first)")
     if merged := [name for name, layer in layers.items() if layer.merged]:
         raise ValueError(
-            f"model must have no merged adapters, which no switch reaches (unmerge them); merged: {listed(merged)}"
+            f"model must have no merged adapters, which cannot be switched (unmerge them); merged: {listed(merged)}"
         )
     return layers
 
 
 def is_enabled(layer: CoToLoRALinear) -> bool:
-    """Whether the adapter is enabled, for any sample at least."""
+    """Whether the adapter is enabled, at least for one sample."""
     return bool(layer.enabled.any()) if isinstance(layer.enabled, torch.Tensor) else layer.enabled
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A, B and, of DoRA, the magnitude of every adapter, in module order."""
+    """The trained parameters of every adapter, in module order: A and B, with DoRA also m; with VeRA its two vectors.
+
+    Raises:
+        TypeError: `model` is not a module.
+    """
     return [parameter for layer in adapters(model).values() for parameter in layer.adapter_parameters]
 
 
 def trainable_parameters(model: nn.Module) -> list[dict[str, Any]]:
-    """All that trains, in parameter groups for an optimizer: first the adapters, then what trains in full beside them.
+    """All trainable parameters in groups for an optimizer: first the adapters, then other parameters trained in full.
 
-    The second is there only if something does, as a head that `inject` took by `trainable`. Give a group a rate or a
-    weight decay of its own by another key: ``groups[1]["lr"] = 1e-4``.
+    The second group exists only if there are such parameters, for example a head that `inject` got as `trainable`. Add
+    a key to give a group its own learning rate or weight decay: ``groups[1]["lr"] = 1e-4``.
 
     Returns:
         groups with "name" ("adapters" or "others") and "params", in module order.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: it has no adapters, or nothing of it trains.
+        ValueError: it has no adapters, or no trainable parameters.
 
     >>> from cotolora import inject
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
@@ -121,7 +125,7 @@ def trainable_parameters(model: nn.Module) -> list[dict[str, Any]]:
     of_adapters = {id(p) for p in adapter_parameters(model)}
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
-        raise ValueError(f"model must have something that trains; all of {type(model).__name__} is frozen")
+        raise ValueError(f"model must have trainable parameters; all of {type(model).__name__} is frozen")
     groups = [
         {"name": "adapters", "params": [p for p in trained if id(p) in of_adapters]},
         {"name": "others", "params": [p for p in trained if id(p) not in of_adapters]},
@@ -130,17 +134,18 @@ def trainable_parameters(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer in which every B learns `ratio` times faster than the rest.
+    """Parameter groups for an optimizer in which the learning rate of every B is `ratio` times that of the rest.
 
     Args:
         model: a model with adapters.
-        lr: learning rate of A and of whatever else trains.
-        ratio: learning rate of B over `lr`.
+        lr: learning rate of A and of all other trainable parameters.
+        ratio: learning rate of B divided by `lr`.
 
     Returns:
-        two groups with "params" and "lr".
+        two groups with "params" and "lr": the rest, then every B.
 
     Raises:
+        TypeError: `model` is not a module.
         ValueError: `model` has no adapters; `lr`, `ratio` or their product is not a positive finite number.
 
     Source: LoRA+, Hayou et al. 2024, section 4 (arXiv:2402.12354).
@@ -162,7 +167,7 @@ def _positive(argument: str, value: float) -> float:
 
 
 def trainable_report(model: nn.Module) -> str:
-    """How much of `model` trains, in PEFT's words; give it to a logger or print it.
+    """How many parameters of `model` are trainable, in the format of PEFT's ``print_trainable_parameters``.
 
     >>> from cotolora import inject
     >>> model = nn.Sequential(nn.Linear(4, 4))
@@ -180,13 +185,13 @@ def trainable_report(model: nn.Module) -> str:
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module of `model` by the name that it has without wrappers; under that name what a wrapper holds."""
-    # in this order: a wrapper and what it holds have one name, and the latter comes second
+    """Every module of `model` by its name without wrappers; the module inside a wrapper replaces the wrapper."""
+    # a wrapper and the module inside have the same plain name; named_modules yields the latter second, so it wins
     return {plain_name(name): module for name, module in unwrap(model).named_modules()}
 
 
 def held_at(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Where the model has each module: a name for every attribute, of whatever module, that holds it."""
+    """The places of each module in the model: one name for every attribute that holds it."""
     found: dict[nn.Module, list[str]] = {}
     for name, holder in model.named_modules():
         for key, child in holder._modules.items():
@@ -195,13 +200,13 @@ def held_at(model: nn.Module) -> dict[nn.Module, list[str]]:
     return found
 
 
-def why_not_pefts(names: Collection[str]) -> str:
-    """Why PEFT has no adapter like ours on a module in these places; empty if it can have one."""
+def why_not_in_peft(names: Collection[str]) -> str:
+    """Why PEFT cannot represent our adapter on a module in these places; empty if it can."""
     if len(names) < 2:
         return ""
     return (
-        f"must be in one place of the model; it is in {some_of(names)}, and an adapter of PEFT's files is in the first "
-        "of these alone, while one of this library is in all (give the other places copies of the module, which may "
+        f"must be in one place of the model; it is in {some_of(names)}, and PEFT would load its adapter into the first "
+        "of these only, while this library's adapter is in all (give the other places copies of the module, which may "
         "share its weight)"
     )
 
@@ -211,20 +216,22 @@ def group_names(
 ) -> dict[Hashable, list[str]]:
     """Sorts adapter names into groups, in the order of their first member.
 
-    With "layer", names share a group that agree up to and including the integer that counts the repeated blocks: the
-    outermost list (modules named by integers) with two or more children of one class that hold adapters. A list whose
-    only such children are adapters themselves counts if no other does; after these, a list of which a single child
-    holds adapters, unless that child holds such a list. A name without such a list is its own group.
+    With "layer", the adapters of one repeated block form a group: names that agree up to and including the integer
+    that counts the blocks. The list of blocks is the outermost list (module whose children are named by integers) with
+    two or more children of one class that hold adapters. If a name leads through no such list, lists count whose
+    children are adapters themselves; then lists in which a single child holds adapters, unless that child contains one
+    of the other lists. A name that leads through no list is its own group.
 
     Args:
         names: adapter names, in module order.
-        unit: "layer" as above; "module": every adapter is its own group. A callable gives each name its group's key.
-        modules: of the model, by name, for the classes of the children; without it all children of a list count as of
-            one class.
+        unit: "layer" as above; "module": every adapter is its own group; or a callable from a name to the key of its
+            group.
+        modules: the modules of the model by name, to compare the classes of children; without it all children of a list
+            are assumed to be of one class.
 
     Raises:
         ValueError: `unit` is another string.
-        TypeError: `unit` is neither a string nor a callable, or gives what cannot be a key.
+        TypeError: `unit` is neither a string nor a callable, or returns a key that cannot be hashed.
 
     >>> group_names(["embed", "blocks.0.q", "blocks.0.v", "blocks.1.q"], "layer")
     {'embed': ['embed'], 'blocks.0': ['blocks.0.q', 'blocks.0.v'], 'blocks.1': ['blocks.1.q']}
@@ -235,7 +242,7 @@ def group_names(
     groups: dict[Hashable, list[str]] = {}
     for name in names:
         if not isinstance(group := key(name), Hashable):
-            raise TypeError(f"unit must give keys that can be hashed; {shown(unit)} gave {shown(group)} for {name!r}")
+            raise TypeError(f"unit must return hashable keys; {shown(unit)} returned {shown(group)} for {name!r}")
         groups.setdefault(group, []).append(name)
     return groups
 
@@ -253,7 +260,7 @@ def checked_unit(unit: object) -> Unit:
 def _layer_key(names: Collection[str], modules: Mapping[str, nn.Module] | None) -> Callable[[str], str]:
     """The group of a name, see `group_names`."""
     adapters = set(names)
-    holding: dict[str, set[str]] = {}  # by list, its children that are adapters or hold some
+    holding: dict[str, set[str]] = {}  # for each list, its children that are or hold adapters
     for name in names:
         for parent, child in _list_items(name):
             holding.setdefault(parent, set()).add(child)
@@ -279,7 +286,7 @@ def _layer_key(names: Collection[str], modules: Mapping[str, nn.Module] | None) 
 
 
 def _list_items(name: str) -> list[tuple[str, str]]:
-    """The lists that `name` leads through, each with the child in it, outermost first.
+    """The lists on the path `name`, each with its child on that path, outermost first.
 
     >>> _list_items("0.layers.3.q")
     [('', '0'), ('0.layers', '0.layers.3')]
@@ -289,16 +296,16 @@ def _list_items(name: str) -> list[tuple[str, str]]:
 
 
 def _class_of(module: nn.Module) -> type:
-    """The class of `module` as the user wrote it: FSDP2 puts one of its own in front."""
+    """The user's class of `module`: FSDP2 replaces it by a subclass."""
     own = type(module)
     sharded = own.__name__ == f"FSDP{own.__bases__[-1].__name__}" and len(own.__bases__) > 1
     return own.__bases__[-1] if sharded else own
 
 
 def as_mask(mask: object, argument: str = "mask") -> torch.Tensor:
-    """`mask` as a bool tensor; what holds anything but zeros and ones is refused."""
+    """`mask` as a bool tensor; raises ValueError unless all values are 0, 1, True or False."""
     try:
-        # a copy: what the caller writes to `mask` afterwards changes nothing
+        # a copy, so that later writes to `mask` have no effect
         values = mask.detach().clone() if isinstance(mask, torch.Tensor) else torch.tensor(mask)
         if values.is_floating_point() and not isinstance(mask, torch.Tensor):
             values = torch.tensor(mask, dtype=torch.float64)  # in float32 1 + 1e-9 is 1, and 1e-50 is 0

@@ -1,4 +1,4 @@
-"""Puts one module in another's place, with the hooks that the other has."""
+"""Replaces a module of a model by another one and moves its hooks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from cotolora.groups import adapters
 
-# everything that nn.Module.register_*_hook writes to: what calls run, and what state dicts do
+# everything that nn.Module.register_*_hook writes to: hooks of calls, and hooks of state dicts
 _CALL_HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -27,7 +27,7 @@ _STATE_HOOKS = (
     "_load_state_dict_post_hooks",
 )
 HOOKS = (*_CALL_HOOKS, *_STATE_HOOKS)
-# what makes torch's encoder take the fused path, and the value that keeps it off
+# the attributes that let torch's encoder take its fused path, and the values that prevent it
 _FAST_PATH = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),  # "neither": one of the conditions of the fused path
     (nn.TransformerEncoder, "use_nested_tensor", False),  # only the fused path can read nested tensors
@@ -37,19 +37,19 @@ _FAST_PATH = (
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Puts `module` where `model` has `name`."""
     parent, _, leaf = name.rpartition(".")
-    # not setattr: Sequential, ModuleList and ModuleDict hold children under names that are no identifiers
+    # not setattr: Sequential, ModuleList and ModuleDict have children whose names are not identifiers
     model.get_submodule(parent)._modules[leaf] = module
 
 
 def move_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Gives `target` the hooks of `source` and their handles; only those of calls where one holds the other."""
+    """Moves the hooks of `source` and their handles to `target`; only call hooks if one module holds the other."""
     stays = source in target.children() or target in source.children()
     for name in _CALL_HOOKS if stays else HOOKS:
         getattr(source, name).update(getattr(target, name))
-        # the very same dictionary: a handle that the user kept removes its hook from it
+        # the same dictionary object: a handle that the user kept removes its hook from it
         setattr(target, name, getattr(source, name))
         if stays:
-            setattr(source, name, OrderedDict())  # it goes on being called: once is enough
+            setattr(source, name, OrderedDict())  # it is still called, and hooks must run once
     target._is_full_backward_hook = source._is_full_backward_hook
     if stays:
         source._is_full_backward_hook = None
@@ -64,14 +64,14 @@ def _bind_hooks(module: nn.Module) -> None:
 
 
 def hooks_of(module: nn.Module) -> dict[str, Any]:
-    """What `move_hooks` changes of a module: its dictionaries of hooks, with what they hold now."""
+    """The state of a module that `move_hooks` changes: its dictionaries of hooks, with their present entries."""
     return {name: (getattr(module, name), dict(getattr(module, name))) for name in HOOKS} | {
         "_is_full_backward_hook": module._is_full_backward_hook
     }
 
 
 def set_hooks(module: nn.Module, hooks: dict[str, Any]) -> None:
-    """Gives a module back what `hooks_of` found."""
+    """Restores the hooks of a module to what `hooks_of` returned."""
     module._is_full_backward_hook = hooks["_is_full_backward_hook"]
     for name in HOOKS:
         dictionary, held = hooks[name]
@@ -82,7 +82,7 @@ def set_hooks(module: nn.Module, hooks: dict[str, Any]) -> None:
 
 
 def block_fast_path(model: nn.Module) -> None:
-    """Keeps torch's fused encoder inference, which reads the weights past the layers, off what was adapted."""
+    """Disables torch's fused encoder inference, which reads weights without calling the layers, around adapters."""
     for module in model.modules():
         for kind, attribute, off in _FAST_PATH:
             if isinstance(module, kind) and hasattr(module, attribute) and adapters(module):
@@ -91,7 +91,7 @@ def block_fast_path(model: nn.Module) -> None:
 
 
 def restore_fast_path(model: nn.Module) -> None:
-    """Takes back `block_fast_path`."""
+    """Undoes `block_fast_path`."""
     for module in model.modules():
         for _, attribute, _ in _FAST_PATH:
             if (saved := f"_cotolora_{attribute}") in module.__dict__:

@@ -1,4 +1,4 @@
-"""Puts adapters into a model and takes them out again, by PEFT's rules for names."""
+"""Puts adapters into a model and takes them out again; matches names by PEFT's rules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cotolora import checks
-from cotolora.bases import is_pefts
+from cotolora.bases import is_peft_module
 from cotolora.coverage import warn_of_frozen_share
 from cotolora.groups import adapters, plain_name, unwrap, wrappers
 from cotolora.hooks import block_fast_path, hooks_of, move_hooks, replace_module, restore_fast_path, set_hooks
@@ -50,35 +50,35 @@ def inject(
 ) -> dict[str, CoToLoRALinear]:
     r"""Replaces linear modules of `model` by `CoToLoRALinear`, in place, and freezes everything else.
 
-    Names are matched as PEFT matches them: a list holds whole names or their dotted ends (``"q_proj"`` takes
-    ``layers.0.q_proj``, not ``not_q_proj``); a string is a regular expression for the whole name, or
-    "all-linear": every ``nn.Linear``, subclasses included, and transformers ``Conv1D`` except what `trainable` takes
-    and, in a transformers model, the output embedding; also left out, which is logged, are the head of a
+    Names are matched as in PEFT. A list holds whole names or their dotted ends (``"q_proj"`` matches
+    ``layers.0.q_proj``, not ``not_q_proj``). A string is a regular expression for the whole name, or "all-linear":
+    every ``nn.Linear``, subclasses included, and transformers ``Conv1D``, except modules that `trainable` matches and
+    the output embedding of a transformers model. "all-linear" also leaves out, and logs, the head of a
     ``…ForSequenceClassification`` (its `score` or `classifier`, as for PEFT's SEQ_CLS), which stays frozen, and
-    subclasses whose forward is no map from in_features to out_features (routers of experts). By name, any other module
-    is taken too that has integer `in_features` and `out_features`: see `CoToLoRALinear.from_linear`, which says what
-    becomes of a base without a dense weight. What lies inside of such a module is its own and no target.
+    subclasses whose forward does not map in_features to out_features (routers of experts). If `targets` matches its
+    name, any other module with integer `in_features` and `out_features` is replaced too: `CoToLoRALinear.from_linear`
+    says how a base without a dense weight is handled. Modules inside such a base are never targets.
 
-    A module under several names becomes one adapter, named after the first. `save_adapter` refuses it, because PEFT
-    adapts the first place alone, unless these are names of one place, as where a block is held twice. Hooks move to the
-    new layer, except that a module which stays as a base keeps those of its state dict. Weights are shared, not copied;
-    tied weights stay tied. Names are those of the unwrapped model, as `adapters` gives them.
+    A module with several names becomes one adapter, named after the first. `save_adapter` refuses such an adapter,
+    because PEFT would adapt only the first place, unless all names lead to one place, as in a block that is held twice.
+    Hooks move to the new layer; a module that stays as a base keeps its state dict hooks. Weights are shared, not
+    copied; tied weights stay tied. Names are those of the unwrapped model, as returned by `adapters`.
 
-    A quantised transformers model is one that Trainer takes from then on, until `eject`: it asks the model's quantizer,
-    ``model.hf_quantizer``, whether there is something to train, and that says yes. Inject into the model that Trainer
-    gets, which has the quantizer, not into a part of it.
+    Trainer accepts a quantised transformers model from then on, until `eject`: Trainer asks the model's quantizer,
+    ``model.hf_quantizer``, whether there is something to train, and the quantizer now answers yes. Inject into the
+    model that Trainer gets, which has the quantizer, not into a part of it.
 
-    Where most weights outside the embeddings are of no linear module and stay frozen, as those of experts that a model
-    holds in parameters of three dimensions, a warning says which and how many.
+    If most weights outside the embeddings belong to no linear module and stay frozen, such as 3-dimensional expert
+    parameters, a warning says which and how many.
 
     Args:
         model: the model; changed in place, and unchanged if anything raises.
         targets: which modules to replace.
-        rank, alpha, dropout, use_rslora, variant, init: of each layer, see `CoToLoRALinear`.
-        exclude: modules to leave alone; same rules, checked first.
+        rank, alpha, dropout, use_rslora, variant, init: settings of each layer, see `CoToLoRALinear`.
+        exclude: modules to leave alone, by the same rules; checked first.
         rank_pattern, alpha_pattern: other ranks and alphas by name: the first key k for which
-            ``re.match(rf"(.*\.)?({k})$", name)`` holds decides. A key that takes no target is named in a warning.
-        trainable: modules or parameters to train in full besides the adapters (a new classifier head); the
+            ``re.match(rf"(.*\.)?({k})$", name)`` holds decides. Keys that match no target are listed in a warning.
+        trainable: modules or parameters to train in full alongside the adapters (a new classifier head), by the
             rules of `targets`.
 
     Returns:
@@ -86,9 +86,9 @@ def inject(
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: a target or `trainable` matches nothing, or both take the same parameter; a match cannot
-            be adapted (the message says why and what to exclude); the model has adapters already, or PEFT's, or is
-            inside DistributedDataParallel, which would not synchronise them; an option is out of its range.
+        ValueError: a target or `trainable` matches nothing, or both match the same parameter; a match cannot
+            be adapted (the message says why and what to exclude); the model has adapters already, ours or PEFT's, or is
+            inside DistributedDataParallel, which would not synchronise new ones; an option is out of its range.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     >>> list(inject(model, ["0"], rank=2))
@@ -123,20 +123,20 @@ def install(
     trained: Iterable[nn.Parameter] = (),
     fill: Callable[[dict[str, CoToLoRALinear]], None] | None = None,
 ) -> dict[str, CoToLoRALinear]:
-    """Puts adapters into a model without any, all of them or none, and freezes everything else.
+    """Puts adapters into a model that has none and freezes everything else; changes nothing if anything raises.
 
     Args:
-        model: changed in place; if anything raises, it is as it was, with its hooks and the flags of its parameters.
-        specs: how the adapter of each module is made, by the module's first name in the unwrapped model.
-        trained: parameters that train besides the adapters.
-        fill: called with the new layers by name before the model gets them, to write into their parameters.
+        model: changed in place; if anything raises, its modules, hooks and ``requires_grad`` flags are restored.
+        specs: the settings of each adapter, by the first name of its module in the unwrapped model.
+        trained: parameters that are trained alongside the adapters.
+        fill: called with the new layers by name before they are put into the model, to write into their parameters.
 
     Returns:
         the new layers by name.
 
     Raises:
         TypeError: `model` is not a module, or a module of `specs` cannot be adapted.
-        ValueError: `model` has adapters, or PEFT's, or is inside DistributedDataParallel; a spec does not go with its
+        ValueError: `model` has adapters, ours or PEFT's, or is inside DistributedDataParallel; a spec does not fit its
             module.
     """
     model, trained = plain_model(model), set(trained)
@@ -165,12 +165,12 @@ def install(
         undo.callback(disallow_training, model)
         allow_training(model)
         undo.pop_all()
-    settle(layers)
+    name_and_watch(layers)
     return layers
 
 
-def settle(layers: Mapping[str, CoToLoRALinear]) -> None:
-    """Tells layers that have been put into a model what they are called there, and looks after their gradients."""
+def name_and_watch(layers: Mapping[str, CoToLoRALinear]) -> None:
+    """Tells the layers of a model their names in it, and watches whether they receive gradients."""
     told: set[str] = set()
     for name, layer in layers.items():
         layer._name, layer._told = name, told
@@ -180,13 +180,13 @@ def settle(layers: Mapping[str, CoToLoRALinear]) -> None:
 def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
     """Puts plain modules back in place of the adapters; the reverse of `inject`.
 
-    What was frozen stays frozen: call ``model.requires_grad_(True)`` to train it in full.
+    Frozen parameters stay frozen: call ``model.requires_grad_(True)`` to train the model in full.
 
     Args:
         model: changed in place, and unchanged if anything raises.
-        merge: fold the enabled adapters into new weights; False gives back the original weights. Adapters that no
-            forward has called are named in a warning: a model that reads their weights past them has had no use of
-            them, and merged they change its outputs.
+        merge: merge the enabled adapters into new weights; False gives back the original weights. Adapters that no
+            forward has called are listed in a warning: a model that reads their weights without calling the layers has
+            computed without the adapters, and merging changes its outputs.
 
     Returns:
         the plain modules by name, in module order.
@@ -194,9 +194,8 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
     Raises:
         TypeError: `model` is not a module.
         ValueError: it has no adapters, or is one itself (which `to_linear` turns into a plain module), or
-            something replaced an adapter's forward.
-        RuntimeError: `merge` is asked for, and an enabled adapter's base has no dense weight or its `enabled` is a
-            row mask.
+            the forward of an adapter was replaced.
+        RuntimeError: `merge` is True, and an enabled adapter's base has no dense weight or its `enabled` is a row mask.
     """
     layers = adapters(model)
     checks.flag("merge", merge)
@@ -222,7 +221,7 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
     disallow_training(model)
     for name, (weight, others) in shared.items():
         if plain[id(layers[name])].weight is not weight:
-            logger.warning("%s shared its weight with %s; merged, it has a weight of its own", name, ", ".join(others))
+            logger.warning("%s shared its weight with %s; after merging it has its own weight", name, ", ".join(others))
     return {name: plain[id(layer)] for name, layer in layers.items()}
 
 
@@ -230,18 +229,18 @@ def plain_model(model: nn.Module) -> nn.Module:
     """`model` without its wrappers; raises ValueError unless it can get adapters."""
     if existing := adapters(model):
         raise ValueError(f"model must have no adapters yet; it has {len(existing)} (eject them first)")
-    if pefts := next(((name, module) for name, module in model.named_modules() if is_pefts(module)), None):
+    if pefts := next(((name, module) for name, module in model.named_modules() if is_peft_module(module)), None):
         name, module = pefts
         raise ValueError(
-            f"model must hold nothing of PEFT; {plain_name(name) or 'it'} is its {type(module).__name__}: call "
-            "cotolora.integrations.peft.from_peft(model), which turns its LoRA layers into this library's, or "
-            "CoTo(model, total_steps), which drives its layers as they are, or first PEFT's unload(), which takes "
-            "them out"
+            f"model must hold no PEFT modules; {plain_name(name) or 'it'} is a PEFT {type(module).__name__}: call "
+            "cotolora.integrations.peft.from_peft(model), which converts its LoRA layers to this library's, or "
+            "CoTo(model, total_steps), which switches PEFT's layers directly, or first PEFT's unload(), which removes "
+            "them"
         )
     if any(isinstance(wrapper, nn.parallel.DistributedDataParallel) for wrapper in wrappers(model)):
         raise ValueError(
-            "model must be wrapped in DistributedDataParallel after inject, which synchronises only the parameters "
-            "that it finds when it is made; pass the module inside and wrap it anew"
+            "model must be wrapped in DistributedDataParallel after inject, because DDP synchronises only parameters "
+            "that exist when it is constructed; pass the inner module and wrap it again"
         )
     return unwrap(model)
 
@@ -253,7 +252,7 @@ def _set_requires_grad(flags: Mapping[nn.Parameter, bool]) -> None:
 
 def _restore_requires_grad(flags: Mapping[nn.Parameter, bool]) -> None:
     for parameter, flag in flags.items():
-        # one that was made in inference mode gets its flag back in that alone
+        # the flag of a parameter that was made in inference mode can be set only in that mode
         with torch.inference_mode() if parameter.is_inference() else nullcontext():
             parameter.requires_grad_(flag)
 
@@ -263,12 +262,12 @@ def _refuse_overlap(linears: dict[str, nn.Module], trained: set[nn.Parameter]) -
         for key, parameter in linear.named_parameters():
             if parameter in trained:
                 raise ValueError(
-                    f"targets and trainable must not overlap; both take {name}.{key}, by this name or one tied to it"
+                    f"targets and trainable must not overlap; both match {name}.{key}, by this name or a tied one"
                 )
 
 
 def _shared_weights(model: nn.Module, layers: dict[str, CoToLoRALinear]) -> dict[str, tuple[nn.Parameter, list[str]]]:
-    """Base weights of adapters that other modules of the model hold too, with their names there."""
+    """Base weights of adapters that other modules of the model hold as well, with their names there."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):

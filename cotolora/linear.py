@@ -1,4 +1,4 @@
-"""The layer: a linear module with a low-rank adapter that can be switched."""
+"""`CoToLoRALinear`: a linear layer with a low-rank adapter that can be switched on and off."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class CoToLoRALinear(MergeableWeights):
 
         y = x Wᵀ + bias + δ · s · (dropout(x) Aᵀ) Bᵀ,   s = alpha / rank
 
-    B starts at zero, so a fresh layer computes exactly what the plain linear computes; so does a
-    layer whose adapter is off, at any time and at the same cost.
+    B starts at zero, so a new layer computes exactly what the plain linear computes. A layer whose
+    adapter is inactive does so at any time; if both switches are bools, it runs only the base linear.
 
-    Two switches decide whether the adapter counts: ``δ = enabled and (gate or not training)``.
-    `gate` is for training (`CoTo` sets it) and is ignored in `eval()`; `enabled` is the user's and
-    always holds (`adapter_mask` and pruning set it). Each takes a bool, or a bool or integer tensor,
-    0-dim or ``[batch]``: see `coto_lora_linear`.
+    Two switches decide whether the adapter is active: ``δ = enabled and (gate or not training)``.
+    `gate` is the training switch (`CoTo` sets it) and is ignored in `eval()`; `enabled` is the user's
+    switch and always applies (`adapter_mask` and pruning set it). Each is a bool, or a bool or integer
+    tensor, 0-dim or ``[batch]``: see `coto_lora_linear`.
 
     Args:
         in_features: size of the input's last dimension.
@@ -53,29 +53,30 @@ class CoToLoRALinear(MergeableWeights):
         bias: whether the base has a bias.
         dropout: probability of zeroing an entry of the adapter's input while training.
         use_rslora: scale by ``alpha / √rank`` instead (arXiv:2312.03732, theorem 3.2).
-        variant: "lora"; "dora", which learns the lengths of W's rows as well; "hira", which scales W's entries; or
+        variant: "lora"; "dora", which learns the norms of W's rows as well; "hira", which scales W's entries; or
             another name in `cotolora.variants.VARIANTS`.
-        init: of A: "kaiming" (uniform with a = √5, as nn.Linear) or "gaussian" (standard
-            deviation 1 / rank), where B is zero; or of both from W: "pissa" (its largest singular values) or "olora"
-            (its QR factors), see `cotolora.variants.starts.start`. Then what the layer adds is ``s · (B A − B0 A0)``,
-            so that a fresh layer and one that is off compute what W does, the original.
+        init: "kaiming" (A uniform with a = √5, as nn.Linear) or "gaussian" (A normal with standard
+            deviation 1 / rank), both with B at zero; or, with A and B taken from W, "pissa" (its largest singular
+            values) or "olora" (its QR factors), see `cotolora.variants.starts.start`. With these two the update is
+            ``s · (B A − B0 A0)``, so that a new layer and an inactive one compute exactly the output of the original W.
         device, dtype: of the base weight. A and B are float32, or float64 if the base is.
 
     Attributes:
         weight: ``[out_features, in_features]``, frozen; ``[in_features, out_features]`` if
             `fan_in_fan_out`, which marks a layer made from a transformers Conv1D.
         bias: ``[out_features]`` or None, frozen.
-        base: a module that makes ``x Wᵀ + bias``, frozen; `weight`, `bias` and whatever else the layer itself has not
-            are then the base's. Else None.
+        base: a frozen module that computes ``x Wᵀ + bias``, or None. If there is one, `weight`, `bias` and every other
+            attribute that the layer itself does not have are those of the base.
         lora_a: A, ``[rank, in_features]``.
         lora_b: B, ``[out_features, rank]``.
-        lora_magnitude: m of DoRA, ``[out_features]``, at first ``‖W‖`` by rows; else None.
-        lora_a0, lora_b0: where A and B started with "pissa" and "olora"; else None.
+        lora_magnitude: m of DoRA, ``[out_features]``, initially the norms of W's rows; else None.
+        lora_a0, lora_b0: the initial A and B with "pissa" and "olora"; else None.
 
     Raises:
-        ValueError: a size, `alpha`, `dropout`, `variant` or `init` is out of its range; "pissa" and "olora" want a
-            rank that W can have, and a W that is there.
-        TypeError: `dtype` is not floating.
+        ValueError: a size, `alpha`, `dropout`, `variant` or `init` is out of its range; "pissa" and "olora" need a
+            rank of at most ``min(in_features, out_features)``, and a W that is not on the meta device.
+        TypeError: `dtype` is not floating, or `device` is not a device.
+        RuntimeError: torch cannot use `device` here, or cannot allocate tensors of these sizes.
 
     Source: Hu et al. 2021, section 4.1 (arXiv:2106.09685).
 
@@ -101,11 +102,11 @@ class CoToLoRALinear(MergeableWeights):
         super().__init__()
         self.in_features = size("in_features", in_features)
         self.out_features = size("out_features", out_features)
-        self._settle(AdapterSpec(rank, alpha, dropout, use_rslora, variant, init))
+        self._apply_spec(AdapterSpec(rank, alpha, dropout, use_rslora, variant, init))
         dtype = None if dtype is None else floating_dtype("dtype", dtype)
         device, bias = None if device is None else device_here("device", device), flag("bias", bias)
         sizes = self.in_features, self.out_features
-        must = f"in_features and out_features must leave room for W; got {sizes}"
+        must = f"in_features and out_features must be small enough to allocate W; got {sizes}"
         base = allocated(must, nn.Linear, *sizes, bias, device=device, dtype=dtype)
         self._hold_weight(base.weight, base.bias)  # type: ignore[arg-type]
         _freeze((self.weight, self.bias))
@@ -122,24 +123,25 @@ class CoToLoRALinear(MergeableWeights):
         variant: str = "lora",
         init: str = "kaiming",
     ) -> CoToLoRALinear:
-        """A layer around an ``nn.Linear``, a transformers ``Conv1D``, or another module that maps features.
+        """A layer around an ``nn.Linear``, a transformers ``Conv1D``, or another module with a linear forward.
 
-        Of the first two, unless the weight is quantised, sparse or of a tensor subclass or there are tensors or modules
-        beside it and the bias, the parameters are shared, not copied, and attributes that others have set are the
-        layer's. Any other module with integer `in_features` and `out_features` becomes `base`: its own forward is
-        called and the low-rank part added, so what it computes and how it is stored stay its own; it cannot be
-        merged into. The keys of its state dict do not change. Either way the parameters are frozen by this.
+        A dense ``nn.Linear`` or ``Conv1D`` shares its parameters with the layer, without a copy, and attributes that
+        other code has set on it move to the layer. Dense means that the weight is not quantised, not sparse and not
+        of a tensor subclass, and that the module holds no other tensors or modules than weight and bias. Any other
+        module with integer `in_features` and `out_features` becomes `base`: the layer calls its forward and adds the
+        low-rank update, so its computation and its storage do not change; the update cannot be merged into it.
+        The keys of its state dict do not change. In both cases the parameters are frozen.
 
         Raises:
-            TypeError: `linear` is no such module, or one that cannot be adapted; the message says why.
-            ValueError: as the constructor; or `variant` or `init` needs a weight to read and there is only a `base`.
+            TypeError: `linear` is not such a module, or cannot be adapted; the message says why.
+            ValueError: as the constructor; or `variant` or `init` has to read the weight and there is only a `base`.
         """
         spec = AdapterSpec(rank, alpha, dropout, use_rslora, variant, init)
         return cls.from_spec(linear, spec)
 
     @classmethod
     def from_spec(cls, linear: nn.Module, spec: AdapterSpec) -> CoToLoRALinear:
-        """As `from_linear`, which makes an `AdapterSpec` of its arguments."""
+        """As `from_linear`, with the settings in an `AdapterSpec`."""
         instance("spec", spec, AdapterSpec, "an AdapterSpec")
         if reason := why_not_adaptable(linear):
             raise TypeError(f"linear must be a module that maps in_features to out_features; {reason}")
@@ -150,7 +152,7 @@ class CoToLoRALinear(MergeableWeights):
         layer = kind.__new__(kind)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = features(linear)
-        layer._settle(spec)
+        layer._apply_spec(spec)
         if dense is None:
             layer._hold_base(linear)
         else:
@@ -175,7 +177,7 @@ class CoToLoRALinear(MergeableWeights):
 
     @property
     def enabled(self) -> Gate:
-        """The user's switch; holds in train and eval."""
+        """The user's switch; applies in train and eval mode."""
         return self._enabled
 
     @enabled.setter
@@ -197,15 +199,15 @@ class CoToLoRALinear(MergeableWeights):
             self.__dict__[name] = value
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores a copy. In one that holds a moving average, which never trains, the adapter stays on."""
+        """Restores a copy. In a copy made for a moving average, which never trains, the adapter stays active."""
         super().__setstate__(state)
         if called_from(*AVERAGES):
-            # an attribute goes before the buffer of that name; the buffer stays, for averages pair those of two models
+            # the attribute hides the buffer of that name; the buffer stays, because averages pair those of two models
             self.__dict__["_gate"] = True
 
     @property
     def active(self) -> Gate:
-        """δ: whether the adapter counts, ``enabled and (gate or not training)``."""
+        """δ: whether the adapter is active, ``enabled and (gate or not training)``."""
         enabled, gate = self._enabled, self._gate if self.training else True
         if isinstance(enabled, bool):
             return gate if enabled else False
@@ -214,7 +216,13 @@ class CoToLoRALinear(MergeableWeights):
         return (enabled != 0) & (gate != 0)
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input [..., in_features]`` → ``[..., out_features]``. A merged layer is a plain linear."""
+        """``input [..., in_features]`` → ``[..., out_features]``. A merged layer computes a plain linear.
+
+        Raises:
+            TypeError: `input` is not a tensor of the dtype of W (autocast lifts this), or the base returns another
+                shape than ``[..., out_features]``.
+            ValueError: `input` has another shape or device, or a switch ``[batch]`` does not fit it.
+        """
         if self.base is not None:
             return self._added_to(self.base(input), input)
         gate, dropout = self.active, self.dropout if self.training else 0.0
@@ -223,7 +231,7 @@ class CoToLoRALinear(MergeableWeights):
             return self._checked(input, gate, dropout)
         if self._stack is not None and (y := self._stack.forward(self, input)) is not None:
             return y
-        # in the dict of parameters a look-up takes a tenth of the time; a wrapper may have moved them out of it
+        # reading the dict takes a tenth of the time of attribute access; a wrapper may have moved parameters out of it
         own = self._parameters
         weight: Any = own["weight"] if "weight" in own else self.weight  # noqa: SIM401 (self.weight is slow)
         bias: Any = own["bias"] if "bias" in own else self.bias  # noqa: SIM401
@@ -246,14 +254,14 @@ class CoToLoRALinear(MergeableWeights):
                 check_gate(gate, input)
             plan = planned(variant, input, rank, self.in_features, self.out_features, self.scale, dropout)
             if plan.fused and input.shape[-1] != self.in_features:
-                # a kernel of ours would read past the rows of W, where torch raises
+                # our kernels would read past the rows of W; torch raises
                 check_operands(input, weight, bias, a, b)
             return run(plan, input, weight, bias, a, b, extra, gate)  # type: ignore[arg-type]
         except Exception:
-            # torch's own errors name no argument: what was wrong is looked for only where something was
+            # torch's errors name no argument, so the arguments are checked after the fact to say which one was wrong
             try:
                 check_operands(input, weight, bias, *self.factors())
-                if input.is_nested:  # which no backend takes as it is
+                if input.is_nested:  # no backend takes nested tensors directly
                     return self._checked(input, self.active, dropout)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{self._named}{error}") from None
@@ -297,10 +305,10 @@ class CoToLoRALinear(MergeableWeights):
 
 
 class _Around(ReadThrough, CoToLoRALinear):
-    """A layer around a `base`."""
+    """A `CoToLoRALinear` around a `base`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As that of `CoToLoRALinear`, called as the base is: by its names, and with whatever else it takes."""
+        """As `CoToLoRALinear.forward`, with the signature of the base: its keywords and its further arguments."""
         assert self.base is not None
         if not args:
             first = "input" if "input" in kwargs else next(iter(signature(self.base.forward).parameters))
@@ -308,7 +316,7 @@ class _Around(ReadThrough, CoToLoRALinear):
         return self._added_to(self.base(*args, **kwargs), args[0])
 
 
-_Around.__name__ = CoToLoRALinear.__name__  # to whoever asks it is the same layer; pickle goes by the other name
+_Around.__name__ = CoToLoRALinear.__name__  # shown as the same layer; pickle finds the class by __qualname__
 
 
 def _shown(switch: Gate) -> str:
@@ -316,7 +324,7 @@ def _shown(switch: Gate) -> str:
 
 
 def _freeze(parameters: Iterable[nn.Parameter | None]) -> None:
-    """All or none."""
+    """Freezes all of `parameters`, or none of them if one raises."""
     with ExitStack() as undo:
         for parameter in parameters:
             if parameter is None:

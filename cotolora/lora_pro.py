@@ -15,18 +15,18 @@ from cotolora.training.stepping import register_before_step
 
 
 def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-    """Makes every step of `optimizer` take `adjusted` gradients; returns a handle that undoes this.
+    """Makes every step of `optimizer` use `adjusted` gradients; returns a handle that undoes this.
 
-    An adapter without a gradient, as CoTo leaves those that are off, is passed over. What clips gradients does so
-    before the adjustment. With plain SGD this is the paper's algorithm; its AdamW keeps moments of the whole
-    ``[out_features, in_features]`` matrix, while here any optimizer goes on from the adjusted gradients of A and B.
+    Adapters without a gradient are skipped, such as those that CoTo has made inactive. Gradient clipping runs before
+    the adjustment. With plain SGD this is the paper's algorithm. The paper's AdamW keeps moments of the whole
+    ``[out_features, in_features]`` matrix; here any optimizer continues from the adjusted gradients of A and B.
 
     Args:
         model: a model with adapters, of any variant.
-        optimizer: also one wrapped by accelerate or Lightning; may run backward in a closure.
+        optimizer: may be wrapped by accelerate or Lightning, and may run backward in a closure.
 
     Raises:
-        TypeError: `optimizer` is not a torch optimizer.
+        TypeError: `model` is not a module, or `optimizer` is not a torch optimizer.
         ValueError: `model` has no adapters, or FSDP2 has sharded them: the adjustment needs whole factors.
 
     Source: LoRA-Pro, Wang et al. 2024, algorithm 1 (arXiv:2407.18242).
@@ -41,7 +41,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandl
     def adjust() -> None:
         for layer in layers.values():
             a, b = layer.lora_a, layer.lora_b
-            # a scale of 0 leaves no step that would move anything, and nothing to adjust
+            # with a scale of 0 no step changes the update, so there is nothing to adjust
             if a.grad is not None and b.grad is not None and layer.scale != 0:
                 a.grad, b.grad = adjusted(a.detach(), b.detach(), a.grad, b.grad, layer.scale)
 
@@ -49,16 +49,16 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandl
 
 
 def adjusted(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    r"""The gradients of A and B whose step is nearest to the full gradient's; of all these, the nearest to those given.
+    r"""Gradients of A and B whose step is nearest to that of full fine-tuning; of these, the nearest to the given ones.
 
-    A step along (g_A, g_B) moves ``scale · B A`` by ``g = scale · (g_B A + B g_A)`` to first order. Of all that bring
-    it nearest to the gradient of the full matrix,
+    A step along (g_A, g_B) moves ``scale · B A`` by ``g = scale · (g_B A + B g_A)`` to first order. The pairs whose g
+    is nearest to the gradient of the full matrix are
 
         g_A = (Bᵀ B)⁻¹ grad_a / scale² + X A
         g_B = (I - B (Bᵀ B)⁻¹ Bᵀ) grad_b (A Aᵀ)⁻¹ / scale² - B X
 
-    the X taken solves ``Bᵀ B X + X A Aᵀ = -(Bᵀ B)⁻¹ grad_a Aᵀ / scale²``. The inverses are pseudo-inverses, so a B that
-    is zero, as every fresh one, is no exception. Computed in float64, where the device has it.
+    for any X. This function takes the X that solves ``Bᵀ B X + X A Aᵀ = -(Bᵀ B)⁻¹ grad_a Aᵀ / scale²``. The inverses
+    are pseudo-inverses, so B may be zero, as it is initially. Computed in float64 if the device supports it.
 
     Args:
         a: A, ``[rank, in_features]``.
@@ -70,17 +70,17 @@ def adjusted(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, scale: float)
         g_A and g_B, in the dtypes of `grad_a` and `grad_b`.
 
     Raises:
-        TypeError: a factor or a gradient is no floating tensor.
+        TypeError: a factor or a gradient is not a floating tensor.
         ValueError: they are on different devices or their shapes do not fit, or `scale` is 0 or not finite.
 
     Source: LoRA-Pro, Wang et al. 2024, theorems 2.1 and 2.3 (arXiv:2407.18242).
 
     >>> one = torch.ones(1, 1)
-    >>> adjusted(one, 0 * one, 0 * one, one, scale=0.5)  # B at zero: only B moves, as far as makes up for the scale
+    >>> adjusted(one, 0 * one, 0 * one, one, scale=0.5)  # B is zero: only B moves, by grad_b / scale²
     (tensor([[0.]]), tensor([[4.]]))
     """
     _check(a, b, grad_a, grad_b)
-    # its square is what is divided by
+    # the formulas divide by its square
     scale = number("scale", scale, "a finite number whose square is not 0", lambda scale: 0 < scale * scale < math.inf)
     exact = torch.float32 if a.device.type == "mps" else torch.float64
     a, b, for_a, for_b = (t.to(exact) for t in (a, b, grad_a, grad_b))
@@ -89,7 +89,7 @@ def adjusted(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor, scale: float)
     g_a = inverse_b @ for_a / scale**2
     g_b = for_b @ inverse_a / scale**2
     g_b = g_b - b @ (inverse_b @ (b.T @ g_b))
-    # in the two eigenbases the Sylvester equation is a division; where both eigenvalues vanish nothing depends on X
+    # in the eigenbases the Sylvester equation is a division; where both eigenvalues are 0 the result ignores X
     x = u @ ((u.T @ (-g_a @ a.T) @ v) * _inverse(lambda_b[:, None] + lambda_a[None, :])) @ v.T
     return (g_a + x @ a).to(grad_a.dtype), (g_b - b @ x).to(grad_b.dtype)
 
@@ -107,6 +107,6 @@ def _check(a: Tensor, b: Tensor, grad_a: Tensor, grad_b: Tensor) -> None:
 
 
 def _inverse(eigenvalues: Tensor) -> Tensor:
-    """1 / λ, and 0 for those that are zero but for rounding."""
+    """1 / λ, or 0 for eigenvalues that are zero up to rounding."""
     smallest = eigenvalues.abs().max() * torch.finfo(eigenvalues.dtype).eps * eigenvalues.shape[-1]
     return torch.where(eigenvalues > smallest, 1 / eigenvalues, 0)

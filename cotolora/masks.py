@@ -30,16 +30,17 @@ def temporarily_enabled(layers: Mapping[str, CoToLoRALinear], switches: Mapping[
 def adapter_mask(model: nn.Module, mask: object, *, unit: Unit = "module") -> Iterator[None]:
     """Inside the block, sets `enabled` of every adapter; restores the old values after it.
 
-    Applies in training and evaluation. Blocks can be nested, and the old values are restored also when one raises.
+    Applies in training and evaluation. Blocks can be nested; a block that raises restores the old values too.
 
     Args:
         model: a model with adapters.
         mask: a bool for all adapters; ``[n]`` for the n groups in module order; or ``[batch, n]``, whose row i
-            switches the groups for sample i of a batch-first model. Anything of zeros and ones that
-            `torch.as_tensor` takes.
+            switches the groups for sample i of a batch-first model. May be a tensor or anything that
+            `torch.tensor` accepts; its values must be 0, 1, True or False.
         unit: how adapters are grouped: "module" (each is its own group), "layer" or a callable, as in `CoTo`.
 
     Raises:
+        TypeError: `model` is not a module, or `unit` is neither a string nor a callable.
         ValueError: `model` has no adapters; `mask` has another shape, or values other than 0 and 1.
     """
     layers = adapters(model)
@@ -52,7 +53,7 @@ def adapter_mask(model: nn.Module, mask: object, *, unit: Unit = "module") -> It
             f"mask must be a bool, [{len(groups)}] or [batch, {len(groups)}], one entry for each group; "
             f"got shape {tuple(values.shape)}, {shown(mask)}"
         )
-    # plain bools where one value applies to the whole batch: an adapter that is off then costs nothing
+    # plain bools where one value applies to the whole batch: an inactive adapter then launches no kernels
     switches: list[bool | Tensor]
     if values.dim() == 0:
         switches = [bool(values)] * len(groups)

@@ -1,4 +1,4 @@
-"""PEFT's rules for names: which modules a list or a regular expression takes, and which pattern decides."""
+"""PEFT's rules for names: which modules a list or a regular expression matches, and which pattern decides."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ logger = logging.getLogger("cotolora")
 
 Targets = str | Sequence[str]
 
-_MOST_EXPRESSIONS = 1000  # of one argument
-_MOST_CHARACTERS = 200_000  # of these
-_MOST_SHAPES = 1000
+_MOST_EXPRESSIONS = 1000  # in one argument
+_MOST_CHARACTERS = 200_000  # in all expressions of one argument
+_MOST_SHAPES = 1000  # different sets of free places in names of one length
 
 
 def taking(argument: str, targets: Targets) -> Callable[[str], bool]:
-    """Whether a module's name is a target: a list holds names or dotted ends, a string is a full regular expression.
+    """A function that says whether a name is a target: a list holds names or dotted ends, a string is a full regex.
 
     Raises:
-        ValueError: the string is no regular expression, or one that could take very long.
+        ValueError: the string is not a regular expression, or could take very long to match.
 
     >>> takes = taking("targets", ["q_proj"])
     >>> takes("layers.0.q_proj"), takes("layers.0.not_q_proj")
@@ -41,7 +41,7 @@ def taking(argument: str, targets: Targets) -> Callable[[str], bool]:
 
 
 def why_not_whole(argument: str, expression: str, names: Iterable[str]) -> str:
-    """That `expression` takes a part of one of `names`; empty if it takes a whole one, or no part either.
+    """A hint that `expression` matches only a part of one of `names`; empty if it matches a whole one or none.
 
     >>> why_not_whole("targets", "q_proj|v_proj", ["layers.0.q_proj"])
     "; a regular expression must match the whole name, and this one matches a part of 'layers.0.q_proj'"
@@ -49,7 +49,7 @@ def why_not_whole(argument: str, expression: str, names: Iterable[str]) -> str:
     names = [name for name in names if len(name) <= LONGEST_NAME]
     try:
         inside = compiled(argument, expression, "(?s:.*)(?:", ")")[0]
-    except ValueError:  # searched for, it could take very long, or it has flags that must stand first
+    except ValueError:  # a search could take very long, or the expression has flags, which must come first
         return ""
     found = next((name for name in names if inside.match(name)), None)
     if found is None or any(map(taking(argument, expression), names)):
@@ -58,7 +58,7 @@ def why_not_whole(argument: str, expression: str, names: Iterable[str]) -> str:
 
 
 def matches(name: str, targets: Targets) -> bool:
-    """Whether `taking` takes this one name."""
+    """Whether `name` is one of `targets`, see `taking`."""
     return _taking(targets if isinstance(targets, str) else tuple(targets))(name)
 
 
@@ -70,14 +70,14 @@ def _taking(targets: Targets) -> Callable[[str], bool]:
 def _short_enough(argument: str, name: str) -> str:
     if len(name) > LONGEST_NAME:
         raise ValueError(
-            f"{argument} holds regular expressions, which are tried on names of at most {LONGEST_NAME} characters; "
-            f"the model has a module {shown(name)}"
+            f"{argument} holds regular expressions, which are matched only with names of at most {LONGEST_NAME} "
+            f"characters; the model has a module {shown(name)}"
         )
     return name
 
 
 def dotted_ends(name: str) -> list[str]:
-    """`name` and what of it follows each of its dots.
+    """`name`, and the part of it after each dot.
 
     >>> dotted_ends("layers.0.q_proj")
     ['layers.0.q_proj', '0.q_proj', 'q_proj']
@@ -86,10 +86,10 @@ def dotted_ends(name: str) -> list[str]:
 
 
 class _Spellings:
-    """Names that expressions spell out, each with a number, found without trying one after another."""
+    """Names that expressions spell out, each with a number, found by dict lookups."""
 
     def __init__(self) -> None:
-        # by the free places in them, and these by length
+        # by length, then by free places, then by text
         self._shapes: dict[int, dict[tuple[int, ...], dict[str, int]]] = {}
 
     def has_room(self, name: Spelled) -> bool:
@@ -121,15 +121,15 @@ def _spellings(expression: str) -> _Spellings | None:
 
 
 def compiled_all(argument: str, expressions: Sequence[str], before: str = "", after: str = "") -> list[re.Pattern[str]]:
-    """`expressions`, each compiled with something before and after it.
+    """`expressions`, each compiled between `before` and `after`.
 
     Raises:
-        ValueError: one is no regular expression or could take very long, or all of them together could.
+        ValueError: one is not a regular expression, or one or all together could take very long to match.
     """
     if len(expressions) > _MOST_EXPRESSIONS or sum(map(len, expressions)) > _MOST_CHARACTERS:
         raise ValueError(
-            f"{argument} must hold at most {_MOST_EXPRESSIONS} regular expressions, of {_MOST_CHARACTERS} characters; "
-            f"got {len(expressions)}: {some_of(expressions)}"
+            f"{argument} must hold at most {_MOST_EXPRESSIONS} regular expressions with {_MOST_CHARACTERS} characters "
+            f"in total; got {len(expressions)}: {some_of(expressions)}"
         )
     found, total = [], 0.0
     for expression in expressions:
@@ -138,7 +138,7 @@ def compiled_all(argument: str, expressions: Sequence[str], before: str = "", af
         total += steps
         if total > MOST_STEPS:
             raise ValueError(
-                f"{argument} must hold regular expressions whose matching takes bounded time; got "
+                f"{argument} must hold regular expressions that can be matched in bounded time; got "
                 f"{len(expressions)} that take too long together: {some_of(expressions)}"
             )
     return found
@@ -148,12 +148,12 @@ class Patterns:
     r"""The keys of a rank_pattern or alpha_pattern and their values: ``re.match(rf"(.*\.)?({key})$", name)`` decides.
 
     Raises:
-        ValueError: `pattern` is no map, or a key is no regular expression, or one that could take very long.
+        ValueError: `pattern` is not a mapping, or a key is not a regular expression or could take very long to match.
     """
 
     def __init__(self, argument: str, pattern: Mapping[str, Any] | None) -> None:
         if not isinstance(pattern, (Mapping, type(None))):
-            raise ValueError(f"{argument} must be a map from regular expressions to values; got {shown(pattern)}")
+            raise ValueError(f"{argument} must be a mapping from regular expressions to values; got {shown(pattern)}")
         self.argument = argument
         self.items = list((pattern or {}).items())
         self._ends, self._wholes = _Spellings(), _Spellings()
@@ -169,9 +169,9 @@ class Patterns:
     def _is_spelled(self, key: object, number: int) -> bool:
         if not isinstance(key, str):
             raise ValueError(
-                f"{self.argument} must be a map from regular expressions to values; got the key {shown(key)}"
+                f"{self.argument} must be a mapping from regular expressions to values; got the key {shown(key)}"
             )
-        # anchored, it takes the whole name alone
+        # an anchored key matches only whole names
         anchored = key.startswith("^") and "|" not in key
         where = self._wholes if anchored else self._ends
         names = spelled(key[anchored:])
@@ -182,10 +182,10 @@ class Patterns:
         return True
 
     def taking(self, name: str) -> Iterator[int]:
-        """The numbers of the keys that take `name`, in no order."""
+        """The numbers of the keys that match `name`, in no particular order."""
         if self._expressions or "\n" in name:
             _short_enough(self.argument, name)
-        if "\n" in name:  # which $ and dots have rules of their own for
+        if "\n" in name:  # $ and dots treat newlines specially
             keys = enumerate(key for key, _ in self.items)
             yield from (number for number, key in keys if re.match(rf"(.*\.)?({key})$", name))
             return
@@ -197,34 +197,34 @@ class Patterns:
                 yield number
 
     def idle(self, names: Iterable[str]) -> list[str]:
-        """The keys that take none of `names`."""
+        """The keys that match none of `names`."""
         taken = {number for name in names for number in self.taking(name)} if self.items else set()
         return [key for number, (key, _) in enumerate(self.items) if number not in taken]
 
 
 def compile_patterns(argument: str, pattern: Mapping[str, Any] | None) -> Patterns:
-    """`Patterns` of an argument."""
+    """The `Patterns` of an argument; raises as its constructor."""
     return Patterns(argument, pattern)
 
 
 def first_match(patterns: Patterns, name: str, default: Any) -> Any:
-    """The value of the first pattern that takes `name`, or `default`."""
+    """The value of the first pattern that matches `name`, or `default`."""
     number = min(patterns.taking(name), default=None)
     return default if number is None else patterns.items[number][1]
 
 
 def warn_of_idle_keys(ranks: Patterns, alphas: Patterns, names: Collection[str]) -> None:
-    """Logs the keys of a rank_pattern and an alpha_pattern that take none of `names`, as PEFT would not."""
+    """Logs the keys of a rank_pattern and an alpha_pattern that match none of `names`; PEFT ignores such keys."""
     for patterns in (ranks, alphas):
         if idle := patterns.idle(names):
-            logger.warning("%s: %s take none of the targets, %s", patterns.argument, some_of(idle), some_of(names))
+            logger.warning("%s: %s match none of the targets, %s", patterns.argument, some_of(idle), some_of(names))
 
 
 def checked_names(argument: str, value: Targets) -> Targets:
     """`value`, a string or a list of strings.
 
     Raises:
-        ValueError: it is neither, or a string that is no regular expression, or one that could take very long.
+        ValueError: it is neither, or a string that is not a regular expression or could take very long to match.
     """
     if isinstance(value, str):
         taking(argument, value)
@@ -236,7 +236,7 @@ def checked_names(argument: str, value: Targets) -> Targets:
 
 
 def with_parents(name: str) -> list[str]:
-    """The names of the modules around `name`, the outermost first, and its own.
+    """The names of the modules around `name`, outermost first, and `name` itself.
 
     >>> with_parents("layers.0.q_proj")
     ['layers', 'layers.0', 'layers.0.q_proj']

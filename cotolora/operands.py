@@ -1,4 +1,4 @@
-"""What the tensors and numbers of one call must be, in themselves and to one another."""
+"""Checks of the tensors and numbers of one call, by themselves and against each other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def surely_right(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor) -> bool:
-    """Whether the tensor checks would find nothing, found out in a third of their time. False does not mean wrong."""
+    """Whether the tensor checks would surely pass, in a third of their time. False means that they must run."""
     try:
         dtype, device, (out_features, in_features), (rank, columns) = x.dtype, x.device, weight.shape, lora_a.shape
         return (
@@ -30,7 +30,7 @@ def surely_right(x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor,
             and device == weight.device == lora_a.device == lora_b.device
             and (bias is None or (bias.dtype is dtype and bias.shape == (out_features,) and bias.device == device))
         )
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # of what is no tensor of such dimensions
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # not tensors of such dimensions
         return False
 
 
@@ -46,8 +46,8 @@ def check_tensors(*tensors: tuple[str, Tensor | None]) -> None:
             raise TypeError(f"{name} must be of a floating dtype; got {t.dtype}")
         if t.is_nested and t.layout != torch.jagged:
             raise TypeError(
-                f"{name} must be dense, or nested with layout=torch.jagged, which every backend takes; got a nested "
-                "tensor of the strided layout, which has no shape"
+                f"{name} must be dense, or nested with layout=torch.jagged; got a nested tensor with "
+                "layout=torch.strided, which has no shape"
             )
         device = device or t.device
         if t.device != device:
@@ -67,7 +67,7 @@ def check_linear_shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_factors(lora_a: Tensor, lora_b: Tensor, out_features: int, in_features: int, base: str) -> None:
-    """Raises unless A and B are factors of such an update; `base` says what they must fit."""
+    """Raises unless A and B have the shapes for such sizes; `base` names the tensors that they must fit."""
     if lora_a.dim() != 2 or lora_a.shape[1] != in_features or lora_a.shape[0] == 0:
         raise ValueError(f"lora_a must be [rank, {in_features}] with rank at least 1; got shape {tuple(lora_a.shape)}")
     if lora_b.shape != (out_features, lora_a.shape[0]):
@@ -87,11 +87,11 @@ def check_list(argument: str, value: Sequence[Tensor]) -> Sequence[Tensor]:
 def check_extra(
     variant: Variant, extra: Sequence[object], rank: int, in_features: int, out_features: int, device: torch.device
 ) -> None:
-    """Raises unless `extra` are the tensors that `variant` has beside A and B, for such sizes."""
+    """Raises unless `extra` are the further tensors of `variant` after A and B, for such sizes."""
     if len(extra) != len(variant.extra):
         names = ", ".join(part.argument for part in variant.extra) or "none"
         raise ValueError(
-            f"extra must hold the tensors that variant={variant.name!r} has beside A and B, {names}; "
+            f"extra must hold the further tensors of variant={variant.name!r}, {names}; "
             f"got {len(extra)}: {shown(list(extra))}"
         )
     for part, t in zip(variant.extra, extra, strict=True):
@@ -137,7 +137,7 @@ def check_gate(gate: Gate, x: Tensor) -> None:
 
 
 def refuse_nested(x: Tensor) -> None:
-    """Raises TypeError where a backend would get a nested tensor, of which it computes the values alone."""
+    """Raises TypeError if `x` is nested: backends compute only the values of a nested tensor."""
     if x.is_nested:
         raise TypeError("x must be dense here; got a nested tensor")
 
@@ -147,16 +147,16 @@ def check_numbers(scale: float, dropout: float) -> float:
     for name, value in (("scale", scale), ("dropout", dropout)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number; got {type(value).__name__} {shown(value)}")
-    # not math.isfinite, which torch.compile cannot trace once it takes a changing scale for a symbol
+    # not math.isfinite, which torch.compile cannot trace if it treats a changing scale as a symbol
     if not abs(scale) <= LARGEST:
         raise ValueError(f"scale must be finite in float32; got {shown(scale)}")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a probability in [0, 1]; got {shown(dropout)}")
-    return float(scale) if isinstance(scale, int) else scale  # which torch would take for one of 64 bits
+    return float(scale) if isinstance(scale, int) else scale  # torch would convert an int to int64
 
 
 def check_dtypes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises unless W and the bias are of the dtype of x."""
+    """Raises TypeError unless W and the bias have the dtype of x."""
     dtype = x.dtype
     if weight.dtype != dtype:
         raise TypeError(f"weight must be of the dtype of x, {dtype}; got {weight.dtype}")

@@ -1,4 +1,4 @@
-"""What a layer holds: its settings, its base, A, B and what its variant has beside them."""
+"""The contents of a layer: its settings, its base, A, B and the further tensors of its variant."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cotolora.variants.starts import since_start, start
 
 T = TypeVar("T")
 
-# a spec may be of any rank, as files are; there must be room for a layer's
+# a spec may have any rank, since files do; the rank of a layer must fit into int64
 _SETTINGS: dict[str, Callable[[str, Any], Any]] = {**SETTINGS, "rank": size}
 
 
@@ -36,10 +36,10 @@ class LowRankParameters(nn.Module):
     lora_magnitude: nn.Parameter | None
     lora_a0: Tensor | None
     lora_b0: Tensor | None
-    _name = ""  # in the model that `inject` put it into
-    _stack: Any = None  # of `cotolora.stack`
+    _name = ""  # the layer's name in the model that `inject` put it into
+    _stack: Any = None  # set by `cotolora.stack`
 
-    def _settle(self, spec: AdapterSpec) -> None:
+    def _apply_spec(self, spec: AdapterSpec) -> None:
         spec.check_sizes(self.in_features, self.out_features)
         self.rank, self.alpha, self.dropout = spec.rank, spec.alpha, spec.dropout
         self.use_rslora, self.variant, self.init = spec.use_rslora, spec.variant, spec.init
@@ -68,7 +68,7 @@ class LowRankParameters(nn.Module):
         variant = self._variant
         for part in variant.parts:
             shape = part.sizes(**sizes)
-            must = f"rank must leave room for {part.attribute} {list(shape)}; got {self.rank}"
+            must = f"rank must be small enough to allocate {part.attribute} {list(shape)}; got {self.rank}"
             empty = allocated(must, torch.empty, shape, device=device, dtype=dtype)
             self.register_parameter(part.attribute, nn.Parameter(empty, part.attribute in variant.trained))
         if "lora_magnitude" not in self._parameters:
@@ -82,12 +82,12 @@ class LowRankParameters(nn.Module):
         return VARIANTS[self.variant]
 
     def reset_parameters(self) -> None:
-        """Starts the adapter anew: draws A, sets B to zero, takes from W what comes from W. The base stays as it is.
+        """Initialises the adapter again: draws A, sets B to zero, reads from W what depends on it. Keeps the base.
 
-        An adapter on the meta device gets new parameters where the base is, if that is elsewhere.
+        If the adapter is on the meta device and the base is not, it gets new parameters on the base's device.
 
         Raises:
-            ValueError: `init` is taken from W, and W is on the meta device.
+            ValueError: `init` needs W, and W is on the meta device.
         """
         device = self._base_weight().device if self.base is None else place_of(self.base)[0]
         if device.type != "meta":
@@ -106,7 +106,7 @@ class LowRankParameters(nn.Module):
             assert weight is not None
             if weight.is_meta:
                 raise ValueError(
-                    f"init must be 'kaiming' or 'gaussian' on the meta device, got {self.init!r}, which reads W"
+                    f"init must be 'kaiming' or 'gaussian' on the meta device; got {self.init!r}, which reads W"
                 )
             a0, b0 = start(self.init, weight, self.rank, self.scale)
             for target, value in ((self.lora_a, a0), (self.lora_b, b0), (self.lora_a0, a0), (self.lora_b0, b0)):
@@ -120,12 +120,12 @@ class LowRankParameters(nn.Module):
 
     @property
     def adapter_parameters(self) -> tuple[nn.Parameter, ...]:
-        """A, B and, of DoRA, m: what an optimizer trains, and what gets no gradient where the layer is off."""
+        """The adapter's trained parameters, which get no gradient while it is inactive: A and B, with DoRA also m."""
         return tuple(getattr(self, name) for name in self._variant.trained)
 
     @property
     def extra(self) -> tuple[nn.Parameter, ...]:
-        """What the variant has beside A and B: of DoRA, m."""
+        """The further tensors of the variant after A and B: m with DoRA."""
         return tuple(getattr(self, part.attribute) for part in self._variant.extra)
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ class LowRankParameters(nn.Module):
         return since_start(self.lora_a, self.lora_b, self.lora_a0, self.lora_b0)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # nn.Module's takes any module or parameter for a part of this one, whatever the name stands for
+        # nn.Module.__setattr__ would register any module or parameter, even under the name of a property
         if isinstance(getattr(type(self), name, None), property):
             object.__setattr__(self, name, value)
         elif (check := _SETTINGS.get(name)) is not None:
@@ -151,25 +151,25 @@ class LowRankParameters(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether `weight` holds the update."""
+        """Whether `weight` contains the update."""
         return self._original_weight is not None
 
     def _base_weight(self) -> nn.Parameter:
-        """The base's own weight, also while `weight` holds the update.
+        """The weight of the base, also while `weight` contains the update.
 
         Raises:
             RuntimeError: there is none, only a `base`.
         """
         if self.base is not None:
             raise RuntimeError(
-                f"{self._named}the base is {why_not_dense(self.base)}, so that the update cannot be merged; leave it "
-                "unmerged, or take it back with to_linear(merge=False) or eject(model, merge=False)"
+                f"{self._named}the base is {why_not_dense(self.base)}, so the update cannot be merged; keep it "
+                "unmerged, or get the base back with to_linear(merge=False) or eject(model, merge=False)"
             )
         return self.weight if self._original_weight is None else self._original_weight
 
     @property
     def _named(self) -> str:
-        """What its model calls the layer, for the beginning of an error."""
+        """The layer's name in its model and a colon, to begin an error message with; empty if it has none."""
         return f"{self._name}: " if self._name else ""
 
     @property
@@ -177,14 +177,14 @@ class LowRankParameters(nn.Module):
         return hasattr(self.lora_a, "device_mesh")
 
     def _is_fresh(self) -> bool:
-        """Whether B is where it started, so that what was taken from an earlier W can be taken from a new one."""
+        """Whether B has its initial value, so that what was read from an earlier W may be read from a new one."""
         return not self.lora_b.is_meta and torch.equal(
             self.lora_b, torch.zeros_like(self.lora_b) if self.lora_b0 is None else self.lora_b0
         )
 
 
 def allocated(must: str, make: Callable[..., T], *args: Any, **options: Any) -> T:
-    """What `make` makes; where torch refuses such a size, the error says what it `must` be, and why."""
+    """The result of `make`; if torch refuses the size, the RuntimeError says what it `must` be and torch's reason."""
     try:
         return make(*args, **options)
     except RuntimeError as error:

@@ -1,9 +1,9 @@
-"""Regular expressions of strangers: refused unless the steps that matching them takes are bounded.
+"""Compiles regular expressions from untrusted sources, and refuses those that could take very long to match.
 
-Matching is left to `re`, which goes back and tries again wherever a name can be matched in several ways. How many ways
-there are at most is counted on the expression's syntax tree, for names of `_LENGTH` characters. A count is the list of
-the coefficients of ``_LENGTH**d / d!``: repeats that follow each other share the name, so d of them that each may end
-anywhere have as many ways as there are d places in order.
+`re` does the matching and backtracks wherever a name can be matched in several ways. An upper bound for the number of
+ways is computed from the syntax tree of the expression, for names of `_LENGTH` characters. A `Count` is a list of
+coefficients of ``_LENGTH**d / d!``: d consecutive repeats that may each end anywhere divide the name between them, in
+as many ways as there are d ordered places in it.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ if sys.version_info >= (3, 11):
 else:
     import sre_parse as parser
 
-LONGEST_NAME = 500  # of a module, that an expression is tried on
+LONGEST_NAME = 500  # characters of a module name that expressions are matched with
 MOST_STEPS = 2e7  # about half a second
-_LENGTH = 200
-_LONGEST = 50_000  # expression
-_DIGITS_IN_A_ROW = 10
-_FAST = 0.1  # of a step for each character that a repeat of one takes without going back
+_LENGTH = 200  # characters of the names that steps are counted for
+_LONGEST = 50_000  # characters of an expression
+_DIGITS_IN_A_ROW = 10  # assumed of a name
+_FAST = 0.1  # steps per character that a repeat of a single character takes without backtracking
 
 Count = Sequence[float]
 _ONE: Count = (1.0,)
@@ -53,10 +53,10 @@ _NONE: Count = (0.0,)
 
 
 def compiled(argument: str, expression: str, before: str = "", after: str = "") -> tuple[re.Pattern[str], float]:
-    """`expression`, compiled with something before and after it, and the steps that it takes at most.
+    """`expression` compiled between `before` and `after`, and an upper bound for the steps of matching it.
 
     Raises:
-        ValueError: it is no regular expression, or one that could take very long.
+        ValueError: it is not a regular expression, or it could take very long to match.
     """
     whole = before + expression + after
     try:
@@ -69,20 +69,20 @@ def compiled(argument: str, expression: str, before: str = "", after: str = "") 
         raise ValueError(f"{argument} must hold regular expressions; got {shown(expression)} ({error})") from None
     except SlowError as error:
         raise ValueError(
-            f"{argument} must hold regular expressions whose matching takes bounded time; got {shown(expression)}, of "
-            f"which {error}"
+            f"{argument} must hold regular expressions that can be matched in bounded time; got {shown(expression)}: "
+            f"{error}"
         ) from None
 
 
 class Spelled(NamedTuple):
-    """A name that an expression spells out, but for places where any character may stand; these hold a dot."""
+    """A name that an expression spells out; `text` has a dot at the places `free`, where any character matches."""
 
     text: str
     free: tuple[int, ...]
 
 
 def spelled(expression: str) -> list[Spelled] | None:
-    """The names that `expression` spells out, with ``|`` between them; None if it means anything else."""
+    """The names in an `expression` that is only names separated by ``|``; None for any other expression."""
     found: list[Spelled] = []
     text, free = "", list[int]()
     characters = iter(expression)
@@ -118,7 +118,7 @@ def _times(one: Count, other: Count) -> Count:
         for j, b in enumerate(other):
             product[i + j] += a * b
     if _value(product) > MOST_STEPS:
-        raise SlowError("repeats and alternatives follow each other that can divide a name between them in many ways")
+        raise SlowError("consecutive repeats and alternatives can divide a name between them in too many ways")
     return product
 
 
@@ -133,18 +133,19 @@ def _largest(counts: Iterable[Count]) -> Count:
 
 
 class _Tree:
-    """Counts of one syntax tree. `flags` are those in force where a part stands."""
+    """Counts ways and steps in one syntax tree. `flags` are the regular expression flags that apply to a part."""
 
     def __init__(self) -> None:
         self._begin = Beginnings()
 
     def sequence(self, items: Any, flags: int, follow: int, after: Heads) -> tuple[Count, Count]:
-        """In how many ways `items` match from one place on, and the steps of trying them all.
+        """The number of ways in which `items` match from one place on, and the steps of trying them all.
 
         Args:
             items: a subpattern.
-            follow: the characters that what comes next may begin with, none at the end.
-            after: how it must begin.
+            flags: the flags that apply to it.
+            follow: the characters that the next part may begin with; none at the end.
+            after: how the next part must begin.
         """
         items, follows = list(items), []
         for op, value in reversed(items):
@@ -176,7 +177,7 @@ class _Tree:
             return self._repeat(least, most, body, flags, follow, after)
         if op is sre.GROUPREF_EXISTS:
             return self._branches([inner for inner in value[1:] if inner is not None] + [[]], flags, follow, after)
-        return _ONE, _ONE  # what an earlier group matched; or nothing at all
+        return _ONE, _ONE  # a back-reference or an empty match
 
     def _branches(self, branches: list[Any], flags: int, follow: int, after: Heads) -> tuple[Count, Count]:
         costs = [self.sequence(branch, flags, follow, after) for branch in branches]
@@ -194,7 +195,7 @@ class _Tree:
 
     def _repeat(self, least: int, most: int, body: Any, flags: int, follow: int, after: Heads) -> tuple[Count, Count]:
         first, empty = self._begin.first(body, flags)
-        ends_alone = not empty and not first & follow  # the next character says whether to go on
+        ends_alone = not empty and not first & follow  # the next character decides whether to repeat again
         again = first if most > 1 else 0
         ways, steps = self.sequence(body, flags, again | follow, after if most == 1 else ANY)
         if most == 1:
@@ -219,7 +220,7 @@ class _Tree:
                 work = _plus(work, _times(power, steps))
                 power = _times(power, ways)
         except SlowError:
-            raise SlowError("a repeat repeats what can match in several ways, such as another repeat") from None
+            raise SlowError("a repeat contains a part that can match in several ways, such as another repeat") from None
         return total, work
 
     def _times_at_most(self, most: int, body: Any, first: int) -> int:

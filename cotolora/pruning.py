@@ -1,6 +1,6 @@
-"""Takes trained adapters out of a model, whole or entry by entry, and puts them back.
+"""Prunes trained adapters, whole or entry by entry, and restores them.
 
-A label names what stays, as in the CoTo paper (Zhuang et al. 2025, arXiv:2506.05713).
+Labels such as "middle" name the adapters that stay, as in the CoTo paper (Zhuang et al. 2025, arXiv:2506.05713).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Keep = str | Iterable[str] | Callable[[str], object]
 
 
 class Pruning(ABC):
-    """What one call took out of a model, and the way back; a context manager that undoes on leaving.
+    """A record of one pruning call, which can undo it; a context manager that undoes it on exit.
 
     Attributes:
-        removed: by adapter name, in module order, how many entries of A and B were removed; zeros count as well.
+        removed: number of removed entries of A and B by adapter name, in module order; counts entries that were zero.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, CoToLoRALinear], removed: dict[str, int]) -> None:
@@ -39,13 +39,13 @@ class Pruning(ABC):
         self._model, self._layers, self._undone = model, layers, False
 
     def undo(self) -> None:
-        """Puts back exactly what was removed, bit for bit. Does nothing the second time.
+        """Restores exactly what was removed, bit for bit. A second call does nothing.
 
-        Nested calls are undone in reverse, as `with` does; other orders end at the same model.
+        Nested calls are best undone in reverse order, as `with` does; any other order ends at the same model.
 
         Raises:
-            RuntimeError: the model no longer holds these adapters as this call left them: they were
-                ejected, merged, cast, or trained or loaded anew. Nothing is restored then.
+            RuntimeError: the adapters are not as this call left them: they were ejected, merged, cast, trained or
+                loaded since. Nothing is restored then.
         """
         if self._undone:
             return
@@ -59,7 +59,7 @@ class Pruning(ABC):
 
     @abstractmethod
     def _restore(self) -> None:
-        """Puts back what was there before, or raises."""
+        """Restores the state before the call, or raises."""
 
     def __enter__(self) -> Pruning:
         return self
@@ -85,9 +85,9 @@ class _Zeroed(Pruning):
         self, model: nn.Module, layers: dict[str, CoToLoRALinear], chosen: dict[str, tuple[Tensor, ...]]
     ) -> None:
         super().__init__(model, layers, {name: sum(int(mask.sum()) for mask in pair) for name, pair in chosen.items()})
-        # kept: a mask of one byte an entry and the values removed, which is less than a copy up to a sparsity of 3/4.
-        # Entries that are zero already are not among them: an earlier call may have zeroed them and must be the one
-        # that restores them, so that undoing in any order ends at the first model
+        # keeps a mask of one byte per entry and the removed values, less than a copy up to a sparsity of 3/4.
+        # Entries that are already zero are left out: an earlier call may have zeroed them and must restore them
+        # itself, so that undoing in any order ends at the original model
         chosen = {
             name: tuple(mask & (p != 0) for p, mask in zip(_factors(layers[name]), pair, strict=True))
             for name, pair in chosen.items()
@@ -111,7 +111,7 @@ class _Zeroed(Pruning):
         ]
         for name, parameter, mask, values in places:
             if parameter.shape != mask.shape or parameter.dtype != values.dtype:
-                raise RuntimeError(f"undo needs {name} in {values.dtype} and of its shape; it was changed since")
+                raise RuntimeError(f"undo needs {name} in its dtype {values.dtype} and shape; they were changed since")
             if parameter[mask.to(parameter.device)].any():
                 raise RuntimeError(f"undo needs {name} as pruning left it; it was trained or loaded since")
         for _, parameter, mask, values in places:
@@ -120,29 +120,29 @@ class _Zeroed(Pruning):
 
 
 def prune(model: nn.Module, keep: Keep, *, unit: Unit = "layer") -> Pruning:
-    r"""Switches off all adapters (`enabled`) except those that `keep` names; they then cost nothing and are not saved.
+    r"""Disables all adapters (`enabled`) except those in `keep`; a disabled adapter runs no kernels and is not saved.
 
-    Adapters that are off already stay off, and still count in the groups, so that a label always means the same layers.
+    Adapters that are already disabled stay so but count in the groups, so that a label always means the same layers.
 
     Args:
         model: a model with adapters.
-        keep: what stays.
+        keep: the adapters that stay enabled.
 
             - "every-other": groups 0, 2, 4, …
             - "low", "middle", "high": the groups whose middle, ``(l + ½) / L`` for group l of L, lies in that
-              third; where 3 does not divide L, low and high still have the same size: 4 groups are 1 + 2 + 1,
+              third; if 3 does not divide L, low and high still have the same size: 4 groups are 1 + 2 + 1,
               5 are 2 + 1 + 2.
             - names of adapters, by the rules of `inject`: a list of whole names or dotted ends (``["q_proj"]``),
               or a string that is a regular expression for the whole name.
-            - a callable from an adapter's name to whether it stays; `best` gives one from Shapley values.
-        unit: what the labels count: "layer", "module" or a callable, as in `CoTo`.
+            - a callable from an adapter's name to whether it stays; `best` makes one from Shapley values.
+        unit: the groups that the labels count: "layer", "module" or a callable, as in `CoTo`.
 
     Returns:
-        what was switched off, with `undo`.
+        a record of the disabled adapters, with `undo`.
 
     Raises:
         TypeError: `model` is not a module, or `keep` is none of these.
-        ValueError: the model has no adapters or merged ones, a name matches none, or no enabled adapter would stay.
+        ValueError: the model has no adapters or has merged ones, a name matches none, or no enabled adapter would stay.
 
     >>> from cotolora import inject
     >>> model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
@@ -154,21 +154,21 @@ def prune(model: nn.Module, keep: Keep, *, unit: Unit = "layer") -> Pruning:
     layers = unmerged_adapters(model)
     kept = _kept(list(layers), keep, group_names(layers, unit, modules_of(model)))
     if not any(is_enabled(layers[name]) for name in kept):
-        off = f", and {len(kept)} that are off already" if kept else ""
+        off = f" ({len(kept)} that it keeps are already disabled)" if kept else ""
         raise ValueError(f"keep must leave an enabled adapter; {shown(keep)} leaves none of {len(layers)}{off}")
-    # without those that are off already, so that undoing in any order ends at the first model
+    # without those that are already disabled, so that undoing in any order ends at the original model
     going = {name: layer for name, layer in layers.items() if name not in kept and is_enabled(layer)}
     return _SwitchedOff(model, going)
 
 
 def best(shapley: Shapley, count: int) -> Callable[[str], bool]:
-    """The adapters of the `count` groups of highest Shapley value, for `prune` to keep; the earlier of equals.
+    """A `keep` for `prune`: the adapters of the `count` groups with the highest Shapley values; earlier ones win ties.
 
     Raises:
-        TypeError: `shapley` is no Shapley.
+        TypeError: `shapley` is not a Shapley.
         ValueError: `count` is not an integer from 1 to the number of groups.
     """
-    n = len(instance("shapley", shapley, Shapley, "what shapley_values gives").groups)
+    n = len(instance("shapley", shapley, Shapley, "a Shapley, as shapley_values returns it").groups)
     count = integer("count", count, 1, n + 1, must=f"an integer from 1 to {n}, the number of groups")
     order = shapley.values.argsort(descending=True, stable=True)[:count].tolist()
     groups = list(shapley.groups.values())
@@ -178,27 +178,26 @@ def best(shapley: Shapley, count: int) -> Callable[[str], bool]:
 def magnitude(model: nn.Module, sparsity: float, scope: str = "global") -> Pruning:
     """Zeroes the entries of A and B that are smallest in magnitude, exactly ``round(sparsity · n)`` of n.
 
-    Entries that are zero already count among them. Of equal magnitudes the first in module order are zeroed, A before
-    B, row by row. Adapters that are off are left alone and not counted. The entries are found by bisection
-    over the bits of the magnitudes, one parameter at a time, so the extra memory is that of the largest; undo
-    keeps one byte for each entry and the values of those that were zeroed.
+    Entries that are already zero count among them. Ties are broken by module order, then A before B, then row by
+    row. Disabled adapters are not changed and not counted. The entries are found by bisection over the bits of the
+    magnitudes, one parameter at a time, so the temporary memory is proportional to the largest parameter; for `undo`,
+    one byte per entry and the zeroed values are kept.
 
-    The entries are zeroed once and not kept at zero: an optimizer that goes on moves them again (even without gradient,
-    by momentum), after which `undo` refuses to mix old values into new weights. Prune after training.
+    The entries are zeroed once and do not stay zero under training: an optimizer changes them again (momentum does so
+    even without a gradient), after which `undo` refuses to mix old values into new weights. Prune after training.
 
     Args:
         model: a model with adapters.
-        sparsity: share of entries to zero, in [0, 1].
-        scope: over what the magnitudes are ranked: "global", A and B of all adapters together, or "layer",
-            those of each adapter by itself.
+        sparsity: fraction of entries to zero, in [0, 1].
+        scope: "global" ranks the magnitudes of all adapters together, "layer" those of each adapter by itself.
 
     Returns:
-        what was zeroed, with `undo`.
+        a record of the zeroed entries, with `undo`.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: the model has no enabled adapters, merged ones, or ones whose A or B is sharded, without data or
-            holds NaN; an argument is out of its range.
+        ValueError: the model has no enabled adapters, has merged ones, or has ones whose A or B is sharded, on the meta
+            device or contains NaN; an argument is out of its range.
 
     >>> from cotolora import inject
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -210,13 +209,13 @@ def magnitude(model: nn.Module, sparsity: float, scope: str = "global") -> Pruni
     one_of("scope", scope, SCOPES)
     layers = {name: layer for name, layer in unmerged_adapters(model).items() if is_enabled(layer)}
     if not layers:
-        raise ValueError("model must have enabled adapters; all of them are off")
+        raise ValueError("model must have enabled adapters; all of them are disabled")
     for name, layer in layers.items():
         for parameter in _factors(layer):
             if parameter.is_meta or hasattr(parameter, "full_tensor"):
-                raise ValueError(f"model must hold A and B whole; those of {name} are sharded or on meta")
+                raise ValueError(f"model must hold whole A and B; those of {name} are sharded or on the meta device")
             if parameter.isnan().any():
-                raise ValueError(f"model must have no NaN in A or B; {name} has")
+                raise ValueError(f"model must have no NaN in A or B; {name} has NaN")
     pools = [list(layers)] if scope == "global" else [[name] for name in layers]
     chosen: dict[str, tuple[Tensor, ...]] = {}
     for pool in pools:
@@ -231,7 +230,7 @@ def _factors(layer: CoToLoRALinear) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def _smallest(parameters: list[nn.Parameter], count: int) -> list[Tensor]:
-    """For each parameter which of its entries are among the `count` of smallest magnitude."""
+    """For each parameter, a mask of its entries that are among the `count` smallest in magnitude."""
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
     border, ties = _border(parameters, count, dtype)
     masks = []
@@ -245,7 +244,10 @@ def _smallest(parameters: list[nn.Parameter], count: int) -> list[Tensor]:
 
 
 def _border(parameters: list[nn.Parameter], count: int, dtype: torch.dtype) -> tuple[int, int]:
-    """A magnitude, as bits, and a number: entries below it are among the `count`, and so many of those equal to it."""
+    """The largest selected magnitude, as bits, and how many entries of exactly that magnitude are selected.
+
+    All entries below it are selected.
+    """
     low, below = 0, 0
     high = int(_bits(torch.tensor(torch.inf), dtype)) + 2  # above every count
     while high - low > 1 and below < count:
@@ -259,7 +261,7 @@ def _border(parameters: list[nn.Parameter], count: int, dtype: torch.dtype) -> t
 
 
 def _bits(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The magnitudes as integers: the bits of floats that are not negative sort as the floats do."""
+    """The magnitudes as integers: the bits of non-negative floats sort as the floats do."""
     return values.detach().to(dtype).abs().contiguous().view(torch.int64 if dtype == torch.float64 else torch.int32)
 
 
@@ -279,7 +281,7 @@ def _kept(names: list[str], keep: Keep, named: Mapping[Hashable, list[str]]) -> 
         }
     if callable(keep):
         keeps = function("keep", keep, _MUST_KEEP)
-        return {name for name in names if _truth(keeps(name))}
+        return {name for name in names if _as_bool(keeps(name))}
     if isinstance(keep, str):
         checked_names("keep", keep)
     # the adapters that each name, or the one expression, matches
@@ -297,15 +299,15 @@ def _kept(names: list[str], keep: Keep, named: Mapping[Hashable, list[str]]) -> 
     return set().union(*taken.values())
 
 
-def _truth(kept: object) -> bool:
+def _as_bool(kept: object) -> bool:
     try:
         return bool(kept)
-    except Exception:  # of what has none, such as a tensor of several entries
-        raise TypeError(f"keep must give True or False for a name; got {shown(kept)}") from None
+    except Exception:  # a value without a truth value, such as a tensor with several entries
+        raise TypeError(f"keep must return True or False for a name; got {shown(kept)}") from None
 
 
 def _names_in(keep: object) -> list[str]:
     names = strings("keep", keep, _MUST_KEEP)
     if not names:
-        raise ValueError(f"keep must name at least one adapter; got none, {shown(keep)}")
+        raise ValueError(f"keep must hold at least one name; got {shown(keep)}")
     return names

@@ -1,4 +1,4 @@
-"""Lets transformers' Trainer take a quantised model that has adapters."""
+"""Lets transformers' Trainer accept a quantised model that has adapters."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from cotolora.groups import adapters
 
 
 def allow_training(model: nn.Module) -> None:
-    """Answers transformers' question whether a quantised model has more to train than its quantised weights.
+    """Sets ``is_qat_trainable`` on the quantizers of a model with adapters, so that Trainer accepts it.
 
-    Trainer refuses such a model unless PEFT wraps it, or the model's quantizer says ``is_qat_trainable``, which nothing
-    else in transformers reads. So the quantizers of models that hold adapters say so. Whether a method of quantisation
-    can be trained through at all is another question, ``is_trainable``, whose answer stays.
+    Trainer refuses a quantised model unless PEFT wraps it or its quantizer has ``is_qat_trainable``, which nothing else
+    in transformers reads. ``is_trainable``, which says whether gradients can pass through the quantisation at all,
+    is not changed.
     """
     for module in model.modules():
         quantizer: Any = vars(module).get("hf_quantizer")
@@ -25,7 +25,7 @@ def allow_training(model: nn.Module) -> None:
 
 
 def disallow_training(model: nn.Module) -> None:
-    """Takes back `allow_training`."""
+    """Undoes `allow_training`."""
     for module in model.modules():
         quantizer: Any = vars(module).get("hf_quantizer")
         if (kind := getattr(type(quantizer), "_cotolora_original", None)) is not None:
@@ -34,10 +34,10 @@ def disallow_training(model: nn.Module) -> None:
 
 @cache
 def _trainable(kind: Any) -> type:
-    """A subclass of a class of quantizers that is told apart by the one flag alone."""
+    """A subclass of the quantizer class `kind` that differs only in ``is_qat_trainable``."""
 
     def reduce(self: Any) -> tuple[Any, ...]:
-        # a class that is made here is in no module where pickle could find it
+        # pickle could not find this class, which is created at run time, in any module
         return _restored, (kind, vars(self))
 
     flags = {"is_qat_trainable": True, "__reduce__": reduce, "_cotolora_original": kind}

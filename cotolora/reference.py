@@ -1,6 +1,6 @@
-"""What every operation of this library means, in plain PyTorch. Autograd does the backward.
+"""Reference implementations of every operation of this library, in plain PyTorch with autograd.
 
-Nothing here is fast and everything else is tested against it.
+They define the results that all backends are tested against, and are not optimised.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def lora_linear(
 ) -> Tensor:
     r"""Linear layer plus a gated low-rank update: ``x Wᵀ + bias + δ · scale · (dropout(x) Aᵀ) Bᵀ``.
 
-    Off is a selection, never a product with zero: where δ is 0 the result is the base linear's own
-    and no gradient reaches A or B, even if they hold infinities.
+    An inactive adapter is left out by selection, never by multiplying with zero: where δ is 0 the result
+    is exactly the base output and A and B receive no gradient, even if they hold infinities.
 
     Args:
         x: inputs, ``[..., in_features]``.
@@ -45,7 +45,7 @@ def lora_linear(
         lora_b: up-projection B, ``[out_features, rank]``; cast to the dtype of `x`.
         scale: ``alpha / rank``, or ``alpha / √rank`` for rsLoRA.
         gate: δ. A bool, a 0-dim tensor, or a tensor ``[batch]`` with one gate per ``x[i]``.
-        dropout: probability of zeroing an entry of the adapter's input, the rest scaled by ``1 / (1 - dropout)``.
+        dropout: probability of zeroing an entry of the adapter's input; the others are scaled by ``1 / (1 - dropout)``.
 
     Returns:
         ``[..., out_features]``, in the dtype of `x`.
@@ -59,10 +59,11 @@ def lora_linear(
 def add_low_rank(
     y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, *, scale: float, gate: Gate = True, dropout: float = 0.0
 ) -> Tensor:
-    r"""The low-rank update alone, added to what some base has made of x: ``y + δ · scale · (dropout(x) Aᵀ) Bᵀ``.
+    r"""Adds the low-rank update to the output `y` of a base layer: ``y + δ · scale · (dropout(x) Aᵀ) Bᵀ``.
 
-    ``h = dropout(x) Aᵀ`` is computed in the dtype of `x`; it and B are then cast to that of `y`, which is the result's.
-    `y` is ``[..., out_features]``; the other arguments are as in `lora_linear`. Where δ is 0 the result is `y`.
+    ``h = dropout(x) Aᵀ`` is computed in the dtype of `x`; h and B are then cast to the dtype of `y`, which is also the
+    dtype of the result. `y` is ``[..., out_features]``; the other arguments are as in `lora_linear`. Where δ is 0 the
+    result is `y`.
     """
     if gate is False:
         return y
@@ -81,10 +82,11 @@ def add_low_rank(
 
 
 def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """``‖W + scale · B A‖`` of every row ``[out_features]``, a constant to autograd.
+    """The row norms ``‖W + scale · B A‖``, ``[out_features]``, without gradients.
 
-    In float32, float64 if `weight` is; of A and B as cast to the dtype of `weight`, as they meet x where W does. PEFT
-    takes them as they are. Under autocast `weight` is W before the cast, in both.
+    Computed in float32, or in float64 if `weight` is float64. A and B are first cast to the dtype of `weight`, the
+    dtype in which they are multiplied with x; PEFT does not cast them. Under autocast `weight` is W before the cast,
+    here and in PEFT.
 
     Source: DoRA, Liu et al. 2024, eq. 5 and section 4.3, "treating ‖V + ΔV‖ as a constant" (arXiv:2402.09353).
     """
@@ -95,7 +97,7 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> T
 
 
 def column_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """``c = m / norm [out_features]``, in the dtype of `norm`; 1 where the norm is 0 and the row has no direction."""
+    """``c = m / norm``, ``[out_features]``, in the dtype of `norm`; 1 where the norm is 0 (a row without direction)."""
     return torch.where(norm == 0, 1, magnitude.to(norm.dtype) / torch.where(norm == 0, 1, norm))
 
 
@@ -112,23 +114,23 @@ def dora_linear(
     gate: Gate = True,
     dropout: float = 0.0,
 ) -> Tensor:
-    r"""Gated DoRA, which learns the lengths of the rows of W apart: ``y = c ∘ (x Wᵀ + scale · (x Aᵀ) Bᵀ) + bias``.
+    r"""Gated DoRA, which learns the norm of each row of W separately: ``y = c ∘ (x Wᵀ + scale · (x Aᵀ) Bᵀ) + bias``.
 
-    ``c = m / ‖W + scale · B A‖`` by rows, the norm a constant to autograd. With dropout D, as PEFT has it,
+    ``c = m / ‖W + scale · B A‖`` with the norm of each row, which gets no gradient. With dropout D, as in PEFT,
 
         y = x Wᵀ + bias + δ · [(c − 1) ∘ (D x) Wᵀ + c ∘ scale · (D x Aᵀ) Bᵀ]
 
-    which is the first form where nothing is dropped, and the base's own result where c = 1 and B = 0. Without dropout
-    ``x Wᵀ`` is taken from the base's result, less the bias.
-    c and its products are float32 (float64 with x), and one rounding takes their sum to the dtype of x.
+    This equals the first formula if nothing is dropped, and the base output if c = 1 and B = 0. Without dropout
+    ``x Wᵀ`` is taken as the base output minus the bias.
+    c and the products with it are float32 (float64 if x is), and their sum is rounded once, to the dtype of x.
 
-    The paper has no dropout. PEFT differs where a row's norm is 0, which it divides by (here c is 1 and m gets no
-    gradient), and in the dtype: it computes in that of A and B, not in that of x.
+    The paper has no dropout. PEFT differs in two points: it divides by row norms of 0 (here c is 1 and m gets no
+    gradient), and it computes in the dtype of A and B instead of the dtype of x.
 
     Args:
-        x, weight, bias, lora_a, lora_b, scale, gate, dropout: as in `lora_linear`; off is the plain base, without m.
+        x, weight, bias, lora_a, lora_b, scale, gate, dropout: as in `lora_linear`; m has no effect where δ is 0.
         magnitude: m, ``[out_features]``.
-        norm: ``row_norms(weight, lora_a, lora_b, scale)``, where the caller knows it.
+        norm: ``row_norms(weight, lora_a, lora_b, scale)`` if the caller has it; None computes it.
 
     Returns:
         ``[..., out_features]``, in the dtype of `x`.
@@ -149,7 +151,7 @@ def dora_linear(
         return (base + update).to(x.dtype)
 
     on = rows_on(gate, x)
-    # as in lora_linear: selecting on both sides of each product keeps 0 · inf out of the gradients as well
+    # as in add_low_rank: selecting on both sides of each product keeps 0 · inf out of the gradients as well
     lora_b, magnitude, norm = (torch.where(on.any(), t, 1) for t in (lora_b, magnitude, norm))
     c = torch.where(on, column_scale(magnitude, norm), 1)
     h = torch.where(on, torch.where(on, dropped, 0) @ lora_a.T, 0)
@@ -168,12 +170,12 @@ def hira_linear(
     gate: Gate = True,
     dropout: float = 0.0,
 ) -> Tensor:
-    r"""Gated HiRA, an update of high rank: ``y = x (W ∘ (1 + scale · B A))ᵀ + bias``.
+    r"""Gated HiRA, a high-rank update: ``y = x (W ∘ (1 + scale · B A))ᵀ + bias``.
 
-    With dropout D, as PEFT has it, ``y = x Wᵀ + bias + δ · (D x) (W ∘ scale · B A)ᵀ``. In low precision
-    ``1 + scale · B A`` is never rounded: in bfloat16 that would lose an update below 1/256.
+    With dropout D, as in PEFT, ``y = x Wᵀ + bias + δ · (D x) (W ∘ scale · B A)ᵀ``. The sum
+    ``1 + scale · B A`` is never computed: in bfloat16 it would round away updates below 1/256.
 
-    The paper and PEFT have no scale, so there ``alpha = rank``; the rest is the same.
+    The paper and PEFT have no scale; ``alpha = rank`` gives the same result.
 
     Args:
         x, weight, bias, lora_a, lora_b, scale, gate, dropout: as in `lora_linear`.
@@ -212,8 +214,8 @@ def vera_linear(
 ) -> Tensor:
     r"""Gated VeRA, which trains two vectors: ``y = x Wᵀ + bias + δ · scale · b ∘ ((d ∘ (D x Aᵀ)) Bᵀ)``, D the dropout.
 
-    A and B are random, frozen, and the same in all layers. The paper and PEFT have no scale, so there
-    ``alpha = rank``; the rest is the same.
+    A and B are random, frozen and shared by all layers. The paper and PEFT have no scale; ``alpha = rank`` gives the
+    same result.
 
     Args:
         x, weight, bias, lora_a, lora_b, scale, gate, dropout: as in `lora_linear`.
@@ -241,7 +243,7 @@ def add_vera(
     gate: Gate = True,
     dropout: float = 0.0,
 ) -> Tensor:
-    """VeRA's update alone, added to what some base has made of x, as `add_low_rank`."""
+    """Adds VeRA's update to the output `y` of a base layer, as `add_low_rank` does; arguments as in `vera_linear`."""
     if gate is False:
         return y
     lora_a, lora_b = lora_a.to(x.dtype), lora_b.to(y.dtype)

@@ -1,4 +1,4 @@
-"""What measurements leave in files: JSON whose changes can be read line by line, and pictures of few bytes."""
+"""Writes measurements to files: JSON with readable line diffs, and small pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLORS = 256
 
 
 def rounded(content: Any) -> Any:
-    """`content` with every float at `DIGITS` significant digits; integers, which count something, stay as they are.
+    """`content` with every float rounded to `DIGITS` significant digits; integers, which are counts, are kept.
 
     >>> rounded({"seconds": [0.000233993722, 12345678.9], "seed": 1234567})
     {'seconds': [0.00023399, 12346000.0], 'seed': 1234567}
@@ -28,9 +28,9 @@ def rounded(content: Any) -> Any:
 
 
 def text(content: Any) -> str:
-    """`content` as JSON, its floats `rounded`: one line for each record, that is, object or list in a list.
+    """`content` as JSON with floats `rounded` and one line per record, which is an object or list inside a list.
 
-    So a change of one figure is a change of one line. What holds records takes a line for each of its entries.
+    So a change of one number changes one line. A container of records takes one line for each of its entries.
 
     Raises:
         ValueError: a float is not finite, which JSON cannot express.
@@ -48,7 +48,7 @@ def text(content: Any) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a file with the `text` of `content`, whole or not at all."""
+    """Writes the `text` of `content` to `path` atomically."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text(content) + "\n")
@@ -58,7 +58,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def save_picture(figure: Any, path: Path, dpi: int) -> None:
-    """Writes a matplotlib figure; a PNG with a palette of `COLORS`, which takes a third of the bytes."""
+    """Writes a matplotlib figure; a PNG gets a palette of `COLORS` colors, which takes a third of the bytes."""
     if path.suffix != ".png":
         figure.savefig(path, dpi=dpi)
         return
@@ -84,7 +84,7 @@ def _lines(content: Any, indent: str) -> str:
 
 
 def _holds_records(content: Any) -> bool:
-    """Whether an object or a list stands in a list anywhere in `content`."""
+    """Whether `content` contains an object or a list inside a list, at any depth."""
     if isinstance(content, dict):
         return any(_holds_records(value) for value in content.values())
     return isinstance(content, list) and any(isinstance(value, (dict, list)) for value in content)

@@ -1,4 +1,4 @@
-"""When adapters are switched on. Pure functions of the step; no modules, no global state."""
+"""Activation probabilities and masks as pure functions of the step, without modules or global state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cotolora.checks import entries, flag, instance, integer, number, one_of, pr
 
 SHAPES = ("linear", "exponential", "sine", "constant")
 
-# stands for p = 0 where at least one group must be on: small enough that no second one is ever drawn
+# replaces p = 0 if at least one group must be active: so small that a second group is never drawn
 _TINY = 1e-30
 
 
@@ -28,13 +28,13 @@ def activation_probability(
         p(t) = initial_p + (1 - initial_p) · f(u),   u = min(1, t / (ramp · T))
 
     with f(u) = u (linear), (eᵘ - 1) / (e - 1) (exponential) or sin(πu / 2) (sine). The shape "constant"
-    is `initial_p` at every step: stochastic depth, the paper's baseline.
+    keeps p at `initial_p`: stochastic depth, the paper's baseline.
 
     Args:
-        step: optimizer steps done, t ≥ 0.
-        total_steps: optimizer steps of the whole run, T ≥ 1.
+        step: number of optimizer steps done, t ≥ 0.
+        total_steps: number of optimizer steps of the whole run, T ≥ 1.
         initial_p: probability at step 0, in [0, 1].
-        ramp: share of the run after which every adapter is on, in (0, 1].
+        ramp: fraction of the run after which every adapter is active, in (0, 1].
         shape: "linear", "exponential", "sine" or "constant".
 
     Raises:
@@ -50,7 +50,7 @@ def activation_probability(
     initial_p, ramp, shape = probability("initial_p", initial_p), _ramp(ramp), one_of("shape", shape, SHAPES)
     if shape == "constant":
         return initial_p
-    # in this order, so that u is exactly 1 where ramp is the decimal of step / total_steps: 55 / (0.55 * 100) < 1
+    # divide in this order, so that u is exactly 1 at step = ramp * total_steps: 55 / (0.55 * 100) is less than 1
     u = min(step, total_steps) / total_steps / ramp
     if u >= 1:
         return 1.0
@@ -61,32 +61,32 @@ def activation_probability(
 def sample_mask(
     n: int, p: float | Sequence[float], *, seed: int, step: int, at_least_one: bool = True
 ) -> torch.BoolTensor:
-    r"""Draws which of `n` groups are active at `step`: independent Bernoulli(p_i), given that at least one is.
+    r"""Draws which of `n` groups are active at `step`: independent Bernoulli(p_i), given that at least one is active.
 
-    The condition is drawn exactly and without a loop: the first active group is i with probability
+    The conditional distribution is sampled exactly and without rejection: the first active group is i with probability
 
         p_i · Π_{k<i} (1 - p_k) / (1 - Π_k (1 - p_k))
 
-    and the groups after it are drawn independently. Where every p_i is 0 this is its limit: one
-    group, each with the same probability.
+    and the groups after it are drawn independently. If every p_i is 0, this is the limit: exactly one
+    active group, each with the same probability.
 
     A pure function of its arguments (numpy's Philox counter generator keyed by seed and step), so every
     rank and every resumed run draws the same mask; no random state is read or changed.
 
     Args:
         n: number of groups, at least 0.
-        p: probability in [0, 1] of each, or one for all.
+        p: probability in [0, 1] for each group, or one value for all.
         seed, step: integers in [0, 2⁶⁴).
-        at_least_one: False draws plain independent Bernoullis.
+        at_least_one: False draws plain independent Bernoulli variables, which may all be 0.
 
     Returns:
         bool ``[n]`` on the CPU.
 
     Raises:
-        ValueError: an argument is out of its range, or p has not n entries.
+        ValueError: an argument is out of its range, or `p` does not have n entries.
 
     Source: activation indicators of Zhuang et al. 2025, section 3.1 (arXiv:2506.05713). Their code redraws until
-    one is on: the same law, but it does not end at p = 0.
+    one group is active: the same distribution, but at p = 0 it never terminates.
 
     >>> sample_mask(4, 1.0, seed=0, step=0)
     tensor([True, True, True, True])
@@ -102,7 +102,8 @@ def sample_mask(
         if not weights.any():
             weights = np.ones(n)
         cumulative = np.cumsum(weights)
-        # divided, and not u times the total, which rounds up to the total and coarsely where p is subnormal
+        # normalise instead of scaling u by the total: the product can round up to the total, and is coarse if p is
+        # subnormal
         first = int(np.searchsorted(cumulative / cumulative[-1], drawn[0], side="right"))
         active[:first], active[first] = False, True
     return torch.from_numpy(active)  # type: ignore[return-value]
@@ -110,10 +111,10 @@ def sample_mask(
 
 def _probabilities(p: object, n: int) -> np.ndarray:
     """`p` as float64 ``[n]``."""
-    must = f"a float or {n} of them, one for each group"
+    must = f"a float, or {n} floats with one for each group"
     try:
         found = np.asarray(math.nan if p is None else p)
-        # of the others numpy would make numbers of some, with a warning at most
+        # numpy would convert some other dtypes to numbers, at most with a warning
         numeric = found.dtype.kind in "fiu"
         found = found.astype(np.float64) if numeric else found
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -128,8 +129,8 @@ def _probabilities(p: object, n: int) -> np.ndarray:
 
 
 def uniforms(n: int, *, seed: int, step: int) -> np.ndarray:
-    """`n` random float64 in [0, 1): a pure function of its arguments, in numpy's Philox keyed by (seed, step)."""
-    # raw 64-bit words and not Generator methods, whose streams may change between numpy versions
+    """`n` random float64 in [0, 1), a pure function of its arguments: numpy's Philox keyed by (seed, step)."""
+    # raw 64-bit words instead of Generator methods, whose streams may change between numpy versions
     words = np.random.Philox(key=np.array([seed, step], dtype=np.uint64)).random_raw(n)
     return (words >> np.uint64(11)) * 2.0**-53
 
@@ -139,20 +140,20 @@ class _NotGiven:
         return "<as in Schedule>"
 
 
-# the default of a keyword that may be given in place of a field of a Schedule
+# the default of keywords that set single fields of a Schedule
 NOT_GIVEN: Any = _NotGiven()
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    r"""With which probability groups of adapters are on at a step, and how the draw is made.
+    r"""Settings of an activation schedule: the probability that a group of adapters is active, and how masks are drawn.
 
     Args:
-        initial_p, ramp, shape: of the probability p, see `activation_probability`.
-        tilt: in [-1, 1]; positive drops high layers more (the paper's CoTo-H), negative low ones. Group l of L is on
-            with probability ``p · (1 - tilt · (1 - p) · (2l / (L - 1) - 1))``.
-        at_least_one: never switch every available group off, which would leave nothing to train.
-        seed: of the masks, an integer in [0, 2⁶⁴).
+        initial_p, ramp, shape: parameters of the probability p, see `activation_probability`.
+        tilt: in [-1, 1]; a positive tilt drops later layers more often (the paper's CoTo-H), a negative one earlier
+            layers. Group l of L is active with probability ``p · (1 - tilt · (1 - p) · (2l / (L - 1) - 1))``.
+        at_least_one: keep at least one available group active; without one, nothing would train.
+        seed: seed of the masks, an integer in [0, 2⁶⁴).
 
     Raises:
         ValueError: a field is out of its range.
@@ -181,24 +182,25 @@ class Schedule:
             "seed": integer("seed", self.seed, 0, 2**64),
         }
         for name, value in checked.items():
-            # Python's own numbers, which torch.load(weights_only=True) and json read
+            # built-in numbers, which torch.load(weights_only=True) and json can read
             object.__setattr__(self, name, value)
 
     def probability(self, step: int, total_steps: int) -> float:
-        """P at `step` of `total_steps`, see `activation_probability`."""
+        """The activation probability p at `step` of `total_steps`, see `activation_probability`."""
         return activation_probability(step, total_steps, initial_p=self.initial_p, ramp=self.ramp, shape=self.shape)
 
     def mask(self, n: int, step: int, total_steps: int, available: Sequence[bool] | None = None) -> torch.BoolTensor:
-        """Which of `n` groups are on at `step` of `total_steps`: bool ``[n]`` on the CPU, a pure function.
+        """Which of `n` groups are active at `step` of `total_steps`: bool ``[n]`` on the CPU, a pure function.
 
         Args:
             n: number of groups.
             step, total_steps: as in `activation_probability`.
-            available: for each group whether it can be on; default all. `at_least_one` counts these; others are off.
+            available: whether each group may be active; default all. `at_least_one` keeps one of these active; the
+                others are always inactive.
 
         Raises:
-            ValueError: an argument is out of its range.
-            TypeError: `available` is no list of bools.
+            ValueError: an argument is out of its range, or `available` does not hold n bools.
+            TypeError: `available` is not a list.
         """
         n = integer("n", n, 0, 2**32)
         if available is not None:
@@ -208,7 +210,7 @@ class Schedule:
             available = found
         p = self.probability(step, total_steps)
         indices = [index for index in range(n) if available is None or available[index]]
-        # on the CPU by name: the user may have set another default device
+        # explicitly on the CPU: the user may have set another default device
         mask = torch.zeros(n, dtype=torch.bool, device="cpu")
         mask[indices] = sample_mask(
             len(indices),
@@ -227,11 +229,11 @@ class Schedule:
 
 
 def schedule_of(schedule: Schedule | None, **fields: Any) -> Schedule:
-    """`schedule`, or one made from those of `fields` that are not `NOT_GIVEN`.
+    """`schedule`, or a new one made from the `fields` that are not `NOT_GIVEN`.
 
     Raises:
         TypeError: `schedule` is neither a Schedule nor None.
-        ValueError: there is a schedule and a field as well, or a field is out of its range.
+        ValueError: both a schedule and a field are given, or a field is out of its range.
     """
     given = {name: value for name, value in fields.items() if value is not NOT_GIVEN}
     if schedule is None:
@@ -239,7 +241,9 @@ def schedule_of(schedule: Schedule | None, **fields: Any) -> Schedule:
     instance("schedule", schedule, Schedule, "a Schedule")
     if given:
         both = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        raise ValueError(f"schedule must come without {', '.join(given)}, which it holds; got {schedule!r} and {both}")
+        raise ValueError(
+            f"schedule must not be combined with {', '.join(given)}, which it contains; got {schedule!r} and {both}"
+        )
     return schedule
 
 

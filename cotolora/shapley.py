@@ -1,8 +1,8 @@
-r"""What each adapter contributes: Shapley values of the game whose players are groups of adapters.
+r"""Contribution of each adapter: Shapley values of a game whose players are groups of adapters.
 
-The worth v(R) of a coalition R is the score of the model with only the adapters in R on (Zhuang et al. 2025,
-arXiv:2506.05713). A player's value is what it adds on average over all orders in which the players may join, so
-with a score that is larger when the model is better, a useful adapter's value is positive.
+The worth v(R) of a coalition R is the score of the model with only the adapters in R active (Zhuang et al. 2025,
+arXiv:2506.05713). The value of a player is the worth that it adds when it joins, averaged over all orders of joining.
+If a larger score is better, a useful adapter has a positive value.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from cotolora.reference import Gate
 from cotolora.schedule import uniforms
 
 METHODS = ("permutation", "exact", "multilinear")
-MOST_EXACT = 20  # players: a million evaluations
+MOST_EXACT = 20  # players, which take a million evaluations
 
 Score = Callable[[nn.Module], Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Shapley:
-    """Shapley values of n groups of adapters, in the units of the score; positive is useful.
+    """Shapley values of n groups of adapters, in the units of the score; positive values mean useful adapters.
 
     Attributes:
         values: float64 ``[n]``.
-        errors: their standard errors, float64 ``[n]``; zeros where the values are exact.
-        evaluations: how many different coalitions were scored.
+        errors: their standard errors, float64 ``[n]``; zeros if the values are exact.
+        evaluations: number of different coalitions that were scored.
         groups: adapter names by group, in the order of `values`.
     """
 
@@ -52,18 +52,18 @@ class Shapley:
 
 @dataclass(frozen=True, eq=False)
 class PerSample:
-    """A score that reads a model's outputs on fixed inputs, so that one forward can hold many coalitions.
+    """A score of the model's outputs on fixed inputs, so that one forward can evaluate many coalitions.
 
-    The inputs are repeated for each coalition, whose adapters are picked by row gates. That needs a model that
-    is batch-first at every adapter and treats samples independently.
+    The inputs are repeated for each coalition, and row gates select its adapters. The model must be batch-first at
+    every adapter and must treat samples independently.
 
     Args:
-        inputs: what the model is called with: a tensor, a tuple of arguments or a dict of keywords. Every tensor
-            in it is ``[samples, ...]``; anything else is passed on as it is.
-        fn: ``fn(output) -> float``, larger is better, where `output` is the model's output for one coalition, as if
+        inputs: the arguments of the model: a tensor, a tuple of arguments or a dict of keywords. Every tensor
+            in it is ``[samples, ...]``; anything else is passed on unchanged.
+        fn: ``fn(output) -> float``, larger is better. `output` is the model's output for one coalition, as if
             the model had been called on `inputs` alone. Every tensor in the model's output must be ``[samples, ...]``.
-        batch: samples in one forward, at most; bounds the memory. Inputs longer than this are cut. More than 256
-            gains nothing on a CPU; inputs that fill the machine by themselves gain nothing anywhere.
+        batch: largest number of samples in one forward; limits the memory. Longer inputs are split. More than 256
+            gains nothing on a CPU; if the inputs alone fill the device, a larger batch gains nothing.
 
     Raises:
         TypeError: `inputs` hold no tensor, or a nested one, or `fn` is not callable.
@@ -91,7 +91,7 @@ class PerSample:
 
     @property
     def samples(self) -> int:
-        """How many samples the inputs hold."""
+        """The number of samples in the inputs."""
         return next(leaf.shape[0] for leaf in pytree.tree_leaves(self.inputs) if isinstance(leaf, Tensor))
 
 
@@ -108,16 +108,16 @@ def shapley_values(
 
         φ_i = Σ_R |R|! (n - 1 - |R|)! / n! · (v(R ∪ i) - v(R)) = ∫₀¹ E[v(R_p ∪ i) - v(R_p)] dp
 
-    over the coalitions R without i; every other player is in R_p with probability p. They add up to
-    ``score(all on) - score(all off)``: exactly by the methods "exact" and "permutation" (up to rounding), in the
-    mean by "multilinear". No coalition is scored twice. Adapters that are off (pruned) are no players and stay
-    off. The model is in eval mode and without autograd while it is scored; modes and switches are restored, also when
-    the score raises. Draws are a pure function of the seed; no random state is touched.
+    over the coalitions R without i; R_p contains every other player with probability p. The values add up to
+    ``score(all active) - score(none active)``: exactly with the methods "exact" and "permutation" (up to rounding), on
+    average with "multilinear". No coalition is scored twice. Disabled (pruned) adapters are not players and stay
+    disabled. The model is scored in eval mode and without autograd; modes and switches are restored, also if
+    the score raises. The draws are a pure function of the seed and touch no random state.
 
     Args:
         model: a model with adapters.
-        score: a callable of the model that gives a finite float, larger is better, and the same one for the same
-            adapters; or a `PerSample`.
+        score: a callable of the model that returns a finite float, larger is better, and always the same one for the
+            same active adapters; or a `PerSample`.
         method:
 
             - "permutation": random orders, each followed by its reverse; at most ``samples · (n - 1) + 2`` coalitions.
@@ -125,17 +125,19 @@ def shapley_values(
             - "multilinear": the integral over p, stratified: two independent draws in each of ``samples / 2``
               intervals; at most ``samples · (n + 1)`` coalitions.
         unit: the players: "layer", "module" or a callable, as in `CoTo`.
-        samples: orders, or draws; an even number of at least 4. Not used by "exact".
-        seed: of the draws, an integer in [0, 2⁶⁴).
+        samples: number of orders ("permutation") or draws ("multilinear"), even and at least 4. Not used by "exact".
+        seed: seed of the draws, an integer in [0, 2⁶⁴).
 
     Returns:
-        values, their standard errors (over independent pairs of orders; from the differences within intervals), the
-        number of coalitions scored, and the groups. Empty if every adapter is off.
+        values, their standard errors ("permutation": over independent pairs of orders; "multilinear": from the
+        differences within intervals), the number of coalitions scored, and the groups. Empty if every adapter is
+        disabled.
 
     Raises:
         TypeError: `model` is not a module, `score` not a callable, or a score not a number.
-        ValueError: the model has no adapters, merged ones or ones whose `enabled` is a row mask; a score is not
-            finite (names the coalition); "exact" for more than 20 players; an argument is out of its range.
+        ValueError: the model has no adapters, or has adapters that are merged or whose `enabled` is a row mask; a score
+            is not finite (the message names the coalition); "exact" with more than 20 players; an argument is out of
+            its range.
 
     Source: Shapley 1953; permutations: Castro, Gómez & Tejada 2009, "Polynomial calculation of the Shapley value based
     on sampling"; multilinear extension: Owen 1972, and Okhrati & Lipani 2020 (arXiv:2010.12082).
@@ -143,20 +145,20 @@ def shapley_values(
     >>> from cotolora import inject
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
     >>> _ = inject(model, rank=1)
-    >>> def gloves(model):  # the first two have a left glove each, the third a right one; a pair is worth 1
+    >>> def gloves(model):  # players 1 and 2 own a left glove each, player 3 a right one; a pair is worth 1
     ...     left, also_left, right = (layer.enabled for layer in model)
     ...     return float(right and (left or also_left))
     >>> shapley_values(model, gloves, method="exact").values
     tensor([0.1667, 0.1667, 0.6667], dtype=torch.float64)
     """
-    layers = _playable(model)
+    layers = _player_layers(model)
     samples, seed = _checked_arguments(score, method, samples, seed)
     groups = group_names(layers, unit, modules_of(model))
     n = len(groups)
     if method == "exact" and n > MOST_EXACT:
         raise ValueError(
             f"method='exact' would take 2^{n} = {2**n} evaluations of the score; for more than {MOST_EXACT} players "
-            "take 'permutation' or 'multilinear'"
+            "use 'permutation' or 'multilinear'"
         )
     game = _Game(model, layers, groups, score)
     if n == 0:
@@ -191,7 +193,7 @@ def _permutation(game: _Game, n: int, samples: int, seed: int) -> tuple[np.ndarr
     gains = np.empty((samples, n))
     for row, order in enumerate(orders):
         gains[row, order] = np.diff(worth[row])
-    # an order and its reverse are dependent; pairs of them are independent of each other
+    # an order and its reverse are dependent, but different pairs are independent
     pairs = gains.reshape(samples // 2, 2, n).mean(1)
     return pairs.mean(0), pairs.std(0, ddof=1) / math.sqrt(len(pairs))
 
@@ -226,11 +228,11 @@ class _Game:
         self.worth: dict[int, float] = {}
 
     def score(self, coalitions: Iterable[int]) -> np.ndarray:
-        """The worth of each coalition, in their order; those that are not known yet are scored."""
+        """The worth of each coalition, in their order; scores those that have not been scored yet."""
         from tqdm import tqdm
 
         coalitions = list(coalitions)
-        # sorted by their bits: coalitions of one forward agree on most players, whose gates can then be bools
+        # sorted by their bits, so that coalitions in one forward agree on most players, whose gates are then bools
         pending = sorted(set(coalitions) - self.worth.keys())
         size = max(1, self._score.batch // self._score.samples) if isinstance(self._score, PerSample) else 1
         with tqdm(total=len(pending), desc="Shapley values", unit="coalition", disable=None, delay=2) as progress:
@@ -263,7 +265,7 @@ class _Game:
         switches: dict[str, Gate] = {}
         for player, names in enumerate(self.groups.values()):
             inside = [bool(coalition >> player & 1) for coalition in chunk]
-            # a bool where all coalitions agree: an adapter that is off costs nothing, one that is on needs no selection
+            # a bool if all coalitions agree: then an inactive adapter runs no kernels, an active one no selection
             switch = inside[0] if len(set(inside)) == 1 else torch.tensor(inside, device="cpu").repeat_interleave(rows)
             switches |= dict.fromkeys(names, switch)
         return switches
@@ -271,13 +273,13 @@ class _Game:
     def _number(self, coalition: int, value: Any) -> float:
         on = [key for player, key in enumerate(self.groups) if coalition >> player & 1]
         if not math.isfinite(number := checks.score(value)):
-            raise ValueError(f"score must be a finite number; got {value!r} with only {on} on, of {list(self.groups)}")
+            raise ValueError(f"score must be a finite number; got {value!r} with {on} active of {list(self.groups)}")
         return number
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without autograd; afterwards every module is in its former mode."""
+    """Eval mode without autograd inside the block; restores the mode of every module after it."""
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -315,25 +317,25 @@ def _checked_output(output: Any, rows: int) -> Any:
     if not tensors or any(t.dim() == 0 or t.shape[0] != rows for t in tensors):
         shapes = [tuple(t.shape) for t in tensors]
         raise ValueError(
-            f"model must give tensors [samples, ...] to be scored by PerSample; {rows} samples in one forward gave "
-            f"{shapes or type(output).__name__} (return only what is per sample, and no loss over the batch)"
+            f"model must return tensors [samples, ...] to be scored by PerSample; {rows} samples in one forward gave "
+            f"{shapes or type(output).__name__} (return only tensors with one row per sample, no loss over the batch)"
         )
     return output
 
 
-def _playable(model: nn.Module) -> dict[str, CoToLoRALinear]:
+def _player_layers(model: nn.Module) -> dict[str, CoToLoRALinear]:
     layers = unmerged_adapters(model)
     if masked := [name for name, x in layers.items() if isinstance(x.enabled, Tensor) and x.enabled.dim()]:
-        raise ValueError(f"model must have every adapter enabled or not as a whole; row masks are set on {masked}")
+        raise ValueError(f"model must have no adapter whose enabled is a row mask; got row masks on {masked}")
     return {name: layer for name, layer in layers.items() if is_enabled(layer)}
 
 
 def _checked_arguments(score: object, method: str, samples: int, seed: int) -> tuple[int, int]:
-    """Samples and seed as integers of Python's own."""
+    """`samples` and `seed` as built-in ints."""
     if not isinstance(score, PerSample):
         checks.function("score", score, "a callable of the model or a PerSample")
     one_of("method", method, METHODS)
-    must = "an even number of at least 4, two pairs for an error"
+    must = "an even number of at least 4, since a standard error needs two pairs"
     if (count := integer("samples", samples, 4, 2**63, must=must)) % 2:
         raise ValueError(f"samples must be {must}; got {samples!r}")
     return count, integer("seed", seed, 0, 2**64)

@@ -11,7 +11,7 @@ from cotolora.checks import finite, flag, integer, one_of, probability
 from cotolora.variants import VARIANTS
 from cotolora.variants.base import INITS
 
-# by setting, what it must be
+# the check of each setting
 SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "rank": integer,
     "alpha": finite,
@@ -24,7 +24,7 @@ SETTINGS: dict[str, Callable[[str, Any], Any]] = {
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """How an adapter is made, whatever it is put around. Arguments as of `CoToLoRALinear`.
+    """The settings of an adapter, independent of its base. Arguments as in `CoToLoRALinear`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -47,5 +47,5 @@ class AdapterSpec:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def check_sizes(self, in_features: int, out_features: int) -> None:
-        """Raises ValueError unless an adapter can be made so on a linear of such sizes."""
+        """Raises ValueError unless an adapter with these settings fits a linear of such sizes."""
         VARIANTS[self.variant].check(self.init, self.rank, self.alpha, (out_features, in_features))

@@ -1,4 +1,4 @@
-"""What the parts of a regular expression may begin with, and must: as much as tells which way a match goes."""
+"""Computes how the parts of a regular expression may begin and must begin, to see where a match can branch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ if sys.version_info >= (3, 11):
 else:
     import sre_constants as sre
 
-# how a match must begin, one of several sequences of sets of characters
+# how a match must begin: alternatives, each a sequence of sets of characters
 Heads = list[list[int]]
 ANY: Heads = [[]]
 _ALTERNATIVES = 24
-HEAD = 16  # characters of what follows a repeat that are looked at
-_MOST_LOOKS = 300_000  # at the parts of an expression, or at two of them
-_BETWEEN_DOTS = 4  # characters of a name, on average, at least
-# sets of characters as bits: ASCII's, and one for all others
+HEAD = 16  # characters after a repeat that are considered
+_MOST_LOOKS = 300_000  # parts of an expression, or pairs of parts, that are considered
+_BETWEEN_DOTS = 4  # assumed least average distance of dots in a name
+# sets of characters as bits: one for each ASCII character, one for all others
 OTHERS = 1 << 128
 _ALL = 2 * OTHERS - 1
 _LETTERS = sum(1 << code for code in range(128) if chr(code).isalpha())
@@ -44,11 +44,11 @@ ATOMIC = getattr(sre, "ATOMIC_GROUP", None)
 
 
 class SlowError(Exception):
-    """The steps are too many; says what makes them so."""
+    """Matching could take too many steps; the message says why."""
 
 
 def _characters(op: Any, value: Any, flags: int) -> int:
-    """The characters that one of `CHARACTERS` takes, or more."""
+    """The set of characters that a part from `CHARACTERS` matches, or a superset."""
     if op is sre.ANY:
         return _ALL
     if op is sre.NOT_LITERAL:
@@ -66,7 +66,7 @@ def _characters(op: Any, value: Any, flags: int) -> int:
             found |= _CATEGORIES[what]
     if not flags & re.IGNORECASE:
         return _ALL & ~found | (found & OTHERS) if negated else found
-    # some letters have others than ASCII's for their counterparts
+    # some ASCII letters have non-ASCII counterparts in the other case
     return _ALL if negated else found | (_LETTERS | OTHERS if found & (_LETTERS | OTHERS) else 0)
 
 
@@ -75,7 +75,7 @@ def _bit(code: int) -> int:
 
 
 class Beginnings:
-    """Of the parts of one syntax tree. `flags` are those in force where a part stands."""
+    """The beginnings of the parts of one syntax tree. `flags` are the flags that apply to a part."""
 
     def __init__(self) -> None:
         self._left = _MOST_LOOKS
@@ -83,10 +83,10 @@ class Beginnings:
         self._heads: dict[int, tuple[Heads, bool]] = {}
 
     def look(self, times: int) -> None:
-        """Counts what finding out takes, for that is bounded too."""
+        """Counts the work of the analysis, which is bounded as well; raises SlowError beyond the bound."""
         self._left -= times
         if self._left < 0:
-            raise SlowError("it is too intricate to tell")
+            raise SlowError("it is too complex to be analysed")
 
     def first(self, items: Any, flags: int) -> tuple[int, bool]:
         """The characters that a match may begin with, and whether it may be empty."""
@@ -101,7 +101,7 @@ class Beginnings:
         return self._firsts[id(items)]
 
     def first_of(self, op: Any, value: Any, flags: int) -> tuple[int, bool]:
-        """The same of one part."""
+        """As `first`, for one part."""
         if op in CHARACTERS:
             return _characters(op, value, flags), False
         if op is sre.SUBPATTERN:
@@ -119,7 +119,7 @@ class Beginnings:
         return _ALL, True
 
     def head(self, items: Any, flags: int) -> tuple[Heads, bool]:
-        """How a match must begin, and whether that is all of it."""
+        """How a match must begin, and whether that describes the whole match."""
         if isinstance(items, list):
             return self._head_of(items, flags)
         if id(items) not in self._heads:
@@ -157,34 +157,34 @@ class Beginnings:
 
 
 def joined(heads: Heads, more: Heads) -> Heads:
-    """Every one of `heads` with every one of `more` after it; fewer that say less where these are many."""
+    """Each of `heads` followed by each of `more`; where these are many, fewer and less specific ones."""
     if len(more) > 1 and len(heads) * len(more) > _ALTERNATIVES:
         more = [union(more)]
     return [(head + tail)[:HEAD] for head in heads for tail in more]
 
 
 def union(heads: Heads) -> list[int]:
-    """One that says of all of them what can be said in one."""
+    """One beginning that covers all of `heads`: at each place the union of their sets."""
     return [reduce(lambda one, other: one | other, sets) for sets in zip(*heads, strict=False)]
 
 
 def _agreement(one: list[int], other: list[int]) -> int:
-    """The first place in which two beginnings exclude each other, beyond all sizes if there is none."""
+    """The first place in which two beginnings exclude each other; ``2 * HEAD`` if there is none."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if not a & b), 2 * HEAD)
 
 
 def _exclude(one: list[int], other: list[int]) -> bool:
-    """Whether nothing can begin with both."""
+    """Whether no text can begin with both."""
     return _agreement(one, other) < 2 * HEAD
 
 
 def all_exclude(one: Heads, other: Heads) -> bool:
-    """Whether nothing can begin with one of these and one of those."""
+    """Whether no text can begin with one of `one` and one of `other`."""
     return all(_exclude(a, b) for a in one for b in other)
 
 
 def spread(heads: Heads) -> int:
-    """How far apart at least are the places in a name where one of `heads` can stand: as they cannot overlap."""
+    """The least distance of two places in a name at which one of `heads` matches, given how these can overlap."""
     shortest = min(map(len, heads))
     ends = [
         max(shift + _agreement(one[shift:], other) for one in heads for other in heads) for shift in range(1, shortest)

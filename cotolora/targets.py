@@ -1,4 +1,4 @@
-"""Which modules of a model `inject` takes, by PEFT's rules for names, and which it refuses."""
+"""Selects the modules of a model that `inject` replaces, by PEFT's rules for names, and refuses unsuitable ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cotolora.wording import listed, shown, some_of
 
 logger = logging.getLogger("cotolora")
 
-HEADS = ("score", "classifier")  # what PEFT's SEQ_CLS looks for, in this order
+HEADS = ("score", "classifier")  # the names that PEFT's SEQ_CLS looks for, in this order
 
 
 def match_linears(
@@ -25,10 +25,10 @@ def match_linears(
     trainable: Targets = (),
     unfit: dict[str, str] | None = None,
 ) -> dict[str, list[str]]:
-    """The linear modules that `inject` would replace: first name of each, in module order, and all its names.
+    """The linear modules that `inject` would replace: the first name of each, in module order, with all its names.
 
-    The first name is the one in the unwrapped model; the list holds what `get_submodule` takes. A module that cannot be
-    replaced is an error, or goes into `unfit` with the reason.
+    The first name is the one in the unwrapped model; the list holds names for `get_submodule`. A module that cannot be
+    replaced raises, or is added to `unfit` with the reason if that is given.
 
     Raises:
         ValueError: as `inject`.
@@ -40,7 +40,7 @@ def match_linears(
     takes, excludes = taking("targets", targets), taking("exclude", exclude)
     trains = taking("trainable", trainable)
     modules = dict(model.named_modules(remove_duplicate=False))
-    inside: set[nn.Module] = set()  # of a base that stays whole
+    inside: set[nn.Module] = set()  # modules inside targets, which stay part of their base
     output = _output_embedding(model) if everything else None
     head = _classification_head(model) if everything else set()
     raw_names_of: dict[nn.Module, list[str]] = {}
@@ -59,14 +59,14 @@ def match_linears(
         if not isinstance(module, nn.Linear) and not is_conv1d(module) and (everything or why_not_adaptable(module)):
             if not isinstance(targets, str) and not list(module.children()) and list(module.parameters()):
                 raise ValueError(
-                    f"targets must name linear modules; {names[0]} is a {type(module).__name__}; "
+                    f"targets must match only linear modules; {names[0]} is a {type(module).__name__}; "
                     f"leave it out with exclude=[{names[0]!r}]"
                 )
             continue
         if any(trains(parent) for name in names for parent in with_parents(name)):
             if everything:
                 continue
-            raise ValueError(f"targets and trainable must not overlap; both take {names[0]}")
+            raise ValueError(f"targets and trainable must not overlap; both match {names[0]}")
         if module is output:
             continue
         if module in head:
@@ -84,11 +84,15 @@ def match_linears(
         found[names[0]] = raw_names
     if no_maps:
         reason = next(iter(no_maps.values())).removeprefix("got ")
-        logger.warning("all-linear leaves out what is no linear map: %s; the first is %s", some_of(no_maps), reason)
+        logger.warning(
+            "all-linear leaves out modules that do not map in_features to out_features: %s; the first is %s",
+            some_of(no_maps),
+            reason,
+        )
     if of_head:
         logger.warning(
-            "all-linear leaves out the classification head, which stays frozen: %s; from_pretrained draws it at random "
-            "unless the checkpoint has it, so train it in full: trainable=[%r]",
+            "all-linear leaves out the classification head, which stays frozen: %s; from_pretrained initialises it at "
+            "random unless the checkpoint has it, so train it in full: trainable=[%r]",
             some_of(of_head),
             next(name for name in HEADS if hasattr(model, name)),
         )
@@ -97,7 +101,7 @@ def match_linears(
 
 
 def _end_of_its_kind(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """The shortest dotted end of `name`, of a module that is no target, that takes no linear module that could be."""
+    """The shortest dotted end of `name`, a module that cannot be adapted, that matches no linear module that can."""
     able = {
         end
         for raw_name, module in modules.items()
@@ -108,31 +112,31 @@ def _end_of_its_kind(name: str, modules: Mapping[str, nn.Module]) -> str:
 
 
 def why_not_target(raw_names: Iterable[str], modules: Mapping[str, nn.Module]) -> str:
-    """What a module would have to be to become an adapter wherever `modules` has it; empty if it is."""
+    """Why a module cannot become an adapter in all of its places, as "must …"; empty if it can."""
     for raw_name in raw_names:
         parent, _, leaf = raw_name.rpartition(".")
         module = modules[raw_name]
         if leaf == "_orig_mod":
             return (
-                "must not be compiled by itself: torch.compile goes on calling the module it was given, so an adapter "
-                "there would be ignored; inject before torch.compile"
+                "must not be compiled by itself: torch.compile keeps calling the module it was given, so an adapter "
+                "there would be ignored; call inject before torch.compile"
             )
         if isinstance(modules[parent], nn.MultiheadAttention):
             return (
-                "must not be adapted: nn.MultiheadAttention hands its weight to a functional and never calls it, so an "
-                "adapter there would be ignored"
+                "must not be adapted: nn.MultiheadAttention passes its weight to a functional and never calls it, so "
+                "an adapter there would be ignored"
             )
         if reason := why_not_adaptable(module):
             return f"must be a module that maps in_features to out_features; {reason}"
-        # a base that is called keeps whatever forward it has
+        # a base that is not dense is called, so it keeps its forward in any case
         if is_dense(module) and (reason := why_forward_is_not_its_own(module)):
             return f"must keep its own forward; {reason}"
     return ""
 
 
 def why_forward_is_not_its_own(module: nn.Module) -> str:
-    """Why `module` cannot be replaced without losing what was put in place of its forward; empty if it can."""
-    # accelerate puts the bound method back when it removes a hook: that one is the module's own
+    """Why replacing `module` would lose another forward that was set on it; empty if it would not."""
+    # accelerate sets the bound method again when it removes a hook: that counts as the module's own forward
     if module.__dict__.get("forward", own := MethodType(type(module).forward, module)) == own:
         return ""
     return (
@@ -148,22 +152,22 @@ def _refuse_missing(model: nn.Module, targets: Targets, found: dict[str, list[st
         taken = {end for names in found.values() for name in names for end in dotted_ends(plain_name(name))}
         missing = [target for target in targets if target not in taken]
         if not targets:
-            raise ValueError(f"targets must name at least one module; got none, {shown(targets)}")
+            raise ValueError(f"targets must hold at least one name; got {shown(targets)}")
     if missing:
         linears = [name for name, module in model.named_modules() if name and not why_not_adaptable(module)]
         if ends := sorted({plain_name(name).rpartition(".")[2] for name in linears}):
             which = f"; its linear modules end in {listed(ends)}"
         elif not why_not_adaptable(model):
-            which = ": it is one itself, which CoToLoRALinear.from_linear adapts"
+            which = ": it is a linear module itself, which CoToLoRALinear.from_linear adapts"
         else:
             kinds = {type(m).__name__ for m in model.modules() if list(m.parameters(recurse=False))}
-            which = f", which has none to adapt: its parameters are of {listed(sorted(kinds))}"
+            which = f", which has none that can be adapted: its parameters are in {listed(sorted(kinds))}"
         part = _matched_in_part("targets", targets, linears)
         raise ValueError(f"targets {listed(missing)} match no linear module in {type(model).__name__}{which}{part}")
 
 
 def parameters_taken(model: nn.Module, trainable: Targets) -> set[nn.Parameter]:
-    """The parameters that `trainable` takes, by their own names or by those of modules around them."""
+    """The parameters that `trainable` matches, by their own names or by those of modules around them."""
     parameters = [
         (plain_name(name), parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -171,7 +175,7 @@ def parameters_taken(model: nn.Module, trainable: Targets) -> set[nn.Parameter]:
     ]
     if not trainable:
         return set()
-    by_end: dict[str, set[nn.Parameter]] = {}  # of their names, and of those of modules around them
+    by_end: dict[str, set[nn.Parameter]] = {}  # by ends of their names and of those of modules around them
     for name, parameter in parameters:
         for part in with_parents(name):
             for end in [part] if isinstance(trainable, str) else dotted_ends(part):
@@ -201,7 +205,7 @@ def _output_embedding(model: nn.Module) -> nn.Module | None:
 
 
 def _classification_head(model: nn.Module) -> set[nn.Module]:
-    """The head of a transformers ``…ForSequenceClassification``, which PEFT's SEQ_CLS leaves out; its modules too."""
+    """The modules of the head of a transformers ``…ForSequenceClassification``, which PEFT's SEQ_CLS leaves out."""
     if not any(kind.__name__.endswith("ForSequenceClassification") for kind in type(model).__mro__):
         return set()
     head = next((getattr(model, name) for name in HEADS if hasattr(model, name)), None)

@@ -1,4 +1,4 @@
-"""What becomes of a layer's weights: merged with the update, moved, and put into a state dict."""
+"""How the weights of a layer are merged with the update, moved to a device or dtype, saved and loaded."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ logger = logging.getLogger("cotolora")
 class MergeableWeights(LowRankParameters):
     """How a `CoToLoRALinear` merges, moves, saves and loads."""
 
-    # the attributes that others had set on the linear
+    # the attributes that other code had set on the linear
     _carried: tuple[str, ...] = ()
-    # of layers that were put into a model together: those that have been told of as merged and never called
+    # names of layers that a warning has reported as merged but never called; one set for all layers of an inject
     _told: frozenset[str] | set[str] = frozenset()
 
     def delta_weight(self) -> Tensor:
-        """What the adapter adds to W, ``[out_features, in_features]``, whatever the switches say.
+        """The update that the adapter adds to W, ``[out_features, in_features]``; ignores the switches.
 
-        ``s · B A``; of DoRA ``c ∘ (W + s · B A) − W``, of HiRA ``W ∘ s · B A``. In the dtype of A and B.
+        ``s · B A``; ``c ∘ (W + s · B A) − W`` with DoRA, ``W ∘ s · B A`` with HiRA. In the dtype of A and B.
         """
         return self._delta(self.lora_a.dtype)
 
@@ -50,16 +50,16 @@ class MergeableWeights(LowRankParameters):
             )
         if not self._enabled:
             return base
-        # at least float32, also where .half() has cast A and B: one rounding, the last
+        # at least float32, even if .half() has cast A and B, so that only the final cast rounds
         dtype = torch.promote_types(torch.promote_types(base.dtype, self.lora_a.dtype), torch.float32)
         weight = base.to(dtype) + self._matrix(self._delta(dtype))
         return nn.Parameter(weight.to(base.dtype), requires_grad=base.requires_grad)
 
     def merge(self) -> None:
-        """Puts W plus `delta_weight` in place of `weight`, if the adapter is enabled; the gate is ignored.
+        """Replaces `weight` by W plus `delta_weight` if the adapter is enabled; ignores the gate.
 
-        A new tensor: the original, which other modules may share, is kept and never written. Until
-        `unmerge`, the switches have no effect and nothing trains here. Twice is once.
+        The sum is a new tensor: the original, which other modules may share, is kept and never written to. Until
+        `unmerge`, the switches have no effect and the adapter does not train. A second call does nothing.
 
         Raises:
             RuntimeError: `enabled` is a row mask, or there is a `base`.
@@ -74,15 +74,18 @@ class MergeableWeights(LowRankParameters):
             self.__dict__["_original_weight"] = original
 
     def unmerge(self) -> None:
-        """Puts the original weight object back, bit for bit. Does nothing if not merged."""
+        """Restores the original weight object, bit for bit. Does nothing if the layer is not merged."""
         if self._original_weight is not None:
             self.weight, self._original_weight = self._original_weight, None
 
     def to_linear(self, merge: bool = True) -> nn.Module:
-        """A plain ``nn.Linear`` (or Conv1D) with the base's bias, and its weight or, merged, a new one; or the `base`.
+        """A plain ``nn.Linear`` (or Conv1D) with the base's bias and, if `merge`, a merged weight; or the `base`.
+
+        With ``merge=False``, and for a disabled adapter, the weight is the base's own parameter.
 
         Raises:
-            RuntimeError: `merge` is asked for of an enabled adapter and `enabled` is a row mask, or there is a `base`.
+            ValueError: `merge` is not a bool.
+            RuntimeError: `merge` is True, the adapter is enabled, and `enabled` is a row mask or there is a `base`.
         """
         flag("merge", merge)
         if self.base is not None and not (merge and torch.as_tensor(self._enabled).any()):
@@ -102,7 +105,7 @@ class MergeableWeights(LowRankParameters):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergeableWeights:
         was_meta, switches = self.lora_a.is_meta, {name: self._buffers.get(name) for name in ("_gate", "_enabled")}
         super()._apply(fn, recurse)
-        # to_empty leaves arbitrary numbers, of which a checkpoint of the base would replace none of these
+        # to_empty leaves arbitrary numbers, and a checkpoint of the base does not contain these tensors
         for name, before in switches.items():
             after: Any = self._buffers.get(name)
             if before is not None and after is not before and not after.is_meta:
@@ -139,9 +142,9 @@ class MergeableWeights(LowRankParameters):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         own = {prefix + part.attribute for part in self._variant.parts} | {prefix + "lora_a0", prefix + "lora_b0"}
-        if own.isdisjoint(state_dict):  # a checkpoint of the base model, which knows no adapters
+        if own.isdisjoint(state_dict):  # a checkpoint of the base model, without adapters
             assigned = self.lora_a.is_meta and local_metadata.get("assign_to_params_buffers", False)
-            # what is one with the tensors of other layers or ranks cannot be started here, and is missing
+            # tensors shared with other layers or sharded over ranks cannot be initialised here, and count as missing
             if not assigned or not (self._variant.shared_keys or self._is_sharded):
                 missing_keys[:] = [key for key in missing_keys if key not in own]
                 if assigned and self.base is None and not self._base_weight().is_meta:
@@ -152,23 +155,23 @@ class MergeableWeights(LowRankParameters):
             self.merge()
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        # how torch.distributed.checkpoint gets from a key of the state dict to what it is the key of
+        # torch.distributed.checkpoint uses this to find the module that a key of the state dict belongs to
         base = self.base
         return {} if base is None else dict.fromkeys((*base._parameters, *base._buffers, *base._modules), "base")
 
     @cached_property
     def _transposed(self) -> bool:
-        """`fan_in_fan_out`. Only forward reads it, so that it lies in __dict__ once a forward has run, at no cost."""
+        """`fan_in_fan_out`. Only forward reads it, so its presence in __dict__ shows that a forward has run."""
         return self.fan_in_fan_out
 
     def _merges_uncalled(self, merged: Tensor) -> bool:
-        """Whether `merged` is another weight, though no forward of the model that holds the layer has called it."""
+        """Whether merging changes the weight of a layer that no forward of its model has called."""
         if "_transposed" in self.__dict__ or _traced or not self._name or merged.is_meta:
             return False
         return not torch.equal(merged, self._base_weight())
 
 
-# whether torch.compile has traced a layer: such a call leaves no mark in it
+# whether torch.compile has traced a layer: such a call does not set _transposed
 _traced = False
 
 
@@ -179,15 +182,15 @@ def note_trace() -> bool:
     return True
 
 
-# torch.compiler.assume_constant_result, by which it runs while a layer is traced, does this too, and imports Triton
+# as torch.compiler.assume_constant_result, so that it runs while a layer is traced, but without importing Triton
 note_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def warn_of_uncalled(names: Collection[str]) -> None:
-    """Warns of adapters that are to be merged and that no forward has called."""
+    """Warns of adapters that are about to be merged although no forward has called them."""
     if names:
         logger.warning(
             "merging changes the weights of %s, whose adapters no forward has called yet; if the model reads these "
-            "weights past the layers, it has computed without the adapters and its outputs will change",
+            "weights without calling the layers, it has run without the adapters and its outputs will change",
             listed(names, LOG_LINE),
         )

@@ -259,7 +259,9 @@ def test_a_prune_still_in_force_is_named(caplog):
     pruned = pruning.prune(model, "low")
     CoTo(model, 10).step()
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith(f"{len(pruned.removed)} of {len(adapters(model))} adapters are off by `enabled` and do not")
+    assert line.startswith(
+        f"{len(pruned.removed)} of {len(adapters(model))} adapters are disabled (`enabled`), so they"
+    )
     assert repr(next(iter(pruned.removed))) in line
     pruned.undo()
     caplog.clear()
@@ -872,7 +874,7 @@ def test_an_output_without_tensors_is_logged_once_and_handed_on(one_rank, caplog
     CoTo(model, 20)
     with caplog.at_level(logging.INFO, logger="cotolora"):
         assert [model(batch()) for _ in range(3)] == ["text"] * 3
-    assert ["a str, shows no tensors" in record.getMessage() for record in caplog.records] == [True]
+    assert ["output, a str: " in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_joining_is_left_out_where_there_is_no_graph(one_rank):
@@ -1044,7 +1046,8 @@ def test_a_schedule_stands_for_its_fields():
 
 def test_a_schedule_and_a_field_of_it_are_refused_together():
     schedule = Schedule(seed=1)
-    with pytest.raises(ValueError, match=r"schedule must come without ramp, seed.*; got Schedule\(.*ramp=0.75, seed=0"):
+    message = r"schedule must not be combined with ramp, seed.*; got Schedule\(.*ramp=0.75, seed=0"
+    with pytest.raises(ValueError, match=message):
         CoTo(make(), 20, schedule, ramp=0.75, seed=0)  # also where the field says the same
     for other in (0.1, {"seed": 1}):
         with pytest.raises(TypeError, match="schedule must be a Schedule; got"):

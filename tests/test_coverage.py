@@ -45,7 +45,7 @@ class Mixture(nn.Module):
 
 
 def said(caplog):
-    return [record.getMessage() for record in caplog.records if "no adapter can reach" in record.getMessage()]
+    return [record.getMessage() for record in caplog.records if "cannot be adapted" in record.getMessage()]
 
 
 @pytest.mark.parametrize("variant", ["lora", "vera"])
@@ -55,8 +55,8 @@ def test_the_share_and_the_places_of_experts_are_said_in_one_line(targets, varia
     # by block 16 + 4 of q, 2 * 3 * 16 of the experts and 8 of the norm; the router has 3 * 4
     (message,) = said(caplog)
     assert message.startswith(
-        "78% of the weights outside the embeddings (204 of 260) stay frozen, and no adapter can reach them, for they "
-        "are of no linear module: blocks.*.experts.up, blocks.*.experts.down, router.weight; trainable"
+        "78% of the weights outside the embeddings (204 of 260) stay frozen and cannot be adapted, because they "
+        "belong to no linear module: blocks.*.experts.up, blocks.*.experts.down, router.weight; trainable"
     )
 
 

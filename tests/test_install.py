@@ -146,7 +146,7 @@ def test_a_key_that_takes_no_target_is_named_in_a_warning(pattern, caplog):
         assert not caplog.records
         inject(Net(), ["first", "last"], **{pattern: {"last": 3, "attn.*": 2, "qkv": 1}})
     assert [record.getMessage() for record in caplog.records] == [
-        f"{pattern}: 'attn.*', 'qkv' take none of the targets, 'first', 'last'"
+        f"{pattern}: 'attn.*', 'qkv' match none of the targets, 'first', 'last'"
     ]
 
 

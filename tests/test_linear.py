@@ -358,9 +358,9 @@ class Sizes(nn.Identity):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        pytest.param(lambda: nn.LazyLinear(10), "got LazyLinear, of which in_features", id="lazy"),
+        pytest.param(lambda: nn.LazyLinear(10), "got LazyLinear, whose in_features", id="lazy"),
         pytest.param(pruned_linear, "weight is a Tensor, not an nn.Parameter", id="pruned"),
-        pytest.param(lambda: nn.MultiheadAttention(4, 2).out_proj, "MultiheadAttention hands", id="out-proj"),
+        pytest.param(lambda: nn.MultiheadAttention(4, 2).out_proj, "MultiheadAttention passes", id="out-proj"),
         pytest.param(lambda: nn.Conv1d(12, 10, 1), "got Conv1d", id="convolution"),
         pytest.param(NoForward, "got NoForward, which has no forward", id="no-forward"),
         pytest.param(lambda: Sizes(12, None), "out_features are not positive integers", id="no-size"),

@@ -75,12 +75,12 @@ def test_an_expression_that_could_hang_is_refused_by_the_name_of_its_argument(ex
         began = time.process_time()
         argument = list(options)[-1]
         with pytest.raises(
-            ValueError, match=rf"^{argument} must hold regular expressions whose matching takes bounded"
+            ValueError, match=rf"^{argument} must hold regular expressions that can be matched in bounded"
         ):
             inject(model, **options)
         assert time.process_time() - began < 5
     inject(model)
-    with pytest.raises(ValueError, match=r"^keep must hold regular expressions whose matching takes bounded time"):
+    with pytest.raises(ValueError, match=r"^keep must hold regular expressions that can be matched in bounded time"):
         prune(model, expression)
 
 
@@ -164,7 +164,9 @@ def test_no_argument_makes_a_long_error(options):
 def test_a_name_beyond_all_measure_is_refused_by_expressions_alone():
     name = "a" * (LONGEST_NAME + 1)
     model = nn.ModuleDict({name: nn.Linear(2, 2)})
-    with pytest.raises(ValueError, match=r"targets holds regular expressions, which are tried on names of at most 500"):
+    with pytest.raises(
+        ValueError, match=r"targets holds regular expressions, .* matched only with names of at most 500"
+    ):
         inject(model, ".*")
     assert list(inject(model, [name])) == [name]
 

@@ -319,9 +319,9 @@ def test_groups_of_one_mask_are_uncorrelated():
         *[("seed", value, "seed must be an integer in") for value in (-1, 2**64, 0.5, True, None, "a")],
         *[("step", value, "step must be an integer in") for value in (-1, 2**64, 0.5, True, None)],
         *[("p", value, r"p must be in \[0, 1\]") for value in (-0.1, 1.1, math.nan, None, [0.1, 2], [0.1, math.nan])],
-        *[("p", value, "p must be a float or 2 of them") for value in ([0.1], [0.1] * 3, [[0.1, 0.2]], [])],
-        *[("p", value, "p must be a float or 2 of them") for value in ("x", {}, [0.1, [0.2]], ["a", "b"])],
-        ("p", torch.tensor([0.1, 0.2], requires_grad=True), "p must be a float or 2 of them"),
+        *[("p", value, "p must be a float, or 2 floats") for value in ([0.1], [0.1] * 3, [[0.1, 0.2]], [])],
+        *[("p", value, "p must be a float, or 2 floats") for value in ("x", {}, [0.1, [0.2]], ["a", "b"])],
+        ("p", torch.tensor([0.1, 0.2], requires_grad=True), "p must be a float, or 2 floats"),
     ],
 )
 def test_bad_arguments_of_a_mask_are_named(argument, value, message):

@@ -442,7 +442,7 @@ KINDS: dict[str, str] = {
     "had no gradient": "unreached",
     "stay frozen": "frozen share",
     "no forward has called": "merged uncalled",
-    "leaves out what is no linear map": "no linear map",
+    "leaves out modules that do not map in_features to out_features": "no linear map",
     "only one": "one group",
     "shared its weight": "was tied",
 }

@@ -1,1 +1,1 @@
-"""How a call is computed: types, the choice of a backend, and the backends."""
+"""The backends that compute a call, and the choice between them."""

@@ -1,4 +1,4 @@
-"""The autograd Function that joins a backend's forward and backward."""
+"""The autograd Functions that connect a backend's forward with its backward."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from cotolora.backends.types import Needs, Operands
 
 
 class LowRankLinear(torch.autograd.Function):
-    """A gated low-rank layer by the backend of a plan.
+    """A gated low-rank layer, computed by the backend of a plan.
 
-    Old style (the context comes with the forward): half the eager cost of a setup_context Function.
+    The forward takes the context (old style), which has half the eager overhead of a Function with setup_context.
     """
 
     @staticmethod
@@ -34,7 +34,7 @@ class LowRankLinear(torch.autograd.Function):
         gate: Tensor | None,
         *extra: Tensor,
     ) -> Tensor:
-        """Runs the backend and saves what the gradients asked for will read."""
+        """Runs the backend and saves the tensors that the required gradients need."""
         needs, for_base, hides_x = (asked.__wrapped__ if plan.traced else asked)(ctx.needs_input_grad)
         gate_is_open = False
         if gate is not None and not plan.fused and readable(gate):
@@ -45,25 +45,25 @@ class LowRankLinear(torch.autograd.Function):
         operands = Operands(x, weight, bias, a, b, extra, base)
         y, saved, plan = compute(plan, operands, None if gate_is_open else gate, needs)
         ctx.state = plan, type(saved), needs, for_base, gate_is_open
-        # what is extra goes along by reference, for its second derivative to be noticed
-        ctx.save_for_backward(gate, _trace_of(x) if hides_x else None, *extra, *saved)
-        # autograd forbids writing in place to a view made in here, as that of a y of three dimensions
+        # the extra tensors are saved too, so that a second differentiation with respect to them is detected
+        ctx.save_for_backward(gate, _link_to(x) if hides_x else None, *extra, *saved)
+        # autograd forbids writing in place to a view made in a Function, such as a y of three dimensions
         return y if plan.traced or not y._is_view() else y.detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """The gradients, which raise if they are differentiated."""
+        """The gradients, which raise if they are differentiated again."""
         return differentiable_once(_gradients, ctx, dy, ctx.state[0].name)
 
 
 class AlwaysOnLowRankLinear(torch.autograd.Function):
-    """The same by a plan that has `always_on`, for calls without a gate that train A and B and no more of the layer."""
+    """As `LowRankLinear`, by a plan with `always_on`: for calls without a gate in which only A and B train."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
     ) -> Tensor:
-        """As that of `LowRankLinear`."""
+        """As `LowRankLinear.forward`."""
         scale = plan.options.scale
         y, h = plan.always_on.forward(x, weight, bias, a, b, scale)  # type: ignore[union-attr]
         ctx.plan = plan
@@ -72,7 +72,7 @@ class AlwaysOnLowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """As that of `LowRankLinear`."""
+        """As `LowRankLinear.backward`."""
         return differentiable_once(_always_on_gradients, ctx, dy, ctx.plan.name)
 
 
@@ -82,24 +82,24 @@ def _always_on_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return None, dx, None, None, da, db
 
 
-# Function.apply also looks for wrappers of torch.func among the arguments, which takes a tenth of a tiny layer's time:
-# the reference is what runs under its transforms
+# Function.apply also searches the arguments for torch.func wrappers, which takes a tenth of a tiny layer's time; it is
+# not needed, because under torch.func transforms the reference runs
 apply_directly = super(torch.autograd.Function, LowRankLinear).apply
 apply_always_on = super(torch.autograd.Function, AlwaysOnLowRankLinear).apply
 
 
 @functools.cache
 def asked(needs_input_grad: tuple[bool, ...]) -> tuple[Needs, bool, bool]:
-    """Which gradients are asked for, whether that of `base` is, and whether one depends on an x that is not kept."""
+    """Which gradients are required, whether that of `base` is, and whether one depends on an x that is not saved."""
     _, for_x, for_weight, for_bias, for_a, for_b, for_base, _, *for_extra = needs_input_grad
     needs = Needs(for_x, for_weight, for_bias, for_a, for_b, tuple(for_extra))
     return needs, for_base, for_x and not for_a and (for_b or any(for_extra))
 
 
 def compute(plan: Plan, operands: Operands, gate: Tensor | None, needs: Needs) -> tuple[Tensor, Any, Plan]:
-    """The result by the plan's backend, what its backward will read, and the plan that was followed in the end.
+    """The result of the plan's backend, the tensors for its backward, and the plan that was finally used.
 
-    Where the plan may be left, a kernel that cannot run is replaced by the vendor's GEMMs.
+    If the plan has an alternative (`instead`), vendor GEMMs replace a kernel that cannot run.
     """
     assert plan.backend is not None
     options = plan.options if gate is None else plan.options._replace(gate=gate)
@@ -137,27 +137,27 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 def differentiable_once(
     gradients: Callable[[Any, Tensor], tuple[Tensor | None, ...]], ctx: Any, dy: Tensor, name: str, *others: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """``gradients(ctx, dy)``, outside autocast and the graph. They raise if they are differentiated, but for dy itself.
+    """``gradients(ctx, dy)``, outside autocast and the graph. All but dy itself raise if they are differentiated.
 
-    `name` is the backend's; `others` are what else the gradients depend on.
+    `name` is that of the backend; `others` are further tensors that the gradients depend on.
     """
     recorded = torch.is_grad_enabled()
     if not recorded and not torch._C._is_any_autocast_enabled() and (dy.is_cpu or dy.is_cuda):
         return gradients(ctx, dy)
-    # backward may be called inside an autocast region, which must not recast what forward settled
+    # backward may be called inside an autocast region, which must not change the dtypes that forward chose
     with torch.no_grad(), without_autocast(dy.device):
         found = gradients(ctx, dy)
     if not recorded:
         return found
-    # requires_grad marks them as depending on the inputs, which no_grad hid from autograd; what was saved goes along
-    # because autograd.grad visits only what leads to the tensors it is asked about
+    # requires_grad marks the gradients as dependent on the inputs, which no_grad has hidden from autograd. The saved
+    # tensors are inputs because autograd.grad visits only nodes that lead to the tensors it is given
     marked = [None if g is None or g is dy else g.detach().requires_grad_() for g in found]
     marked = _DifferentiableOnce.apply(name, len(marked), *marked, dy, *others, *ctx.saved_tensors)
     return tuple(dy if g is dy else m for g, m in zip(found, marked, strict=True))
 
 
-def _trace_of(x: Tensor) -> Tensor | None:
-    """An empty slice of x, which ties a backward to x in the graph where x itself is not kept: without dA."""
+def _link_to(x: Tensor) -> Tensor | None:
+    """An empty slice of x, which connects a backward to x in the graph if x itself is not saved, as without dA."""
     if torch.compiler.is_compiling():
         return None
     with torch.enable_grad():
@@ -165,12 +165,12 @@ def _trace_of(x: Tensor) -> Tensor | None:
 
 
 def readable(gate: Tensor) -> bool:
-    """Whether `gate` is one for all rows that the host can read without waiting for a device or breaking a trace."""
+    """Whether `gate` is 0-dim and the host can read it without a device sync and without breaking a trace."""
     return gate.dim() == 0 and gate.device.type == "cpu" and type(gate) is Tensor and not torch.compiler.is_compiling()
 
 
 class _DifferentiableOnce(torch.autograd.Function):
-    """Hands `count` gradients on unchanged and raises if they are differentiated, with respect to anything."""
+    """Returns `count` gradients unchanged and raises if they are differentiated with respect to any input."""
 
     @staticmethod
     def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -180,20 +180,20 @@ class _DifferentiableOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         raise RuntimeError(
-            f"backend={ctx.name.partition(':')[0]!r} has no double backward; call coto_lora_linear or the layer with "
-            "backend='reference' (or set_backend('reference')) to differentiate twice"
+            f"backend={ctx.name.partition(':')[0]!r} has no double backward; to differentiate twice, call "
+            "coto_lora_linear with backend='reference', or use set_backend('reference')"
         )
 
 
 def autocasts(device: torch.device) -> bool:
     """Whether autocast is on for `device`."""
-    # in a tenth of the time, but not of every device
+    # a tenth of the time of the check below, but it does not cover every device
     if not torch._C._is_any_autocast_enabled() and device.type in ("cpu", "cuda"):
         return False
-    # asking about meta, which has no autocast, raises
+    # is_autocast_enabled raises for meta, which has no autocast
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """A context in which autocast casts nothing on `device`."""
+    """A context without autocast on `device`."""
     return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why not the others. Nothing here knows a variant or a backend by itself."""
+"""Chooses the backend of a call and gives the reasons. Independent of particular variants and backends."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from cotolora.checks import shown
 from cotolora.variants import VARIANTS
 
 BACKENDS = ("reference", "addmm", "triton")
-CAPTURED = "auto:captured"  # auto as it chooses while a CUDA graph is captured
-CLEAR_WIN = 1.10  # how many times as long the vendor's GEMMs must take before a form that was never timed is taken
+CAPTURED = "auto:captured"  # the choice that auto makes during a CUDA graph capture
+CLEAR_WIN = 1.10  # modelled speed-up over vendor GEMMs that is required of a form that was never timed
 logger = logging.getLogger("cotolora")
 
 _environment = os.environ.get("COTOLORA_BACKEND")
 
-# What set_backend chose lies in the thread's state that torch hands on to the threads of its autograd engine, which
-# recompute checkpoints: neither a global nor a context variable is both a thread's own and there.
+# The choice of set_backend is stored in the thread-local state that torch passes on to the threads of its autograd
+# engine, which recompute checkpoints. Globals are not thread-local, and context variables are not passed on.
 _KEY = "cotolora_backend"
-# whether set_backend was ever called: until then nobody needs to look
+# whether set_backend was ever called; if not, the thread-local state need not be read
 ever_set = False
-# what was set last in any thread, for what torch.compile traces: it cannot look into a thread's state
+# the last choice of any thread, used under torch.compile, which cannot trace a read of the thread-local state
 _set_last: str | None = None
 
 
 class set_backend:  # noqa: N801 (used like torch.set_grad_enabled)
-    """Chooses the backend of every call of this thread that names none: at once, or for the length of a ``with`` block.
+    """Sets the backend of all calls in this thread that have no ``backend=``, from now on or inside a ``with`` block.
 
-    A block restores on leaving what was in force when it was entered, and may be entered again. Gradient checkpointing
-    recomputes with the backend in force where ``backward`` is called.
+    A block restores on exit the backend that was set on entry, and can be entered again. Gradient checkpointing
+    recomputes with the backend that is set where ``backward`` is called.
 
     Args:
-        backend: "auto", "reference", "addmm" or "triton"; "triton:one_pass", "triton:low_rank_gemm",
-            "triton:pre_expand" and, of HiRA, "triton:hira" ask for one form of the fused kernels; "auto:captured" is
-            auto as it chooses while a CUDA graph is captured, where the host costs nothing: run the warm-up under it,
-            for a capture takes no fused kernel that was not launched before; None takes back an earlier choice.
+        backend: "auto", "reference", "addmm" or "triton". "triton:one_pass", "triton:low_rank_gemm",
+            "triton:pre_expand" and, for HiRA, "triton:hira" request one form of the fused kernels. "auto:captured"
+            makes the choice that auto makes during a CUDA graph capture, where host time does not count. Run the
+            warm-up with it: a capture uses only fused kernels that were launched before. None undoes an earlier choice.
 
     Raises:
         ValueError: `backend` is none of these.
@@ -62,7 +62,7 @@ class set_backend:  # noqa: N801 (used like torch.set_grad_enabled)
         _set(backend)
 
     def __enter__(self) -> set_backend:
-        # the first block goes on with what the constructor began
+        # the constructor has already set the backend for the first block
         if not self._before.begun or _set_here() != self._backend:
             self._before.values.append(_set_here())
             _set(self._backend)
@@ -76,7 +76,7 @@ class set_backend:  # noqa: N801 (used like torch.set_grad_enabled)
 
 
 class _Stack(threading.local):
-    """What to restore, a list for each thread that enters; `begun` before the first block."""
+    """The backends to restore, a separate list for each thread; `begun` is true before the first block."""
 
     def __init__(self) -> None:
         self.values: list[str | None] = []
@@ -84,7 +84,7 @@ class _Stack(threading.local):
 
 
 def _set_here() -> str | None:
-    """What `set_backend` has chosen in this thread."""
+    """The choice of `set_backend` in this thread, or None."""
     if not ever_set:
         return None
     if torch.compiler.is_compiling():
@@ -95,15 +95,15 @@ def _set_here() -> str | None:
 def _set(backend: str | None) -> None:
     global ever_set, _set_last
     ever_set, _set_last = True, backend
-    # torch 2.11 keeps the object without a reference of its own, and gives one up when it is replaced. Of names, which
-    # are few, one reference too many does no harm where torch has its own
+    # torch 2.11 stores the object without taking a reference, but releases one when the object is replaced. In other
+    # versions the additional reference is harmless, because there are few names
     held = None if backend is None else sys.intern(backend)
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))
     torch._C._stash_obj_in_tls(_KEY, held)
 
 
 def names() -> tuple[str, ...]:
-    """Every name that a backend may be asked for by."""
+    """All valid names of backends."""
     fused = (name for variant in VARIANTS.values() for name in variant.backends if name.startswith("triton:"))
     return "auto", CAPTURED, *BACKENDS, *dict.fromkeys(fused)
 
@@ -115,7 +115,7 @@ def check_name(backend: object, argument: str) -> None:
 
 
 def requested(backend: str | None) -> tuple[str, str]:
-    """The backend asked for, and by what: the argument, `set_backend`, ``COTOLORA_BACKEND`` or nothing ("auto")."""
+    """The requested backend and its source: the argument, `set_backend`, ``COTOLORA_BACKEND`` or the default "auto"."""
     if backend is not None:
         check_name(backend, "backend")
         return backend, "the backend argument"
@@ -128,18 +128,18 @@ def requested(backend: str | None) -> tuple[str, str]:
 
 
 class Plan(NamedTuple):
-    """How calls of a kind are run: what is left is to apply it to tensors.
+    """How calls with the same properties are run, decided once and then applied to the tensors of each call.
 
     name: "reference", "addmm" or "triton:" and a form.
-    backend: what runs; None for the reference, of which autograd makes the backward.
-    options: with the gate left open.
-    call: the kind of call; of its sizes, those that the choice was made for.
-    cast_to: what autocast casts x, W and bias to, None where it casts nothing.
+    backend: the backend; None for the reference, whose backward comes from autograd.
+    options: the options without a gate.
+    call: the properties of the call, with the sizes for which the choice was made.
+    cast_to: the dtype to which autocast casts x, W and bias; None if it casts nothing.
     fused: whether Triton kernels run.
     traced: whether torch.compile traces the call.
-    instead: the plan to follow where this one's kernels cannot run, None where a backend was asked for by name.
-    always_on: a faster way of the backend for calls without a gate; None if it has none.
-    stacked: the backend's way for layers that read one x; None if it has none.
+    instead: the plan to use if the kernels of this one cannot run; None if a backend was requested by name.
+    always_on: the backend's faster functions for calls without a gate; None if it has none.
+    stacked: the backend's functions for several layers that read one x; None if it has none.
     """
 
     name: str
@@ -155,11 +155,11 @@ class Plan(NamedTuple):
 
 
 def plan(backend: str | None, call: Call, options: Options, cast_to: torch.dtype | None = None) -> Plan:
-    """How such calls are run.
+    """The plan for such calls.
 
     Raises:
-        ValueError: `backend` is no backend's name.
-        RuntimeError: a backend asked for by name cannot run this call; the message lists every reason.
+        ValueError: `backend` is not the name of a backend.
+        RuntimeError: a backend requested by name cannot run this call; the message lists every reason.
     """
     name = choose(backend, call)
     backends, fused, traced = call.variant.backends_for(call), name.startswith("triton"), torch.compiler.is_compiling()
@@ -177,11 +177,11 @@ def plan(backend: str | None, call: Call, options: Options, cast_to: torch.dtype
 
 
 def choose(backend: str | None, call: Call) -> str:
-    """What runs a call: "reference", "addmm" or "triton:" and a form.
+    """The backend of a call: "reference", "addmm" or "triton:" and a form.
 
     Raises:
-        ValueError: `backend` is no backend's name.
-        RuntimeError: a backend asked for by name cannot run this call; the message lists every reason.
+        ValueError: `backend` is not the name of a backend.
+        RuntimeError: a backend requested by name cannot run this call; the message lists every reason.
     """
     name, _ = requested(backend)
     if name in ("auto", CAPTURED):
@@ -193,7 +193,7 @@ def choose(backend: str | None, call: Call) -> str:
 
 
 def named(name: str, call: Call) -> str:
-    """Which backend runs a call that it can run and that asks for `name`: of "triton", the fastest form."""
+    """The full name of the backend that runs a call for which `name` was requested: for "triton", its fastest form."""
     if name == "triton" or (name.startswith("triton") and call.adds):
         return _fastest_fused(call)
     return name
@@ -205,23 +205,23 @@ def capturing(call: Call) -> bool:
 
 
 def auto(call: Call, *, captured: bool = False) -> tuple[str, str]:
-    """What ``backend="auto"`` takes, and the reason; `captured`: as in a CUDA graph, also where none is captured."""
+    """The choice of ``backend="auto"`` and the reason; `captured` chooses as during a CUDA graph capture."""
     if transforming():
         return (
             "reference",
             "inside a torch.func transform, forward-mode AD or torch.jit.trace, which need plain autograd",
         )
     if call.dtype == torch.float64:
-        return "reference", "float64 is for checking, and the reference is what to check with"
+        return "reference", "float64 is meant for checks, which should use the reference"
     backends = call.variant.backends_for(call)
     if "addmm" not in backends:
         return "reference", f"variant {call.variant.name!r} has no other backend"
     if call.device.type != "cuda":
-        return "addmm", "off a GPU there are only vendor GEMMs"
+        return "addmm", "the fused kernels need a CUDA device"
     if reasons := why_not("triton", call):
         return "addmm", "the fused kernels cannot run: " + "; ".join(reasons)
     if call.rows is None:
-        return "addmm", "the number of rows is not known beforehand"
+        return "addmm", "the number of rows is not known in advance"
     name, reason = _cached_fastest(call, captured or capturing(call))
     if error := why_failed(name, call):
         return "addmm", f"the fused {name.removeprefix('triton:')} has failed in this process: {error}"
@@ -233,7 +233,7 @@ def why_not(name: str, call: Call) -> list[str]:
     if name == "reference":
         return []
     reasons = (
-        ["torch.func transforms, forward-mode AD and torch.jit.trace take only the reference"] if transforming() else []
+        ["torch.func transforms, forward-mode AD and torch.jit.trace need the reference"] if transforming() else []
     )
     backends = call.variant.backends_for(call)
     if name == "addmm":
@@ -255,13 +255,13 @@ def _fused(backends: Mapping[str, Backend]) -> dict[str, Backend]:
 
 
 def _fastest_fused(call: Call) -> str:
-    """The fastest of the fused backends, even where vendor GEMMs would win."""
+    """The fastest of the fused backends, even if vendor GEMMs are faster."""
     fused = _fused(call.variant.backends_for(call))
     sizes = call.sizes
     if len(fused) == 1:
         return next(iter(fused))
     if sizes is None:
-        return list(fused)[-1]  # depends least on the sizes, and on our own GEMM
+        return list(fused)[-1]  # its speed depends least on the sizes and on our GEMM
     captured = capturing(call)
     name, _ = _cached_fastest(call, captured)
     if name != "addmm":
@@ -285,14 +285,14 @@ def _measured(device: torch.device) -> tuple[dict[str, Any], ...]:
 
 
 def architecture(device: torch.device) -> str:
-    """As the kernels name it: "sm_80", "sm_90", "sm_100", "gfx942", or "generic" for anything else."""
-    from cotolora.kernels import tiles  # not before somebody has a GPU
+    """The kernels' name of the architecture: "sm_80", "sm_90", "sm_100", "gfx942", or "generic" for all others."""
+    from cotolora.kernels import tiles  # imported only if there is a GPU
 
     return tiles.architecture(device)
 
 
 def fastest(call: Call, arch: str, *, captured: bool, table: tuple[dict[str, Any], ...] = ()) -> tuple[str, str]:
-    """The fastest backend for a call of known sizes, and why: by the nearest measured row, else by the model."""
+    """The fastest backend for a call of known sizes, and why: from the nearest measured row, else from the model."""
     sizes = call.sizes
     assert sizes is not None
     if not (fused := _fused(call.variant.backends_for(call))):
@@ -303,14 +303,14 @@ def fastest(call: Call, arch: str, *, captured: bool, table: tuple[dict[str, Any
         name = form if form == "addmm" else f"triton:{form}"
         return name, f"measured fastest on this device at {at}, rank {row['rank']}"
     if arch not in cost.MACHINES:
-        return "addmm", f"no fused kernel has been measured on {arch}, and there is no model of it"
+        return "addmm", f"no fused kernel has been measured on {arch}, and there is no cost model for it"
     if sizes.element_size == 4:
-        return "addmm", "float32 is not modelled: a fused kernel is taken only where it was measured fastest"
+        return "addmm", "float32 is not modelled: a fused kernel is used only if it was measured fastest"
     times = modelled(call, arch, captured)
     name = min(fused, key=lambda name: times[name])
     ratio = times["addmm"] / times[name]
     if ratio >= CLEAR_WIN:
-        return name, f"modelled, not measured: vendor GEMMs take {ratio:.2f} of its time on {arch}"
+        return name, f"modelled, not measured: {ratio:.2f} times as fast as vendor GEMMs on {arch}"
     form = name.removeprefix("triton:")
     return "addmm", f"modelled, not measured: the fused {form} would be only {ratio:.2f} times as fast on {arch}"
 
@@ -325,18 +325,18 @@ def modelled(call: Call, arch: str, captured: bool) -> dict[str, float]:
     }
 
 
-# by kind of call, which decides everything that a plan says but for the first of the tables below
+# by the properties of a call, which together with `_failed` determine the plan
 plans: dict[tuple[object, ...], Plan] = {}
 _MOST_PLANS = 4096
 
-# kinds of launches that auto has chosen and that could not run, with the error; and those of which it was said that a
-# capture goes on without them
+# kinds of launches that auto has chosen and that could not run, with the error; and those for which a warning has said
+# that a capture does not use them
 _failed: dict[tuple[Any, ...], str] = {}
 _unprepared: set[tuple[Any, ...]] = set()
 
 
 def _kind(name: str, call: Call) -> tuple[Any, ...]:
-    """What of a call decides whether its kernels can be compiled and loaded."""
+    """The properties of a call that determine whether its kernels can be compiled and loaded."""
     return name, call.dtype, call.rank, call.variant.name, bool(call.dropout)
 
 
@@ -346,26 +346,26 @@ def why_failed(name: str, call: Call) -> str | None:
 
 
 def keep(kind: tuple[object, ...], kept: Plan) -> None:
-    """Keeps the plan for a kind of call."""
+    """Caches the plan for calls with the properties `kind`."""
     if len(plans) >= _MOST_PLANS:
         plans.clear()
     plans[kind] = kept
 
 
 def note_failure(followed: Plan, error: Exception) -> None:
-    """Takes the kernels of a plan out of auto's choice for such calls, and says so once in the log.
+    """Excludes the kernels of a plan from auto's choice for such calls, and logs this once.
 
-    Kernels that only were not launched before a capture stay.
+    Kernels whose only problem is that they were not launched before a capture are not excluded.
     """
     kind, form = _kind(followed.name, followed.call), followed.name.removeprefix("triton:")
     if isinstance(error, NotPreparedError):
         if kind not in _unprepared:
             _unprepared.add(kind)
             logger.warning(
-                "the fused %s was not launched before this capture, vendor GEMMs are captured instead; run the warm-up "
-                "under set_backend(%r)", form, CAPTURED,
+                "the fused %s was not launched before this capture, so vendor GEMMs are captured instead; run the "
+                "warm-up inside set_backend(%r)", form, CAPTURED,
             )  # fmt: skip
     elif kind not in _failed:
         _failed[kind] = f"{type(error).__name__}: {error}"
         plans.clear()
-        logger.warning("the fused %s cannot run here, vendor GEMMs run instead: %s", form, _failed[kind])
+        logger.warning("the fused %s cannot run here, so vendor GEMMs run instead: %s", form, _failed[kind])

@@ -1,7 +1,8 @@
-"""A roofline of what a backend launches: how long a layer should take on a GPU.
+"""A roofline model of the time that a backend takes on a GPU, from the kernels that it launches.
 
-No form has been timed on a GPU. Each kernel takes as long as its bytes or its products, whichever is more, with the
-rates below. A table measured by `python -m benchmarks tune` on a GPU goes before it.
+No form of the fused kernels has been timed on a GPU. The modelled time of a kernel is that of its memory traffic or of
+its products, whichever is longer, at the rates below. A table measured with `python -m benchmarks tune` takes
+precedence.
 """
 
 from __future__ import annotations
@@ -14,33 +15,33 @@ from cotolora.backends.types import Launch, Launches, Sizes
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of a GPU: bf16 products in FLOP/s, memory in byte/s. And of its host: seconds."""
+    """Rates of a GPU (bf16 products in FLOP/s, memory in byte/s), and times of its host in seconds."""
 
     flops: float
     bandwidth: float
-    # of the speed of the vendor's GEMM, both assumed: on an H100 0.90 to 0.97 was published for Triton's with TMA, and
-    # far less for one that takes pointers
+    # speed relative to the vendor's GEMM, both assumed: on an H100 0.90 to 0.97 was published for a Triton GEMM with
+    # TMA, and far less for one with pointers
     gemm: float
     pointer_gemm: float = 0.75
-    # that draws a mask of x in its main loop: 763 instructions a step where 169 draw none [compiled, sm_90]
+    # a GEMM that draws a mask of x in its main loop: 763 instructions per step instead of 169 [compiled, sm_90]
     masking_gemm: float = 0.75 * 169 / 763
     gap: float = 1e-6  # between two kernels of a graph
-    # of the host, as `python -m benchmarks host` fits them under Triton 3.6 and 3.9, on an EPYC at 2.4 GHz: an operator
-    # of torch with what surrounds it, a launch of Triton, to both of which 2 µs are added for the driver [assumed], and
-    # what a fused form takes besides in a forward, and again in a backward
+    # host times, fitted by `python -m benchmarks host` under Triton 3.6 and 3.9, on an EPYC at 2.4 GHz: a torch
+    # operator with its surrounding Python, a Triton launch (both including 2 µs for the driver [assumed]), and the
+    # additional time of a fused form in a forward, and again in a backward
     vendor_launch: float = 30e-6
     triton_launch: float = 31e-6
     fused_host: float = 64e-6
 
 
 MACHINES = {
-    # four fifths of the data sheet; our GEMM has no TMA there
+    # 4/5 of the data sheet; our GEMM has no TMA there
     "sm_80": Machine(250e12, 1.6e12, gemm=0.75),
     # both rates measured on an H200, with torch's own matmul and copy
     "sm_90": Machine(790e12, 4.3e12, gemm=0.93),
-    # two thirds and nine tenths of the data sheet; our kernel does not use all that tcgen05 offers
+    # 2/3 and 9/10 of the data sheet; our kernel does not use all features of tcgen05
     "sm_100": Machine(1500e12, 7.0e12, gemm=0.85),
-    # two fifths and three quarters of the data sheet; our GEMM takes plain pointers
+    # 2/5 and 3/4 of the data sheet; our GEMM uses plain pointers
     "gfx942": Machine(500e12, 4.0e12, gemm=0.75),
 }
 
@@ -48,13 +49,13 @@ VENDOR = ("linear", "mm", "addmm", "addmm_", "mul", "mul_", "add_", "addcmul", "
 
 
 def by_whom(launches: Sequence[Launch]) -> tuple[int, int]:
-    """How many of the launches are the vendor's and how many Triton's."""
+    """The number of launches of vendor kernels, and of Triton kernels."""
     vendor = sum(launch.kernel in VENDOR for launch in launches)
     return vendor, len(launches) - vendor
 
 
 def frozen(sizes: Sizes) -> Launches:
-    """The base linear alone."""
+    """The launches of the base linear alone."""
     return Launches(
         (Launch("linear", sizes.bytes("x", "w", "y"), sizes.products),),
         (Launch("mm", sizes.bytes("dy", "w", "dx"), sizes.products),),
@@ -63,7 +64,7 @@ def frozen(sizes: Sizes) -> Launches:
 
 
 def seconds(launches: Launches, element_size: int, machine: Machine, *, captured: bool, backward: bool = True) -> float:
-    """Modelled time of a forward, with `backward` of both; captured in a CUDA graph, the host costs nothing."""
+    """Modelled seconds of a forward, or of forward and `backward`; if `captured` in a CUDA graph, without host time."""
     device = host = 0.0
     for launched in (launches.forward, launches.backward) if backward else (launches.forward,):
         for launch in launched:

@@ -1,4 +1,4 @@
-"""What would run a layer or a shape, in words."""
+"""`explain`: describes which backend would run a layer or a shape, and why."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from cotolora.variants import VARIANTS
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would run and why; `str` of it is a short text.
+    """The backend that would run and why; `str` of it is a short text.
 
     Attributes:
-        backend: the name of the backend that would run, or None if the one asked for cannot.
-        reason: why this one.
-        others: for every other backend, why it does not run.
-        form: of the Triton backend, which of its forms.
-        forward, backward: the kernels, each with the bytes that it reads and writes; empty where the number of rows is
+        call: a description of the call.
+        backend: the name of the backend that would run, or None if the requested one cannot.
+        reason: why this one was chosen.
+        others: for every other backend, why it cannot run, or "can run".
+        form: the form of the Triton backend; None for other backends.
+        forward, backward: the kernels, each with the bytes that it reads and writes; empty if the number of rows is
             not known, and for the reference.
-        saved_bytes: what is kept for the backward beyond the arguments of the call; None likewise.
+        saved_bytes: bytes saved for the backward in addition to the arguments of the call; None in the same cases.
     """
 
     call: str
@@ -49,7 +50,7 @@ class Explanation:
                 kernels = ", ".join(f"{launch.kernel} {launch.bytes / 1e6:.2f} MB" for launch in launches)
                 lines.append(f"  {pass_}: {len(launches)} launches: {kernels}")
         if self.saved_bytes is not None:
-            lines.append(f"  saved for backward: {self.saved_bytes / 1e6:.2f} MB beside x")
+            lines.append(f"  saved for backward: {self.saved_bytes / 1e6:.2f} MB in addition to x")
         lines += [f"  {name}: {'; '.join(reasons)}" for name, reasons in self.others.items()]
         return "\n".join(lines)
 
@@ -64,20 +65,21 @@ def explain(
     variant: str = "lora",
     backend: str | None = None,
 ) -> Explanation:
-    """Which backend would run a layer or a shape, with which kernels, and why not the others. Runs nothing.
+    """Explains which backend would run a layer or a shape, with which kernels, and why not another. Runs nothing.
 
-    A layer is explained as it stands: merged, or with its adapter off, it is a plain linear. One that started with
-    "pissa" or "olora" computes an update of twice its rank.
+    A layer is explained in its present state: merged, or with an inactive adapter, it is a plain linear. A layer with
+    init "pissa" or "olora" computes an update of twice its rank.
 
     Args:
-        layer_or_shapes: a `CoToLoRALinear`, whose own dtype, device and dropout are used (of one with a `base` the
-            dtype is not known), or the shapes ``(rows, in_features, out_features, rank)``.
-        rows: of the layer's input; without it nothing that depends on it is said.
-        dtype, device, dropout, variant: of a call described by its shapes; `dtype` also of a layer with a `base`.
+        layer_or_shapes: a `CoToLoRALinear`, whose dtype, device and dropout are used (except the dtype of one with a
+            `base`, which is not known), or the shapes ``(rows, in_features, out_features, rank)``.
+        rows: number of rows of the layer's input; without it, kernels and bytes are not reported.
+        dtype, device, dropout, variant: properties of a call given by its shapes; `dtype` also for a layer with a
+            `base`.
         backend: as in `coto_lora_linear`.
 
     Raises:
-        TypeError: `layer_or_shapes` is neither, `dtype` not floating or `device` no device.
+        TypeError: `layer_or_shapes` is neither, `dtype` is not floating or `device` is not a device.
         ValueError: a size is negative or the rank is not positive; another argument is out of its range.
 
     >>> explanation = explain((394, 768, 768, 8))
@@ -98,7 +100,7 @@ def explain(
         runs, reason = auto(call, captured=name == CAPTURED)
     else:
         runs = name if why_not(name, call) else named(name, call)
-        reason = f"asked for by {source}"
+        reason = f"requested by {source}"
     ran_by = runs.partition(":")[0]
     why_nots = {other: why_not(other, call) for other in BACKENDS}
     others = {other: tuple(why) or ("can run",) for other, why in why_nots.items() if other != ran_by}
@@ -123,10 +125,10 @@ def _frozen(call: Call) -> Launches | None:
 
 
 def _why_plain(layer: Any) -> str | None:
-    """Why `layer` is a plain linear as it stands; None if its adapter may count."""
+    """Why `layer` computes a plain linear in its present state; None if its adapter may be active."""
     if layer.merged:
         return "the adapter is merged into the weight"
-    return "the adapter is off" if layer.active is False else None
+    return "the adapter is inactive" if layer.active is False else None
 
 
 def _call_of_layer(layer: Any, rows: int | None, dtype: torch.dtype) -> Call:
@@ -162,4 +164,4 @@ def _shown(call: Call) -> str:
     words = "" if call.variant.name == "lora" else f"{call.variant.name}, "
     words += f"rows {'any' if call.rows is None else call.rows}, {call.in_features} -> {call.out_features}, "
     words += f"rank {call.rank}, {str(call.dtype).removeprefix('torch.')} on {call.device}"
-    return words + (", added to what the base makes" if call.adds else "")
+    return words + (", added to the output of a base module" if call.adds else "")

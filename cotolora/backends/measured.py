@@ -1,4 +1,4 @@
-"""The table that `python -m benchmarks tune` measures on a GPU: seconds of each backend at some sizes."""
+"""Reads the table that `python -m benchmarks tune` measures on a GPU: seconds of each backend at some sizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEASURED_FOR = ("m", "n", "k", "rank")
 
 
 def nearest(table: tuple[dict[str, Any], ...], sizes: Sizes, captured: bool) -> dict[str, Any] | None:
-    """The row measured nearest to the sizes, in the logarithm; None if every row is more than 2 times off somewhere."""
+    """The row of the nearest sizes on a logarithmic scale; None if in every row a size differs by more than 2 times."""
 
     def distances(row: dict[str, Any]) -> list[float]:
         return [abs(math.log2(max(row[name], 1) / max(getattr(sizes, name), 1))) for name in MEASURED_FOR]
@@ -32,15 +32,15 @@ def nearest(table: tuple[dict[str, Any], ...], sizes: Sizes, captured: bool) -> 
 
 
 def cache_path(device_name: str) -> Path:
-    """Where the measured table of a device is kept: under ``XDG_CACHE_HOME``, or ``~/.cache``."""
+    """The path of the measured table of a device: under ``XDG_CACHE_HOME``, or ``~/.cache``."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "cotolora" / ("".join(c if c.isalnum() else "_" for c in device_name) + ".json")
 
 
 def load_table(path: Path, known: Collection[str]) -> tuple[dict[str, Any], ...]:
-    """The rows of a measured table, of nothing but `known` backends.
+    """The rows of a measured table, which may contain only `known` backends.
 
-    None, with one line in the log saying why, if the file is damaged.
+    Empty, with a warning that says why, if the file is damaged.
     """
     if not path.exists():
         return ()
@@ -49,9 +49,9 @@ def load_table(path: Path, known: Collection[str]) -> tuple[dict[str, Any], ...]
         for row in rows:
             numbers = [row[name] for name in (*MEASURED_FOR, "element_size")] + list(row["seconds"].values())
             if not all(isinstance(n, (int, float)) and math.isfinite(n) and n >= 0 for n in numbers):
-                raise ValueError(f"a row holds something that is no size or time: {row}")
+                raise ValueError(f"a row has an entry that is not a size or a time: {row}")
             if not isinstance(row["captured"], bool) or not row["seconds"] or set(row["seconds"]) - set(known):
-                raise ValueError(f"a row measures something unknown: {row}")
+                raise ValueError(f"a row has unknown backends or no bool for captured: {row}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("ignoring the measured table %s: %s: %s", path, type(error).__name__, error)
         return ()

@@ -1,4 +1,4 @@
-"""An adapter whose tensor gate is known to be off: the base alone, and zeros for the gradients of the adapter."""
+"""The backend for a tensor gate that is known to be 0: computes only the base, and gives the adapter zero gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cotolora.operands import refuse_nested
 
 
 class SavedOff(tuple[Tensor | None, ...]):
-    """x and weight, None where the backward will not read them, then A, B and what is extra."""
+    """The tensors for the backward: x and weight, or None if it does not read them, then A, B and the extra ones."""
 
     __slots__ = ()
 
@@ -25,16 +25,16 @@ class SavedOff(tuple[Tensor | None, ...]):
 
 
 class BaseAlone:
-    """``y = x Wᵀ + bias``, or the base's output. The same for every variant."""
+    """``y = x Wᵀ + bias``, or the output of the base. The same for every variant."""
 
     def why_not(self, call: Call) -> list[str]:
-        """It takes every call."""
+        """Empty: it can run every call."""
         return []
 
     def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedOff]:
-        """The base's own result, bit for bit."""
+        """Returns the output of the base, bit for bit."""
         x, weight, bias, a, b, extra, base = operands
-        refuse_nested(x)  # which F.linear takes, and the backward does not
+        refuse_nested(x)  # F.linear supports nested tensors, but the backward does not
         saved = SavedOff((x if needs.weight else None, weight if needs.x else None, a, b, *extra))
         if weight is not None:
             return F.linear(x, weight, bias), saved
@@ -42,7 +42,7 @@ class BaseAlone:
         return base.detach(), saved
 
     def backward(self, dy: Tensor, saved: SavedOff, options: Options, needs: Needs) -> Gradients:
-        """``dx = dy W``, and zeros of the shapes of A, B and what is extra."""
+        """``dx = dy W``, and zeros in the shapes of A, B and the extra tensors."""
         x, weight, *parts = saved
         rows = flat(dy)
         zeros = [torch.zeros_like(t) if needed and t is not None else None
@@ -62,12 +62,12 @@ class BaseAlone:
         )
 
     def launches(self, call: Call) -> Launches:
-        """Those of the frozen linear."""
+        """The launches of the frozen linear."""
         assert call.sizes is not None
         return frozen(call.sizes)
 
     def saved_elsewhere(self, saved: SavedOff, dy: Tensor, options: Options) -> SavedOff:
-        """Never asked for."""
+        """Never called, because this backend never fails over to another."""
         return saved
 
 

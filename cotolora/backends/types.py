@@ -1,4 +1,4 @@
-"""What all backends share: the operands of a call, what it asks for, and what a backend must offer."""
+"""Types that all backends share: the operands and options of a call, its results, and the interface of a backend."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Operands(NamedTuple):
-    """The tensors of a call, of the shapes that `cotolora.reference` gives them.
+    """The tensors of a call, with the shapes that `cotolora.reference` documents.
 
-    `extra` holds what the variant has beside A and B, and after it the variant's constants. Either `weight` is there,
-    or `base`, the output of a module that makes ``x Wᵀ + bias`` itself, ``[..., out_features]``.
+    `extra` holds the further tensors of the variant after A and B, then the variant's constants. Either `weight` is
+    given, or `base`, the output ``[..., out_features]`` of a module that computes ``x Wᵀ + bias`` itself.
     """
 
     x: Tensor
@@ -29,7 +29,7 @@ class Operands(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The rest of a call. `gate` is None where the adapter is on, or a bool or int tensor, ``[]`` or ``[batch]``."""
+    """The other arguments of a call. `gate` is None (active) or a bool or int tensor, ``[]`` or ``[batch]``."""
 
     scale: float
     dropout: float = 0.0
@@ -37,7 +37,7 @@ class Options(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked for."""
+    """Which gradients are required."""
 
     x: bool = False
     weight: bool = False
@@ -51,7 +51,7 @@ NOTHING = Needs()
 
 
 class Gradients(NamedTuple):
-    """The gradients asked for, None for the others; autograd casts them to the dtypes of their tensors."""
+    """The required gradients, None for the others; autograd casts them to the dtypes of their tensors."""
 
     x: Tensor | None = None
     weight: Tensor | None = None
@@ -62,7 +62,7 @@ class Gradients(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The operands that a backward reads, None where it will not."""
+    """The operands that a backward reads, None for the others."""
 
     x: Tensor | None
     weight: Tensor | None
@@ -71,20 +71,20 @@ class Kept(NamedTuple):
 
 
 def kept_by_lora(operands: Operands, needs: Needs) -> Kept:
-    """What the gradients of LoRA, and of variants that only scale its factors or outputs, read beside h."""
+    """The operands that the gradients read in addition to h, of LoRA and variants that scale its factors or outputs."""
     x, weight, _, a, b, *_ = operands
     for_extra = any(needs.extra)
     return Kept(
         x if needs.a or needs.weight else None,
         weight if needs.x else None,
-        # the gradient of B has h for it, but a second differentiation is noticed by the presence of A
+        # the gradient of B needs only h, but A must be saved so that a second differentiation is detected
         a if needs.x or needs.b else None,
         b if needs.x or needs.a or for_extra else None,
     )
 
 
 class Sizes(NamedTuple):
-    """Of ``y [m, n] = x [m, k] Wᵀ`` with `rank`, in elements of `element_size` bytes."""
+    """The sizes of ``y [m, n] = x [m, k] Wᵀ`` with an update of `rank`; elements have `element_size` bytes."""
 
     m: int
     n: int
@@ -93,7 +93,7 @@ class Sizes(NamedTuple):
     element_size: int = 2
 
     def bytes(self, *tensors: str) -> int:
-        """Of the tensors named, each as often as it is named: x y w h a b, and p, dx, dy, u, as h, x, y, y."""
+        """The bytes of `tensors`, each counted as often as listed: x y w h a b, and p, dx, dy, u as h, x, y, y."""
         counts = {
             "x": self.m * self.k, "y": self.m * self.n, "w": self.n * self.k,
             "h": self.m * self.rank, "a": self.rank * self.k, "b": self.n * self.rank,
@@ -107,7 +107,7 @@ class Sizes(NamedTuple):
         return 2 * self.m * self.n * self.k
 
     def call(self, variant: Variant, device: torch.device | str = "cuda", *, adds: bool = False) -> Call:
-        """A call of these sizes, in bfloat16 or, by the size of its elements, another dtype; `adds` as `Call.adds`."""
+        """A call of these sizes, in the dtype that `element_size` implies (2: bfloat16); `adds` as `Call.adds`."""
         dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[self.element_size]
         return Call(
             variant, torch.device(device), dtype, self.rank, 0.0, self.m, self.k, self.n,
@@ -116,18 +116,18 @@ class Sizes(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One kernel: its name, the bytes that it reads and writes, its products, and whose it is."""
+    """One kernel: its name, the bytes that it reads and writes, its floating-point operations and its speed class."""
 
     kernel: str
     bytes: int
     flops: int = 0
-    speed: str = "vendor"  # or "gemm", "pointer_gemm" or "masking_gemm": of `cotolora.backends.cost.Machine`
+    speed: str = "vendor"  # or a field of `cotolora.backends.cost.Machine`: "gemm", "pointer_gemm", "masking_gemm"
 
 
 class Launches(NamedTuple):
-    """What a backend launches for one layer, and the bytes that it keeps from the forward for the backward beside x.
+    """The kernels of one layer, and the bytes that the forward saves for the backward in addition to x.
 
-    The backward is that of the gradients of x, A, B and what else trains.
+    The backward computes the gradients of x, A, B and the other trained tensors.
     """
 
     forward: tuple[Launch, ...]
@@ -136,27 +136,27 @@ class Launches(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What the choice of a backend may depend on."""
+    """The properties of a call that the choice of a backend may depend on."""
 
     variant: Variant
     device: torch.device
     dtype: torch.dtype
     rank: int
     dropout: float = 0.0
-    rows: int | None = None  # unknown under torch.compile, where a choice by size would compile for each size
+    rows: int | None = None  # None under torch.compile, where a choice by size would compile once per size
     in_features: int = 0
     out_features: int = 0
     backward: bool = True
-    base_dtype: torch.dtype | None = None  # of a base's own output, where there is no weight to multiply by
+    base_dtype: torch.dtype | None = None  # the dtype of a base output; None if there is a weight
 
     @property
     def adds(self) -> bool:
-        """Whether the update is added to what a base has made."""
+        """Whether the update is added to the output of a base."""
         return self.base_dtype is not None
 
     @property
     def sizes(self) -> Sizes | None:
-        """As the models of cost take them; None where the number of rows is not known."""
+        """The sizes for the cost model; None if the number of rows is not known."""
         if self.rows is None:
             return None
         return Sizes(self.rows, self.out_features, self.in_features, self.rank, self.dtype.itemsize)
@@ -172,7 +172,7 @@ def transforming() -> bool:
 
 
 class NotPreparedError(RuntimeError):
-    """Kernels would have to be compiled or loaded while a CUDA graph is captured, which may not be possible."""
+    """A kernel would have to be compiled or loaded during a CUDA graph capture, which may be impossible."""
 
 
 class Stacked(NamedTuple):
@@ -198,9 +198,9 @@ class Stacked(NamedTuple):
 
 
 class AlwaysOn(NamedTuple):
-    """A backend's forward and backward for calls without a gate, with nothing to look up and nothing to decide.
+    """A backend's forward and backward for calls without a gate, without any lookups or branches on options.
 
-    Small layers spend most of their time on the host. Only x, A and B may have gradients.
+    Reduces host time, which dominates in small layers. Only x, A and B may have gradients.
 
     forward: ``(x, weight, bias, a, b, scale)`` to y and the h that the backward reads.
     backward: ``(dy, x, weight, a, b, h, scale)`` to dx, dA and dB; dx is None if weight is.
@@ -213,24 +213,24 @@ class AlwaysOn(NamedTuple):
 
 
 class Backend(Protocol):
-    """A forward with a hand-written backward. Neither records a graph; `cotolora.backends.autograd` joins them.
+    """A forward with a hand-written backward. Neither records a graph; `cotolora.backends.autograd` connects them.
 
-    It may have ``always_on(call)`` as well, which is None or an `AlwaysOn` for such calls, equal bit for bit, and
-    ``stacked(call)``, which is None or a `Stacked` for layers of such calls. A fused one has ``when_captured()``, the
-    same backend, which raises NotPreparedError instead of launching what is new.
+    A backend may also have ``always_on(call)``, which returns None or an `AlwaysOn` with bitwise equal results for such
+    calls, and ``stacked(call)``, which returns None or a `Stacked` for layers of such calls. A fused backend has
+    ``when_captured()``, which returns the same backend, but one that raises NotPreparedError for new launches.
     """
 
     def why_not(self, call: Call) -> list[str]:
         """Every reason it cannot run such a call; an empty list means it can."""
 
     def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, Any]:
-        """The result, and what the backward reads: a NamedTuple of tensors and Nones."""
+        """Returns the result and a NamedTuple of tensors (or None) for the backward."""
 
     def backward(self, dy: Tensor, saved: Any, options: Options, needs: Needs) -> Gradients:
-        """The gradients that `needs` asks for, given ``dy [..., out_features]``."""
+        """Returns the gradients that `needs` requires, given ``dy [..., out_features]``."""
 
     def launches(self, call: Call) -> Launches:
-        """What it launches for a call whose number of rows is known."""
+        """The kernels that it launches for a call with a known number of rows."""
 
     def saved_elsewhere(self, saved: Any, dy: Tensor, options: Options) -> Any:
-        """`saved` as the addmm backend of the variant has it, for its backward to go on where this one's failed."""
+        """`saved` in the form of the variant's addmm backend, whose backward runs if this backend's fails."""

@@ -1,1 +1,1 @@
-"""CoTo in other people's training stacks. Each module imports its stack; nothing else imports them."""
+"""CoTo in other training frameworks. Each module imports its framework; no other module imports these."""

@@ -1,4 +1,4 @@
-"""CoTo in Lightning."""
+"""CoTo for Lightning."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from cotolora.schedule import NOT_GIVEN, Schedule, schedule_of
 class CoToLightningCallback(Callback):
     """Runs CoTo on a LightningModule that holds adapters, ours or PEFT's: ``callbacks=[CoToLightningCallback()]``.
 
-    The mask of an optimizer step is a function of ``trainer.global_step``, so a resumed run has the masks of one that
-    was not interrupted, and all micro-batches of a step have one mask. Adapters that are off keep their weights and
-    their optimizer state. In validation all adapters are on, and after training they stay on. With several optimizers,
+    The mask of an optimizer step is a function of ``trainer.global_step``, so a resumed run has the same masks as an
+    uninterrupted one, and all micro-batches of a step have the same mask. Inactive adapters keep their weights and
+    their optimizer state. In validation and after training all adapters are active. With several optimizers,
     global_step counts the steps of all of them, and so does the schedule.
 
     Args:
-        schedule, initial_p, ramp, shape, unit, tilt, at_least_one, seed, gates, check_every: see `CoTo`.
-            Its total_steps are those of the trainer's max_epochs and max_steps, accumulation as it is or as a
-            GradientAccumulationScheduler changes it; they must be finite.
+        schedule, initial_p, ramp, shape, unit, tilt, at_least_one, seed, gates, check_every: see `CoTo`. Its
+            total_steps follow from the trainer's max_epochs and max_steps and from gradient accumulation, including a
+            GradientAccumulationScheduler; they must be finite.
 
     Attributes:
         coto: the `CoTo` of the current or the last run, None before the first.
 
     Raises:
-        ValueError: an argument is out of its range; when training begins, also whatever `CoTo` raises, or the run
-            has no end, or `gates` is "device" and another callback is a WeightAveraging.
+        TypeError: `schedule` is neither a Schedule nor None, or `unit` is neither a string nor a callable.
+        ValueError: an argument is out of its range. When training begins: whatever `CoTo` raises; or the run
+            has no end; or `gates` is "device" and another callback is a WeightAveraging.
     """
 
     def __init__(
@@ -70,26 +71,26 @@ class CoToLightningCallback(Callback):
         self.coto: CoTo | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Constructs the CoTo, now that the number of steps is known."""
-        self._detach()  # left over from a run that an exception ended
+        """Constructs the CoTo, since the number of steps is now known."""
+        self._detach()  # hooks may be left from a run that ended with an exception
         if self._settings["gates"] == "device" and any(isinstance(c, _weight_averaging()) for c in trainer.callbacks):
             raise ValueError(
-                "gates must be 'host' beside a WeightAveraging callback, which has copied the module already and pairs "
-                "its buffers with those of the copy; got 'device', whose gates would be more of them"
+                "gates must be 'host' with a WeightAveraging callback, which has already copied the module and pairs "
+                "its buffers with those of the copy; got 'device', which would add buffers"
             )
         self.coto = CoTo(pl_module, _steps_of(trainer), **self._settings)
-        # on every rank, whatever step it resumes from: check_every counts calls
+        # unconditionally, so that every rank calls it: check_every counts calls
         self.coto.set_step(trainer.global_step)
         self._attached = [self.coto.attach(optimizer) for optimizer in trainer.optimizers]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Applies the mask of the optimizer step that begins; the batches of one step share it."""
+        """Applies the mask of the optimizer step that begins; all batches of one step share it."""
         assert self.coto is not None
         if self.coto.current_step != trainer.global_step:
             self.coto.set_step(trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Switches every adapter on."""
+        """Activates every adapter."""
         assert self.coto is not None
         self.coto.finish()
         self._detach()
@@ -100,31 +101,30 @@ class CoToLightningCallback(Callback):
 
 
 def _weight_averaging() -> type | tuple[()]:
-    # Lightning has it from 2.6 on
+    # exists since Lightning 2.6
     return getattr(callbacks, "WeightAveraging", ())
 
 
 def _steps_of(trainer: Trainer) -> int:
-    """Optimizer steps of the run, those before a resume included.
+    """The number of optimizer steps of the run, including those before a resume.
 
     Raises:
         ValueError: the run has no end.
     """
     steps, batches, epochs = trainer.estimated_stepping_batches, trainer.num_training_batches, trainer.max_epochs
-    if not isinstance(steps, int) or steps < 0:  # -1, of max_steps, where the loader has no length
+    if not isinstance(steps, int) or steps < 0:  # max_steps is -1 and the loader has no length
         raise ValueError(
-            "the trainer must have max_steps or max_epochs, the latter with a loader that has a length, for CoTo to "
-            f"know the end of the run; got max_steps={trainer.max_steps}, max_epochs={epochs} and {batches} batches "
-            "an epoch"
+            "the trainer must have max_steps, or max_epochs and a loader with a length, so that CoTo knows the end of "
+            f"the run; got max_steps={trainer.max_steps}, max_epochs={epochs} and {batches} batches per epoch"
         )
     if isinstance(batches, int) and epochs is not None and epochs > 0:
-        # the estimate knows of no callback that changes the run
+        # the estimate ignores callbacks that change the run
         bounds, accumulated = [0], lambda _: trainer.accumulate_grad_batches
         for callback in trainer.callbacks:
             if isinstance(callback, GradientAccumulationScheduler):
                 bounds, accumulated = callback.epochs, callback.get_accumulate_grad_batches
             elif isinstance(callback, StochasticWeightAveraging):
-                epochs = min(epochs, callback.swa_end + 1)  # one more is for batch norm alone, and steps nothing
+                epochs = min(epochs, callback.swa_end + 1)  # a further epoch only updates batch norm, without steps
         bounds = [*(epoch for epoch in bounds if epoch < epochs), epochs]
         steps = sum((end - start) * math.ceil(batches / accumulated(start)) for start, end in pairwise(bounds))
         steps = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)

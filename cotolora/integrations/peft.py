@@ -1,4 +1,4 @@
-"""Turns PEFT's LoRA layers into ours and back, weights shared."""
+"""Converts PEFT's LoRA layers to ours and back; weights are shared."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from cotolora import checks
 from cotolora.bases import is_conv1d, why_not_adaptable
 from cotolora.coto import coto_of
-from cotolora.groups import adapters, held_at, is_enabled, unwrap, why_not_pefts
+from cotolora.groups import adapters, held_at, is_enabled, unwrap, why_not_in_peft
 from cotolora.hooks import HOOKS, block_fast_path, move_hooks, replace_module
-from cotolora.inject import settle
+from cotolora.inject import name_and_watch
 from cotolora.linear import CoToLoRALinear
 from cotolora.quantised import allow_training, disallow_training
 from cotolora.saving.adapter import trained_outside_adapters
@@ -29,28 +29,28 @@ logger = logging.getLogger("cotolora")
 def from_peft(model: nn.Module, adapter: str | None = None) -> nn.Module:
     """The base model of a PEFT model, with a `CoToLoRALinear` in place of each of PEFT's LoRA layers.
 
-    Nothing is copied: base weights, A and B are the same parameters, so an optimizer that holds them goes on. They
-    keep their dtype, also bfloat16 A and B, in which they then train (``autocast_adapter_dtype=True``, PEFT's default,
-    makes float32 ones). ``requires_grad``, training mode, dropout, scale and hooks stay as they are; disabled adapters
-    come with ``enabled=False``; of modules_to_save the trained ones take their place. Other adapters are dropped.
+    Nothing is copied: base weights, A and B stay the same parameters, so an optimizer that holds them remains valid.
+    They keep their dtype; bfloat16 A and B then train in bfloat16 (``autocast_adapter_dtype=True``, PEFT's default,
+    makes float32 ones). ``requires_grad``, training mode, dropout, scale and hooks stay as they are. Disabled adapters
+    get ``enabled=False``. Modules in modules_to_save are replaced by their trained copies. Other adapters are dropped.
 
-    The logits are those of the PEFT model: bit for bit in float32 with the reference backend, and up to the order
-    of rounding else (PEFT computes a bfloat16 layer's update in the dtype of A, ours in that of the input).
+    The logits equal those of the PEFT model: bit for bit in float32 with the reference backend, otherwise up to
+    rounding (PEFT computes the update of a bfloat16 layer in the dtype of A, this library in that of the input).
 
     Args:
-        model: a ``PeftModel``, or a model that holds PEFT's layers or such models. Changed in place and used up, but
-            unchanged if anything raises.
-        adapter: which of its adapters; by default the active one.
+        model: a ``PeftModel``, or a model that contains PEFT's layers or such models. Changed in place, and no longer
+            usable as a PEFT model; unchanged if anything raises.
+        adapter: the name of the adapter to convert; by default the active one.
 
     Raises:
         TypeError: `model` is not a module.
         ValueError: it has no LoRA layer, or one that ours cannot replace (another variant or method, a merged or a
-            quantised one; the message names it and says why); `adapter` is unknown, or None where not just one is
-            active; the model is wrapped, by DistributedDataParallel say, or a CoTo drives it.
+            quantised one; the message names it and says why); `adapter` is unknown, or is None although not exactly one
+            is active; the model is wrapped, for example by DistributedDataParallel, or a CoTo switches it.
     """
     _refuse_in_use(model)
     if existing := adapters(model):
-        raise ValueError(f"model must hold PEFT's layers only; it has {len(existing)} of this library")
+        raise ValueError(f"model must hold only PEFT's adapters; it has {len(existing)} of this library")
     modules = dict(model.named_modules())
     layers = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
     if not layers or "" in layers:
@@ -62,13 +62,13 @@ def from_peft(model: nn.Module, adapter: str | None = None) -> nn.Module:
         if reason := _why_not_ours(module, chosen):
             raise ValueError(f"{name or 'model'} must have a counterpart in this library; {reason}")
         if isinstance(module, BaseTunerLayer):
-            replacements[module] = _ours(module, chosen)
+            replacements[module] = _converted(module, chosen)
         elif isinstance(module, ModulesToSaveWrapper):
             replacements[module] = dict(module.modules_to_save.items()).get(chosen, module.original_module)
         elif isinstance(module, peft.PeftModel):
             replacements[module] = module.get_base_model()
 
-    # from the inside out, so that no name is lost on the way; from here on nothing raises
+    # from the inside out, so that all names stay valid; nothing raises from here on
     for name, module in reversed(list(model.named_modules(remove_duplicate=False))):
         if module in replacements and name:
             replace_module(model, name, replacements[module])
@@ -78,35 +78,36 @@ def from_peft(model: nn.Module, adapter: str | None = None) -> nn.Module:
     base = replacements.get(model, model)
     for module in base.modules():
         vars(module).pop("peft_config", None)
-        if "_hf_peft_config_loaded" in vars(module):  # transformers, of an adapter that it added
+        if "_hf_peft_config_loaded" in vars(module):  # set by transformers if it added the adapter
             module._hf_peft_config_loaded = False  # type: ignore[assignment]
     block_fast_path(base)
     allow_training(base)
-    settle(adapters(base))
+    name_and_watch(adapters(base))
     return base
 
 
 def to_peft(model: nn.Module, adapter: str = "default", task_type: str | None = None) -> peft.PeftModel:
     """A ``PeftModel`` around `model`, with PEFT's LoRA layers in place of ours; the reverse of `from_peft`.
 
-    Nothing is copied but modules that train in full: they become PEFT's modules_to_save, the trained module stays the
-    same object, and PEFT's "original" is a frozen copy. Flags of parameters, training mode, dropout, scale, hooks stay.
-    Disabled (pruned) adapters are left out.
+    Only modules that train in full are copied: they become PEFT's modules_to_save, the trained module stays the
+    same object, and PEFT's "original" is a frozen copy. ``requires_grad``, training mode, dropout, scale and hooks
+    stay as they are. Disabled (pruned) adapters are left out.
 
     Args:
         model: a model with adapters; changed in place, and unchanged if anything raises.
-        adapter: what PEFT calls the adapter.
-        task_type: PEFT's, "CAUSAL_LM" for example; it decides the class of the result.
+        adapter: PEFT's name for the adapter.
+        task_type: PEFT's task type, for example "CAUSAL_LM"; it determines the class of the result.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: it has no enabled adapter or is one itself; an adapter is merged or enabled by rows, its base
-            trains, or it is one that PEFT's LoRA cannot hold; the model is wrapped, or `task_type` is unknown to PEFT.
+        ValueError: it has no enabled adapter or is one itself; an adapter is merged, has a row mask as `enabled`, has a
+            trainable base, or is one that PEFT's LoRA cannot represent; the model is wrapped, or a CoTo switches it;
+            PEFT does not know `task_type`.
     """
     _refuse_in_use(model)
     if not isinstance(adapter, str) or not adapter or "." in adapter:
         raise ValueError(
-            f"adapter must be a name that a module can have, not empty and without dots; got {checks.shown(adapter)}"
+            f"adapter must be a valid module name, not empty and without dots; got {checks.shown(adapter)}"
         )
     if task_type is not None:
         checks.one_of("task_type", task_type, [kind.value for kind in peft.TaskType])
@@ -114,8 +115,8 @@ def to_peft(model: nn.Module, adapter: str = "default", task_type: str | None = 
     if model in every.values():
         raise ValueError("model must hold adapters; it is one itself")
     for name, layer in every.items():
-        if reason := _why_not_pefts(layer):
-            raise ValueError(f"{name or 'model'} must be an adapter that PEFT's LoRA can hold; {reason}")
+        if reason := _why_not_in_peft_lora(layer):
+            raise ValueError(f"{name or 'model'} must be an adapter that PEFT's LoRA can represent; {reason}")
     layers = {name: layer for name, layer in every.items() if is_enabled(layer)}
     if not layers:
         raise ValueError(f"model must have enabled adapters; {type(model).__name__} has none")
@@ -132,11 +133,11 @@ def to_peft(model: nn.Module, adapter: str = "default", task_type: str | None = 
             replace_module(model, name, module)
         vars(model).pop("peft_config", None)
         if isinstance(error, KeyError):
-            raise ValueError(f"adapter must be a name that a module can have; got {adapter!r} ({error})") from error
+            raise ValueError(f"adapter must be a valid module name; got {adapter!r} ({error})") from error
         if isinstance(error, AttributeError) and task_type is not None:
             kind = type(model).__name__
             raise ValueError(
-                f"task_type must be one that the model is for; got {task_type!r} for a {kind} ({error})"
+                f"task_type must be one that the model supports; got {task_type!r} for a {kind} ({error})"
             ) from error
         raise
     finally:
@@ -146,8 +147,8 @@ def to_peft(model: nn.Module, adapter: str = "default", task_type: str | None = 
     for name, layer in every.items():
         move_hooks(layer, model.get_submodule(name))
     held = held_at(wrapped)
-    if several := [name for name in every if why_not_pefts(held[model.get_submodule(name)])]:
-        logger.warning("these are in several places of the model; from its files PEFT adapts the first alone: %s",
+    if several := [name for name in every if why_not_in_peft(held[model.get_submodule(name)])]:
+        logger.warning("these are in several places of the model, but PEFT will load its files into the first only: %s",
                        ", ".join(several))  # fmt: skip
     if lost := [key for key in tensors if not key.startswith(tuple(f"{name}." for name in saved))]:
         logger.warning("these train, but PEFT will not save them: %s", ", ".join(lost))
@@ -156,9 +157,9 @@ def to_peft(model: nn.Module, adapter: str = "default", task_type: str | None = 
 
 def _refuse_in_use(model: nn.Module) -> None:
     if unwrap(checks.module("model", model)) is not model:
-        raise ValueError(f"model must not be wrapped; got a {type(model).__name__}: pass the module inside, wrap anew")
+        raise ValueError(f"model must not be wrapped; got a {type(model).__name__}: pass the inner module, wrap again")
     if any(coto_of(module) is not None for module in model.modules()):
-        raise ValueError("model must not be driven by a CoTo; call its finish first")
+        raise ValueError("model must not be switched by a CoTo; call the finish method of the CoTo first")
 
 
 def _chosen(layers: dict[str, Any], adapter: str | None) -> str:
@@ -167,16 +168,16 @@ def _chosen(layers: dict[str, Any], adapter: str | None) -> str:
     if adapter is not None and (not isinstance(adapter, str) or adapter not in present):
         raise ValueError(f"adapter must be one of {present}; got {checks.shown(adapter)}")
     if adapter is None and len(active) != 1:
-        raise ValueError(f"adapter must name one of {present}, since {len(active)} are active: {active}")
+        raise ValueError(f"adapter must be given, as one of {present}, because {len(active)} are active: {active}")
     return active[0] if adapter is None else adapter
 
 
 def _why_not_ours(module: nn.Module, adapter: str) -> str:
-    """Why `module`, of a PEFT model, has no counterpart among ours; empty if it has, or is the model's own."""
+    """Why `module` of a PEFT model has no counterpart in this library; empty if it has, or is not PEFT's."""
     if isinstance(module, AuxiliaryTrainingWrapper):
         reasons = [
             (not isinstance(module, ModulesToSaveWrapper), f"it is a {type(module).__name__}"),
-            (module.disable_adapters, "it is of modules_to_save and disabled, which nothing of ours can be"),
+            (module.disable_adapters, "it is in modules_to_save and disabled, which this library does not support"),
         ]
     elif isinstance(module, BaseTunerLayer):
         reasons = _reasons_of_layer(module, adapter)
@@ -184,8 +185,8 @@ def _why_not_ours(module: nn.Module, adapter: str) -> str:
         reasons = []
     else:
         return ""
-    hooked = _has_hooks(module) and not isinstance(module, BaseTunerLayer)  # whose hooks move to ours
-    reasons.append((hooked, f"this {type(module).__name__} has hooks, which would be lost with it"))
+    hooked = _has_hooks(module) and not isinstance(module, BaseTunerLayer)  # the hooks of a tuner layer move to ours
+    reasons.append((hooked, f"this {type(module).__name__} has hooks, which would be lost"))
     return next((reason for applies, reason in reasons if applies), "")
 
 
@@ -194,10 +195,10 @@ def _reasons_of_layer(layer: Any, adapter: str) -> list[tuple[Any, str]]:
     dense = type(base) is nn.Linear or is_conv1d(base)
     common = [
         (layer.merged, "it is merged; call unmerge_adapter first"),
-        (isinstance(base, BaseTunerLayer), "it lies around another of PEFT's layers"),
+        (isinstance(base, BaseTunerLayer), "it wraps another PEFT layer"),
     ]
     if adapter not in layer._get_available_adapters():
-        return [*common, (_has_hooks(layer), "it has hooks and not this adapter: they would be lost with it")]
+        return [*common, (_has_hooks(layer), "it does not have this adapter, and its hooks would be lost")]
     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
     own = [
         (type(layer) is not lora.Linear, f"it is a {kind}: only LoRA on nn.Linear and Conv1D has a counterpart"),
@@ -205,20 +206,20 @@ def _reasons_of_layer(layer: Any, adapter: str) -> list[tuple[Any, str]]:
         (getattr(layer, "lora_bias", {}).get(adapter), "its B has a bias (lora_bias)"),
         (not dense, f"its base must be an nn.Linear or a transformers Conv1D; got {type(base).__name__}"),
         (reason := why_not_adaptable(base), f"its base must have a dense floating weight; {reason}"),
-        (_has_hooks(base), "its base layer has hooks, which see the output without the adapter"),
+        (_has_hooks(base), "its base layer has hooks, which get the output without the adapter"),
         (reason := why_forward_is_not_its_own(layer) or why_forward_is_not_its_own(base), reason),
     ]
     return common + own
 
 
-def _why_not_pefts(layer: CoToLoRALinear) -> str:
-    """Why PEFT's LoRA layer cannot stand for ours; empty if it can."""
+def _why_not_in_peft_lora(layer: CoToLoRALinear) -> str:
+    """Why PEFT's LoRA layer cannot represent ours; empty if it can."""
     reasons = [
         (layer.variant != "lora", f"it is of variant {layer.variant!r}"),
-        (layer.init not in ("kaiming", "gaussian"), f"init {layer.init!r} computes more than its A and B say"),
+        (layer.init not in ("kaiming", "gaussian"), f"with init {layer.init!r} its update is not just s · B A"),
         (layer.merged, "it is merged; call its unmerge first"),
         (layer.gate is False or (isinstance(layer.gate, Tensor) and not layer.gate.all()), "its gate is off (CoTo)"),
-        (isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0, "it is enabled by rows; set it to a bool"),
+        (isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0, "its enabled is a row mask; set it to a bool"),
         (reason := why_forward_is_not_its_own(layer), reason),
     ]
     return next((reason for applies, reason in reasons if applies), "")
@@ -228,7 +229,7 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in HOOKS)
 
 
-def _ours(layer: Any, adapter: str) -> nn.Module:
+def _converted(layer: Any, adapter: str) -> nn.Module:
     if adapter not in layer._get_available_adapters():
         return layer.base_layer
     base, rank, scale = layer.base_layer, layer.r[adapter], layer.scaling[adapter]
@@ -253,12 +254,12 @@ def _wrapped(
     for name, module in places:
         if module in plain:
             replace_module(model, name, plain[module])
-    # without memory, and so without drawing random numbers: ours take their place
+    # on the meta device, so that no random numbers are drawn: our A and B replace PEFT's
     wrapped = peft.get_peft_model(model, config, adapter_name=adapter, low_cpu_mem_usage=True)
     wrapped.training = wrapped.base_model.training = model.training
     firsts: dict[nn.Module, nn.Module] = {}
     for name, module in places:
-        # PEFT wraps what has several names under the first alone
+        # PEFT wraps a module with several names only under the first
         theirs = firsts.setdefault(module, model.get_submodule(name))
         replace_module(model, name, theirs)
     for module, theirs in firsts.items():
@@ -273,12 +274,12 @@ def _wrapped(
 def _share(theirs: Any, ours: CoToLoRALinear, adapter: str) -> None:
     theirs.lora_A[adapter].weight, theirs.lora_B[adapter].weight = ours.lora_a, ours.lora_b
     theirs.lora_dropout[adapter] = nn.Dropout(ours.dropout) if ours.dropout else nn.Identity()
-    theirs.scaling[adapter] = ours.scale  # a config cannot tell rsLoRA layers from others
+    theirs.scaling[adapter] = ours.scale  # a config cannot mix rsLoRA layers with others
     theirs.train(ours.training)
 
 
 def _keep(wrapper: Any, module: nn.Module, adapter: str) -> None:
-    # PEFT trains a copy; the optimizer knows the original
+    # PEFT would train a copy, but the optimizer holds the original
     wrapper.original_module, wrapper.modules_to_save[adapter] = wrapper.modules_to_save[adapter], module
     wrapper.original_module.requires_grad_(False)
     wrapper.training = wrapper.modules_to_save.training = module.training

@@ -1,4 +1,4 @@
-"""CoTo in transformers' Trainer."""
+"""CoTo for transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ logger = logging.getLogger("cotolora")
 class CoToCallback(TrainerCallback):
     """Runs CoTo on a model with adapters, ours or PEFT's: ``Trainer(model, args, ..., callbacks=[CoToCallback()])``.
 
-    The mask of an optimizer step is a function of ``state.global_step``, so a resumed run has the masks of one that was
-    not interrupted, and all micro-batches of a step have one mask. Adapters that are off keep their weights and their
-    optimizer state. In evaluation and in saved files all adapters are on, and after training they stay on.
+    The mask of an optimizer step is a function of ``state.global_step``, so a resumed run has the same masks as an
+    uninterrupted one, and all micro-batches of a step have the same mask. Inactive adapters keep their weights and
+    their optimizer state. In evaluation, in saved files and after training all adapters are active.
 
     Args:
         schedule, initial_p, ramp, shape, unit, tilt, at_least_one, seed, gates, check_every: see `CoTo`.
             Its total_steps are ``state.max_steps``.
         save: also write our adapters in PEFT's format into the folder ``adapter`` of every checkpoint. A PEFT model
             is saved by Trainer itself.
-        save_base: leave in a checkpoint what Trainer writes there, the whole model. False takes the frozen parameters
-            out of its ``model.safetensors`` again: a run then resumes, and finds its best model, in a Trainer whose
-            model is made of the same base; `from_pretrained` cannot read such a checkpoint.
+        save_base: keep the whole model in a checkpoint, as Trainer writes it. False removes the frozen parameters
+            from its ``model.safetensors``: a run can then be resumed, and its best model loaded, in a Trainer whose
+            model has the same base, but `from_pretrained` cannot read such a checkpoint.
 
     Attributes:
         coto: the `CoTo` of the current or the last run, None before the first.
 
     Raises:
-        ValueError: an argument is out of its range; when training begins, also whatever `CoTo` raises.
+        TypeError: `schedule` is neither a Schedule nor None, or `unit` is neither a string nor a callable.
+        ValueError: an argument is out of its range. When training begins: whatever `CoTo` raises.
     """
 
     def __init__(
@@ -92,8 +93,8 @@ class CoToCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer,
         **_: Any,
     ) -> None:
-        """Constructs the CoTo, now that the number of steps is known."""
-        self._detach()  # left over from a run that an exception ended
+        """Constructs the CoTo, since the number of steps is now known."""
+        self._detach()  # hooks may be left from a run that ended with an exception
         self.coto = CoTo(model, state.max_steps, **self._settings)
         self._attached = self.coto.attach(optimizer)
 
@@ -105,17 +106,17 @@ class CoToCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
-        """Writes our adapters beside what Trainer has written, and takes the base out of that if it is not wanted."""
+        """Writes our adapters into the checkpoint, and removes the base from it if `save_base` is False."""
         assert args.output_dir is not None
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self._save and adapters(model):
-            # in a folder of its own: adapter files in the checkpoint itself Trainer would load with PEFT
+            # in a separate folder: Trainer would load adapter files in the checkpoint itself with PEFT
             save_adapter(model, checkpoint / "adapter")
         if not self._save_base and args.should_save and adapters(model):
             leave_out_base(checkpoint, model)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Switches every adapter on."""
+        """Activates every adapter."""
         assert self.coto is not None
         self.coto.finish()
         self._detach()
@@ -127,10 +128,10 @@ class CoToCallback(TrainerCallback):
 
 
 def leave_out_base(checkpoint: Path, model: nn.Module) -> None:
-    """Takes the frozen parameters of `model` out of the weights in a checkpoint's folder, one file or several."""
+    """Removes the frozen parameters of `model` from the weights in a checkpoint folder, which may be several files."""
     files = sorted(checkpoint.glob("model*.safetensors"))
     if not files:
-        logger.warning("save_base=False found no model.safetensors in %s, and leaves it as it is", checkpoint)
+        logger.warning("save_base=False found no model.safetensors in %s and did not change it", checkpoint)
         return
     frozen = {plain_name(name) for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     kept: dict[str, torch.Tensor] = {}

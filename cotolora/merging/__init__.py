@@ -1,4 +1,4 @@
-"""Merges trained adapters into one: by factors, by products, by rank-one units, by outputs."""
+"""Merges trained adapters into one: by their factors, products, rank-one units or outputs."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ __all__ = ["AdapterState", "Factors", "align", "as_state", "dare", "ensemble", "
 def fuse(states: Sequence[StateLike], weights: Weights = None) -> AdapterState:
     r"""Fuses factors: ``A = Σ λᵢ Aᵢ``, ``B = Σ λᵢ Bᵢ``, at the rank and scale of the inputs.
 
-    The product of sums is not the sum of products: what two adapters learned must also share a basis
-    (see `align`), and equal weights of n adapters that do not share one shrink each to 1/n².
+    The product of sums is not the sum of products: the factors of the adapters must also share a basis
+    (see `align`). With equal weights, each of n adapters that share no basis is scaled down to 1/n².
 
     Args:
-        states: each an `AdapterState`, a directory or a model with adapters; same modules, ranks and scales.
-        weights: λ, one finite number for each; equal ones that sum to 1 by default. Other tensors that were trained
-            with the adapters are averaged with these weights, divided by their sum.
+        states: `AdapterState` objects, directories or models with adapters, with the same modules, ranks and scales.
+        weights: λ, one finite number for each state; by default equal ones that sum to 1. Other tensors that were
+            trained with the adapters are averaged with these weights, divided by their sum.
 
     Raises:
-        ValueError: no states; weights of another number or not finite; modules, shapes, ranks or scales that
-            differ, naming them; an adapter that is not plain LoRA.
+        TypeError: `states` is not a sequence of states.
+        ValueError: there are no states; `weights` has another number of entries or one that is not finite; modules,
+            shapes, ranks or scales differ (the message lists them); an adapter is not plain LoRA.
 
     Source: linear fusion of Zhuang et al. 2025 (arXiv:2506.05713).
 
@@ -65,17 +66,17 @@ def fuse(states: Sequence[StateLike], weights: Weights = None) -> AdapterState:
 
 
 def mix(states: Sequence[StateLike], weights: Weights = None, rank: int | None = None) -> AdapterState:
-    r"""Mixes products, exactly: the update is ``Σ λᵢ sᵢ Bᵢ Aᵢ``, of factors side by side whose ranks add up.
+    r"""Mixes products exactly: the update is ``Σ λᵢ sᵢ Bᵢ Aᵢ``. The factors are concatenated, so the ranks add up.
 
         A = [λ₁ s₁ A₁; λ₂ s₂ A₂; …],   B = [B₁ B₂ …],   alpha = rank
 
     Args:
         states, weights: as in `fuse`, but ranks and scales may differ.
-        rank: at most so large by a truncated SVD, the nearest update of that rank in the Frobenius
-            norm. It works on the factors and forms no ``[out, in]`` matrix. None truncates nothing.
+        rank: largest rank of the result, reached by a truncated SVD: the nearest update of that rank in the Frobenius
+            norm. The SVD works on the factors and forms no ``[out, in]`` matrix. None keeps the full rank.
 
     Raises:
-        ValueError: as `fuse`, ranks and scales aside; `rank` is not a positive integer.
+        TypeError, ValueError: as `fuse`, except for ranks and scales; or `rank` is not a positive integer.
 
     >>> state = AdapterState.from_tensors({"q.lora_A.weight": torch.eye(2), "q.lora_B.weight": torch.eye(2)}, alpha=2)
     >>> mix([state, state], [0.5, 1.5])
@@ -97,28 +98,28 @@ def mix(states: Sequence[StateLike], weights: Weights = None, rank: int | None =
 
 
 def align(state: StateLike, onto: StateLike, *, iterations: int = 100, max_condition: float = 1e3) -> AdapterState:
-    r"""LoRA*: gives `state` the basis in which fusing it with `onto` is nearest to mixing the two.
+    r"""LoRA*: changes the basis of `state` so that fusing it with `onto` is nearest to mixing the two.
 
-    For each adapter an invertible ``P [rank, rank]`` turns ``(B, A)`` into ``(B P, P⁻¹ A)``, the same product.
-    It minimises the squared Frobenius distance between the fused and the mixed update, which for every λ is
+    For each adapter an invertible ``P [rank, rank]`` replaces ``(B, A)`` by ``(B P, P⁻¹ A)``, which has the same
+    product. P minimises the squared Frobenius distance between the fused and the mixed update, which for every λ is
 
         ‖λ B₁A₁ + (1-λ) B₂A₂ - (λB₁ + (1-λ)B₂P) (λA₁ + (1-λ)P⁻¹A₂)‖ = λ (1-λ) ‖(B₁ - B₂P) (A₁ - P⁻¹A₂)‖
 
-    with 1 for `onto` and 2 for `state`. L-BFGS runs from the best of no change, least squares on either
-    factor and a rotation, in float64 on the CPU, on triangular factors of size 2·rank. The misfit is not
-    convex: the result is never worse than no change, and exact where the factors agree up to a basis.
+    with index 1 for `onto` and 2 for `state`. L-BFGS starts from the two best of these: no change, least squares on
+    either factor, and a rotation. It runs in float64 on the CPU, on triangular factors of size 2·rank. The misfit is
+    not convex; the result is never worse than no change, and exact if the factors agree up to a basis.
 
     Args:
-        state: what is given another basis.
-        onto: what it is to be fused with; same modules, ranks and scales.
-        iterations: of L-BFGS, from each of two starts.
+        state: the state whose basis is changed.
+        onto: the state that it will be fused with; same modules, ranks and scales.
+        iterations: iterations of L-BFGS from each of two starts.
         max_condition: largest condition number of P, which bounds the rounding of the product.
 
     Raises:
-        ValueError: as `fuse`; `iterations` is not a positive integer, or `max_condition` is below 1.
+        TypeError, ValueError: as `fuse`; or `iterations` is not a positive integer, or `max_condition` is below 1.
 
-    Source: LoRA* of Zhuang et al. 2025 (arXiv:2506.05713): the fit of P; the identity above and how the
-    minimum is sought are ours.
+    Source: LoRA* of Zhuang et al. 2025 (arXiv:2506.05713) for the fit of P; the identity above and the
+    search for the minimum are this library's.
     """
     iterations = size("iterations", iterations)
     finite_from_1 = "a finite number of at least 1"
@@ -139,22 +140,22 @@ def align(state: StateLike, onto: StateLike, *, iterations: int = 100, max_condi
 
 
 def lego(states: Sequence[StateLike], rank: int, *, reweight: bool = True, seed: int = 0) -> AdapterState:
-    r"""LoRA-LEGO: sorts the rank-one units of all adapters into `rank` clusters, whose centres are the result.
+    r"""LoRA-LEGO: clusters the rank-one units of all adapters into `rank` clusters, whose centres are the result.
 
-    A unit is a column of B with its row of A, as one vector; what the adapters are scaled by goes into both
-    by its square root. The sum over all units is the adapters' sum, in any order, so nothing depends on theirs.
+    A unit is a column of B with its row of A, as one vector; each of the two is multiplied by the square root of the
+    adapter's scale. The sum over all units is the sum of the adapters and does not depend on the order of the units.
 
     Args:
-        states: as in `fuse`, but ranks and scales may differ. Every adapter counts alike.
-        rank: number of clusters, and rank of the result. An adapter with no more units keeps each of them.
+        states: as in `fuse`, but ranks and scales may differ. All adapters have the same weight.
+        rank: number of clusters, and rank of the result. If a module has at most `rank` units in total, all are kept.
         reweight: the paper's two corrections: each centre is stretched to the mean norm of its units, since
-            a mean is shorter; and the update is scaled by ``√(r / rank)``, r the mean rank of the inputs, since
-            the variance of the output grows with the number of units. False leaves plain centres: with
-            `rank` the sum of the ranks, that is ``mix(states, [1, 1, …])``, its units in another order.
-        seed: of the clustering's draws; torch's global generator is left alone.
+            a mean is shorter; and the update is scaled by ``√(r / rank)`` with r the mean rank of the inputs, since
+            the variance of the output grows with the number of units. False leaves plain centres: if
+            `rank` is the sum of the ranks, the result is ``mix(states, [1, 1, …])`` with its units in another order.
+        seed: seed of the clustering; torch's global generator is not used.
 
     Raises:
-        ValueError: as `fuse`, ranks and scales aside; `rank` is not a positive integer.
+        TypeError, ValueError: as `fuse`, except for ranks and scales; or `rank` is not a positive integer.
 
     Source: Zhao et al. 2024, "Merging LoRAs like Playing LEGO" (arXiv:2409.16167).
     """
@@ -172,7 +173,7 @@ def lego(states: Sequence[StateLike], rank: int, *, reweight: bool = True, seed:
         scale = 1.0
         if reweight:
             norms = means(units.norm(dim=1, keepdim=True), labels, clusters)
-            # where units cancel, their mean has no direction to stretch along
+            # if units cancel, their mean is 0 and cannot be stretched
             centres = centres * norms / centres.norm(dim=1, keepdim=True).clamp(min=torch.finfo(units.dtype).tiny)
             scale = math.sqrt(len(units) / len(parts) / clusters)
         out_features = len(parts[0].lora_b)
@@ -189,22 +190,22 @@ def ties(
     of: str = "factors",
     rank: int | None = None,
 ) -> AdapterState:
-    r"""TIES: keeps each adapter's largest entries, elects a sign for each entry, and averages those that agree.
+    r"""TIES: keeps each adapter's largest entries, elects a sign for each entry, and averages the values of that sign.
 
-    With t the trimmed tensor of each adapter and γ the sign of their sum, an entry of the result is the sum of
-    ``λᵢ tᵢ`` over the adapters whose sign is γ, divided by their number.
+    With tᵢ the trimmed tensors of the adapters and γ the sign of their sum, an entry of the result is the sum of
+    ``λᵢ tᵢ`` over the adapters whose sign is γ, divided by the number of these adapters.
 
     Args:
         states: as in `fuse`; ranks must agree for ``of="factors"``, scales need not.
-        weights: λ; 1 for each by default, because the operator averages by itself.
-        density: share of the entries that stay, in (0, 1].
+        weights: λ; 1 for each by default, because the operator itself averages.
+        density: fraction of the entries that are kept, in (0, 1].
         of: "factors" trims A and B, each scaled by ``√|λ s|`` (the sign of λ s goes to A), as PEFT's "ties";
-            "products" trims the updates ``s B A``, the paper's task vectors, as PEFT's "ties_svd": it forms
-            one ``[out, in]`` matrix for each adapter and an SVD of one, seconds at 4096.
-        rank: of the result for ``of="products"``; the largest of the inputs by default.
+            "products" trims the updates ``s B A``, the paper's task vectors, as PEFT's "ties_svd": it forms one
+            ``[out, in]`` matrix for each adapter and computes the SVD of one, which takes seconds at 4096.
+        rank: rank of the result for ``of="products"``; by default the largest rank of the inputs.
 
     Raises:
-        ValueError: as `fuse`; `density`, `of` or `rank` is out of its range.
+        TypeError, ValueError: as `fuse`; or `density`, `of` or `rank` is out of its range.
 
     Source: Yadav et al. 2023, algorithm 1 (arXiv:2306.01708).
     """
@@ -212,7 +213,7 @@ def ties(
 
     def elected(tensors: list[Tensor], weights: list[float]) -> Tensor:
         trimmed = torch.stack([_largest(tensor, density) for tensor in tensors])
-        # zero counts as positive, as PEFT has it
+        # zero counts as positive, as in PEFT
         sign = torch.where(trimmed.sum(0) >= 0, 1, -1)
         agree = trimmed.sign() == sign
         return weighted_sum(weights, list(trimmed * agree)) / agree.sum(0).clamp(min=1)
@@ -231,18 +232,18 @@ def dare(
     of: str = "factors",
     rank: int | None = None,
 ) -> AdapterState:
-    r"""DARE: drops entries at random, scales the rest by ``1 / (1 - drop)``, and adds up: ``Σ λᵢ tᵢ``.
+    r"""DARE: drops entries at random, scales the others by ``1 / (1 - drop)``, and adds up: ``Σ λᵢ tᵢ``.
 
     Args:
         states: as in `fuse`; ranks must agree for ``of="factors"``, scales need not.
-        weights: λ; equal ones that sum to 1 by default.
+        weights: λ; by default equal ones that sum to 1.
         drop: probability that an entry becomes zero, in [0, 1).
-        seed: of the draws, on the CPU whatever the device; torch's global generator is left alone.
-        of, rank: as in `ties`; PEFT's "dare_linear" and "dare_linear_svd", with density ``1 - drop``. An entry of
-            the product has its expectation for ``of="products"``; for factors, A and B each have theirs.
+        seed: seed of the draws, which are made on the CPU; torch's global generator is not used.
+        of, rank: as in `ties`; PEFT's "dare_linear" and "dare_linear_svd", with density ``1 - drop``. With
+            ``of="products"`` the expectation of the product is preserved, with "factors" those of A and of B.
 
     Raises:
-        ValueError: as `fuse`; `drop`, `of` or `rank` is out of its range.
+        TypeError, ValueError: as `fuse`; or `drop`, `of` or `rank` is out of its range.
 
     Source: Yu et al. 2023 (arXiv:2311.03099).
     """
@@ -261,7 +262,7 @@ def dare(
 
 
 def _generator(seed: int) -> torch.Generator:
-    # what torch takes, which takes none of numpy's integers
+    # the range that torch accepts; torch does not accept numpy integers
     return torch.Generator().manual_seed(integer("seed", seed, -(2**63), 2**64))
 
 
@@ -272,12 +273,12 @@ def _merged_tensors(
     of: str,
     rank: int | None,
 ) -> AdapterState:
-    """The states merged by `merge`, which makes one tensor of several: of all A and of all B, or of the products."""
+    """Merges the states with `merge`, which combines several tensors into one: all A and all B, or the products."""
     one_of("of", of, ("factors", "products"))
     if rank is not None:
         rank = size("rank", rank)
         if of == "factors":
-            raise ValueError(f"rank must be None for of='factors', where it is the inputs'; got {rank}")
+            raise ValueError(f"rank must be None with of='factors', which keeps the rank of the inputs; got {rank}")
     if of == "factors":
         check_same_rank(states)
 
@@ -287,7 +288,7 @@ def _merged_tensors(
 
     def of_factors(parts: list[Factors]) -> Factors:
         scaled = [weight * part.scale for weight, part in zip(weights, parts, strict=True)]
-        # the sign on one side only, or it cancels
+        # the sign goes into one factor only; in both it would cancel
         lora_a = merge([p.lora_a for p in parts], [math.copysign(math.sqrt(abs(x)), x) for x in scaled])
         lora_b = merge([p.lora_b for p in parts], [math.sqrt(abs(x)) for x in scaled])
         return Factors(lora_a, lora_b, float(len(lora_a)))
@@ -296,7 +297,7 @@ def _merged_tensors(
 
 
 def _largest(tensor: Tensor, density: float) -> Tensor:
-    """`tensor` with all but its `density` largest entries zero."""
+    """`tensor` with only the fraction `density` of its entries that are largest in magnitude; the others are zero."""
     if density == 1:
         return tensor
     flat = tensor.flatten()
@@ -305,7 +306,7 @@ def _largest(tensor: Tensor, density: float) -> Tensor:
 
 
 def _truncated(lora_a: Tensor, lora_b: Tensor, rank: int) -> Factors:
-    """The product at scale 1, cut to its `rank` largest singular values, without forming it."""
+    """Truncates the product at scale 1 to its `rank` largest singular values, without forming the product."""
     if rank >= len(lora_a):
         return Factors(lora_a, lora_b, float(len(lora_a)))
     left = torch.linalg.qr(lora_b.cpu().double())
@@ -316,12 +317,12 @@ def _truncated(lora_a: Tensor, lora_b: Tensor, rank: int) -> Factors:
 
 
 def _balanced(u: Tensor, s: Tensor, vh: Tensor, rank: int) -> Factors:
-    """``U S Vᴴ`` as factors of at most `rank`, each with the root of the singular values."""
+    """``U S Vᴴ`` as factors of at most `rank`, each with the square root of the singular values."""
     root = s[:rank].sqrt()
     return Factors(root.unsqueeze(1) * vh[:rank], u[:, :rank] * root, float(len(root)))
 
 
 def _without_scale(part: Factors) -> tuple[Tensor, Tensor]:
-    """A and B that hold the scale, half of it each; its sign is B's."""
+    """A and B, each multiplied by the square root of the scale's magnitude; the sign of the scale goes to B."""
     root = math.sqrt(abs(part.scale))
     return root * part.lora_a, math.copysign(root, part.scale) * part.lora_b

@@ -1,4 +1,4 @@
-"""LoRA*: another basis for an adapter's factors, in which fusing them with another's loses less."""
+"""LoRA*: finds a basis for an adapter's factors in which fusing them with those of another adapter loses less."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# keeps P from drifting where the misfit is flat; its minimum, over all P, is at the orthogonal ones
+# weight of a penalty that keeps P from drifting where the misfit is flat; orthogonal P minimise the penalty
 _RIDGE = 1e-6
-# of the misfit of no change, squared: what float64 leaves of an exact fit
+# a fit is exact in float64 if its squared misfit, relative to that of no change, is at most this
 _EXACT = 1e-24
 
 
 class Misfit:
-    r"""How far fusing factors is from mixing products, as a function of the basis P of the second adapter.
+    r"""The distance between fusing factors and mixing products, as a function of the basis P of the second adapter.
 
         F(P) = ‖(B₁ - B₂ P) (A₁ - P⁻¹ A₂)‖²
 
-    since, for any weight λ, ``λ B₁A₁ + (1-λ) B₂A₂`` minus the product of the fused factors is
+    because for any weight λ, ``λ B₁A₁ + (1-λ) B₂A₂`` minus the product of the fused factors is
     ``λ (1-λ) (B₁ - B₂ P) (A₁ - P⁻¹ A₂)``. Only the triangular factors of ``[B₁ B₂]`` and ``[A₁; A₂]ᵀ`` are
     kept, at most ``[2r, 2r]``, in float64 on the CPU.
     """
@@ -43,7 +43,7 @@ class Misfit:
         return e.square().sum(), 2 * ((u @ inverse).T @ e @ turned.T - self.b2.T @ e @ v.T)
 
     def starts(self) -> Iterator[Tensor]:
-        """Where to begin: no change; each factor met by least squares; both met by one rotation."""
+        """Initial values of P: no change; least squares on each factor; a rotation that fits both."""
         yield torch.eye(len(self.a1), dtype=torch.float64)
         yield torch.linalg.pinv(self.b2) @ self.b1
         yield torch.linalg.pinv(self.a1 @ torch.linalg.pinv(self.a2))
@@ -53,16 +53,16 @@ class Misfit:
 
 
 def best_basis(misfit: Misfit, iterations: int, max_condition: float) -> Tensor:
-    """The P of least misfit that L-BFGS finds from the two best starts, none worse than no change.
+    """The P of least misfit that L-BFGS finds from the two best starts; never worse than no change.
 
     Args:
-        misfit: of the two adapters.
-        iterations: of L-BFGS, for each start.
-        max_condition: ``‖P‖ ‖P⁻¹‖`` stays at or below it, in the spectral norm.
+        misfit: the misfit of the two adapters.
+        iterations: iterations of L-BFGS for each start.
+        max_condition: upper bound of ``‖P‖ ‖P⁻¹‖`` in the spectral norm.
     """
     candidates = [_conditioned(p, max_condition) for p in misfit.starts()]
     untouched = misfit(candidates[0])
-    candidates.sort(key=misfit)  # stable: of equals, no change comes first
+    candidates.sort(key=misfit)  # stable: among equal ones, no change comes first
     if misfit(candidates[0]) <= _EXACT * untouched:
         return candidates[0]
     found = [_conditioned(_refined(misfit, p, untouched, iterations), max_condition) for p in candidates[:2]]
@@ -90,7 +90,7 @@ def _refined(misfit: Misfit, start: Tensor, unit: float, iterations: int) -> Ten
 
 
 def _conditioned(p: Tensor, max_condition: float) -> Tensor:
-    """The nearest matrix to `p` whose singular values lie within a factor of `max_condition`; the identity for 0."""
+    """`p` with small singular values raised, so that its condition is at most `max_condition`; the identity for 0."""
     u, s, vh = torch.linalg.svd(p)
     if s[0] == 0:
         return torch.eye(len(p), dtype=p.dtype)

@@ -1,4 +1,4 @@
-"""What every way of merging shares: checks of the states and weights, and the loop over the adapters."""
+"""Shared parts of all merging functions: checks of states and weights, and the loop over the adapters."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Weights = Sequence[float] | None
 
 
 def as_state(state: StateLike) -> AdapterState:
-    """An `AdapterState` as it is, or that of a model or a saved directory.
+    """The `AdapterState` of a model or a saved directory; an `AdapterState` is returned as it is.
 
     Raises:
-        ValueError: `state` is a plain mapping of tensors, which does not say by how much ``B A`` is scaled; as
+        ValueError: `state` is a plain mapping of tensors, which does not contain the scale of ``B A``; or as
             `AdapterState.from_model` and `AdapterState.from_directory`.
         TypeError: `state` is anything else.
     """
@@ -32,7 +32,7 @@ def as_state(state: StateLike) -> AdapterState:
 
 
 def named_state(argument: str, state: StateLike) -> AdapterState:
-    """`as_state` of an argument of another name."""
+    """`as_state` for an argument with the name `argument`."""
     if isinstance(state, AdapterState):
         return state
     try:
@@ -44,7 +44,7 @@ def named_state(argument: str, state: StateLike) -> AdapterState:
         raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{argument}: {error}") from error
     if isinstance(state, Mapping):
         raise ValueError(
-            f"{argument} must say by how much B A is scaled, which a mapping of tensors does not; "
+            f"{argument} must contain the scale of B A, which a mapping of tensors does not; "
             f"use AdapterState.from_tensors(tensors, alpha=...); got {shown(state)}"
         )
     raise TypeError(
@@ -55,23 +55,23 @@ def named_state(argument: str, state: StateLike) -> AdapterState:
 def checked_states(
     states: Sequence[StateLike], weights: Weights, equal: float | None = None
 ) -> tuple[list[AdapterState], list[float]]:
-    """`states` read, and held to be of one base model; `weights` as floats, by default each `equal`, or else 1 / n.
+    """Reads `states` and checks that they fit one base model; `weights` as floats, by default all `equal` or 1 / n.
 
     Raises:
-        ValueError: names what differs.
-        TypeError: `states` is one state, or no sequence.
+        ValueError: the states or the weights do not fit together; the message says what differs.
+        TypeError: `states` is a single state, or not a sequence.
     """
     if isinstance(states, (AdapterState, str, os.PathLike, nn.Module, Mapping)):
-        raise TypeError(f"states must be a sequence of states; got one {type(states).__name__}, {shown(states)}")
+        raise TypeError(f"states must be a sequence of states; got a single {type(states).__name__}, {shown(states)}")
     given = entries("states", states, "a sequence of states", empty=False)
     found = [named_state(f"states[{i}]", state) for i, state in enumerate(given)]
     checked = checked_weights(weights, len(found), "states", equal)
     first, *others = found
     for i, other in enumerate(others, 1):
         _check_same("adapters", i, *map(_sizes, (first, other)))
-        _check_same("tensors beside the adapters", i, *map(_shapes, (first.other_tensors, other.other_tensors)))
+        _check_same("tensors outside the adapters", i, *map(_shapes, (first.other_tensors, other.other_tensors)))
     if first.other_tensors and sum(checked) == 0:
-        raise ValueError(f"weights must not sum to 0 to average {sorted(first.other_tensors)}; got {checked}")
+        raise ValueError(f"weights must not sum to 0, to average {sorted(first.other_tensors)}; got {checked}")
     return found, checked
 
 
@@ -92,7 +92,7 @@ def _check_same(what: str, i: int, first: Mapping[str, tuple[int, ...]], other: 
     for name, shape in first.items():
         if shape != other[name]:
             raise ValueError(
-                f"states must be of one base model; {name} is {shape} in states[0] and {other[name]} in states[{i}]"
+                f"states must fit one base model; {name} is {shape} in states[0] and {other[name]} in states[{i}]"
             )
 
 
@@ -100,7 +100,7 @@ def checked_weights(weights: Weights, count: int, what: str, equal: float | None
     """`weights` as floats, or `count` equal ones.
 
     Raises:
-        ValueError: another number of them, or one that is not finite.
+        ValueError: there is another number of weights, or one is not finite.
     """
     if weights is None:
         return [1 / count if equal is None else equal] * count
@@ -115,23 +115,23 @@ def checked_weights(weights: Weights, count: int, what: str, equal: float | None
 
 
 def check_same_rank(states: list[AdapterState]) -> None:
-    """Raises ValueError naming the first adapter whose ranks differ."""
+    """Raises ValueError with the first adapter whose ranks differ."""
     for name, part in states[0].factors.items():
         if len(ranks := [state.factors[name].rank for state in states]) != ranks.count(part.rank):
-            raise ValueError(f"ranks of the states must agree to add factors; {name} has {ranks} (mix takes any)")
+            raise ValueError(f"ranks of the states must agree to add factors; {name} has {ranks} (mix accepts any)")
 
 
 def check_same_scale(states: list[AdapterState]) -> None:
-    """Raises ValueError naming the first adapter whose ranks or scales differ."""
+    """Raises ValueError with the first adapter whose ranks or scales differ."""
     check_same_rank(states)
     for name, part in states[0].factors.items():
         scales = [state.factors[name].scale for state in states]
         if not all(math.isclose(scale, part.scale) for scale in scales):
-            raise ValueError(f"scales of the states must agree to add factors; {name} has {scales} (mix takes any)")
+            raise ValueError(f"scales of the states must agree to add factors; {name} has {scales} (mix accepts any)")
 
 
 def by_name(states: list[AdapterState]) -> Iterator[tuple[str, list[Factors]]]:
-    """Each adapter in all states, on the device of the first and in the widest dtype."""
+    """For each adapter, its name and its factors in all states, on the first one's device and in the widest dtype."""
     for name in tqdm(states[0].factors, disable=None, delay=3, desc="merging"):
         parts = [state.factors[name] for state in states]
         device, dtype = parts[0].lora_a.device, reduce(torch.promote_types, (part.lora_a.dtype for part in parts))
@@ -142,7 +142,7 @@ def by_name(states: list[AdapterState]) -> Iterator[tuple[str, list[Factors]]]:
 def merged(
     states: list[AdapterState], weights: list[float], combine: Callable[[list[Factors]], Factors]
 ) -> AdapterState:
-    """A state of what `combine` makes of each adapter; other tensors that were trained with them are averaged."""
+    """A state whose adapters are made by `combine`; other tensors that were trained with them are averaged."""
     factors = {name: combine(parts) for name, parts in by_name(states)}
     other_tensors = dict(states[0].other_tensors)
     for key, tensor in other_tensors.items():

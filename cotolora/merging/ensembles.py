@@ -1,4 +1,4 @@
-"""One output from several models."""
+"""Averages the outputs of several models."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from cotolora.merging.combining import Weights, checked_weights, weighted_sum
 
 
 def ensemble(models: Sequence[nn.Module], weights: Weights = None) -> Ensemble:
-    """A module that averages the outputs of `models`: ``Σ λᵢ modelᵢ(x)``, at the cost of running all of them.
+    """A module that averages the outputs of `models`: ``Σ λᵢ modelᵢ(x)``. Every call runs all of them.
 
-    Outputs are tensors, or have `logits` (a mapping, a dataclass, a transformers output): then these are
-    averaged, and any other field is None or left out, for its mean would mean nothing.
+    Outputs are tensors, or have `logits` (a mapping, a dataclass, a transformers output): then the logits are
+    averaged, and all other fields are None or left out, since their mean would have no meaning.
 
     Args:
-        models: at least one; called with the same arguments, left in train or eval as they are.
-        weights: λ, one finite number for each; equal ones that sum to 1 by default.
+        models: at least one; called with the same arguments; their train or eval mode is not changed.
+        weights: λ, one finite number for each model; by default equal ones that sum to 1.
 
     Raises:
-        ValueError: no models, weights of another number or not finite; when called, outputs differ in shape.
-        TypeError: a model is no nn.Module; when called, an output is neither a tensor nor has `logits`.
+        ValueError: there are no models, or `weights` has another number of entries or one that is not finite; in a
+            call, outputs differ in shape.
+        TypeError: a model is not an nn.Module; in a call, an output is neither a tensor nor has `logits`.
 
     >>> ensemble([torch.nn.Identity(), torch.nn.ReLU()], [0.5, 0.5])(torch.tensor([-2.0, 2.0]))
     tensor([-1.,  2.])
@@ -39,14 +40,14 @@ def ensemble(models: Sequence[nn.Module], weights: Weights = None) -> Ensemble:
 
 
 class Ensemble(nn.Module):
-    """What `ensemble` makes."""
+    """The module that `ensemble` returns."""
 
     def __init__(self, models: Sequence[nn.Module], weights: list[float]) -> None:
         super().__init__()
         self.models, self.weights = nn.ModuleList(models), weights
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What one model returns, averaged in at least float32."""
+        """The averaged output, in the type of the first model's output. Averages in at least float32."""
         outputs = [model(*args, **kwargs) for model in self.models]
         logits = [_logits(output) for output in outputs]
         if len(shapes := {tuple(tensor.shape) for tensor in logits}) > 1:

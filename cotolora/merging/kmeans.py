@@ -1,24 +1,24 @@
-"""K-means in plain PyTorch: Lloyd's iterations from k-means++ seeds. Deterministic, every cluster inhabited."""
+"""K-means in plain PyTorch: Lloyd's iterations from k-means++ seeds. Deterministic and without empty clusters."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-ITERATIONS = 100  # at most; they end when no point changes its cluster
+ITERATIONS = 100  # at most; stops earlier when no point changes its cluster
 
 
 def kmeans(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
-    """Sorts `points` into clusters of small squared distance to their means.
+    """Divides `points` into clusters with small squared distances to the cluster means.
 
     Args:
         points: ``[n, features]``.
-        clusters: from 1 to n; with n, each point is its own.
-        generator: on the CPU; draws the seeds, each with a probability in proportion to its squared
-            distance from the seeds before it.
+        clusters: number of clusters, from 1 to n; with n, each point is its own cluster.
+        generator: a CPU generator; draws the seeds, each with a probability proportional to its squared
+            distance from the nearest earlier seed.
 
     Returns:
-        the cluster of each point, int64 ``[n]``; every cluster from 0 to ``clusters - 1`` occurs.
+        the cluster of each point, int64 ``[n]``; every number from 0 to ``clusters - 1`` occurs.
 
     Source: Lloyd 1982; seeds: Arthur and Vassilvitskii 2007, "k-means++", section 2.2.
 
@@ -33,7 +33,7 @@ def kmeans(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
     labels = None
     for _ in range(ITERATIONS):
         distances = torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist")
-        before, labels = labels, _inhabited(distances, distances.argmin(1))
+        before, labels = labels, _fill_empty(distances, distances.argmin(1))
         if before is not None and torch.equal(before, labels):
             break
         centres = means(points, labels, clusters)
@@ -42,7 +42,7 @@ def kmeans(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
 
 
 def means(points: Tensor, labels: Tensor, clusters: int) -> Tensor:
-    """The mean of each cluster's points, ``[clusters, features]``."""
+    """The mean of the points of each cluster, ``[clusters, features]``."""
     total = points.new_zeros(clusters, points.shape[1]).index_add_(0, labels, points)
     return total / torch.bincount(labels, minlength=clusters).unsqueeze(1)
 
@@ -52,8 +52,8 @@ def _seeds(points: Tensor, clusters: int, generator: torch.Generator) -> list[in
     nearest = (points - points[chosen[0]]).square().sum(1)
     while len(chosen) < clusters:
         weights = nearest.clone()
-        weights[chosen] = 0  # also where rounding leaves a distance
-        if not weights.any():  # the rest coincide with seeds
+        weights[chosen] = 0  # also if rounding left a distance above 0
+        if not weights.any():  # all other points coincide with seeds
             weights = torch.ones_like(nearest)
             weights[chosen] = 0
         chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
@@ -61,8 +61,8 @@ def _seeds(points: Tensor, clusters: int, generator: torch.Generator) -> list[in
     return chosen
 
 
-def _inhabited(distances: Tensor, labels: Tensor) -> Tensor:
-    """Gives each empty cluster the point that lies farthest from its centre, of those that share one."""
+def _fill_empty(distances: Tensor, labels: Tensor) -> Tensor:
+    """Moves to each empty cluster the point farthest from its own centre, among clusters with more than one point."""
     counts = torch.bincount(labels, minlength=distances.shape[1])
     for empty in (counts == 0).nonzero().flatten().tolist():
         own = distances.gather(1, labels.unsqueeze(1)).squeeze(1)

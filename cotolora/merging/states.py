@@ -1,4 +1,4 @@
-"""Adapters apart from a model: what merging and interpolation compute with."""
+"""`AdapterState`: adapters without a model, the operands of merging and interpolation."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from cotolora.variants import VARIANTS
 from cotolora.variants.base import FROM_WEIGHT
 from cotolora.wording import listed, shown, some_of
 
-# variants whose update is a product, which merging takes apart; their files differ in nothing
+# variants whose update is a product, so that merging can use its factors; their files have the same format
 PRODUCTS = tuple(name for name, variant in VARIANTS.items() if variant.product)
-# fields of a config that no adapter decides and that a merged one keeps
+# fields of a config that do not depend on single adapters and are kept when merging
 KEPT_FIELDS = ("base_model_name_or_path", "fan_in_fan_out", "lora_dropout", "modules_to_save", "task_type")
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<name>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -44,7 +44,7 @@ class Factors:
         alpha, use_rslora: as in `CoToLoRALinear`.
 
     Raises:
-        ValueError: a factor is no floating matrix, A and B differ in rank, or a setting is out of its range.
+        ValueError: a factor is not a floating matrix, A and B differ in rank, or a setting is out of its range.
     """
 
     lora_a: Tensor
@@ -67,21 +67,21 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """Rows of A, columns of B."""
+        """The number of rows of A and of columns of B."""
         return self.lora_a.shape[0]
 
     @property
     def scale(self) -> float:
-        """The number s."""
+        """The factor s."""
         return self.spec.scale
 
     @property
     def spec(self) -> AdapterSpec:
-        """The settings of such an adapter."""
+        """The settings of an adapter with these factors."""
         return AdapterSpec(self.rank, self.alpha, use_rslora=self.use_rslora)
 
     def delta(self) -> Tensor:
-        """``s · B A [out_features, in_features]``."""
+        """The update ``s · B A``, ``[out_features, in_features]``."""
         return self.scale * (self.lora_b @ self.lora_a)
 
 
@@ -89,15 +89,16 @@ class Factors:
 class AdapterState:
     """The adapters of a model, by the names of its modules, and other tensors that were trained with them.
 
-    Only plain LoRA: its update is a product of two factors, which merging takes apart.
+    Only plain LoRA, because merging needs an update that is a product of two factors.
 
     Attributes:
-        factors: A, B and scale of each adapter.
-        other_tensors: what was saved beside the adapters, parameters (a head) and buffers, by name.
-        kept: fields of the PEFT config that whatever is made of this state inherits.
+        factors: A, B and scale of each adapter, by module name.
+        other_tensors: other saved parameters (a head) and buffers, by name.
+        kept: fields of the PEFT config that states derived from this one inherit.
 
     Raises:
-        ValueError: an argument is no map from strings to such values; no factors, or one that is not finite.
+        ValueError: an argument is not a mapping from strings to such values; there are no factors, or one is not
+            finite.
 
     >>> layer = torch.nn.Sequential(torch.nn.Linear(3, 2))
     >>> from cotolora import inject
@@ -111,12 +112,13 @@ class AdapterState:
     kept: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        factors = mapping("factors", self.factors, "a map from names to Factors", Factors)
+        factors = mapping("factors", self.factors, "a mapping from names to Factors", Factors)
         if not factors:
-            raise ValueError(f"factors must hold at least one adapter; got none, {shown(factors)}")
-        mapping("kept", self.kept, "a map from fields to their values")
+            raise ValueError(f"factors must hold at least one adapter; got {shown(factors)}")
+        mapping("kept", self.kept, "a mapping from fields to their values")
         object.__setattr__(self, "factors", {name: _checked(name, part) for name, part in factors.items()})
-        for key, tensor in mapping("other_tensors", self.other_tensors, "a map from names to tensors", Tensor).items():
+        must = "a mapping from names to tensors"
+        for key, tensor in mapping("other_tensors", self.other_tensors, must, Tensor).items():
             if tensor.is_floating_point() and not _is_finite(tensor):
                 raise ValueError(f"{key} must be finite; it holds NaN or infinity")
 
@@ -127,7 +129,7 @@ class AdapterState:
 
     @classmethod
     def from_model(cls, model: nn.Module) -> AdapterState:
-        """A copy of what `save_adapter` would write: the enabled adapters, and other tensors that train.
+        """Copies the content that `save_adapter` would write: the enabled adapters and other trained tensors.
 
         Raises:
             ValueError: as `save_adapter`, or an adapter is not of variant "lora".
@@ -136,10 +138,10 @@ class AdapterState:
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> AdapterState:
-        """What `save_adapter`, `save` or PEFT wrote.
+        """Reads the files that `save_adapter`, `save` or PEFT wrote.
 
         Raises:
-            FileNotFoundError, ValueError: as `load_adapter`, or the files do not hold plain LoRA.
+            TypeError, FileNotFoundError, ValueError: as `load_adapter`, or the files do not hold plain LoRA.
         """
         return cls._from_files(read_files(directory), str(directory))
 
@@ -152,27 +154,28 @@ class AdapterState:
         use_rslora: bool = False,
         like: nn.Module | None = None,
     ) -> AdapterState:
-        """Adapters from a flat mapping, which does not say by how much ``B A`` is scaled.
+        """Adapters from a flat mapping, which does not contain the scale of ``B A``.
 
         Args:
-            tensors: keys as `save_adapter` writes them (``blocks.0.q.lora_A.weight``), with or without
-                PEFT's ``base_model.model.``; other keys are of other trained tensors. Copied.
-            alpha, use_rslora: give every adapter its scale; or
-            like: a model whose adapters of the same names give it.
+            tensors: tensors by keys as `save_adapter` writes them (``blocks.0.q.lora_A.weight``), with or without
+                PEFT's ``base_model.model.``; other keys are those of other trained tensors. Copied.
+            alpha, use_rslora: the settings that determine the scale of every adapter; or
+            like: a model whose adapters of the same names have the scales.
 
         Raises:
-            ValueError: not one of `alpha` and `like`; half an adapter, or one that is not plain LoRA, or
-                that `like` has not at this rank.
+            TypeError: `like` is not a module.
+            ValueError: both or neither of `alpha` and `like` are given; A or B of an adapter is missing; an adapter is
+                not plain LoRA; or `like` does not have it, or not at this rank.
 
         >>> tensors = {"q.lora_A.weight": torch.ones(2, 3), "q.lora_B.weight": torch.ones(4, 2)}
         >>> AdapterState.from_tensors(tensors, alpha=4)
         AdapterState(1 adapters, ranks {2})
         """
-        if not mapping("tensors", tensors, "a map from names to tensors", Tensor):
-            raise ValueError(f"tensors must hold at least one adapter; got none, {shown(tensors)}")
+        if not mapping("tensors", tensors, "a mapping from names to tensors", Tensor):
+            raise ValueError(f"tensors must hold at least one adapter; got {shown(tensors)}")
         if (alpha is None) == (like is None):
             got = f"{'neither' if like is None else 'both'}, alpha={shown(alpha)} and like={shown(like)}"
-            raise ValueError(f"one of alpha and like must be given, for the scale; got {got}")
+            raise ValueError(f"exactly one of alpha and like must be given, for the scale; got {got}")
         alpha = None if alpha is None else finite("alpha", alpha)
         flag("use_rslora", use_rslora)
         plain = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
@@ -183,7 +186,7 @@ class AdapterState:
                 rank = len(plain[f"{name}.lora_A.weight"])
                 return AdapterSpec(rank, alpha, use_rslora=use_rslora)
             if name not in layers:
-                raise ValueError(f"tensors must be of adapters that the model has; got {name}, which like has not")
+                raise ValueError(f"tensors must be of adapters that like has; got {name}, which it does not have")
             return layers[name].spec
 
         return cls._from_flat(plain, spec_of, {}, "tensors")
@@ -192,8 +195,8 @@ class AdapterState:
     def _from_files(cls, files: AdapterFiles, source: str) -> AdapterState:
         if files.config.variant not in PRODUCTS:
             raise ValueError(
-                f"{source} must hold adapters of variant {' or '.join(map(repr, PRODUCTS))}, which are products; "
-                f"got {files.config.variant!r}"
+                f"{source} must hold adapters of variant {' or '.join(map(repr, PRODUCTS))}, whose update is a product "
+                f"of factors; got {files.config.variant!r}"
             )
         kept = {key: files.fields[key] for key in KEPT_FIELDS if key in files.fields}
         names = {match["name"] for key in files.tensors if (match := _FACTOR.fullmatch(key))}
@@ -224,14 +227,16 @@ class AdapterState:
                     raise ValueError(f"lora_{key.lower()} of {name} must be a floating matrix; got {shown(tensor)}")
             spec = spec_of(name)
             if (rank := pair["A"].shape[0]) != spec.rank:
-                raise ValueError(f"{source} must give {name} the rank of its tensors; got {spec.rank}, {rank}")
+                raise ValueError(
+                    f"{source} must have the rank of its tensors for {name}; got {spec.rank}, the tensors have {rank}"
+                )
             try:
                 a, b = (pair[factor].detach().clone() for factor in "AB")
                 factors[name] = Factors(a, b, spec.alpha, spec.use_rslora)
             except ValueError as error:
                 raise ValueError(f"{source} must hold factors of {name}; {error}") from None
         if not factors:
-            raise ValueError(f"{source} must hold at least one adapter; got none, {shown(tensors)}")
+            raise ValueError(f"{source} must hold at least one adapter; got {shown(tensors)}")
         return cls(factors, others, kept)
 
     def _saved(self) -> AdapterFiles:
@@ -250,35 +255,36 @@ class AdapterState:
         return AdapterFiles(tensors, {}, fields, parse_config(fields), ours=True)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Writes the pair of files that `load_adapter` and PEFT read, whole or not at all, as `save_adapter`.
+        """Writes the pair of files that `load_adapter` and PEFT read, completely or not at all, as `save_adapter` does.
 
         Raises:
-            OSError: the files cannot be written; the old ones are as they were.
+            TypeError: `directory` is not a path.
+            OSError: the files cannot be written; the old ones are unchanged.
         """
         write_files(self._saved(), directory)
 
     def load_into(self, model: nn.Module, strict: bool = True) -> LoadResult:
-        """`load_adapter`, without a disk: injects into a plain model; adapters that are there must agree in rank.
+        """As `load_adapter`, without files: injects into a plain model; existing adapters must have the same ranks.
 
         Raises:
-            ValueError: the state does not fit the model. Nothing is changed.
+            ValueError: the state does not fit the model. Nothing is changed then.
         """
         return load_into(model, self._saved(), source="the state", strict=strict)
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """Inside the block, `model` computes with this state, whatever the ranks of its own adapters.
+        """Inside the block, `model` computes with this state; its own adapters may have other ranks.
 
-        Afterwards its own adapters are back, the same parameter objects, never written to; the state's other tensors
-        were copied into the model's, whose values are restored bit for bit. Switches and merged layers are as before.
-        All this also if the block raises.
+        After the block, also if it raises, the model has its own adapters again, the same parameter objects, which are
+        never written to. The state's other tensors are copied into those of the model, whose values are restored bit
+        for bit. Switches and merged layers are restored too.
 
         Raises:
             ValueError: the state and the model differ in modules or shapes; a layer is not plain LoRA.
         """
         layers = self._layers_of(model)
         targets = self._other_tensors_of(model)
-        # copies of both first: nothing has changed yet if memory runs out
+        # make the copies first, so that nothing has changed if memory runs out
         own = {key: target.detach().clone() for key, target in targets.items()}
         before = {name: (layer.spec, layer.lora_a, layer.lora_b, layer.merged) for name, layer in layers.items()}
         try:
@@ -300,7 +306,7 @@ class AdapterState:
         layers = adapters(model)
         needed = {name for name, layer in layers.items() if is_enabled(layer)}
         if missing := sorted(needed - set(self.factors)) or sorted(set(self.factors) - set(layers)):
-            whose = "the model has and the state lacks" if missing[0] in layers else "the state has and the model lacks"
+            whose = "only the model has" if missing[0] in layers else "only the state has"
             raise ValueError(f"state must hold the adapters of the model; {whose} {listed(missing)}")
         layers = {name: layer for name, layer in layers.items() if name in self.factors}
         for name, layer in layers.items():
@@ -310,7 +316,7 @@ class AdapterState:
             if layer.merged and isinstance(layer.enabled, Tensor) and layer.enabled.dim() > 0:
                 raise ValueError(f"{name} must not be merged while enabled is a row mask; unmerge it")
             if hasattr(layer.lora_a, "device_mesh"):
-                raise ValueError(f"{name} must be whole on this device; its parameters are sharded")
+                raise ValueError(f"{name} must have whole parameters; they are sharded")
             shape = (part.lora_b.shape[0], part.lora_a.shape[1])
             if shape != (layer.out_features, layer.in_features):
                 raise ValueError(
@@ -330,7 +336,7 @@ class AdapterState:
         copies, _ = Places(unwrap(model)).copies(self._saved().config.wraps, self.other_tensors)
         if copies:
             keys, _, _, others = copies[0]
-            raise ValueError(f"{keys[0]} must be a tensor of its own in the model; it is tied to {some_of(others)}")
+            raise ValueError(f"{keys[0]} must be a separate tensor in the model; it is tied to {some_of(others)}")
         return {key: own[key] for key in self.other_tensors}
 
 
@@ -343,7 +349,7 @@ def _checked(name: str, part: Factors) -> Factors:
     for key, tensor in (("lora_a", part.lora_a), ("lora_b", part.lora_b)):
         if not _is_finite(tensor):
             raise ValueError(f"{key} of {name} must be finite; it holds NaN or infinity")
-    # not promote_types, which knows no float8
+    # not promote_types, which does not support float8
     dtype = torch.float64 if torch.float64 in (part.lora_a.dtype, part.lora_b.dtype) else torch.float32
     return Factors(part.lora_a.detach().to(dtype), part.lora_b.detach().to(dtype), part.alpha, part.use_rslora)
 

@@ -1,1 +1,1 @@
-"""Adapters as files."""
+"""Saves and loads adapters in PEFT's file format."""

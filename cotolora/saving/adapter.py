@@ -1,4 +1,4 @@
-"""Saves and loads adapters in PEFT's format, whole or not at all."""
+"""Saves and loads adapters in PEFT's format, completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from cotolora import checks
-from cotolora.groups import adapters, held_at, is_enabled, unwrap, why_not_pefts
+from cotolora.groups import adapters, held_at, is_enabled, unwrap, why_not_in_peft
 from cotolora.inject import install, plain_model
 from cotolora.linear import CoToLoRALinear
 from cotolora.matching import warn_of_idle_keys
@@ -30,58 +30,59 @@ from cotolora.wording import listed, shown, some_of
 
 logger = logging.getLogger("cotolora")
 
-# what PEFT puts before the names of the base model, and before those of tensors that belong to no module of it
+# PEFT's prefixes of names in the base model, and of tensors that belong to no module of it
 PREFIX = "base_model.model."
 SHARED_PREFIX = "base_model."
 _ROOM = 1600  # characters of keys in a log line
 
 
 class LoadResult(NamedTuple):
-    """What did not fit: the file's keys without PEFT's ``base_model.model.``; empty unless ``strict=False``."""
+    """Keys that did not fit, without PEFT's prefix ``base_model.model.``; empty unless ``strict=False``."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Writes the enabled adapters, and whatever else trains, as PEFT would: a config and a safetensors file.
+    """Writes the enabled adapters, and all other trained parameters, as PEFT would: a config and a safetensors file.
 
-    Modules that train in full are PEFT's modules_to_save. Other parameters that train (a bare parameter, a
-    bias alone, a module whose name PEFT would also take for another) are stored beside them under their own
-    names, where PEFT finds them too. Disabled (pruned) adapters are left out.
+    Modules that train in full are listed in PEFT's modules_to_save. Other trained parameters (a bare parameter, a
+    single bias, a module whose name matches others in PEFT as well) are stored under their own names, where
+    PEFT finds them too. Disabled (pruned) adapters are left out.
 
-    The names of DDP, compile and checkpoint wrappers are dropped; sharded parameters are gathered, so in a
+    Name components of DDP, compile and checkpoint wrappers are dropped. Sharded parameters are gathered, so in a
     distributed run every rank must call this; rank 0 writes.
 
-    Of a mixture of experts, linears that PEFT would mistake for experts (those of dense blocks and of shared experts)
-    stand in target_parameters by their weights; there PEFT wants a dropout of 0 and no DoRA.
+    In a mixture of experts, linears that PEFT would mistake for experts (those of dense blocks and of shared experts)
+    are listed in target_parameters by their weights; for these PEFT requires a dropout of 0 and no DoRA.
 
-    DoRA and HiRA are written as PEFT's. Adapters that started from W ("pissa", "olora") become plain LoRA of twice the
-    rank and alpha (√2 times alpha with rsLoRA), for the base as it is; PEFT's own would change the base.
+    DoRA and HiRA are written as in PEFT. Adapters that were initialised from W ("pissa", "olora") are written as plain
+    LoRA of twice the rank and alpha (√2 times alpha with rsLoRA) for the unchanged base; PEFT's own would change it.
 
-    A kill at any moment leaves a pair that `load_adapter` reads, the old one or the new one: the
-    weights carry a copy of their config, and where a kill fell between the two renames, the new config
-    still lies beside them under its temporary name. What of a config has no bearing on the result, such as
-    base_model_name_or_path, the order of its fields and line ends, may be edited.
+    If the process is killed at any moment, `load_adapter` can read the pair, either the old or the new one: the
+    weights contain a copy of their config, and after a kill between the two renames the new config still exists next
+    to them under its temporary name. Parts of a config that do not affect the result may be edited, such as
+    base_model_name_or_path, the order of its fields and line ends.
 
     Args:
         model: a model with adapters.
-        directory: made if need be; other files in it are left alone.
+        directory: created if it does not exist; other files in it are not changed.
 
     Raises:
-        ValueError: the model has no enabled adapter or is one itself, its adapters are of more than one variant, one is
-            in several places of the model, or the base weight or bias of one trains: the format has no place for these.
-        OSError: the files cannot be written; the old ones are as they were.
+        TypeError: `model` is not a module, or `directory` is not a path.
+        ValueError: the model has no enabled adapter or is one itself, its adapters have more than one variant, one is
+            in several places of the model, or the base weight or bias of one trains: the format cannot hold these.
+        OSError: the files cannot be written; the old ones are unchanged.
     """
     write_files(collect(model), directory)
 
 
 def write_files(files: AdapterFiles, directory: str | os.PathLike[str]) -> None:
-    """Writes the pair, whole or not at all.
+    """Writes both files, completely or not at all.
 
     Raises:
         ValueError: a tensor is on the meta device.
-        OSError: the files cannot be written; the old ones are as they were.
+        OSError: the files cannot be written; the old ones are unchanged.
     """
     tensors = {PREFIX + key: tensor for key, tensor in files.tensors.items()}
     shared = {SHARED_PREFIX + key: tensor for key, tensor in files.shared.items()}
@@ -91,7 +92,7 @@ def write_files(files: AdapterFiles, directory: str | os.PathLike[str]) -> None:
 
 
 def collect(model: nn.Module) -> AdapterFiles:
-    """What `save_adapter` writes, the tensors where they are.
+    """The content that `save_adapter` writes, with the tensors on their present devices.
 
     Sharded parameters are gathered, so every rank must call this.
 
@@ -103,12 +104,12 @@ def collect(model: nn.Module) -> AdapterFiles:
         raise ValueError(f"model must have enabled adapters to save; {type(model).__name__} has none")
     model = unwrap(model)
     if model in layers.values():
-        raise ValueError("model must hold adapters; it is one itself, which has no name to save it by")
+        raise ValueError("model must hold adapters; it is one itself and has no name to save it under")
     held = held_at(model)
     for name, layer in layers.items():
-        if reason := why_not_pefts(held[layer]):
+        if reason := why_not_in_peft(held[layer]):
             raise ValueError(f"{name} {reason}")
-    _shard_again(model)
+    _reshard(model)
     trained, modules = trained_outside_adapters(model)
     fields = make_config(model, layers, modules)
     config = parse_config(fields)
@@ -121,7 +122,7 @@ def collect(model: nn.Module) -> AdapterFiles:
 
 
 def _stored(layer: CoToLoRALinear, variant: Variant) -> dict[str, Tensor]:
-    """The tensors of a layer by their keys in a file, for the base as it is."""
+    """The tensors of a layer by their keys in a file, for the unchanged base."""
     parts = {part.attribute: _gathered(getattr(layer, part.attribute)) for part in variant.parts}
     if layer.init in FROM_WEIGHT:
         start = (_gathered(getattr(layer, name)) for name in ("lora_a0", "lora_b0"))
@@ -131,10 +132,10 @@ def _stored(layer: CoToLoRALinear, variant: Variant) -> dict[str, Tensor]:
 
 
 def read_files(directory: str | os.PathLike[str]) -> AdapterFiles:
-    """Reads what `save_adapter` or PEFT wrote.
+    """Reads the files that `save_adapter` or PEFT wrote.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_adapter`, of what does not depend on a model.
+        FileNotFoundError, ValueError: as `load_adapter`, for errors that do not depend on a model.
     """
     path = checks.path("directory", directory)
     pair = read(path, is_same_config)
@@ -159,50 +160,51 @@ def read_files(directory: str | os.PathLike[str]) -> AdapterFiles:
 
 
 def plain_key(key: str, variant: Variant) -> str:
-    """`key` without the end that PEFT adds where it holds a vector in a module: ``.weight``."""
+    """`key` without the ending ``.weight`` that PEFT adds to a vector that it holds in a module."""
     stem = key.removesuffix(".weight")
     ends = tuple(f".{part.key}" for part in variant.parts if part.key is not None)
     return stem if stem != key and stem.endswith(ends) else key
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], strict: bool = True) -> LoadResult:
-    """Loads adapters that `save_adapter` or PEFT (LoRA, DoRA, HiRA) wrote.
+    """Loads adapters that `save_adapter` or PEFT (LoRA, DoRA, HiRA, VeRA) wrote.
 
-    A model without adapters gets them first, as `inject` would make them, and is frozen but for them; on
-    one with adapters, targets, variant, ranks and alphas must agree. Nothing is changed unless all of it fits.
+    Adapters are first put into a model that has none, as `inject` does, and everything else is frozen; in a model
+    with adapters, targets, variant, ranks and alphas must agree. The model is not changed unless everything fits.
 
-    PEFT's modules_to_save are copies: where such a weight is tied to another in the model, and the file does not give
-    both one value, it becomes a parameter of its own, which a warning says.
+    PEFT's modules_to_save are copies: if such a weight is tied to another one in the model, and the file has different
+    values for the two, it becomes a separate parameter and a warning says so.
 
     Args:
         model: the base model, or one with adapters.
-        directory: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
-        strict: False lets adapters be missing from the file (they stay as they are) or from the
-            model (they are passed over), and logs which.
+        directory: contains ``adapter_config.json`` and ``adapter_model.safetensors``.
+        strict: with False, adapters may be missing from the file (they stay as they are) or from the
+            model (they are ignored); a warning lists them.
 
     Returns:
-        the keys that were missing or unexpected, as `nn.Module.load_state_dict` does.
+        the missing and the unexpected keys, as in `nn.Module.load_state_dict`.
 
     Raises:
+        TypeError: `model` is not a module, or `directory` is not a path.
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, the two do not belong together, the config asks for something that
-            is not supported and would change the result, or the adapter does not fit the model.
+        ValueError: a file is damaged, the two do not belong together, the config has a setting that is not
+            supported and would change the result, or the adapter does not fit the model.
     """
     return load_into(model, read_files(directory), source=str(Path(directory) / WEIGHTS), strict=strict)
 
 
 def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: bool = True) -> LoadResult:
-    """`load_adapter` of what was read, or never lay on a disk; `source` names it in errors."""
+    """`load_adapter` for the content of files in memory; `source` is its name in errors."""
     existing = adapters(model)
     checks.flag("strict", strict)
     if not existing:
-        plain_model(model)  # raises before anything is said of names that are not the model's own
-    _shard_again(model)
+        plain_model(model)  # raises first, because with PEFT's modules inside the names would not be the model's own
+    _reshard(model)
     fit = fitted(model, files, existing, source=source, strict=strict)
     if existing and fit.copies:
         keys, _, _, others = fit.copies[0]
         raise ValueError(
-            f"{source}: modules_to_save takes {keys[0]}, whose trained copy is its own, and in the model it is tied to "
+            f"{source}: modules_to_save makes {keys[0]} a separate trained copy, but in the model it is tied to "
             f"{some_of(others)}; load onto a model without adapters, where it is untied, or untie it before inject"
         )
     if not existing and not fit.specs:
@@ -221,7 +223,7 @@ def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: boo
             install(model, fit.specs, _trained(model, fit, files), lambda layers: fill(layers, fit, files, undo))
         undo.pop_all()
     for names, reason in _by_reason(fit.unfit):
-        logger.warning("%s: passed over %s, which %s", source, names, reason)
+        logger.warning("%s: ignored %s, which %s", source, names, reason)
     for kind, keys in (("missing", fit.missing), ("unexpected", fit.unexpected)):
         if keys:
             logger.warning("%s: %s keys %s", source, kind, listed(keys, _ROOM))
@@ -231,10 +233,10 @@ def load_into(model: nn.Module, files: AdapterFiles, *, source: str, strict: boo
 def fitted(
     model: nn.Module, files: AdapterFiles, existing: dict[str, CoToLoRALinear], *, source: str, strict: bool = True
 ) -> Fit:
-    """How files fit `model`, whose adapters are `existing`. Changes nothing.
+    """Matches `files` with `model`, whose adapters are `existing`. Changes nothing.
 
     Raises:
-        ValueError: as `load_adapter`, of what the files and the model's modules decide.
+        ValueError: as `load_adapter`, for errors that follow from the files and the model's modules.
     """
     try:
         fit = fit_files(unwrap(model), files, existing)
@@ -242,12 +244,12 @@ def fitted(
         raise ValueError(f"{source}: {error}") from None
     if strict and fit.unfit:
         names, reason = _by_reason(fit.unfit)[0]
-        raise ValueError(f"{names} {reason}; strict=False passes over what {source} holds for such modules")
+        raise ValueError(f"{names} {reason}; strict=False ignores the tensors of {source} for such modules")
     if strict and (fit.missing or fit.unexpected):
         raise ValueError(
-            f"{source} must hold exactly what {CONFIG} and the model call for; missing keys {listed(fit.missing)}, "
-            f"unexpected keys {listed(fit.unexpected)}{why_not_renamed(unwrap(model), fit.unexpected)}; strict=False "
-            "loads what fits"
+            f"{source} must hold exactly the keys that follow from {CONFIG} and the model; missing keys "
+            f"{listed(fit.missing)}, unexpected keys {listed(fit.unexpected)}"
+            f"{why_not_renamed(unwrap(model), fit.unexpected)}; strict=False loads the keys that fit"
         )
     return fit
 
@@ -260,10 +262,10 @@ def _by_reason(unfit: dict[str, str]) -> list[tuple[str, str]]:
 
 
 def _trained(model: nn.Module, fit: Fit, files: AdapterFiles) -> set[nn.Parameter]:
-    """The parameters besides the adapters that trained when the files were saved."""
-    # all of what we saved did; of what PEFT saved, modules_to_save did
+    """The parameters outside the adapters that were trained when the files were saved."""
+    # everything that this library saved was trained; in PEFT's files only modules_to_save was
     trained = (target for key, target in fit.plain.items() if files.ours or files.config.saves(key))
-    # others cannot have a gradient; and of those that share memory one is enough
+    # other dtypes cannot have a gradient; of parameters that share memory one is enough
     able = (t for t in trained if isinstance(t, nn.Parameter) and (t.is_floating_point() or t.is_complex()))
     first: dict[Hashable, nn.Parameter] = {}
     for parameter in able:
@@ -272,14 +274,14 @@ def _trained(model: nn.Module, fit: Fit, files: AdapterFiles) -> set[nn.Paramete
 
 
 def trained_outside_adapters(model: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """What trains outside the adapters, with buffers beside it, and the modules that PEFT can find by name."""
+    """The trained tensors outside the adapters, with buffers next to them, and modules that PEFT can find by name."""
     tensors: dict[str, Tensor] = {}
     modules = []
     places = Places(model)
-    # PEFT makes a copy for each place; inside a module of several names, one place has several names too
+    # PEFT makes one copy per place; a place inside a module with several names has several names too
     named = {places.slot(name): name for name in reversed(places.modules)}
     variants = {layer.variant for layer in adapters(model).values()}
-    # what shares its memory with something that trains changes too
+    # a tensor that shares memory with a trained one changes as well
     changing = {memory(tensor) for tensor in places.state.values() if tensor.requires_grad}
     for name in reversed(named.values()):
         module = places.modules[name]
@@ -291,7 +293,7 @@ def trained_outside_adapters(model: nn.Module) -> tuple[dict[str, Tensor], list[
             parts = {part.attribute for part in VARIANTS[module.variant].parts}
             if trained := [key for key in trained if key not in parts]:
                 raise ValueError(
-                    f"model must not train the base of an adapter; {name}.{trained[0]} requires grad, or what "
+                    f"model must not train the base of an adapter; {name}.{trained[0]} requires grad, or a tensor that "
                     "shares its memory does"
                 )
         elif trained:
@@ -303,8 +305,8 @@ def trained_outside_adapters(model: nn.Module) -> tuple[dict[str, Tensor], list[
     return tensors, modules
 
 
-def _shard_again(model: nn.Module) -> None:
-    """Ends what an evaluation leaves under FSDP2: whole copies in the parameters' places, where writing is lost."""
+def _reshard(model: nn.Module) -> None:
+    """Restores FSDP2's sharded parameters after an evaluation, which leaves whole copies that lose any writes."""
     if (fsdp := sys.modules.get("torch.distributed.fsdp")) is not None:
         for module in model.modules():
             if isinstance(module, fsdp.FSDPModule):

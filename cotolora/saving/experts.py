@@ -1,4 +1,4 @@
-"""Which linear modules PEFT mistakes for experts, and how a config names them so that it does not."""
+"""Finds linear modules that PEFT mistakes for experts; a config lists these by their weights instead."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-# what transformers 4 called the linears of an expert and their router. transformers 5 holds experts in one parameter,
-# and PEFT, which reads old configs too, turns every target of such a name into one of that parameter: those of dense
-# blocks and of shared experts as well, which are linears still
+# the names of an expert's linears and of their router in transformers 4. transformers 5 stores experts in one
+# parameter. To read old configs, PEFT redirects every target with such a name to that parameter, even the linears of
+# dense blocks and of shared experts, which are still linears
 _NAMES = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
@@ -17,12 +17,12 @@ _NAMES = {
 
 
 def mistaken(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Those of `names` that PEFT, finding them in target_modules, would not adapt in `model`."""
+    """The `names` that PEFT would not adapt in `model` if they were in target_modules."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if "transformers" not in sys.modules or not isinstance(kind, str):
         return []
     try:
-        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN  # what PEFT goes by
+        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN  # PEFT uses this table
     except ImportError:  # transformers 4, where experts are linears
         return []
     ends = _NAMES.get(_MODEL_TO_CONVERSION_PATTERN.get(kind, kind), ())
@@ -30,5 +30,5 @@ def mistaken(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def weight_of(name: str) -> str:
-    """The name in target_parameters of the weight of a linear module."""
+    """The name that the weight of the linear module `name` has in target_parameters."""
     return f"{name}.weight"

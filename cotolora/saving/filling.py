@@ -1,4 +1,4 @@
-"""Writes what files hold into a model, all of it or nothing."""
+"""Writes the tensors of files into a model, all of them or none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger("cotolora")
 
 
 def untied(fit: Fit, undo: ExitStack) -> Fit:
-    """`fit` with copies in the places of what PEFT would copy away from others that it is tied to."""
+    """`fit` with untied copies of the tensors that PEFT would copy; also puts these copies into the model."""
     plain = dict(fit.plain)
     for keys, owners, tensor, others in fit.copies:
         copy = deepcopy(tensor.detach() if not isinstance(tensor, nn.Parameter) else tensor)
@@ -27,7 +27,7 @@ def untied(fit: Fit, undo: ExitStack) -> Fit:
             undo.callback(_put, module, name, tensor)
             _put(module, name, copy)
         plain |= dict.fromkeys(keys, copy)
-        logger.warning("%s was tied to %s; trained, it is a tensor of its own", keys[0], some_of(others))
+        logger.warning("%s was tied to %s; it is trained, so it is now a separate tensor", keys[0], some_of(others))
     return fit._replace(plain=plain)
 
 
@@ -36,7 +36,7 @@ def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def fill(layers: dict[str, CoToLoRALinear], fit: Fit, files: AdapterFiles, undo: ExitStack) -> None:
-    """Writes the files' tensors into the model's, all or none; `undo` takes them back if a later step fails."""
+    """Writes the tensors of the files into the model, all or none; `undo` restores the old ones after a later error."""
     variant = VARIANTS[files.config.variant]
     writes = []
     for name, parts in fit.parts.items():
@@ -45,7 +45,7 @@ def fill(layers: dict[str, CoToLoRALinear], fit: Fit, files: AdapterFiles, undo:
     writes += [(key, target, fit.tensors[key]) for key, target in (fit.bases | fit.plain).items()]
     _write(writes, undo)
     merged = [layer for layer in layers.values() if layer.merged]
-    # of what was written; all are made before the first takes its place
+    # computes all new merged weights before it sets the first one
     for layer, weight in [(layer, layer._merged_weight()) for layer in merged]:
         undo.callback(setattr, layer, "weight", layer.weight)
         layer.weight = weight
@@ -57,14 +57,14 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _write(writes: list[tuple[str, Tensor, Tensor]], undo: ExitStack) -> None:
-    """Copies into each target, by its name, its value. What can fail does so before the first is changed."""
+    """Copies each value into its target. `writes` holds name, target and value. Fails before it changes anything."""
     for key, target, _ in writes:
         if reason := _why_not_writable(target):
             raise ValueError(f"{key} must be a tensor of the model that can be written; {reason}")
     ready = [(target, _like(value, target), target.clone()) for _, target, value in writes]
     for target, value, before in ready:
         if not target.is_inference():
-            # taken back, it is as it was for autograd too
+            # so that a restored tensor has its old version for autograd, too
             undo.enter_context(_unsafe_preserve_version_counter(target))
         undo.callback(_restore, target, before)
         target.copy_(value)
@@ -72,12 +72,12 @@ def _write(writes: list[tuple[str, Tensor, Tensor]], undo: ExitStack) -> None:
 
 def _why_not_writable(target: Tensor) -> str:
     if target.is_inference() and not torch.is_inference_mode_enabled():
-        return "it was made in inference mode, and may be written in that alone"
-    local = getattr(target, "to_local", lambda: target)()  # of a DTensor
+        return "it was created in inference mode and can be written to only in that mode"
+    local = getattr(target, "to_local", lambda: target)()  # the local part of a DTensor
     reach = 0
     for stride, size in sorted(zip(local.stride(), local.shape, strict=True)):
         if size > 1 and stride <= reach:
-            return "it is expanded: several of its entries lie in one place"
+            return "it is expanded: several of its entries share memory"
         reach += stride * (size - 1)
     return ""
 
@@ -88,7 +88,7 @@ def _restore(target: Tensor, before: Tensor) -> None:
 
 
 def _like(value: Tensor, target: Tensor) -> Tensor:
-    """`value` where `target` is and of its dtype, in shards if it is."""
+    """`value` on the device and in the dtype of `target`, and sharded as `target` is."""
     value = value.to(target.device, target.dtype)
     if not hasattr(target, "device_mesh"):
         return value

@@ -1,4 +1,4 @@
-"""How a pair of files fits a model: which adapters and tensors of it they fill, and what is missing or unexpected."""
+"""Matches a pair of files with a model: the adapters and tensors they fill, and missing and unexpected keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cotolora.bases import features, is_conv1d, is_dense, place_of, why_not_adaptable
-from cotolora.groups import held_at, plain_name, why_not_pefts
+from cotolora.groups import held_at, plain_name, why_not_in_peft
 from cotolora.linear import CoToLoRALinear
 from cotolora.saving.experts import weight_of
 from cotolora.saving.old_names import renamed, why_not_renamed
@@ -26,10 +26,11 @@ from cotolora.wording import shown
 class AdapterFiles(NamedTuple):
     """A pair of files in memory.
 
-    tensors: by their names in the base model.
-    shared: those of `Variant.shared_keys`.
-    fields, config: of the config, and what of them bears on loading.
-    ours: whether `save_adapter` wrote it.
+    tensors: the tensors by their names in the base model.
+    shared: the tensors of `Variant.shared_keys`.
+    fields: all fields of the config.
+    config: the fields that matter for loading.
+    ours: whether `save_adapter` wrote the files.
     """
 
     tensors: dict[str, Tensor]
@@ -42,14 +43,14 @@ class AdapterFiles(NamedTuple):
 class Fit(NamedTuple):
     """How files fit a model.
 
-    tensors: of the files, by their names in the model.
-    wanted: the modules that the config takes.
-    unfit: modules that it takes too and that cannot be adapted, with the reasons.
-    specs: settings of the adapters to fill, by module.
-    parts: their tensors as the files hold them, by module and attribute.
+    tensors: the tensors of the files, by their names in the model.
+    wanted: the modules that the config targets.
+    unfit: targeted modules that cannot be adapted, with the reasons.
+    specs: the settings of the adapters to fill, by module.
+    parts: the tensors of these adapters in the files, by module and attribute.
     plain: the model's own tensors to fill, by key.
-    bases: those of them that adapters are around, by key.
-    copies: what of `plain` must be untied before it is filled.
+    bases: tensors of the bases of adapters to fill, by key.
+    copies: tensors of `plain` that must be untied before they are filled.
     missing, unexpected: keys.
     """
 
@@ -66,10 +67,10 @@ class Fit(NamedTuple):
 
 
 def fit_files(model: nn.Module, files: AdapterFiles, existing: dict[str, CoToLoRALinear]) -> Fit:
-    """What files and model agree on; `existing` are the adapters of the model.
+    """Matches `files` with `model`, whose adapters are `existing`.
 
     Raises:
-        ValueError: the config takes nothing of the model, or a tensor has the wrong shape or kind.
+        ValueError: the config targets no module of the model, or a tensor has the wrong shape or kind.
     """
     config = files.config
     variant = VARIANTS[config.variant]
@@ -79,7 +80,7 @@ def fit_files(model: nn.Module, files: AdapterFiles, existing: dict[str, CoToLoR
     wanted, unfit = _wanted(model, config, linears, existing)
     if not wanted and not unfit:
         raise ValueError(
-            f"target_modules {shown(config.targets)} must take linear modules of the model; they take none"
+            f"target_modules {shown(config.targets)} must match linear modules of the model; they match none"
             + why_not_renamed(model, files.tensors)
         )
 
@@ -107,10 +108,10 @@ def why_not_fill(layer: CoToLoRALinear, spec: AdapterSpec) -> str:
         return f"must have the variant of the file, {spec.variant!r}; the model's is {layer.variant!r}"
     if layer.init in FROM_WEIGHT:
         return (
-            f"must not have an init taken from W, whose start no file holds; the model's is {layer.init!r} "
-            "(eject the adapters and load onto the base)"
+            f"must not have an init that depends on W, because files do not hold its initial values; the model's is "
+            f"{layer.init!r} (eject the adapters and load onto the base)"
         )
-    # files without a scale take the layer's own, which must not be one that nothing can be divided by
+    # for files without a scale the layer's scale is used, which must not be 0, because loading divides by it
     scaled = VARIANTS[spec.variant].peft.scaled
     if layer.rank != spec.rank or not (math.isclose(layer.scale, spec.scale) if scaled else layer.scale):
         return (
@@ -123,7 +124,7 @@ def why_not_fill(layer: CoToLoRALinear, spec: AdapterSpec) -> str:
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """What can be or is an adapter, by name."""
+    """The modules that are adapters or can become adapters, by name."""
     inside = inside_bases(model)
     return {
         plain_name(raw_name): module
@@ -133,7 +134,7 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _check_parameters(model: nn.Module, config: PeftConfig, linears: dict[str, nn.Module]) -> None:
-    """Raises ValueError where target_parameters takes what is not the weight of an ``nn.Linear``."""
+    """Raises ValueError if target_parameters matches anything but the weight of an ``nn.Linear``."""
     for raw_name, _ in model.named_parameters(remove_duplicate=False) if config.parameters else ():
         name, _, attribute = plain_name(raw_name).rpartition(".")
         if not config.takes_parameter(plain_name(raw_name)):
@@ -145,27 +146,27 @@ def _check_parameters(model: nn.Module, config: PeftConfig, linears: dict[str, n
             plain = module is not None and is_dense(module) and not is_conv1d(module)
         if attribute != "weight" or not plain:
             raise ValueError(
-                f"target_parameters takes {plain_name(raw_name)}, which must be the weight of an nn.Linear: adapters "
-                "of other parameters, such as experts that are one parameter together, are not supported"
+                f"target_parameters must match only weights of nn.Linear; it matches {plain_name(raw_name)} (adapters "
+                "of other parameters, such as experts that share one parameter, are not supported)"
             )
 
 
 def _check_ties(tensors: dict[str, Tensor], targets: dict[str, Tensor], copies: list[Copy]) -> None:
-    """Raises ValueError where a file gives several values to what is one tensor of the model."""
+    """Raises ValueError if a file has different values for what is one tensor in the model."""
     places: dict[Hashable, str] = {}
     own = {key: number for number, copy in enumerate(copies) for key in copy.keys}
     for key, target in targets.items():
         first = places.setdefault(own.get(key, memory(target)), key)
         if first != key and not is_same(tensors[first], tensors[key]):
             raise ValueError(
-                f"{first} and {key} are tied in the model and must be equal; the file gives them two values"
+                f"{first} and {key} are tied in the model and must be equal; the file has different values for them"
             )
 
 
 def _wanted(
     model: nn.Module, config: PeftConfig, linears: dict[str, nn.Module], existing: dict[str, CoToLoRALinear]
 ) -> tuple[list[str], dict[str, str]]:
-    """The modules that the config takes, and those of them that cannot be adapted with the reasons."""
+    """The modules that the config targets and that can be adapted, and the other targets with the reasons."""
     unfit: dict[str, str] = {}
     if isinstance(config.targets, str) and config.targets.lower() == "all-linear":
         wanted = list(existing or match_linears(model, config.targets, config.exclude, config.modules_to_save, unfit))
@@ -184,7 +185,7 @@ def _wanted(
                 unfit[name] = reason
     held = held_at(model)
     for name in wanted:
-        if reason := why_not_pefts(held.get(linears[name], ())):
+        if reason := why_not_in_peft(held.get(linears[name], ())):
             unfit[name] = reason
     return [name for name in wanted if name not in unfit], unfit
 
@@ -204,7 +205,7 @@ def _stored_rank(variant: Variant, name: str, tensors: dict[str, Tensor]) -> int
 def _parts_of_files(
     files: AdapterFiles, variant: Variant, specs: dict[str, AdapterSpec], linears: dict[str, nn.Module]
 ) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each adapter by attribute, its share of those of no single module included."""
+    """The tensors of each adapter by attribute, including its part of tensors that all modules share."""
     places = {name: _place(linears[name]) for name in specs}
     sizes = {name: Sizes(spec.rank, *places[name][0]) for name, spec in specs.items()}
     own = {
@@ -227,16 +228,16 @@ def _check_parts(name: str, variant: Variant, tensors: dict[str, Tensor], sizes:
 
 
 def _place(linear: nn.Module) -> tuple[tuple[int, int], torch.device]:
-    """in_features and out_features of a module, and where its adapter goes."""
+    """in_features and out_features of a module, and the device of its adapter."""
     if isinstance(linear, CoToLoRALinear):
         return (linear.in_features, linear.out_features), linear.lora_a.device
     return features(linear), place_of(linear)[0]
 
 
 def check_tensor(key: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raises ValueError unless the tensor of a file can be written into one of such dtype, shape and device."""
+    """Raises ValueError unless a tensor of a file can be written into one with this dtype, shape and device."""
     if device.type == "meta":
-        raise ValueError(f"{key} must have memory in the model to be loaded into; there it is on the meta device")
+        raise ValueError(f"{key} must have memory in the model to be loaded; it is on the meta device")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{key} must be of shape {shown(shape)}; the file holds {shown(tuple(tensor.shape))}")
     if tensor.dtype.is_floating_point != dtype.is_floating_point or tensor.is_complex() != dtype.is_complex:

@@ -1,4 +1,4 @@
-"""What the tensors of a file are called in a transformers model whose modules had other names when it was saved."""
+"""Renames the tensors of a file that was saved when the modules of a transformers model had other names."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 
 def renamed(model: nn.Module, tensors: Mapping[str, Tensor], fits: Callable[[str], bool]) -> dict[str, Tensor]:
-    """`tensors` by the names of today, as PEFT finds them; those that fit under neither name keep theirs.
+    """`tensors` under the model's present names, found as PEFT finds them; keys that fit under neither name stay.
 
     Args:
-        model: one of transformers, which knows the names that its modules had; others have none.
-        tensors: of a file.
-        fits: whether a key is one of the model's.
+        model: a transformers model knows the former names of its modules; for any other model nothing is renamed.
+        tensors: the tensors of a file, by key.
+        fits: says whether a key belongs to the model.
     """
     strange = [key for key in tensors if not fits(key)]
     rename = _renamer(model) if strange else None
@@ -30,20 +30,20 @@ def renamed(model: nn.Module, tensors: Mapping[str, Tensor], fits: Callable[[str
 
 
 def why_not_renamed(model: nn.Module, keys: Iterable[str]) -> str:
-    """Why `keys` of a file have no counterpart in `model`, if it is known; for the end of an error."""
+    """Why `keys` of a file have no counterpart in `model`, as the end of an error; empty if the reason is unknown."""
     fused = _of_kind(model, "WeightConverter")
     for key in keys:
         name = key.partition(".lora_")[0] + ".weight"
         if any(conversion.rename_source_key(name)[1] is not None for conversion in fused):
             return (
-                f"; {type(model).__name__} has no linear for {key}: this version of transformers holds it fused with "
+                f"; {type(model).__name__} has no linear for {key}: this version of transformers stores it fused with "
                 "others in one parameter (PEFT can load such an adapter, to merge it)"
             )
     return ""
 
 
 def _renamer(model: nn.Module) -> Callable[[str], str] | None:
-    # a class of transformers 4.52 to 4.57 states them itself, later versions in a table
+    # transformers 4.52 to 4.57 has the rules in the model class, later versions in a table
     stated = getattr(model, "_checkpoint_conversion_mapping", None)
     rules = list(stated.items()) if isinstance(stated, dict) else []
     table = _of_kind(model, "WeightRenaming")
@@ -62,7 +62,7 @@ def _renamer(model: nn.Module) -> Callable[[str], str] | None:
 
 
 def _of_kind(model: nn.Module, kind: str) -> list[Any]:
-    """The conversions by which transformers reads old checkpoints of `model`, of one of its classes."""
+    """The conversions of class `kind` with which transformers reads old checkpoints of `model`."""
     if "transformers" not in sys.modules or not hasattr(getattr(model, "config", None), "model_type"):
         return []
     try:
@@ -70,5 +70,5 @@ def _of_kind(model: nn.Module, kind: str) -> list[Any]:
 
         conversions = conversion_mapping.get_model_conversion_mapping(model)
         return [each for each in conversions if isinstance(each, getattr(core_model_loading, kind))]
-    except (ImportError, AttributeError):  # of another version, or a model that is called so and is not of transformers
+    except (ImportError, AttributeError):  # another version of transformers, or a model that only resembles one of its
         return []

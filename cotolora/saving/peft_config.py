@@ -1,4 +1,4 @@
-"""PEFT's ``adapter_config.json``: what it says of an adapter, and how ours is written."""
+"""Reads and writes PEFT's ``adapter_config.json``."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _HARMLESS = frozenset((
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What of a PEFT config bears on loading; `fields` are those of the variant's own."""
+    """The fields of a PEFT config that matter for loading; `fields` holds those specific to the variant."""
 
     variant: str
     rank: int
@@ -58,32 +58,33 @@ class PeftConfig:
     fields: dict[str, Any]
 
     def spec_of(self, name: str, stored_rank: int | None = None) -> AdapterSpec:
-        """The settings of the adapter of the module `name`, whose tensors are of rank `stored_rank`."""
+        """The settings of the adapter of the module `name`, whose stored tensors have rank `stored_rank`."""
         method, name = VARIANTS[self.variant].peft, self.pattern_name(name)
         rank = first_match(self.rank_pattern, name, self.rank)
         if not method.patterned and stored_rank == self.rank:
-            rank = self.rank  # of a pattern that PEFT wrote and has not followed
+            rank = self.rank  # PEFT wrote a rank_pattern but did not apply it
         alpha = first_match(self.alpha_pattern, name, self.alpha) if method.scaled else rank
         return AdapterSpec(rank, alpha, self.dropout, self.use_rslora, self.variant)
 
     def pattern_name(self, name: str) -> str:
-        """What rank_pattern and alpha_pattern are held to for the module `name`."""
+        """The name that rank_pattern and alpha_pattern are matched with for the module `name`."""
         return weight_of(name) if self.takes_parameter(weight_of(name)) else name
 
     def takes_parameter(self, key: str) -> bool:
-        """PEFT's rule for target_parameters, which takes the dotted ends of names."""
+        """PEFT's rule for target_parameters, which matches dotted ends of names."""
         return bool(self.parameters) and not self._parameters.isdisjoint(dotted_ends(key))
 
     def takes(self, name: str) -> bool:
-        """PEFT's rule for target_modules, exclude_modules, modules_to_save and layers_to_transform.
+        """Whether PEFT targets the module `name`.
 
-        And for target_parameters, which these do not restrict.
+        By target_modules, exclude_modules, modules_to_save and layers_to_transform; or by target_parameters alone,
+        which the others do not restrict.
         """
         if self.takes_parameter(weight_of(name)):
             return True
         if (self.exclude and self._excludes(name)) or not self._targets(name):
             return False
-        # modules to save, or inside of such
+        # modules_to_save and modules inside these are not targets
         parts = [end for whole in with_parents(name) for end in dotted_ends(whole)]
         if not self._saved.isdisjoint(parts):
             return False
@@ -93,15 +94,15 @@ class PeftConfig:
         return found is not None and int(found["index"]) in self.layers_to_transform
 
     def wraps(self, name: str) -> bool:
-        """PEFT's rule for modules_to_save, which takes the ends of names, dotted or not."""
+        """PEFT's rule for modules_to_save, which matches ends of names, not only dotted ones."""
         return bool(self._saved) and any(name[place:] in self._saved for place in range(len(name)))
 
     def saves(self, key: str) -> bool:
-        """Whether modules_to_save takes a module around the tensor `key`."""
+        """Whether modules_to_save matches a module around the tensor `key`."""
         return any(self.wraps(name) for name in with_parents(key)[:-1])
 
     def check_patterns(self) -> None:
-        """Raises ValueError where a pattern is no regular expression, or one that could take very long."""
+        """Raises ValueError if a pattern is not a regular expression, or could take very long to match."""
         _ = self._targets, self._excludes, self._layers
 
     @cached_property
@@ -131,10 +132,10 @@ class PeftConfig:
 
 
 def parse_config(fields: dict[str, Any]) -> PeftConfig:
-    """Checks the fields of a config. One that is unknown and set is refused, since it may change the result.
+    """Checks the fields of a config. An unknown field that is set is refused, since it may change the result.
 
     Raises:
-        ValueError: names the field, what it must be and what it was.
+        ValueError: a field is not supported; the message has the field, what it must be and what it was.
     """
     rest = dict(fields)
 
@@ -152,7 +153,7 @@ def parse_config(fields: dict[str, Any]) -> PeftConfig:
     flags = {name: take(name, "a bool", lambda value: isinstance(value, bool), False) for name in names}
     found = [variant for variant in variants if flags == dict.fromkeys(names, False) | dict(variant.peft.flags)]
     if not found:
-        raise ValueError(f"{', '.join(names)} must be those of one of {[v.name for v in variants]}; got {flags}")
+        raise ValueError(f"{', '.join(names)} must be as in one of {[v.name for v in variants]}; got {flags}")
     method = found[0].peft
 
     take("bias", "'none': trained biases are not supported", lambda value: value == "none", "none")
@@ -160,23 +161,23 @@ def parse_config(fields: dict[str, Any]) -> PeftConfig:
     take(
         method.init,
         f"one of {inits}: others change the base weights (save such an adapter with PEFT's "
-        "path_initial_model_for_weight_conversion, which makes plain LoRA of it)",
+        "path_initial_model_for_weight_conversion, which converts it to plain LoRA)",
         lambda value: (value.lower() if isinstance(value, str) else value) in inits,
     )
     take(
         "ensure_weight_tying",
-        "False: a trained copy of a tied weight is its module's own here (where the adapter trains neither embedding "
-        "nor head, it changes nothing and may be set to false)",
+        "False: this library does not tie trained copies of tied weights (if the adapter trains neither embedding nor "
+        "head, the field has no effect and may be set to false)",
         lambda value: not value,
     )
 
     def of_scaled(name: str, must: str, test: Callable[[Any], bool], default: Any = None) -> Any:
-        # left in `rest` with a method that does not know it
+        # a method without scale leaves the field in `rest`, where it is refused
         return take(name, must, test, default) if method.scaled else default
 
     def take_names(name: str) -> Any:
         value = take(name, "a regular expression or a list of names", _optional(_are_names))
-        return sorted(set(value)) if isinstance(value, list) else value  # the order means nothing
+        return sorted(set(value)) if isinstance(value, list) else value  # the order does not matter
 
     config = PeftConfig(
         variant=found[0].name,
@@ -196,7 +197,7 @@ def parse_config(fields: dict[str, Any]) -> PeftConfig:
         layers_to_transform=_as_list(
             take("layers_to_transform", "an integer or a list of them", _optional(_one_or_many(_is_index)))
         ),
-        # in their order: the first that matches says which number is the layer's
+        # keeps the order: the first pattern that matches determines the layer index
         layers_pattern=_as_list(
             take("layers_pattern", "a regular expression or a list of them", _optional(_are_names))
         ),
@@ -210,12 +211,12 @@ def parse_config(fields: dict[str, Any]) -> PeftConfig:
         ),
         fields={name: take(name, f"like {value!r}", _is_like(value), value) for name, value in method.fields.items()},
     )
-    # an empty map is a method with its defaults
+    # an empty dict enables a method with its defaults
     given = {name: value for name, value in rest.items() if value or isinstance(value, dict)}
     if unsupported := {name: value for name, value in given.items() if name not in _HARMLESS}:
         raise ValueError(
             f"these settings are not supported and would change the result: {shown(unsupported)}; load "
-            "such an adapter with PEFT, or fold it into the base by PEFT's merge_and_unload()"
+            "such an adapter with PEFT, or merge it into the base with PEFT's merge_and_unload()"
         )
     if not config.targets and not config.parameters:
         raise ValueError(f"target_modules must be a regular expression or a list of names; got {shown(config.targets)}")
@@ -224,7 +225,7 @@ def parse_config(fields: dict[str, Any]) -> PeftConfig:
 
 
 def is_same_config(one: dict[str, Any], other: Any) -> bool:
-    """Whether the fields of two configs mean the same adapter, whatever else they say."""
+    """Whether the fields of two configs describe the same adapter; ignores fields without effect."""
     try:
         return isinstance(other, dict) and parse_config(one) == parse_config(other)
     except ValueError:
@@ -240,7 +241,7 @@ def _is_index(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    # comparing takes integers that no float can hold, which math.isfinite does not
+    # a comparison accepts integers too large for a float; math.isfinite raises on them
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
@@ -278,16 +279,16 @@ def make_config(model: nn.Module, layers: dict[str, CoToLoRALinear], modules_to_
     """The config of `layers`.
 
     Raises:
-        ValueError: the layers are of more than one variant.
+        ValueError: the layers have more than one variant.
     """
     variants = {layer.variant: name for name, layer in layers.items()}
     if len(variants) > 1:
         raise ValueError(
-            "model must hold adapters of one variant, as PEFT's config states one for all; it holds "
+            "model must hold adapters of one variant, because a PEFT config has one for all; it holds "
             + " and ".join(f"{variant!r} ({name})" for variant, name in variants.items())
         )
     others = [plain_name(name) for name, _ in model.named_modules() if plain_name(name) not in layers]
-    # by their weights PEFT finds them
+    # PEFT finds these only by their weights
     by_weight = mistaken(model, layers) if VARIANTS[next(iter(variants))].peft.peft_type == "LORA" else []
     modules = [name for name in layers if name not in set(by_weight)]
     ambiguous = any(other.endswith("." + name) for other in others for name in layers)
@@ -296,7 +297,7 @@ def make_config(model: nn.Module, layers: dict[str, CoToLoRALinear], modules_to_
         "base_model_name_or_path": path if isinstance(path, str) and path else None,
         "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
         "modules_to_save": modules_to_save or None,
-        # a list takes dotted ends too; where that would take more than the adapters, an exact expression
+        # a list matches dotted ends too; if it would match more than the adapters, use an exact expression
         "target_modules": exact_expression(modules) if ambiguous and modules else modules,
         **({"target_parameters": [weight_of(name) for name in by_weight]} if by_weight else {}),
         **adapter_fields(
@@ -306,9 +307,9 @@ def make_config(model: nn.Module, layers: dict[str, CoToLoRALinear], modules_to_
 
 
 def adapter_fields(specs: Mapping[str, AdapterSpec], by_weight: Collection[str] = ()) -> dict[str, Any]:
-    """The fields of a config that are about these adapters, of one variant, but for the names of their modules.
+    """The fields of a config that describe these adapters of one variant, except the names of their modules.
 
-    Those `by_weight` are in target_parameters, by which name patterns have to take them.
+    Modules in `by_weight` are listed in target_parameters, so patterns must match the names of their weights.
     """
     specs = {weight_of(name) if name in by_weight else name: spec for name, spec in specs.items()}
     method = VARIANTS[next(iter(specs.values())).variant].peft
@@ -328,7 +329,7 @@ def adapter_fields(specs: Mapping[str, AdapterSpec], by_weight: Collection[str] 
         fields["rank_pattern"] = rank_pattern
     if method.scaled:
         use_rslora = all(spec.use_rslora for spec in specs.values())
-        # where only some layers are rsLoRA, every layer states its scale as alpha / rank
+        # if only some layers use rsLoRA, the scale of every layer is written as alpha / rank
         alphas = {
             name: _plain_number(spec.alpha * (math.sqrt(spec.rank) if spec.use_rslora and not use_rslora else 1))
             for name, spec in specs.items()
@@ -339,26 +340,26 @@ def adapter_fields(specs: Mapping[str, AdapterSpec], by_weight: Collection[str] 
 
 
 def _default_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most common of `values`, and the others by keys of a rank_pattern or alpha_pattern."""
+    """The most common of `values`, and a rank_pattern or alpha_pattern with the others."""
     ((default, _),) = Counter(values.values()).most_common(1)
     return default, {exact_key(name): value for name, value in values.items() if value != default}
 
 
 def exact_expression(names: Iterable[str]) -> str:
-    """A regular expression for target_modules that takes these names and no others."""
+    """A regular expression for target_modules that matches these names and no others."""
     return "|".join(re.escape(name) for name in names)
 
 
 def exact_key(name: str) -> str:
-    """A key of rank_pattern or alpha_pattern that takes this one name and no longer one."""
+    """A key of rank_pattern or alpha_pattern that matches this name and no longer one."""
     return "^" + re.escape(name)
 
 
 def is_unambiguous(name: str, others: Iterable[str], variant: Variant) -> bool:
-    """Whether PEFT, finding `name` in modules_to_save, takes no other module and keeps adapters out of no other.
+    """Whether `name` in modules_to_save matches no other module in PEFT, and prevents no adapter on another one.
 
-    It takes every module whose name ends so, inside a component and inside its own layers of `variant` too, and reads
-    `name` as a regular expression.
+    PEFT matches every module whose name ends with `name`, even within a component of the name and inside PEFT's own
+    layers of `variant`, and also reads `name` as a regular expression.
     """
     if set(name) & set(r"^$*+?{}[]\|()"):
         return False

@@ -1,4 +1,4 @@
-"""Where a model has the tensors that files speak of, by which names, and what PEFT would make a copy of."""
+"""Finds the tensors of a model by the names that files use, and those that PEFT would copy."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from cotolora.groups import plain_name
 from cotolora.linear import CoToLoRALinear
 from cotolora.matching import with_parents
 
-# what PEFT calls the module inside an adapter, and those inside of one that modules_to_save takes
+# PEFT's names for the module inside an adapter, and for the two inside a module of modules_to_save
 _BASE, _WRAPPED = "base_layer", ("original_module", "modules_to_save")
 
 
 def join_names(*names: str) -> str:
-    """The names that are not empty, with dots between."""
+    """The non-empty names, joined by dots."""
     return ".".join(filter(None, names))
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of `module` itself."""
+    """The parameters and persistent buffers of `module`, without those of its children."""
     kept = (item for item in module.named_buffers(recurse=False) if item[0] not in module._non_persistent_buffers_set)
     return dict([*module.named_parameters(recurse=False), *kept])
 
 
 def inside_bases(model: nn.Module) -> set[nn.Module]:
-    """The modules that adapters call as their base, with all that these hold."""
+    """The modules that adapters call as their base, and all modules inside these."""
     bases = (module.base for module in model.modules() if isinstance(module, CoToLoRALinear))
     return {module for base in bases if base is not None for module in base.modules()}
 
 
 def base_state(linear: nn.Module) -> dict[str, Tensor]:
-    """The tensors of what an adapter is around, or would be, whether it is merged or not."""
+    """The tensors of the base of an adapter, or of a plain module; unmerged ones even if the adapter is merged."""
     if isinstance(linear, CoToLoRALinear):
         if linear.base is None:
             bias = {} if linear.bias is None else {"bias": linear.bias}
             return {"weight": linear._base_weight(), **bias}
         linear = linear.base
-    # not state_dict, whose hooks may gather or repack what they find
+    # not state_dict, whose hooks may gather or repack tensors
     return {
         join_names(name, key): tensor
         for name, module in linear.named_modules()
@@ -49,7 +49,7 @@ def base_state(linear: nn.Module) -> dict[str, Tensor]:
 
 
 def base_tensors(linears: Mapping[str, nn.Module], keys: Iterable[str]) -> dict[str, Tensor]:
-    """What `keys`, as PEFT writes them, mean of the bases of adapters: it saves those of embeddings and heads."""
+    """The tensors of adapter bases that `keys` refer to, as PEFT writes them when it saves embeddings and heads."""
     found = {}
     for key in keys:
         name, inside, attribute = key.rpartition(f".{_BASE}.")
@@ -59,7 +59,7 @@ def base_tensors(linears: Mapping[str, nn.Module], keys: Iterable[str]) -> dict[
 
 
 def superseded(keys: Iterable[str], saves: Callable[[str], bool]) -> set[str]:
-    """Keys that PEFT writes beside a trained copy when it saves embeddings too: of what the copy has replaced."""
+    """Keys of the tensors that a trained copy has replaced; PEFT writes them as well when it saves embeddings."""
     keys, found = set(keys), set()
     for key in keys:
         for mark in _WRAPPED:
@@ -70,7 +70,7 @@ def superseded(keys: Iterable[str], saves: Callable[[str], bool]) -> set[str]:
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same bytes; torch.equal knows no float8."""
+    """Whether two tensors hold the same bytes; torch.equal does not support float8."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     first, second = (tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in (one, other))
@@ -78,12 +78,12 @@ def is_same(one: Tensor, other: Tensor) -> bool:
 
 
 class Copy(NamedTuple):
-    """A tensor that PEFT would copy away from others that it is tied to.
+    """A tensor that PEFT would copy, so that it is no longer tied to others.
 
-    keys: of the file, that the copy is filled from.
-    owners: what is to hold it: modules, and the names that it has there.
-    tensor: what they hold now.
-    others: names that it has elsewhere in the model.
+    keys: the keys of the file that the copy is filled from.
+    owners: the modules that get the copy, and its name in each.
+    tensor: the tensor that they have now.
+    others: the names of that tensor elsewhere in the model.
     """
 
     keys: list[str]
@@ -93,11 +93,11 @@ class Copy(NamedTuple):
 
 
 class Places:
-    """The modules and tensors of a model by all their names, of modules that lie in several places too.
+    """The modules and tensors of a model by all their names, including those of modules in several places.
 
     Attributes:
         modules: every module.
-        state: the tensors outside of adapters.
+        state: the tensors outside adapters.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -123,21 +123,21 @@ class Places:
                 self.state[full] = tensor
 
     def slot(self, name: str) -> Hashable:
-        """The place of a module that has this name: the same under all names of the module around it."""
+        """The place of the module `name`: its parent module and its name there, so independent of the parent's name."""
         parent, _, leaf = name.rpartition(".")
         return (id(self.modules[parent]), leaf) if name else None
 
     def copies(self, wraps: Callable[[str], bool], tensors: Mapping[str, Tensor]) -> tuple[list[Copy], list[str]]:
-        """What PEFT would copy away from what it is tied to, and what of the modules that it copies is not in the file.
+        """The tied tensors that PEFT would copy, and tensors of the copied modules that are not in the file.
 
-        Where the file gives one value to all that are tied, they may as well stay so.
+        If the file has the same value for all tied names, they stay tied.
 
         Args:
-            wraps: whether modules_to_save takes a module of such a name.
-            tensors: of the file.
+            wraps: says whether modules_to_save matches a module name.
+            tensors: the tensors of the file.
 
         Raises:
-            ValueError: a module to copy lies in other places of the model too.
+            ValueError: a module to copy is in other places of the model as well.
         """
         found: list[Copy] = []
         missing: list[str] = []
@@ -161,8 +161,8 @@ class Places:
         modules = {module for module, _ in owners}
         if shared := [name for name in others if self._owners[name][0] in modules]:
             raise ValueError(
-                f"modules_to_save takes the module of {keys[0]}, which the model has as that of {shared[0]} too: a "
-                "trained copy, as PEFT makes one, would leave that as it was (give the model a module for each)"
+                f"modules_to_save must match a module that is in one place of the model; the module of {keys[0]} is "
+                f"that of {shared[0]} too, which PEFT's trained copy would not change (use a separate module for each)"
             )
         return Copy(keys, owners, self.state[names[0]], others)
 
@@ -172,6 +172,6 @@ def _agree(tensors: list[Tensor]) -> bool:
 
 
 def memory(tensor: Tensor) -> Hashable:
-    """The same of tensors that one write changes, as far as that can be seen."""
+    """A key that is equal for tensors that share memory, as far as that can be determined."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     return (tensor.device, tensor.data_ptr()) if plain and tensor.numel() and not tensor.is_meta else id(tensor)

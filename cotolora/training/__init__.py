@@ -1,1 +1,1 @@
-"""What CoTo does to a training loop."""
+"""The parts of CoTo that act on a training loop: switches, hooks, optimizers, distributed runs."""

@@ -1,4 +1,4 @@
-"""Checks with one small collective that all ranks of a distributed run hold the same values."""
+"""Checks with one small collective that all ranks of a distributed run have the same values."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import torch.distributed as dist
 
 
 def check_agreement(what: str, values: Mapping[str, object]) -> None:
-    """Raises on every rank of the default process group unless all ranks hold the same `values`.
+    """Raises on every rank of the default process group unless all ranks have the same `values`.
 
     One all-gather of eight bytes per value: a hash of its repr. Every rank must call this, with the same names; if one
     does not, the others wait for it until the timeout of the process group. Does nothing without a process group or
     with a single rank.
 
     Args:
-        what: whose values they are, for the message.
-        values: by name; equal values must have equal reprs on every rank.
+        what: the owner of the values, for the message.
+        values: values by name; equal ones must have equal reprs on every rank.
 
     Raises:
-        RuntimeError: names the ranks that differ from the majority (where there is none, from the group that rank 0
-            is in), the names of the values that differ, and the values on this rank.
+        RuntimeError: ranks differ. The message lists the ranks that differ from the most common value (of equally
+            common ones, that of the lowest rank), the names of the values that differ, and the values on this rank.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
@@ -34,7 +34,7 @@ def check_agreement(what: str, values: Mapping[str, object]) -> None:
     rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, own)
     table = torch.stack(rows).tolist()
-    # among equally common values most_common returns the first, that of the lowest rank
+    # of equally common values most_common returns the first, that of the lowest rank
     majority = [Counter(column).most_common(1)[0][0] for column in zip(*table, strict=True)]
     differing = {
         rank: [name for name, got, common in zip(values, row, majority, strict=True) if got != common]

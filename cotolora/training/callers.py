@@ -1,15 +1,15 @@
-"""What other packages do not tell and only the stack shows: on whose behalf a call is made."""
+"""Finds out from the stack which package makes a call, where that package offers no other way."""
 
 from __future__ import annotations
 
 import sys
 
-# where models are copied to hold the moving average of another's weights
+# modules that copy a model to hold the moving average of its weights
 AVERAGES = ("torch.optim.swa_utils", "timm.utils.model_ema")
 
 
 def called_from(*modules: str) -> bool:
-    """Whether the stack holds a function of one of `modules` or of a module inside one."""
+    """Whether the call stack contains a function of one of `modules` or of their submodules."""
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")

@@ -1,4 +1,4 @@
-"""Hooks on the modules through which a training loop may enter a model, acting once per entry."""
+"""Hooks on the modules that a training loop may call, which act once per outermost call."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.utils.hooks import RemovableHandle
 
 
 class EntryHooks:
-    """Calls `after` with the output of the outermost forward, which may be one of several modules.
+    """Calls `after` with the output of the outermost forward among the model and its parts.
 
-    A loop may call the model, or only parts of it: ``training_step`` of a LightningModule is not a forward, towers are
-    called one by one. `after` runs at the end of the outermost of these calls and not of those inside it.
+    A loop may call the model, or only parts of it: ``training_step`` of a LightningModule is not a forward, and towers
+    may be called one by one. `after` runs at the end of the outermost of these calls, not of those inside it.
 
     Args:
         model: the outermost module.
         parts: modules inside it that a loop may call by themselves.
-        after: gets the output; returns what takes its place, or None to leave it. Also called, with None, when the
+        after: gets the output; returns a replacement, or None to keep it. Also called, with None, if the
             outermost forward has raised.
     """
 
@@ -29,31 +29,31 @@ class EntryHooks:
         self._handles: list[RemovableHandle] = []
 
     def install(self) -> None:
-        """Puts the hooks on the modules. Twice is once."""
-        self._depth = 0  # a KeyboardInterrupt in a forward leaves it as it was there
+        """Registers the hooks on the modules. A second call does nothing."""
+        self._depth = 0  # a KeyboardInterrupt in a forward skips the hooks that count down
         if not self._handles:
             for module in (self._model, *self._parts):
                 leave = module.register_forward_hook(self._leave, always_call=True)
                 self._handles += [module.register_forward_pre_hook(self._enter), leave]
 
     def remove(self) -> None:
-        """Takes the hooks off."""
+        """Removes the hooks."""
         while self._handles:
             self._handles.pop().remove()
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        # counting would be a guard of every graph; what is compiled is entered through the model
+        # a traced count would add a guard to every graph; compiled code is entered through the model
         if not torch.compiler.is_compiling() and not hasattr(module, "_is_replica"):
             self._depth = 1 if module is self._model else self._depth + 1
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._after(output) if module is self._model else None
-        if hasattr(module, "_is_replica"):  # of nn.DataParallel, whose threads would share the count
+        if hasattr(module, "_is_replica"):  # a replica of nn.DataParallel, whose threads would share the count
             return None
-        # not below zero: another hook may have raised before the part was entered
+        # not below zero: another pre-hook may have raised before _enter ran
         self._depth = 0 if module is self._model else max(self._depth - 1, 0)
-        # a part that a checkpoint recomputes in the backward has been entered through the model before
+        # activation checkpointing calls parts again in the backward; `after` ran in the forward already
         recomputed = torch._C._current_graph_task_id() != -1
         return self._after(output) if self._depth == 0 and not recomputed else None
 
@@ -62,13 +62,13 @@ def entries_below(modules: Mapping[str, nn.Module], group_of: Mapping[str, objec
     """The parts of a model that a loop may call by themselves, without the model itself.
 
     Args:
-        modules: of the model, by name.
-        group_of: the group of each adapter by its name: the block that it is in.
+        modules: the modules of the model, by name.
+        group_of: the group (block) of each adapter, by adapter name.
 
     Returns:
-        modules that hold adapters of several groups, and their children that hold some of one; for a module without a
-        forward, such as a ModuleList, its children. An adapter counts only where none of these is around it, since a
-        hook takes as long as much of a layer; nothing that is compiled does, where a hook would be traced.
+        modules that hold adapters of several groups, and their children that hold adapters of one; instead of a module
+        without a forward, such as a ModuleList, its children. Adapters themselves only if none of these is around
+        them, because a hook is slow compared with a layer. No compiled modules, where a hook would be traced.
     """
     groups: dict[str, set[object]] = {}
     for name, group in group_of.items():
@@ -77,7 +77,7 @@ def entries_below(modules: Mapping[str, nn.Module], group_of: Mapping[str, objec
             groups.setdefault(".".join(parts[:i]), set()).add(group)
     compiled = [name for name, module in modules.items() if _is_compiled(module)]
     found, opened = [], {""}
-    for name, inside in groups.items():  # each after what it is in
+    for name, inside in groups.items():  # parents before children
         whole, called = len(inside) > 1, _can_be_called(modules[name])
         if whole or name.rpartition(".")[0] in opened:
             opened |= {name} if whole or not called else set()

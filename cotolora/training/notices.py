@@ -1,4 +1,4 @@
-"""What a run says in the log, once, about a model that does not fit what CoTo does to it."""
+"""Warnings that a run logs once about a model on which CoTo does not work well."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ logger = logging.getLogger("cotolora")
 
 
 def warn_of_few_groups(groups: Mapping[Hashable, Collection[str]]) -> None:
-    """Warns where there is one group only, which is never off as long as at least one must be on."""
+    """Warns if there is only one group, which is always active as long as at least one must be."""
     if len(groups) < 2:
         ((key, names),) = groups.items()
         logger.warning(
-            "CoTo switches groups of adapters, and here is only one, %r with %d of them, which is always on; take "
+            "CoTo found only one group of adapters, %r with %d of them, which is therefore always active; use "
             "another unit, such as 'module' or a callable from an adapter's name to its group",
             key,
             len(names),
@@ -26,16 +26,16 @@ def warn_of_few_groups(groups: Mapping[Hashable, Collection[str]]) -> None:
 
 
 def warn_of_disabled(disabled: Collection[str], count: int) -> None:
-    """Warns where adapters are off by the user's own switch when a run begins: they would not train.
+    """Warns of adapters that the user has disabled before the run begins, since they will not train.
 
     Args:
         disabled: names of these adapters.
-        count: of all adapters.
+        count: number of all adapters.
     """
     if disabled:
         logger.warning(
-            "%d of %d adapters are off by `enabled` and do not train, nor does save_adapter write them: %s; if that is "
-            "a prune or an adapter_mask still in force, undo it before CoTo",
+            "%d of %d adapters are disabled (`enabled`), so they do not train and save_adapter does not write them: "
+            "%s; if an earlier prune or adapter_mask disabled them, undo it before creating CoTo",
             len(disabled),
             count,
             some_of(disabled),
@@ -43,7 +43,7 @@ def warn_of_disabled(disabled: Collection[str], count: int) -> None:
 
 
 def warn_of_stranger(optimizer: torch.optim.Optimizer, trained: Iterable[nn.Parameter]) -> None:
-    """Warns where `optimizer` holds none of the parameters that are trained, as one that was made before `inject`."""
+    """Warns if `optimizer` holds none of the `trained` parameters, for example because it was made before `inject`."""
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     if held and held.isdisjoint(trained):
         logger.warning(
@@ -54,7 +54,7 @@ def warn_of_stranger(optimizer: torch.optim.Optimizer, trained: Iterable[nn.Para
 
 
 def warn_of_many_graphs(model: nn.Module, groups: Iterable[Collection[nn.Module]]) -> None:
-    """Warns where torch.compile will trace a graph for every pattern of host gates.
+    """Warns if torch.compile will trace a graph for every pattern of host gates.
 
     Args:
         model: the model, with its wrappers.
@@ -67,8 +67,8 @@ def warn_of_many_graphs(model: nn.Module, groups: Iterable[Collection[nn.Module]
         inside = {group_of[child] for child in module.modules() if child in group_of}
         if len(inside) > 1:
             logger.warning(
-                "torch.compile traces a graph for every pattern of host gates inside a compiled module, until it "
-                "gives up; %s holds %d groups: compile modules of one group each, or take gates='device'",
+                "torch.compile traces one graph for each pattern of host gates inside a compiled module, up to its "
+                "recompile limit; %s holds %d groups: compile modules of one group each, or use gates='device'",
                 name or "the model",
                 len(inside),
             )

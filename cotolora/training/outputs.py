@@ -1,4 +1,4 @@
-"""Finds and replaces the tensors in what a module returns, whatever they are held in."""
+"""Finds and replaces the tensors in the output of a module, inside containers and objects."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-# objects inside objects that are looked into: what is deeper is no output but what a model keeps
+# levels of nested objects that are searched; deeper objects are state of the model rather than outputs
 _DEEPEST = 4
-# what holds nothing, by its class and not by isinstance, since most leaves are of these
+# types that hold no tensors, compared by identity, which is faster than isinstance: most leaves are of these
 _PLAIN = frozenset((type(None), bool, int, float, str, bytes, torch.dtype, torch.device))
 _CLOSED = (nn.Module, type, ModuleType, FunctionType)
 
 
 def tensors_in(output: Any, *, deep: bool = True) -> list[Tensor]:
-    """The tensors of `output`: in containers that pytree knows, dataclasses and any object.
+    """The tensors in `output`, also inside pytree containers, dataclasses and other objects.
 
-    If not `deep`, objects inside an object are left out.
+    With ``deep=False``, objects inside an object are not searched.
     """
     return list(_tensors(output, set(), 0 if deep else _DEEPEST - 1))
 
 
 def with_tensors(output: Any, new: Mapping[int, Tensor]) -> Any:
-    """`output` with other tensors for those of such ids. What holds one is copied, and nothing else is."""
+    """`output` with tensors replaced by id. Copies the objects that hold a replaced tensor and nothing else."""
     return _replaced(output, new, {}, 0)
 
 
@@ -51,7 +51,7 @@ def _replaced(value: Any, new: Mapping[int, Tensor], done: dict[int, Any], depth
             return done[id(leaf)]
         if new.keys().isdisjoint(id(tensor) for part in held for tensor in _tensors(part, {id(leaf)}, depth + 1)):
             return leaf
-        # first the copy, in which what it holds may hold it again; a tuple must be made of what it holds
+        # creates the copy first, because its contents may refer to it; a tuple can only be created with its contents
         if isinstance(leaf, tuple):
             entries = [_replaced(held.pop(), new, done, depth + 1)]
             done[id(leaf)] = tuple.__new__(type(leaf), *entries)
@@ -64,10 +64,10 @@ def _replaced(value: Any, new: Mapping[int, Tensor], done: dict[int, Any], depth
 
 
 def _held(value: Any, depth: int) -> list[Any]:
-    """What `value` holds, in one or two containers that pytree knows: its attributes, and its entries if it has any."""
+    """The contents of `value` as one or two pytree containers: its attributes, and its entries if it has any."""
     if type(value) in _PLAIN or isinstance(value, _CLOSED):
         return []
-    # traced, the attributes of a stranger's object would be guards
+    # in a trace, reading attributes of arbitrary objects would add guards
     if not dataclasses.is_dataclass(value) and (torch.compiler.is_compiling() or depth >= _DEEPEST):
         return []
     slots = [name for name in _slots(type(value)) if hasattr(value, name)]  # type: ignore[arg-type]
@@ -90,8 +90,8 @@ def _slots(kind: type) -> list[str]:
 def _new_like(value: Any) -> Any:
     kind = next(kind for kind in (dict, list, object) if isinstance(value, kind))
     try:
-        return kind.__new__(type(value))  # not by copy, which a class may define as it likes
-    except TypeError:  # of what C makes
+        return kind.__new__(type(value))  # not copy.copy, which a class may override
+    except TypeError:  # a class implemented in C
         return copy.copy(value)
 
 

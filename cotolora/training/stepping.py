@@ -1,4 +1,4 @@
-"""Hooks that run just before an optimizer's step, also where accelerate or Lightning wraps the optimizer."""
+"""Hooks that run just before an optimizer's step, also if accelerate or Lightning wraps the optimizer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def register_before_step(optimizer: torch.optim.Optimizer, action: Callable[[], 
     """Calls `action` before each step of `optimizer` changes a parameter; returns a handle that undoes this.
 
     Args:
-        optimizer: also one wrapped by accelerate or Lightning. If its step is given a closure, `action` runs after
-            each call of the closure, which is where the gradients are computed.
+        optimizer: may be wrapped by accelerate or Lightning. If its step gets a closure, `action` runs after
+            each call of the closure, which computes the gradients.
         action: changes gradients.
 
     Raises:
@@ -24,7 +24,7 @@ def register_before_step(optimizer: torch.optim.Optimizer, action: Callable[[], 
     optimizer = unwrap_optimizer(optimizer)
 
     def before_step(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # Lightning runs backward in a closure inside the step: the gradients are there only after it
+        # Lightning runs backward in a closure inside the step, so the gradients exist only after the closure
         new_args = tuple(_followed_by(action, value) if callable(value) else value for value in args)
         if callable(closure := kwargs.get("closure")):
             return new_args, {**kwargs, "closure": _followed_by(action, closure)}
@@ -36,10 +36,10 @@ def register_before_step(optimizer: torch.optim.Optimizer, action: Callable[[], 
 
 
 def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The torch optimizer inside accelerate's or Lightning's.
+    """The torch optimizer inside a wrapper of accelerate or Lightning.
 
     Raises:
-        TypeError: there is none.
+        TypeError: `optimizer` is neither a torch optimizer nor a wrapper of one.
     """
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
@@ -57,7 +57,7 @@ class CombinedHandle(RemovableHandle):
         self._then = then
 
     def remove(self) -> None:
-        """Removes all of them. Twice is once."""
+        """Removes all of them. A second call does nothing."""
         if self._handles:
             while self._handles:
                 self._handles.pop().remove()

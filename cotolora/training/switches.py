@@ -16,9 +16,9 @@ from cotolora.linear import CoToLoRALinear
 from cotolora.variants.base import PEFT_INITS
 
 _UNSUPPORTED = {
-    "ADALORA": "it allots ranks by the gradients of every adapter, and one that is off has none",
-    "SHADOW": "its blocks hand a state from one to the next and have no switch of their own",
-    "XLORA": "its layers obey one switch for the whole model",
+    "ADALORA": "it allocates ranks by the gradients of every adapter, and an inactive adapter has none",
+    "SHADOW": "its blocks pass a state from one to the next and cannot be switched one by one",
+    "XLORA": "its layers have one switch for the whole model",
 }
 
 
@@ -57,7 +57,7 @@ class Switch(ABC):
 
     @property
     def trainable(self) -> bool:
-        """Whether the adapter trains while its gate is on."""
+        """Whether the adapter trains if its gate is on."""
         return self.enabled and not self.merged
 
     @property
@@ -67,19 +67,19 @@ class Switch(ABC):
 
     @property
     def masked(self) -> bool:
-        """Whether it does so for the gate alone: with the gate on the adapter would train."""
+        """Whether only the gate makes the adapter unused: with the gate on it would train."""
         return self.unused and self.training and self.trainable
 
-    # nothing to do for our own layers
+    # the defaults do nothing, which is right for our own layers
 
     def install(self) -> None:  # noqa: B027
-        """Puts hooks on the layer, if the gate needs any. Twice is once."""
+        """Registers hooks on the layer if the gate needs any. A second call does nothing."""
 
     def remove(self) -> None:  # noqa: B027
-        """Takes the hooks off."""
+        """Removes the hooks."""
 
     def restore(self) -> None:  # noqa: B027
-        """Undoes what a forward that raised has left switched."""
+        """Resets the switch after a forward that raised."""
 
 
 class LayerSwitch(Switch):
@@ -91,8 +91,8 @@ class LayerSwitch(Switch):
         self.layer = layer
 
     def reset_gate(self, kind: str) -> None:
-        """A new gate that is on: a bool of the "host" or a tensor on the "device"."""
-        # not layer.gate = …, which would fill a tensor that an earlier run left there
+        """Sets a new gate that is on: a bool if `kind` is "host", an int32 tensor if it is "device"."""
+        # not layer.gate = …, which would write to a tensor gate that an earlier run has left
         on = torch.ones((), dtype=torch.int32, device="cpu") if kind == "device" else True
         self.layer._set_switch("_gate", on)
 
@@ -103,7 +103,7 @@ class LayerSwitch(Switch):
 
     @property
     def enabled(self) -> bool:
-        """The user's own switch, for any sample at least."""
+        """The user's own switch, true if it is on for at least one sample."""
         return is_enabled(self.layer)
 
     @property
@@ -113,7 +113,7 @@ class LayerSwitch(Switch):
 
     @property
     def unused(self) -> bool:
-        """Whether a forward now leaves the adapter's parameters out of the graph: never with a tensor for a switch."""
+        """Whether a forward now leaves the adapter's parameters out of the graph; False if a switch is a tensor."""
         return self.layer.active is False or self.layer.merged
 
     @property
@@ -123,12 +123,12 @@ class LayerSwitch(Switch):
 
 
 class PeftSwitch(Switch):
-    """The gate of one PEFT layer: off, the layer runs as its base, by PEFT's own ``_disable_adapters``.
+    """The gate of one PEFT layer, which uses PEFT's own ``_disable_adapters`` to run only the base.
 
-    That flag is set only while the layer's forward runs, and only in training mode. So evaluation finds the adapter
-    on however the layer is reached, PEFT's own ``disable_adapter()`` keeps its meaning, and the recomputation of a
-    checkpoint sees what the forward saw. A fused forward that reads A and B past the layer (Unsloth's) does not see the
-    gate.
+    That flag is set only while the layer's forward runs, and only in training mode. So in evaluation the adapter is
+    active no matter how the layer is called, PEFT's ``disable_adapter()`` still works, and the recomputation in
+    activation checkpointing uses the same gate as the forward. A fused forward that reads A and B without calling the
+    layer (Unsloth's) ignores the gate.
 
     Attributes:
         gate: whether the adapter is on in training.
@@ -147,7 +147,7 @@ class PeftSwitch(Switch):
         self.gate = on
 
     def install(self) -> None:
-        """Puts the hooks on the layer that make the gate count. Twice is once."""
+        """Registers the hooks that apply the gate on the layer. A second call does nothing."""
         if not self._handles:
             self._handles = [
                 self.layer.register_forward_pre_hook(self._before),
@@ -155,13 +155,13 @@ class PeftSwitch(Switch):
             ]
 
     def remove(self) -> None:
-        """Takes the hooks off; the layer is as PEFT made it."""
+        """Removes the hooks, which leaves the layer as PEFT made it."""
         while self._handles:
             self._handles.pop().remove()
         self.restore()
 
     def _before(self, layer: Any, args: Any) -> None:
-        self.restore()  # from a forward that a KeyboardInterrupt ended, after which torch calls no hook
+        self.restore()  # after a forward that ended with KeyboardInterrupt, for which torch calls no hook
         # a merged layer that is disabled would unmerge itself, which changes weights
         if not self.gate and layer.training and not layer._disable_adapters and not layer.merged:
             layer._disable_adapters = self._disabled_here = True
@@ -170,7 +170,7 @@ class PeftSwitch(Switch):
         self.restore()
 
     def restore(self) -> None:
-        """Undoes what a forward has set, also one that raised."""
+        """Resets PEFT's flag after a forward, also after one that raised."""
         if self._disabled_here:
             self.layer._disable_adapters = self._disabled_here = False
 
@@ -186,7 +186,7 @@ class PeftSwitch(Switch):
 
     @property
     def enabled(self) -> bool:
-        """The user's own switch: PEFT's, and an adapter of this layer must be active."""
+        """The user's own switch: PEFT has not disabled the layer, and one of its adapters is active in PEFT's sense."""
         return not self.layer._disable_adapters and _is_active(self.layer)
 
     @property
@@ -206,11 +206,11 @@ class PeftSwitch(Switch):
 def switches(model: nn.Module) -> dict[str, Switch]:
     """Every layer of `model` that CoTo can switch, by name, in module order: ours, and PEFT's with an active adapter.
 
-    Names are those of the unwrapped model, without what a ``PeftModel`` puts in front.
+    Names are those of the unwrapped model, without the prefix that a ``PeftModel`` adds.
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: a PEFT adapter must not be switched; the message names it and says why.
+        ValueError: a PEFT adapter cannot be switched; the message names it and says why.
     """
     found: dict[str, Switch] = {name: LayerSwitch(layer) for name, layer in adapters(model).items()}
     peft = sys.modules.get("peft.tuners.tuners_utils")
@@ -219,7 +219,7 @@ def switches(model: nn.Module) -> dict[str, Switch]:
     modules = modules_of(model)
     layers = {name: module for name, module in modules.items() if isinstance(module, peft.BaseTunerLayer)}
     within = {part for layer in layers.values() for part in _parts(layer)[1:]}
-    # trainable tokens are, as modules_to_save, trained beside the adapters and not by them
+    # trainable tokens, like modules_to_save, train alongside the adapters and are not switched
     auxiliary = sys.modules["peft.utils.other"].AuxiliaryTrainingWrapper
     within |= {part for module in modules.values() if isinstance(module, auxiliary) for part in module.modules()}
     layers = {name: layer for name, layer in layers.items() if layer not in within and _is_active(layer)}
@@ -233,14 +233,14 @@ def switches(model: nn.Module) -> dict[str, Switch]:
 
 
 def modules_by_users_name(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module of `model` by its name among the names of `switches`."""
+    """Every module of `model`, under names like those of `switches`."""
     modules = modules_of(model)
     users = _users_names(modules)
     return {users[name]: module for name, module in modules.items()}
 
 
 def parameters_of(idle: Iterable[Switch], used: Iterable[Switch]) -> list[nn.Parameter]:
-    """The parameters of `idle` adapters, without those that they share with `used` ones, as some of PEFT's do."""
+    """The parameters of `idle` adapters, except those shared with `used` ones, as in some PEFT methods."""
     kept = {parameter for switch in used for parameter in switch.adapter_parameters}
     found = dict.fromkeys(parameter for switch in idle for parameter in switch.adapter_parameters)
     return [parameter for parameter in found if parameter not in kept]
@@ -266,7 +266,7 @@ def _parameters_in(item: Any) -> Iterator[nn.Parameter]:
 
 
 def _switch_of(layer: Any) -> PeftSwitch:
-    """The switch that an earlier CoTo installed on `layer`, so that a layer has one; else a new one."""
+    """The switch that an earlier CoTo installed on `layer`, so that a layer has only one; otherwise a new one."""
     for hook in layer._forward_pre_hooks.values():
         if isinstance(switch := getattr(hook, "__self__", None), PeftSwitch):
             return switch
@@ -274,7 +274,7 @@ def _switch_of(layer: Any) -> PeftSwitch:
 
 
 def _users_names(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """By name, the name without what a ``PeftModel`` or its tuner puts in front."""
+    """For each name, the name without the prefix that a ``PeftModel`` or its tuner adds."""
     peft = sys.modules.get("peft.tuners.tuners_utils")
     tuners = [] if peft is None else [name for name, module in modules.items() if isinstance(module, peft.BaseTuner)]
     return {name: _users_name(name, tuners) for name in modules}
@@ -294,7 +294,7 @@ def _refuse(modules: dict[str, nn.Module], active: set[str]) -> None:
     for name, config in (item for found in configs for item in found.items()):
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if kind in _UNSUPPORTED:
-            raise ValueError(f"PEFT adapter {name!r} must be of a method with a switch in every layer; {kind} is not: "
+            raise ValueError(f"PEFT adapter {name!r} must use a method with a switch in every layer; {kind} has none: "
                              f"{_UNSUPPORTED[kind]}")  # fmt: skip
         if name not in active:
             continue
@@ -305,7 +305,7 @@ def _refuse(modules: dict[str, nn.Module], active: set[str]) -> None:
             changed = "kasa_config"
         if changed:
             raise ValueError(
-                f"PEFT adapter {name!r} must leave the base weights as they were; {changed} took part of them into the "
-                "adapter, so where it is off PEFT runs a residual, not the pretrained weight, and CoTo would destroy "
-                f"the model; init_lora_weights must be one of {PEFT_INITS}"
+                f"PEFT adapter {name!r} must not have changed the base weights; {changed} moved part of them into the "
+                "adapter, so without the adapter PEFT runs a residual instead of the pretrained weight, and CoTo would "
+                f"destroy the model; init_lora_weights must be one of {PEFT_INITS}"
             )

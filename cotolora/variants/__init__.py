@@ -1,4 +1,4 @@
-"""The variants of the low-rank update, one file each. A new one is a file here and a line below."""
+"""The variants of the low-rank update, one file each. A new variant needs a file here and an entry below."""
 
 from cotolora.variants.base import Variant
 from cotolora.variants.dora import Dora

@@ -1,4 +1,4 @@
-"""What a variant of the low-rank update must say of itself, in one class; its defaults are those of plain LoRA."""
+"""`Variant`, the description of a variant of the low-rank update; its defaults are those of plain LoRA."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 INITS = ("kaiming", "gaussian", "pissa", "olora")
 FROM_WEIGHT = ("pissa", "olora")
-# PEFT's initialisations of LoRA that leave the base weights as they are; the others train on a residual base
+# PEFT's initialisations of LoRA that do not change the base weights; the others leave a residual in the base
 PEFT_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 
 class Part(NamedTuple):
-    """One of the tensors of an adapter.
+    """One tensor of an adapter.
 
     attribute: its name in the layer.
-    shape: of the names "rank", "in_features", "out_features".
-    key: its name in PEFT's files, after that of the module; None of one that is not stored by module, see
+    shape: its sizes, each "rank", "in_features" or "out_features".
+    key: its name in PEFT's files after the module's name; None if it is not stored per module, see
         `Variant.shared_keys`.
-    argument: what `coto_lora_linear` calls it.
+    argument: its name in error messages, that of the argument of `coto_lora_linear` if there is one.
     """
 
     attribute: str
@@ -39,7 +39,7 @@ class Part(NamedTuple):
     argument: str
 
     def sizes(self, **sizes: int) -> tuple[int, ...]:
-        """Its shape where rank, in_features and out_features are such."""
+        """Its shape for the given rank, in_features and out_features."""
         return tuple(sizes[name] for name in self.shape)
 
 
@@ -54,7 +54,7 @@ def lora_b(key: str = "lora_B.weight") -> Part:
 
 
 class Sizes(NamedTuple):
-    """What the shapes of an adapter's tensors are made of."""
+    """The sizes that determine the shapes of an adapter's tensors."""
 
     rank: int
     in_features: int
@@ -63,15 +63,15 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class PeftMethod:
-    """How PEFT's config speaks of a variant.
+    """How a PEFT config describes a variant.
 
     peft_type: the method.
-    flags: fields that tell variants of one method apart, with their values.
-    dropout, init: the names of these fields.
-    inits: values of the field `init` that leave the base weights as they are.
-    default_rank, default_alpha: of a config that states none.
-    scaled: whether there are alpha and rsLoRA; without, alpha is the rank.
-    patterned: whether PEFT follows rank_pattern.
+    flags: fields that distinguish variants of one method, with their values.
+    dropout, init: the names of the fields for dropout and initialisation.
+    inits: values of the field `init` that do not change the base weights.
+    default_rank, default_alpha: values for a config without these fields.
+    scaled: whether the method has alpha and rsLoRA; if not, alpha is the rank.
+    patterned: whether PEFT applies rank_pattern.
     fields: further fields that such a config may have, with their defaults, which `save_adapter` writes.
     """
 
@@ -88,25 +88,27 @@ class PeftMethod:
 
 
 class Variant:
-    """A variant of the low-rank update, with everything that this library must know of it.
+    """A variant of the low-rank update: its formula, its backends, its tensors and its form in files.
 
-    A subclass states the attributes, and overrides the methods in which it differs from LoRA. An instance has no state.
+    A subclass sets the attributes and overrides the methods in which it differs from LoRA. Instances have no state.
 
     Attributes:
-        name: of the variant, as ``variant=`` takes it.
-        definition: its function of `cotolora.reference`, ``(x, weight, bias, a, b, *extra, *constants, *, scale, gate,
+        name: the value of ``variant=``.
+        definition: its function in `cotolora.reference`, ``(x, weight, bias, a, b, *extra, *constants, *, scale, gate,
             dropout)``.
-        addition: the same, added to a base's output, ``(y, x, a, b, *extra, *, scale, gate, dropout)``; None if the
-            variant must read W.
-        addmm: the backend of vendor GEMMs, None if there is none; `addmm_adding` where a base is called.
-        fused: the backends of our kernels by the names of their forms; `fused_adding` where a base is called.
+        addition: the function that adds the update to a base output, ``(y, x, a, b, *extra, *, scale, gate, dropout)``;
+            None if the variant must read W.
+        addmm, addmm_adding: the backend of vendor GEMMs, or None; the second for layers with a `base`.
+        fused, fused_adding: the backends of our kernels by the names of their forms; the second for layers with a
+            `base`.
         measured: whether `python -m benchmarks tune` measures it.
-        parts: the tensors of an adapter: A, B and what is extra.
+        parts: the tensors of an adapter: A, B and the extra ones.
         trained: the attributes that train, in the order in which an optimizer gets them; the others are shared.
-        inits: of A and B, see `CoToLoRALinear`.
-        product: whether the update is ``scale · B A`` and nothing else, which merging takes apart.
-        low_rank: in words, the product of `factors` times the scale, whose norm `python -m cotolora inspect` prints.
-        peft: how PEFT's config speaks of it.
+        inits: the allowed initialisations of A and B, see `CoToLoRALinear`.
+        product: whether the update is just ``scale · B A``, which merging decomposes.
+        low_rank: a description of the product of `factors` times the scale; `python -m cotolora inspect` prints its
+            norm.
+        peft: how a PEFT config describes it.
         shared_keys: the names in PEFT's files, after ``base_model.``, of tensors that belong to no single module.
     """
 
@@ -132,19 +134,19 @@ class Variant:
         self.adding_backends = _by_name(self.addmm_adding, self.fused_adding)
 
     def backends_for(self, call: Call) -> Mapping[str, Backend]:
-        """The backends of such calls by their full names; the reference is not among them."""
+        """The backends of such calls by their full names, without the reference."""
         return self.adding_backends if call.adds else self.backends
 
     def constants(
         self, backend: Backend | None, weight: Tensor, a: Tensor, b: Tensor, scale: float
     ) -> tuple[Tensor, ...]:
-        """What must be computed of W before autocast casts it; handed to the backend after what is extra."""
+        """Tensors that must be computed from W before autocast casts it; the backend gets them after the extra ones."""
         return ()
 
     # the layer
 
     def check(self, init: str, rank: int, alpha: float, sizes: tuple[int, int]) -> None:
-        """Raises ValueError unless such an init, rank and alpha go with the variant on a weight of such sizes."""
+        """Raises ValueError unless the variant allows `init`, `rank` and `alpha` on a weight of these sizes."""
         if init not in INITS:
             raise ValueError(f"init must be one of {INITS}; got {shown(init)}")
         if init not in self.inits:
@@ -155,17 +157,17 @@ class Variant:
             raise ValueError(
                 f"rank must be at most {min(sizes)} with init={init!r}, the smaller of the sizes {sizes}; got {rank}"
             )
-        if not alpha / rank > 0:  # nor too small for the quotient
+        if not alpha / rank > 0:  # false as well if alpha is so small that the quotient underflows
             raise ValueError(f"alpha must be positive with init={init!r}; got {alpha!r}")
 
     def start(self, layer: CoToLoRALinear, weight: Tensor | None) -> None:
-        """Sets what is extra to where it starts, given W ``[out_features, in_features]``, None or meta if not known."""
+        """Initialises the extra tensors, given W ``[out_features, in_features]``, or None or a meta tensor instead."""
 
     def share(self, layers: Sequence[CoToLoRALinear]) -> None:
-        """Gives the layers of one model the tensors that they share, when they are put into it."""
+        """Gives the layers of one model their shared tensors, when `inject` puts them into it."""
 
     def factors(self, a: Tensor, b: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """What stands for A and B in `low_rank`, of the same shapes and in their dtype."""
+        """The factors of the product `low_rank`, in the shapes and the dtype of A and B."""
         return a, b
 
     def delta(self, weight: Tensor | None, a: Tensor, b: Tensor, extra: Sequence[Tensor], scale: float) -> Tensor:
@@ -176,7 +178,7 @@ class Variant:
     # files
 
     def saved_spec(self, layer: CoToLoRALinear) -> AdapterSpec:
-        """The settings of what `saved` gives, for the base as it is."""
+        """The settings that belong to the tensors from `saved`, for an unchanged base."""
         if layer.init not in FROM_WEIGHT:
             return layer.spec
         # twice the rank at the same scale
@@ -188,22 +190,22 @@ class Variant:
         return tensors
 
     def loaded(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-        """The reverse of `saved`, of tensors that are float32 at least; those of no key come from `spread_shared`."""
+        """The reverse of `saved`, for tensors of at least float32; tensors without a key come from `spread_shared`."""
         return tensors
 
     def saved_shared(self, layers: Mapping[str, CoToLoRALinear]) -> dict[str, Tensor]:
-        """The tensors of `shared_keys`, of the layers that are saved, by name."""
+        """The tensors of `shared_keys` by key, for the saved layers."""
         return {}
 
     def spread_shared(
         self, shared: Mapping[str, Tensor], fields: Mapping[str, Any], sizes: Mapping[str, Sizes]
     ) -> dict[str, dict[str, Tensor]]:
-        """What each module takes of `shared`, by attribute: all parts that have no key.
+        """The tensors of each module that come from `shared`, by attribute: all parts without a key.
 
         Args:
-            shared: what the file holds of `shared_keys`.
-            fields: of the config, those of `PeftMethod.fields`.
-            sizes: of the modules, by name.
+            shared: the tensors of `shared_keys` in the file.
+            fields: the fields of the config that are in `PeftMethod.fields`.
+            sizes: the sizes of the modules, by name.
 
         Raises:
             ValueError: a tensor is missing or does not fit.
@@ -215,7 +217,7 @@ def without_scale(b: Tensor, scale: float) -> Tensor:
     """``b / scale``, for methods whose files hold B times the scale.
 
     Raises:
-        ValueError: that is not finite although `b` is.
+        ValueError: the result is not finite although `b` is.
     """
     quotient = b / scale
     if b.isfinite().all() and not quotient.isfinite().all():

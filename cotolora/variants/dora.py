@@ -1,4 +1,4 @@
-"""DoRA, which learns the lengths of the rows of W apart."""
+"""DoRA, which learns the norm of each row of W separately."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Dora(Variant):
-    """``y = c ∘ (x Wᵀ + scale · (x Aᵀ) Bᵀ) + bias`` with ``c = m / ‖W + scale · B A‖`` by rows."""
+    """``y = c ∘ (x Wᵀ + scale · (x Aᵀ) Bᵀ) + bias`` with ``c = m / ‖W + scale · B A‖`` per row."""
 
     name = "dora"
     definition = staticmethod(reference.dora_linear)
@@ -33,13 +33,13 @@ class Dora(Variant):
     def constants(
         self, backend: Backend | None, weight: Tensor, a: Tensor, b: Tensor, scale: float
     ) -> tuple[Tensor, ...]:
-        """The norm: of W as it was, so that a fresh layer has c = 1."""
+        """The row norms from W before the cast, so that a new layer has c = 1."""
         row_norms = reference.row_norms if backend is None else backend.row_norms  # type: ignore[attr-defined]
         with torch.no_grad():
             return (row_norms(weight, a, b, scale),)
 
     def start(self, layer: CoToLoRALinear, weight: Tensor | None) -> None:
-        """M is ``‖W‖`` by rows: at the start the update is zero, whatever A is."""
+        """Sets m to the row norms of W, since the update is zero initially."""
         assert weight is not None
         assert layer.lora_magnitude is not None
         if not weight.is_meta:

@@ -1,4 +1,4 @@
-"""HiRA, an update of high rank."""
+"""HiRA, a high-rank update."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Hira(Variant):
     fused = by_kernels.BACKENDS
     parts = (lora_a("hira_A"), lora_b("hira_B"))
     low_rank = "s B A (W is then multiplied by it entry by entry)"
-    inits = ("kaiming", "gaussian")  # the others take B A for a part of W, which W ∘ B A is not
-    # PEFT (as of 0.21) writes a rank_pattern of HiRA that it has not followed
+    inits = ("kaiming", "gaussian")  # the others initialise B A as a part of W, but the update here is W ∘ B A
+    # PEFT (as of 0.21) writes a rank_pattern for HiRA, but does not apply it
     peft = PeftMethod(
         "HIRA", dropout="hira_dropout", init="init_weights", default_rank=32, scaled=False, patterned=False
     )
@@ -34,10 +34,10 @@ class Hira(Variant):
         return weight.detach().to(a.dtype) * (scale * (b @ a))
 
     def saved(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-        """With the scale, which PEFT does not have, in B."""
+        """Multiplies the scale, which PEFT does not have, into B."""
         b = tensors["lora_b"]
         return tensors | {"lora_b": b.to(torch.promote_types(b.dtype, torch.float32)) * scale}
 
     def loaded(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-        """B without the scale of the layer."""
+        """Divides B by the scale of the layer."""
         return tensors | {"lora_b": without_scale(tensors["lora_b"], scale)}

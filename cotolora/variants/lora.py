@@ -1,4 +1,4 @@
-"""LoRA itself."""
+"""Plain LoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inits that take the factors from a weight: where they start, and the update they stand for since."""
+"""Inits that compute the factors from W: their initial values, and the update relative to these."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from torch import Tensor
 
 @torch.no_grad()
 def start(init: str, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    r"""A0 ``[rank, in_features]`` and B0 ``[out_features, rank]`` of an init taken from `weight`.
+    r"""The initial A0 ``[rank, in_features]`` and B0 ``[out_features, rank]``, from W ``[out_features, in_features]``.
 
-    `weight` is W, ``[out_features, in_features]``.
-
-    pissa: ``W = U S Vᵀ``, ``A0 = √(S_r / scale) V_rᵀ``, ``B0 = U_r √(S_r / scale)``: ``scale · B0 A0`` is W's best
-    approximation of that rank. olora: ``W = Q R``, ``A0 = R_r``, ``B0 = Q_r``, the first rows and columns.
+    pissa: ``W = U S Vᵀ``, ``A0 = √(S_r / scale) V_rᵀ``, ``B0 = U_r √(S_r / scale)``: ``scale · B0 A0`` is the best
+    approximation of W with that rank. olora: ``W = Q R``, ``A0 = R_r``, ``B0 = Q_r``, the first rows of R and the first
+    columns of Q.
 
     Raises:
         ValueError: `scale` is so small that pissa's factors are not finite.
 
     Source: PiSSA, Meng et al. 2024, eq. 2 to 4 (arXiv:2404.02948); OLoRA, Büyükakyüz 2024, algorithm 1
-    (arXiv:2406.01775), which scales the product by alpha / rank as PEFT does. Both, unlike us, take it from W.
+    (arXiv:2406.01775), which scales the product by alpha / rank as PEFT does. Both subtract the product from W; this
+    library does not.
     """
     weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     if init == "pissa":
@@ -35,7 +35,7 @@ def start(init: str, weight: Tensor, rank: int, scale: float) -> tuple[Tensor, T
 def since_start(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
     """Factors ``[A ; A − A0]`` and ``[B − B0, B0]`` of ``B A − B0 A0``, which is zero before the first step.
 
-    The differences are taken in float32 before anything casts them: those of bfloat16 factors would lose small steps.
+    The differences are computed in at least float32: differences of factors cast to bfloat16 would lose small steps.
     """
     dtype = torch.promote_types(a.dtype, torch.float32)
     a, b, a0, b0 = a.to(dtype), b.to(dtype), a0.to(dtype), b0.to(dtype)

@@ -1,4 +1,4 @@
-"""VeRA, which trains two vectors beside random factors that all layers share."""
+"""VeRA, which trains two vectors per layer; its random factors are frozen and shared by all layers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _FIELDS = {"projection_prng_key": 0, "save_projection": True, "d_initial": D_INI
 class Vera(Variant):
     """``y = x Wᵀ + bias + scale · b ∘ ((d ∘ (x Aᵀ)) Bᵀ)``.
 
-    A ``[rank, in_features]`` and B ``[out_features, rank]`` are the first columns and rows of two matrices of the
-    largest sizes in the model, drawn from one seed; d starts at 0.1 and b at 0.
+    A ``[rank, in_features]`` is the first columns and B ``[out_features, rank]`` the first rows of two matrices of the
+    largest sizes in the model, drawn from one seed; d is initially 0.1 and b is 0.
     """
 
     name = "vera"
@@ -48,7 +48,7 @@ class Vera(Variant):
     shared_keys = ("vera_A", "vera_B")
 
     def start(self, layer: CoToLoRALinear, weight: Tensor | None) -> None:
-        """A and B as a layer alone has them, d and b."""
+        """Initialises d and b, and A and B as in a layer that shares them with no other."""
         d, b = layer.extra
         nn.init.constant_(d, D_INITIAL)
         nn.init.zeros_(b)
@@ -59,7 +59,7 @@ class Vera(Variant):
                 layer.lora_b.copy_(b0)
 
     def share(self, layers: Sequence[CoToLoRALinear]) -> None:
-        """Layers of one rank, device and dtype get views of one A and one B of the largest sizes."""
+        """Gives all layers of one rank, device and dtype views of one A and one B of the largest sizes."""
         together: dict[Any, list[CoToLoRALinear]] = {}
         for layer in layers:
             if not layer.lora_a.is_meta:
@@ -74,24 +74,24 @@ class Vera(Variant):
                 layer.lora_b = nn.Parameter(b[: layer.out_features], requires_grad=False)
 
     def factors(self, a: Tensor, b: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """``d ∘ A`` and ``b ∘ B``, d and b by rows."""
+        """``d ∘ A`` and ``b ∘ B``, where d and b scale rows."""
         d, lambda_b = (t.to(a.dtype) for t in extra)
         return a * d[:, None], b * lambda_b[:, None]
 
     def saved(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-        """With the scale, which PEFT does not have, in b."""
+        """Multiplies the scale, which PEFT does not have, into b."""
         b = tensors["vera_lambda_b"]
         return tensors | {"vera_lambda_b": b.to(torch.promote_types(b.dtype, torch.float32)) * scale}
 
     def loaded(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-        """B without the scale of the layer."""
+        """Divides b by the scale of the layer."""
         return tensors | {"vera_lambda_b": without_scale(tensors["vera_lambda_b"], scale)}
 
     def saved_shared(self, layers: Mapping[str, CoToLoRALinear]) -> dict[str, Tensor]:
-        """The largest A and B, of which those of the other layers are parts.
+        """The largest A and B, which contain those of the other layers.
 
         Raises:
-            ValueError: they are not, so that no single matrix can be stored.
+            ValueError: they do not contain them, so that no single matrix can be stored.
         """
         a = max((layer.lora_a for layer in layers.values()), key=lambda factor: factor.shape[1])
         b = max((layer.lora_b for layer in layers.values()), key=lambda factor: factor.shape[0])
@@ -104,10 +104,10 @@ class Vera(Variant):
     def spread_shared(
         self, shared: Mapping[str, Tensor], fields: Mapping[str, Any], sizes: Mapping[str, Sizes]
     ) -> dict[str, dict[str, Tensor]]:
-        """A's first columns and B's first rows; drawn from the config's seed where the file does not hold them."""
+        """The first columns of A and the first rows of B, drawn from the config's seed if the file lacks them."""
         if shared.keys() != set(self.shared_keys):
             if shared or fields.get("save_projection", True):
-                raise ValueError(f"the file must hold {self.shared_keys}; it holds {sorted(shared)} of them")
+                raise ValueError(f"the file must hold {self.shared_keys}; of these it holds {sorted(shared)}")
             (rank,) = {size.rank for size in sizes.values()}
             widest, tallest = (max(size[i] for size in sizes.values()) for i in (1, 2))
             drawn = _drawn(rank, widest, tallest, fields.get("projection_prng_key", 0))

@@ -339,7 +339,7 @@ def test_explain_says_what_runs_and_why_the_others_do_not(monkeypatch):
         f"rows 7, 6 -> 4, rank 2, bfloat16 on cpu: addmm ({plan.reason})",
         "  forward: 3 launches: linear 0.00 MB, addmm 0.00 MB, addmm_ 0.00 MB",
         "  backward: 5 launches: mm 0.00 MB, addmm 0.00 MB, mm 0.00 MB, mm 0.00 MB, addmm_ 0.00 MB",
-        "  saved for backward: 0.00 MB beside x",
+        "  saved for backward: 0.00 MB in addition to x",
         "  reference: can run",
         f"  triton: {'; '.join(plan.others['triton'])}",
     ]
@@ -357,11 +357,11 @@ def test_explain_of_what_cannot_run(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     plan = explain((7, 6, 4, 300), backend="triton")
     assert plan.backend is None
-    assert "cannot run (asked for by the backend argument, but" in str(plan)
+    assert "cannot run (requested by the backend argument, but" in str(plan)
     assert "rank 300 exceeds 256" in plan.reason
     assert set(plan.others) == {"reference", "addmm"}
     with set_backend("reference"):
-        assert explain((7, 6, 4, 2)).reason == "asked for by set_backend"
+        assert explain((7, 6, 4, 2)).reason == "requested by set_backend"
 
 
 def test_explain_takes_a_layer():

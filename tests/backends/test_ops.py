@@ -297,7 +297,7 @@ def test_gradients_of_many_at_once(backend):
 @pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated
 @pytest.mark.parametrize("backend", FUSED)
 def test_a_trace_is_refused(backend):
-    with set_backend(backend), pytest.raises(RuntimeError, match=r"torch\.jit\.trace take only the reference"):
+    with set_backend(backend), pytest.raises(RuntimeError, match=r"torch\.jit\.trace need the reference"):
         torch.jit.trace(CoToLoRALinear(6, 4, rank=2), (torch.randn(5, 6),))
 
 

@@ -294,7 +294,7 @@ def test_lightnings_weight_averaging_averages_the_adapters(tmp_path):
         torch.testing.assert_close(weight, torch.stack(steps).mean(0))
     trainer = trainer_of(tmp_path, CoToLightningCallback(gates="device"))
     trainer.callbacks.append(averaging())
-    with pytest.raises(ValueError, match="gates must be 'host' beside a WeightAveraging"):
+    with pytest.raises(ValueError, match="gates must be 'host' with a WeightAveraging"):
         trainer.fit(Task(), loader())
 
 
@@ -311,9 +311,9 @@ def test_validation_in_the_middle_sees_every_adapter(tmp_path):
 def test_bad_settings_are_named(tmp_path):
     with pytest.raises(ValueError, match="initial_p"):
         CoToLightningCallback(initial_p=2.0)
-    with pytest.raises(ValueError, match="schedule must come without seed"):
+    with pytest.raises(ValueError, match="schedule must not be combined with seed"):
         CoToLightningCallback(cotolora.Schedule(), seed=0)
-    with pytest.raises(ValueError, match="max_steps or max_epochs"):
+    with pytest.raises(ValueError, match="max_steps, or max_epochs"):
         trainer_of(tmp_path, CoToLightningCallback(), max_steps=-1, max_epochs=-1).fit(Task(), loader())
 
 

@@ -106,7 +106,7 @@ def test_an_unclear_choice_of_adapter_is_refused():
     with pytest.raises(ValueError, match=r"adapter must be one of \['default', 'other'\]; got 'third'"):
         from_peft(theirs, "third")
     theirs.base_model.set_adapter(["default", "other"])
-    with pytest.raises(ValueError, match=r"since 2 are active: \['default', 'other'\]"):
+    with pytest.raises(ValueError, match=r"because 2 are active: \['default', 'other'\]"):
         from_peft(theirs)
 
 
@@ -140,7 +140,7 @@ def test_a_module_under_two_names_and_its_hooks_stay_one(caplog):
     handle = base.layers[0][0].register_forward_hook(lambda *_: seen.append(1))
     expected = output(base)
     back = to_peft(base)
-    assert "several places of the model; from its files PEFT adapts the first alone: layers.0.0" in caplog.text
+    assert "several places of the model, but PEFT will load its files into the first only: layers.0.0" in caplog.text
     torch.testing.assert_close(output(back), expected, rtol=1e-6, atol=1e-7)
     again = from_peft(back)
     assert again.layers[2][0] is again.layers[0][0]
@@ -246,7 +246,7 @@ UNCONVERTIBLE = {
     "embedding": (with_embedding, r"model\.0 must .* peft.tuners.lora.layer.Embedding"),
     "quantised": (lambda: lora(quantised), r"layers.1.0 .* its base must be an nn.Linear .*; got FourBit"),
     "merged": (merged, r"layers.0.0 .* merged; call unmerge_adapter"),
-    "held-by-coto": (held, r"model must not be driven by a CoTo; call its finish"),
+    "held-by-coto": (held, r"model must not be switched by a CoTo; call the finish"),
     "hooked-base": (hooked_base, r"layers.0.0 .* base layer has hooks"),
     "disabled-module-to-save": (disabled_head, r"layers.3.0 .* modules_to_save and disabled"),
     "trainable-tokens": (with_tokens, r"embed_tokens .* TrainableTokensWrapper"),
@@ -284,11 +284,11 @@ def changed(name, value):
     [
         (mlp, "Net has none"),
         (lambda: changed("merge", CoToLoRALinear.merge), "layers.2.0 .* merged; call its unmerge"),
-        (lambda: changed("enabled", torch.tensor([True, False])), "layers.2.0 .* enabled by rows"),
+        (lambda: changed("enabled", torch.tensor([True, False])), "layers.2.0 .* its enabled is a row mask"),
         (lambda: changed("gate", False), "layers.2.0 .* its gate is off"),
         (lambda: changed("gate", torch.tensor(0)), "layers.2.0 .* its gate is off"),
         (lambda: changed("variant", "dora"), "layers.2.0 .* it is of variant 'dora'"),
-        (lambda: changed("init", "pissa"), "layers.2.0 .* init 'pissa' computes more"),
+        (lambda: changed("init", "pissa"), "layers.2.0 .* init 'pissa' its update is not just"),
         (lambda: changed("weight", lambda layer: layer.weight.requires_grad_()), "must not train the base"),
         (lambda: injected(trainable=()).layers[0][0], "model must hold adapters; it is one itself"),
     ],
@@ -322,7 +322,7 @@ def test_a_failure_inside_peft_leaves_our_model_as_it_was(monkeypatch):
 def test_a_model_that_coto_drives_is_not_given_to_peft():
     model = injected()
     coto = CoTo(model, 10, initial_p=1.0)
-    with pytest.raises(ValueError, match="must not be driven by a CoTo; call its finish"):
+    with pytest.raises(ValueError, match="must not be switched by a CoTo; call the finish"):
         to_peft(model)
     coto.finish()
     assert isinstance(to_peft(model), peft.PeftModel)
@@ -349,16 +349,16 @@ def mixed():
 
 
 OF_PEFT = {
-    "lora": (lambda: lora(mlp, ["layers.0.0"]), "it is its PeftModel"),
-    "inside": (lambda: lora(mlp, ["layers.0.0"]).get_base_model(), r"layers\.0\.0 is its Linear"),
-    "in-a-model": (lambda: nn.ModuleDict({"body": lora(mlp), "head": nn.Linear(6, 2)}), "body is its PeftModel"),
-    "wrapped": (lambda: nn.DataParallel(lora(mlp)), "module is its PeftModel"),
-    "loha": (lambda: peft.get_peft_model(mlp(), METHODS["loha"]()).base_model.model, r"layers\.0\.0 is its Linear"),
-    "transformers": (without_a_peft_model, r"model\.layers\.0\.self_attn\.q_proj is its Linear"),
-    "modules-to-save": (with_a_saved_module, "it is its ModulesToSaveWrapper"),
-    "tokens": (lambda: with_tokens().base_model.model.model.embed_tokens, "it is its TrainableTokensWrapper"),
-    "prompt": (with_a_prompt, "it is its PeftModelForCausalLM"),
-    "mixed": (mixed, "it is its PeftMixedModel"),
+    "lora": (lambda: lora(mlp, ["layers.0.0"]), "it is a PEFT PeftModel"),
+    "inside": (lambda: lora(mlp, ["layers.0.0"]).get_base_model(), r"layers\.0\.0 is a PEFT Linear"),
+    "in-a-model": (lambda: nn.ModuleDict({"body": lora(mlp), "head": nn.Linear(6, 2)}), "body is a PEFT PeftModel"),
+    "wrapped": (lambda: nn.DataParallel(lora(mlp)), "module is a PEFT PeftModel"),
+    "loha": (lambda: peft.get_peft_model(mlp(), METHODS["loha"]()).base_model.model, r"layers\.0\.0 is a PEFT Linear"),
+    "transformers": (without_a_peft_model, r"model\.layers\.0\.self_attn\.q_proj is a PEFT Linear"),
+    "modules-to-save": (with_a_saved_module, "it is a PEFT ModulesToSaveWrapper"),
+    "tokens": (lambda: with_tokens().base_model.model.model.embed_tokens, "it is a PEFT TrainableTokensWrapper"),
+    "prompt": (with_a_prompt, "it is a PEFT PeftModelForCausalLM"),
+    "mixed": (mixed, "it is a PEFT PeftMixedModel"),
 }  # fmt: skip
 
 
@@ -369,7 +369,7 @@ def test_a_model_of_pefts_gets_no_adapters_and_does_not_change(case, tmp_path):
     model = make()
     before = state_of(model)
     for call in (cotolora.inject, lambda model: cotolora.load_adapter(model, tmp_path, strict=False)):
-        with pytest.raises(ValueError, match=rf"nothing of PEFT; {says}.*: call .*from_peft.*CoTo.*unload") as error:
+        with pytest.raises(ValueError, match=rf"no PEFT modules; {says}.*: call .*from_peft.*CoTo.*unload") as error:
             call(model)
         assert len(str(error.value)) < 400
     assert_unchanged(model, before)

@@ -384,11 +384,11 @@ def prompted():
 @pytest.mark.parametrize(
     ("make", "options", "says"),
     [
-        (lambda: lora(mlp, init_lora_weights="pissa", r=2), {}, "'default' .*init_lora_weights='pissa' took"),
+        (lambda: lora(mlp, init_lora_weights="pissa", r=2), {}, "'default' .*init_lora_weights='pissa' moved"),
         (lambda: lora(mlp, init_lora_weights="olora", r=2), {}, "init_lora_weights='olora'"),
-        (adalora, {}, "ADALORA is not: it allots ranks"),
-        (xlora, {}, "XLORA is not: its layers obey one switch"),
-        (shadow, {}, "SHADOW is not: its blocks hand a state"),
+        (adalora, {}, "ADALORA has none: it allocates ranks"),
+        (xlora, {}, "XLORA has none: its layers have one switch"),
+        (shadow, {}, "SHADOW has none: its blocks pass a state"),
         (merged, {}, r"no merged adapters, which cannot train; merged: \['layers.0.0'"),
         (lambda: lora(mlp), {"gates": "device"}, "gates must be 'host' on a PEFT model"),
         (prompted, {}, "must have adapters; PeftModelForCausalLM has none"),

@@ -344,7 +344,7 @@ def test_a_run_that_failed_leaves_nothing_behind(tmp_path):
         ({"tilt": 3.0}, r"tilt must be in \[-1, 1\]; got 3.0"),
         ({"shape": "cubic"}, "shape"),
         ({"seed": -1}, "seed"),
-        ({"schedule": cotolora.Schedule(), "tilt": 0.0}, "schedule must come without tilt"),
+        ({"schedule": cotolora.Schedule(), "tilt": 0.0}, "schedule must not be combined with tilt"),
     ],
 )
 def test_bad_settings_are_named_at_once(settings, says):

@@ -403,7 +403,7 @@ def test_a_pair_that_never_holds_still_is_an_error(tmp_path, monkeypatch):
         return read_config(*args)
 
     monkeypatch.setattr(files, "_read_config", touched)
-    with pytest.raises(ValueError, match="must hold still to be read"):
+    with pytest.raises(ValueError, match="must not change while it is read"):
         load_adapter(base(), tmp_path)
 
 

@@ -117,7 +117,9 @@ def test_a_model_made_in_inference_mode(make, directory):
     with torch.inference_mode():
         model = make()
     modules, before = dict(model.named_modules()), flags(model)
-    with pytest.raises(ValueError, match="must be a tensor of the model that can be written; it was made in inference"):
+    with pytest.raises(
+        ValueError, match="must be a tensor of the model that can be written; it was created in inference"
+    ):
         load_adapter(model, directory)
     assert dict(model.named_modules()) == modules
     for name, (identity, flag, value) in flags(model).items():

@@ -80,10 +80,10 @@ def test_a_bad_field_is_named(field, value, saved):
         ("r", 10**12, r"lora_A.weight must be of shape \(1000000000000, 4\)"),
         ("r", 10**100, "must be of shape"),
         ("rank_pattern", {"fc": 10**9}, "must be of shape"),
-        ("target_modules", ["value"], r"target_modules \['value'\] must take linear modules"),
-        ("target_modules", "fc.*x", "must take linear modules"),
-        ("exclude_modules", [".*", "fc"], "must take linear modules"),
-        ("modules_to_save", ["fc"], "must take linear modules"),
+        ("target_modules", ["value"], r"target_modules \['value'\] must match linear modules"),
+        ("target_modules", "fc.*x", "must match linear modules"),
+        ("exclude_modules", [".*", "fc"], "must match linear modules"),
+        ("modules_to_save", ["fc"], "must match linear modules"),
         ("target_modules", ["fc", "head.0"], r"missing keys \['head.0.lora_A.weight', 'head.0.lora_B.weight'\]"),
         ("exclude_modules", ["blocks.0.fc"], r"unexpected keys \['blocks.0.fc.lora_A.weight'"),
         ("modules_to_save", ["head.2"], r"missing keys \['head.2.bias', 'head.2.weight'\]"),
@@ -136,7 +136,7 @@ def test_a_key_that_takes_no_target_is_named_in_a_warning(pattern, saved, caplog
     with caplog.at_level(logging.WARNING, "cotolora"):
         load_adapter(base(), saved)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{pattern}: 'nowhere', 'head.*' take none of the targets, 'blocks.0.fc', 'blocks.1.fc', 'fc'"
+        f"{pattern}: 'nowhere', 'head.*' match none of the targets, 'blocks.0.fc', 'blocks.1.fc', 'fc'"
     ]
 
 
@@ -258,7 +258,7 @@ def test_what_was_edited_is_named(field, saved):
     (saved / CONFIG).write_text(json.dumps({**fields, field: 7}))
     with refused(
         model := base(),
-        rf"metadata keep it as cotolora_config; it has {{'{field}': 7}} where that has .*{fields[field]}",
+        rf"stored as cotolora_config in its metadata; it has {{'{field}': 7}}, the saved one has .*{fields[field]}",
     ):
         load_adapter(model, saved)
 
@@ -546,7 +546,9 @@ def test_no_pickle_is_ever_read(name, saved, tmp_path):
     torch.save({"a": Bomb(mark)}, saved / name)
     (saved / CONFIG).write_bytes(pickle.dumps(Bomb(mark)))
     model = base()
-    with refused(model, "adapter_model.bin, a pickle, which can run code|must be a whole safetensors file"):
+    with refused(
+        model, "adapter_model.bin, which is not read, because a pickle can run code|must be a whole safetensors file"
+    ):
         load_adapter(model, saved)
     assert not mark.exists()
     with open(saved / name, "rb") as file:
@@ -565,7 +567,7 @@ def test_an_adapter_for_a_module_that_cannot_be_adapted(saved):
     assert not adapters(model)
     with pytest.raises(TypeError, match=r"must be an nn\.Module"):
         load_adapter(None, saved)
-    with pytest.raises(ValueError, match="must take linear modules"):
+    with pytest.raises(ValueError, match="must match linear modules"):
         load_adapter(CoToLoRALinear(4, 4), saved)
 
 
@@ -661,7 +663,7 @@ def test_a_complete_load_says_nothing(saved, caplog):
         ({"rank": 2, "rank_pattern": {"^fc": 1}}, "^fc must have the rank and scale"),
         ({"rank": 2, "variant": "dora"}, "must have the variant of the file, 'lora'; the model's is 'dora'"),
         ({"rank": 2, "variant": "hira"}, "must have the variant of the file, 'lora'; the model's is 'hira'"),
-        ({"rank": 2, "init": "pissa"}, "must not have an init taken from W.*'pissa'"),
+        ({"rank": 2, "init": "pissa"}, "must not have an init that depends on W.*'pissa'"),
     ],
     ids=str,
 )

@@ -154,7 +154,7 @@ def test_adapters_of_experts_are_refused_by_name(tmp_path):
     base = deepseek_v3().eval()
     peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path)
     before = logits(base)
-    refusal = r"takes model\.layers\.1\.mlp\.\S+, which must be the weight of an nn\.Linear"
+    refusal = r"target_parameters must match only weights of nn\.Linear; it matches model\.layers\.1\.mlp\.\S+"
     with pytest.raises(ValueError, match=refusal):
         load_adapter(base, tmp_path)
     assert not adapters(base)

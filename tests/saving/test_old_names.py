@@ -144,5 +144,5 @@ def test_a_module_that_is_now_part_of_one_parameter_is_refused_with_the_reason(t
     attention = load_file(tmp_path / WEIGHTS) if "q_proj" in targets else {}
     rewrite(tmp_path, attention | experts, target_modules=targets)
     model = tf.MixtralForCausalLM(model.config)
-    with refused(model, r"has no linear for .*experts.0.w1.lora_A.weight: .* holds it fused"):
+    with refused(model, r"has no linear for .*experts.0.w1.lora_A.weight: .* stores it fused"):
         load_adapter(model, tmp_path)

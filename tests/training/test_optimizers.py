@@ -357,7 +357,7 @@ def test_fused_sgd_with_momentum_is_refused_because_torch_starts_all_parameters_
     second.grad = torch.ones(2)
     with pytest.raises(TypeError, match="NoneType"):  # else it need not be refused
         plain.step()
-    with pytest.raises(TypeError, match=r"optimizer must take parameters .*; got fused SGD with momentum.*fused=False"):
+    with pytest.raises(TypeError, match=r"optimizer must accept parameters .*; got SGD .* and fused=True.*fused=False"):
         loop.coto.attach(torch.optim.SGD(adapter_parameters(loop.model), momentum=0.9, fused=True))
     loop.coto.attach(torch.optim.SGD(adapter_parameters(loop.model), fused=True))
 

@@ -234,7 +234,7 @@ def test_it_merges_and_a_merge_of_adapters_refuses_it(toy):
     model, twin = tuned(toy), tuned(toy)
     eject(twin)
     torch.testing.assert_close(twin(X), model(X), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=f"must hold adapters of variant 'lora', which are products; got '{toy}'"):
+    with pytest.raises(ValueError, match=f"variant 'lora', whose update is a product of factors; got '{toy}'"):
         AdapterState.from_model(model)
 
 

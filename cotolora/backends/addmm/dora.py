@@ -1,4 +1,4 @@
-"""DoRA as vendor GEMMs with a hand-written backward; a small W is merged with its update instead."""
+"""DoRA as vendor GEMMs with a hand-written backward; on a CPU a small W is merged with its update instead."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from cotolora.backends.addmm.products import (
 from cotolora.backends.types import Call, Gradients, Launch, Launches, Needs, Operands, Options, Sizes, kept_by_lora
 from cotolora.operands import refuse_nested
 
-# entries of W + scale · B A that are made at a time: on a CPU what its cache holds
+# number of entries of W + scale · B A that are computed at a time; on a CPU they fit into the cache
 BLOCK_CPU, BLOCK_DEVICE = 1 << 18, 1 << 22
-# W is merged with its update if it has at most so many entries, and x at least so many rows
+# W is merged with its update if it has at most this many entries, and x at least this many rows
 MERGED_ENTRIES, MERGED_ROWS = 1 << 14, 64
 
 
 class SavedDora(NamedTuple):
-    """What the backward reads, None where it will not.
+    """The tensors for the backward, None for those that it does not read.
 
-    x, weight, a, b: of the operands.
-    h: ``δ · scale · dropout(x) Aᵀ [rows, rank]``, in the dtype of x.
-    keep: boolean dropout mask, of the shape of x.
-    column_scale: c ``[out_features]``; 1 where the whole call is off.
-    norm: ``‖W + scale · B A‖`` by rows, ``[out_features]``.
-    product: what m's gradient is taken from, ``[rows, out_features]``: ``x Wᵀ + bias``, or ``dropout(x) Wᵀ``.
-    product_bias: the bias in `product`, which is not a part of what c scales.
+    x, weight, a, b: the operands.
+    h: ``δ · scale · dropout(x) Aᵀ``, ``[rows, rank]``, in the dtype of x.
+    keep: the boolean dropout mask, in the shape of x.
+    column_scale: c, ``[out_features]``; 1 if the adapter is inactive in all rows.
+    norm: the row norms ``‖W + scale · B A‖``, ``[out_features]``.
+    product: ``x Wᵀ + bias``, or ``dropout(x) Wᵀ``, ``[rows, out_features]``, for the gradient of m.
+    product_bias: the bias in `product`, which c does not scale.
     """
 
     x: Tensor | None
@@ -56,7 +56,7 @@ class SavedDora(NamedTuple):
 
 
 class SavedMergedDora(NamedTuple):
-    """What the backward of a merged W reads: `total` is ``W + scale · B A``, the rest as in `SavedDora`."""
+    """The tensors for the backward of a merged W: `total` is ``W + scale · B A``, the others are as in `SavedDora`."""
 
     x: Tensor
     a: Tensor
@@ -67,13 +67,13 @@ class SavedMergedDora(NamedTuple):
 
 
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """As `cotolora.reference.row_norms`, of which no more than a block of ``W + scale · B A`` is ever there.
+    """As `cotolora.reference.row_norms`, but holds only one block of ``W + scale · B A`` in memory at a time.
 
-    Where B = 0 it is ``‖W‖`` exactly.
+    If B = 0 the result is exactly the row norms of W.
 
-    Not by ``‖W_i‖² + 2 s · W_i · (B A)_i + s² · ‖(B A)_i‖²`` from W Aᵀ and A Aᵀ, which needs no sum of W and B A: the
-    terms may cancel, and a CPU takes as long for a product of so few columns as for the whole sum, or longer. It has
-    not been timed on a GPU, where it is the fallback of the fused kernels, which have their own.
+    The expansion ``‖W_i‖² + 2 s · W_i · (B A)_i + s² · ‖(B A)_i‖²`` from W Aᵀ and A Aᵀ would need no sum of W and B A,
+    but its terms may cancel, and a CPU takes at least as long for products of so few columns as for the whole sum.
+    This function has not been timed on a GPU, where it is the fallback of the fused kernels, which have their own.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     a, b = (cast(cast(factor, weight.dtype), dtype) for factor in (a, b))
@@ -83,7 +83,7 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         add = wide.addmm if wide is weight else wide.addmm_
         return torch.linalg.vector_norm(add(b, a, alpha=scale), dim=1)
 
-    # a trace holds every block
+    # a trace would contain every block, so it uses large ones
     small = weight.device.type == "cpu" and not torch.compiler.is_compiling()
     size = max(1, (BLOCK_CPU if small else BLOCK_DEVICE) // max(1, weight.shape[1]))
     if weight.shape[0] <= size:
@@ -95,31 +95,31 @@ class DoraByAddmm:
     r"""``y = c ∘ base + (1 − c) ∘ bias + h (c ∘ B)ᵀ`` with ``base = x Wᵀ + bias`` and ``h = δ · scale · x Aᵀ``.
 
     With dropout D, ``y = x Wᵀ + bias + (c − 1) ∘ (D x) Wᵀ + h (c ∘ B)ᵀ`` with ``h = δ · scale · D x Aᵀ``.
-    A small W that many rows meet on a CPU is merged with its update: ``y = x (c ∘ (W + scale · B A))ᵀ + bias``.
-    Where c = 1 and B = 0, so also where the gate is off, all are the base's own result, bit for bit.
+    On a CPU, a small W that is multiplied with many rows is merged: ``y = x (c ∘ (W + scale · B A))ᵀ + bias``.
+    If c = 1 and B = 0, and where the gate is 0, all forms return the base output, bit for bit.
 
-    The operands' `extra` is m and, where autocast has cast W, the norm of W as it was.
+    `extra` of the operands is m and, if autocast has cast W, the row norms from W before the cast.
     """
 
     def why_not(self, call: Call) -> list[str]:
-        """It takes every call."""
+        """Empty: it can run every call."""
         return []
 
     def row_norms(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        """``‖W + scale · B A‖`` by rows."""
+        """The row norms ``‖W + scale · B A‖``, ``[out_features]``."""
         return row_norms(weight, a, b, scale)
 
     def forward(
         self, operands: Operands, options: Options, needs: Needs
     ) -> tuple[Tensor, SavedDora] | tuple[Tensor, SavedMergedDora]:
-        """By the first or second form of the class, or by the third."""
+        """Computes one of the three forms in the docstring of the class."""
         x, weight, bias, a, b, (magnitude, *known_norm), _ = operands
         scale, dropout, gate = options
         assert weight is not None
         if gate is None and needs.a and needs.b and not torch.compiler.is_compiling():
             rows = x.numel() // max(1, weight.shape[1])
             if merges(x.device, weight.dtype, rows, weight.numel(), dropout):
-                refuse_nested(x)  # which F.linear takes, and the backward does not
+                refuse_nested(x)  # F.linear supports nested tensors, but the backward does not
                 return _merged(operands, scale)
         norm = known_norm[0] if known_norm else row_norms(weight, a, b, scale)
         y = F.linear(x, weight, bias).contiguous()
@@ -136,7 +136,7 @@ class DoraByAddmm:
         else:
             product = rows_of_y
             out = product * c if bias is None else torch.addcmul(torch.addcmul(bias, bias, c, value=-1), product, c)
-        # in c's dtype to the end: one rounding, the last
+        # stays in the dtype of c until the end, so that only the final cast rounds
         out = cast(add_product(out, cast(h, c.dtype), _scaled_b(c, b, one, c.dtype).T), x.dtype)
         out = out if y.dim() == 2 else out.view(y.shape)
         if by_row is not None:
@@ -147,7 +147,7 @@ class DoraByAddmm:
         return out, SavedDora(*kept_by_lora(operands, needs), h_kept, keep, c, *of_magnitude)
 
     def backward(self, dy: Tensor, saved: SavedDora | SavedMergedDora, options: Options, needs: Needs) -> Gradients:
-        r"""Those of LoRA with ``c ∘ dy`` in place of dy.
+        r"""The gradients of LoRA with ``c ∘ dy`` in place of dy, and that of m.
 
         With ``p = δ · scale · dy (c ∘ B)`` and without dropout:
 
@@ -184,7 +184,7 @@ class DoraByAddmm:
         return Gradients(dx, dw, dbias, da, db, (dm, None))
 
     def launches(self, call: Call) -> Launches:
-        """Of a merged W, or else; launches that move no more than a row or a factor are not listed."""
+        """The launches with a merged W or without; omits launches that move no more than a row or a factor."""
         sizes = call.sizes
         assert sizes is not None
         if merges(call.device, call.dtype, sizes.m, sizes.n * sizes.k, call.dropout):
@@ -192,7 +192,7 @@ class DoraByAddmm:
         return _launches(sizes, sizes.m * sizes.k if call.dropout else 0)
 
     def saved_elsewhere(self, saved: SavedDora, dy: Tensor, options: Options) -> SavedDora:
-        """The same: this is where others go."""
+        """Returns `saved`: this is the addmm backend."""
         return saved
 
 
@@ -205,11 +205,11 @@ def weight_gradient(dy: Tensor, x: Tensor, dropped: Tensor, c: Tensor, switches:
 
 
 def merges(device: torch.device, dtype: torch.dtype, rows: int | None, entries: int, dropout: float) -> bool:
-    """Whether ``c ∘ (W + scale · B A)`` is made, of a W of so many entries, and all gradients are taken from ``dyᵀ x``.
+    """Whether to compute ``c ∘ (W + scale · B A)``, with all gradients from ``dyᵀ x``; W has `entries` entries.
 
-    Where A and B train and the adapter is on. It takes one product of the size of W's more and no pass over what is
-    ``[rows, out_features]``: faster where W is small, by measurement on a CPU. Not in low precision, which would round
-    small updates away.
+    Only if A and B train and the adapter is active. This takes one more product of the size of W and no pass over
+    tensors of shape ``[rows, out_features]``, which was measured to be faster for a small W on a CPU. Not in low
+    precision, which would round small updates away.
     """
     many = rows is not None and rows >= MERGED_ROWS
     return device.type == "cpu" and dtype.itemsize >= 4 and many and entries <= MERGED_ENTRIES and not dropout
@@ -244,7 +244,7 @@ def _backward_of_merged(dy: Tensor, saved: SavedMergedDora, scale: float, needs:
 
 
 def _column_scale(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """As `reference.column_scale`, in fewer steps: there is no gradient to keep from the division."""
+    """As `reference.column_scale`, in fewer steps, because no gradient flows through the division."""
     return (magnitude / norm).masked_fill_(norm.logical_not(), 1)
 
 
@@ -265,11 +265,11 @@ def _of_x(
         return (rows @ weight).add_(masked(update, flat(keep), options.dropout))
     if by_row is not None:
         return (_scaled(dy, c, by_row) @ weight).add_(select(by_row, p @ a))
-    # c is put onto the smaller operand; a number of rows that is not known is taken for small
+    # c is multiplied into the smaller operand; an unknown number of rows is assumed to be small
     if torch.compiler.is_compiling() or rows.shape[0] <= weight.shape[1]:
         return (_scaled(dy, c, None) @ weight).addmm_(p, a)
     scaled = cast(weight * c.unsqueeze(1), rows.dtype)
-    # and the update too where it is smaller there, unless small ones would be rounded away
+    # so is the update, if that is smaller and low precision would not round it away
     if rows.shape[0] > weight.shape[0] and weight.dtype.itemsize >= 4:
         return rows @ scaled.addmm_(scaled_b, a, alpha=options.scale)
     return (rows @ scaled).addmm_(p, a)
@@ -280,12 +280,12 @@ def _of_magnitude(on_rows: Tensor, across: Tensor, b: Tensor, saved: SavedDora, 
     product, norm = saved.product, saved.norm
     assert product is not None
     assert norm is not None
-    # what is off may be infinite there too
+    # selects, because inactive rows may be infinite
     product = select(switches.rows, cast(product, norm.dtype))
-    # less the bias before the sum, not after: a large one would cost the sum its digits
+    # subtracts the bias before the sum, because a large bias would cost the sum precision
     terms = on_rows * product if saved.product_bias is None else torch.sub(product, saved.product_bias).mul_(on_rows)
     total = terms.sum(0) + (across * b).sum(1)
-    # a row without a norm has c = 1 whatever m is
+    # a row with norm 0 has c = 1, independent of m
     without_norm = norm.logical_not()
     if switches.on is not None:
         without_norm |= ~switches.on.any()
@@ -293,12 +293,12 @@ def _of_magnitude(on_rows: Tensor, across: Tensor, b: Tensor, saved: SavedDora, 
 
 
 def _scaled_b(c: Tensor, b: Tensor, one: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``c ∘ B [out_features, rank]`` in `dtype`, zeros where the one gate is off."""
+    """``c ∘ B``, ``[out_features, rank]``, in `dtype`; zeros if a gate for all rows is 0."""
     return select(one, cast(b * c.unsqueeze(1), dtype))
 
 
 def _scaled(dy: Tensor, c: Tensor, by_row: Tensor | None) -> Tensor:
-    """``c ∘ dy [rows, out_features]`` on the rows that are on, dy on the others."""
+    """``c ∘ dy``, ``[rows, out_features]``, on active rows, and dy on the others."""
     scaled = cast(dy * c, dy.dtype)
     return flat(scaled if by_row is None else torch.where(by_row, scaled, dy))
 
@@ -330,18 +330,18 @@ def _launches(sizes: Sizes, mask: int) -> Launches:
     bytes_of, products = sizes.bytes, sizes.products
 
     def wide(name: str) -> list[str]:
-        return [name] * (4 // sizes.element_size)  # moves as many bytes as a float32 entry
+        return [name] * (4 // sizes.element_size)  # repeated so that the bytes are those of a float32 tensor
 
     def cast(name: str) -> list[Launch]:
         return [Launch("cast", bytes_of(name, *wide(name)))] if sizes.element_size < 4 else []
 
-    # c goes onto the smaller operand, and the update there too if it may
+    # c is multiplied into the smaller operand; the update is added to W under the conditions of _of_x
     smaller = "dy" if sizes.m <= sizes.k else "w"
     merged = sizes.m > max(sizes.n, sizes.k) and sizes.element_size >= 4
     return Launches(
         (
             *cast("w"),
-            # by blocks, which a cache may hold from one launch to the next
+            # in blocks, which may stay in a cache between launches
             Launch("addmm", bytes_of(*wide("w"), *wide("w"))),
             Launch("norm", bytes_of(*wide("w"))),
             Launch("linear", bytes_of("x", "w", "y"), products),

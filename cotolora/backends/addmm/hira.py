@@ -22,12 +22,12 @@ from cotolora.backends.addmm.products import (
 from cotolora.backends.types import Call, Gradients, Kept, Launch, Launches, Needs, Operands, Options
 from cotolora.operands import refuse_nested
 
-# entries of a block of W's gradient: on a CPU what a cache holds, else what keeps a device busy
+# number of entries in a block of W's gradient: on a CPU it fits into the cache, elsewhere it keeps the device busy
 BLOCK_CPU, BLOCK_DEVICE = 1 << 18, 1 << 24
 
 
 class SavedHira(NamedTuple):
-    """What the backward reads, None where it will not: operands, and a boolean dropout mask of the shape of x."""
+    """The tensors for the backward, or None: operands, and the boolean dropout mask in the shape of x."""
 
     x: Tensor | None
     weight: Tensor | None
@@ -37,7 +37,7 @@ class SavedHira(NamedTuple):
 
 
 def kept_by_hira(operands: Operands, needs: Needs) -> Kept:
-    """What the gradients of HiRA read: those of A and B are taken from that of ``W ∘ B A``."""
+    """The operands that the gradients of HiRA read; those of A and B are computed from that of ``scale · B A``."""
     x, weight, _, a, b, *_ = operands
     return Kept(
         x if needs.a or needs.b or needs.weight else None,
@@ -50,23 +50,23 @@ def kept_by_hira(operands: Operands, needs: Needs) -> Kept:
 class HiraByAddmm:
     """``y = x (W ∘ (1 + scale · B A))ᵀ + bias`` in one GEMM, or ``x Wᵀ + bias + (D x) (W ∘ scale · B A)ᵀ`` in two.
 
-    Two with dropout D, with row gates, and below float32, where ``1 + scale · B A`` would lose small updates.
+    Two GEMMs with dropout D, with row gates, and below float32, where ``1 + scale · B A`` would lose small updates.
     """
 
     def why_not(self, call: Call) -> list[str]:
-        """It takes every call."""
+        """Empty: it can run every call."""
         return []
 
     def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedHira]:
-        """By one of the two forms of the class."""
+        """Computes one of the two forms in the docstring of the class."""
         x, weight, bias, a, b, *_ = operands
         scale, dropout, gate = options
         assert weight is not None
         on, _, by_row = switch(gate, x)
         a, b = cast(a, x.dtype), cast(b, x.dtype)
         kept = kept_by_hira(operands, needs)
-        if not dropout and _one_weight_serves(weight, by_row):
-            refuse_nested(x)  # which F.linear takes, and the backward does not
+        if not dropout and _one_gemm_suffices(weight, by_row):
+            refuse_nested(x)  # F.linear supports nested tensors, but the backward does not
             return F.linear(x, _whole_weight(weight, a, b, scale, on), bias), SavedHira(*kept, None)
         y = F.linear(x, weight, bias).contiguous()
         dropped, keep = dropped_out(x, dropout)
@@ -78,9 +78,9 @@ class HiraByAddmm:
         return y, SavedHira(*kept, keep)
 
     def backward(self, dy: Tensor, saved: SavedHira, options: Options, needs: Needs) -> Gradients:
-        r"""G, the gradient of ``W ∘ B A``, is made and used up by blocks of rows of W.
+        r"""The gradients; G, that of ``scale · B A``, is computed in blocks of rows of W and never held as a whole.
 
-        With ``G = dyᵀ (D x) ∘ W`` of gated rows:
+        With ``G = dyᵀ (D x) ∘ W`` over active rows:
 
         dx = dy W + D ∘ (dy (W ∘ scale · B A))      dA = scale · Bᵀ G      dB = scale · G Aᵀ
         """
@@ -89,7 +89,7 @@ class HiraByAddmm:
         dx = dw = dbias = da = db = None
         rows = flat(dy)
         on, _, by_row = switch(gate, dy)
-        # where every row is off A and B may be anything, also in a product with zeros
+        # if every row is inactive, A and B may hold infinities, even in products with zeros
         any_on = None if on is None else on.any()
         if needs.bias:
             dbias = rows.sum(0)
@@ -107,7 +107,7 @@ class HiraByAddmm:
                 da = None if da is None else select(any_on, da)
                 db = None if db is None else select(any_on, db)
         if needs.x and weight is not None:
-            if keep is None and _one_weight_serves(weight, by_row):
+            if keep is None and _one_gemm_suffices(weight, by_row):
                 dx = rows @ _whole_weight(weight, a, b, scale, on)
             else:
                 update = select(on, on_rows @ _update(weight, a, b, scale))
@@ -116,7 +116,7 @@ class HiraByAddmm:
         return Gradients(dx, dw, dbias, da, db)
 
     def launches(self, call: Call) -> Launches:
-        """Of the second form, which every dtype takes."""
+        """The launches of the second form, which is used in low precision."""
         sizes = call.sizes
         assert sizes is not None
         bytes_of, products = sizes.bytes, sizes.products
@@ -142,7 +142,7 @@ class HiraByAddmm:
         )
 
     def saved_elsewhere(self, saved: SavedHira, dy: Tensor, options: Options) -> SavedHira:
-        """The same: this is where others go."""
+        """Returns `saved`: this is the addmm backend."""
         return saved
 
 
@@ -159,30 +159,30 @@ def _of_factors(
             parts.append(scaled_product(g, a.T, scale))
         if needs.a:
             part = scaled_product(b[block].T, g, scale)
-            # sums of more than one part in float32
+            # sums several parts in at least float32
             da = part if da is None else part.to(torch.promote_types(part.dtype, torch.float32)) + da
     return da, torch.cat(parts) if parts else None
 
 
-def _one_weight_serves(weight: Tensor, by_row: Tensor | None) -> bool:
-    """Whether one weight serves all rows, and has the precision for it."""
+def _one_gemm_suffices(weight: Tensor, by_row: Tensor | None) -> bool:
+    """Whether all rows have the same weight, and its dtype is precise enough for ``1 + scale · B A``."""
     return by_row is None and weight.dtype.itemsize >= 4
 
 
 def _update(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``W ∘ scale · B A [out_features, in_features]``."""
+    """``W ∘ scale · B A``, ``[out_features, in_features]``."""
     return _product(weight, a, b, scale).mul_(weight)
 
 
 def _whole_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float, on: Tensor | None) -> Tensor:
-    """``W ∘ (1 + scale · B A) [out_features, in_features]``; W itself where the one gate is off."""
+    """``W ∘ (1 + scale · B A)``, ``[out_features, in_features]``; W itself if the gate is 0."""
     product = _product(weight, a, b, scale)
     both = torch.addcmul(weight, weight, product, out=product)
     return both if on is None else torch.where(on, both, weight)
 
 
 def _product(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``scale · B A``, laid out as `weight` lies, which may be a transposed view."""
+    """``scale · B A`` in the memory layout of `weight`, which may be a transposed view."""
     if weight.stride(0) < weight.stride(1):
         return scaled_product(a.T, b.T, scale).T
     return scaled_product(b, a, scale)

@@ -16,6 +16,7 @@ from cotolora.backends.addmm.products import (
     dropped_out,
     flat,
     ignored_by_addmm,
+    is_known_finite,
     masked,
     scaled_product,
     select,
@@ -24,22 +25,22 @@ from cotolora.backends.addmm.products import (
     times,
     transposed_times,
     transposing_is_faster,
-    zero_times_is_zero,
 )
 from cotolora.backends.addmm.stacked import STACKED
 from cotolora.backends.types import AlwaysOn, Call, Gradients, Launch, Launches, Needs, Operands, Options, Stacked
 
-# features of x from which on a CPU takes no more time for several layers together than one by one: whole blocks of 394
-# rows at rank 8 took 0.97 to 1.01 of it at 256 and 768 features; groups alone took 1.01 to 1.08 at 64 and 128
+# number of features of x from which a CPU is not slower with several layers together than one by one: whole blocks with
+# 394 rows and rank 8 took 0.97 to 1.01 times as long at 256 and 768 features; groups alone took 1.01 to 1.08 times as
+# long at 64 and 128
 _WIDE = 256
 
 
 class SavedLora(NamedTuple):
-    """What the backward reads, None where it will not.
+    """The tensors for the backward, None for those that it does not read.
 
-    x, weight, a, b: of the operands.
-    h: ``δ · dropout(x) Aᵀ [rows, rank]``, in the dtype of y; times scale, unless that is float32.
-    keep: boolean dropout mask, of the shape of x.
+    x, weight, a, b: the operands.
+    h: ``δ · dropout(x) Aᵀ``, ``[rows, rank]``, in the dtype of y; multiplied by scale unless that dtype is float32.
+    keep: the boolean dropout mask, in the shape of x.
     """
 
     x: Tensor | None
@@ -53,22 +54,22 @@ class SavedLora(NamedTuple):
 class LoraByAddmm:
     """``y = x Wᵀ + bias + h Bᵀ`` or ``y = base + h Bᵀ``, with ``h = δ · scale · dropout(x) Aᵀ``.
 
-    Where y is float32, h is without the scale, which the product with B takes in passing. In fewer digits that product
-    is rounded before it is added, and once more for a scale.
+    If y is float32, h does not contain the scale; the product with B applies it. In lower precision that product is
+    rounded before it is added, and a scale there would round once more, so h contains the scale.
     """
 
     def why_not(self, call: Call) -> list[str]:
-        """It takes every call."""
+        """Empty: it can run every call."""
         return []
 
     def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedLora]:
-        """``h Bᵀ`` is added in place to the base's result, except to that of a module, which may need it itself."""
+        """Adds ``h Bᵀ`` in place to ``x Wᵀ + bias``, but out of place to `base`, which its module may still need."""
         x, weight, bias, a, b, _, base = operands
         scale, dropout, gate = options
-        # the conditions here and below spare tiny layers, whose products take no longer than a call of Python's, a call
+        # the conditions here and below avoid function calls, which take as long as the products of tiny layers
         if weight is not None:
-            # contiguous() costs nothing on what F.linear makes today; without it a layout that cannot be
-            # viewed as a matrix would lose the in-place update
+            # contiguous() copies nothing as long as F.linear returns contiguous tensors; without it, the in-place
+            # update would be lost for a layout that cannot be viewed as a matrix
             y = F.linear(x, weight, bias).contiguous()
         else:
             assert base is not None
@@ -87,8 +88,8 @@ class LoraByAddmm:
         if gate is not None:
             on, one, by_row = switch(gate, y)
             h, b_cast = select(on, h), select(one, b_cast)
-        if by_row is not None and not zero_times_is_zero(b_cast):
-            # a row that is off must not meet a non-finite B, so here the selection comes after the product
+        if by_row is not None and not is_known_finite(b_cast):
+            # zeros in inactive rows times a non-finite B give NaN, so this selects after the product
             y = torch.where(by_row, torch.addmm(rows, h, b_cast.T, alpha=scale).view(y.shape), y)
         elif base is not None:
             y = torch.addmm(rows, h, b_cast.T, alpha=scale).view(y.shape)
@@ -97,7 +98,7 @@ class LoraByAddmm:
         return y, SavedLora(
             x if needs.a or needs.weight else None,
             weight if needs.x else None,
-            # the gradient of B has h for it, but a second differentiation is noticed by the presence of A
+            # the gradient of B needs only h, but A must be saved so that a second differentiation is detected
             a if needs.x or needs.b else None,
             b if needs.x or needs.a else None,
             h if needs.b else None,
@@ -105,21 +106,21 @@ class LoraByAddmm:
         )
 
     def backward(self, dy: Tensor, saved: SavedLora, options: Options, needs: Needs) -> Gradients:
-        r"""H is as the forward saved it.
+        r"""The gradients, from the h that the forward saved.
 
         With ``p = δ · scale · dy B`` and D the dropout mask times ``1 / (1 - dropout)``:
 
-            dx = dy W + D ∘ (p A)      dA = pᵀ (D ∘ x)      dB = dyᵀ h, times scale if h is without it
+            dx = dy W + D ∘ (p A)      dA = pᵀ (D ∘ x)      dB = dyᵀ h, times scale if h does not contain it
             dW = dyᵀ x                 dbias = Σ_rows dy
 
-        Without a weight, dx is of the low-rank part alone, and p is cast to the dtype of x.
+        Without a weight, dx is that of the low-rank update alone, and p is cast to the dtype of x.
         """
         x, weight, a, b, h, keep = saved
         scale, dropout, gate = options
         dx = dw = dbias = da = db = None
         rows = dy if dy.dim() == 2 else flat(dy)
-        # what is off adds zero to A's and B's gradients even where x or dy is not finite: with one gate
-        # for all the product is selected, with row gates its operands
+        # inactive rows add zero to the gradients of A and B even if x or dy is not finite: a single gate
+        # selects in the product, row gates select in its operands
         on, one, by_row = ALWAYS_ON if gate is None else switch(gate, dy)
         if needs.weight and x is not None:
             dw = rows.T @ flat(x)
@@ -132,7 +133,7 @@ class LoraByAddmm:
         if (needs.x or needs.a) and b is not None:
             p = times(rows, b if b.dtype is dy.dtype else b.to(dy.dtype), scale)
             p = p if on is None else select(on, p)
-            # the dtype of x and A as they met, which that of a base's output, and so of dy, need not be
+            # x Aᵀ was computed in the dtype of x, which may differ from that of dy and of a base output
             p = p if x is None or p.dtype is x.dtype else p.to(x.dtype)
             if needs.a and x is not None:
                 dropped = flat(x if keep is None else masked(x, keep, dropout))
@@ -145,7 +146,7 @@ class LoraByAddmm:
         return Gradients(dx, dw, dbias, da, db)
 
     def always_on(self, call: Call) -> AlwaysOn | None:
-        """Without dropout, where there is a weight. Below float32, A and B (as a rule float32 masters) are cast."""
+        """The faster functions, if there is a weight and no dropout. Below float32 they cast A and B to x's dtype."""
         if call.dropout or call.adds:
             return None
         if call.dtype is torch.float32:
@@ -153,12 +154,12 @@ class LoraByAddmm:
         return AlwaysOn(_forward_always_on_cast, _backward_always_on_cast, casts=True)
 
     def stacked(self, call: Call) -> Stacked | None:
-        """Without dropout, where there is a weight; on a CPU where x is wide enough for it to pay."""
+        """The functions for several layers, if there is a weight and no dropout, and on a CPU if x is wide enough."""
         narrow = call.device.type == "cpu" and call.in_features < _WIDE
         return None if call.dropout or call.adds or narrow else STACKED
 
     def launches(self, call: Call) -> Launches:
-        """Three kernels forward and five backward; those that move a row or a factor are not counted."""
+        """Three launches forward and five backward, or two and four with a `base`; omits those of a row or a factor."""
         sizes = call.sizes
         assert sizes is not None
         bytes_of = sizes.bytes
@@ -170,7 +171,7 @@ class LoraByAddmm:
         )
         if call.adds:
             return Launches(
-                # out of place: torch first copies the y that is added to
+                # out of place: torch first copies y and then adds to the copy
                 (Launch("addmm", bytes_of("x", "a", "h")), Launch("addmm", bytes_of("h", "b", "y", "y", "y", "y"))),
                 (*for_factors, Launch("mm", bytes_of("p", "a", "dx"))),
                 bytes_of("h") + mask,
@@ -190,7 +191,7 @@ class LoraByAddmm:
         )
 
     def saved_elsewhere(self, saved: SavedLora, dy: Tensor, options: Options) -> SavedLora:
-        """The same: this is where others go."""
+        """Returns `saved`: this is the addmm backend."""
         return saved
 
 

@@ -1,4 +1,4 @@
-"""Products and selections that the addmm backends of all variants are made of."""
+"""Products and selections that the addmm backends of all variants use."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from cotolora.reference import rows_on
 
-# 0-dim operands that addmm ignores, by dtype and device: to make one anew takes longer than a tiny product
+# 0-dim operands that addmm ignores, cached by dtype and device: creating one takes longer than a tiny product
 _IGNORED: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
 def flat(t: Tensor) -> Tensor:
-    """``[..., features]`` as ``[rows, features]``: a view where the strides allow one, else a copy."""
+    """``[..., features]`` as ``[rows, features]``: a view if the strides allow one, else a copy."""
     return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
@@ -26,17 +26,17 @@ def shaped_like(rows: Tensor, t: Tensor) -> Tensor:
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t.to(dtype)``, ten times as fast where there is nothing to do: of tiny layers the host is the slower part."""
+    """``t.to(dtype)``, ten times as fast if `t` already has `dtype`, since host time dominates in tiny layers."""
     return t if t.dtype == dtype else t.to(dtype)
 
 
 def ignored_by_addmm(like: Tensor) -> Tensor:
-    """What addmm wants for its first operand and, with beta=0, does not read."""
+    """A first operand for addmm, which does not read it if beta is 0."""
     traced = torch.compiler.is_compiling()
     found = None if traced else _IGNORED.get((like.dtype, like.device))
     if found is None:
         found = like.new_empty(())
-        # what a mode or a subclass makes must not outlive it
+        # tensors made under a dispatch mode or by a subclass are not cached
         if type(like) in (Tensor, torch.nn.Parameter) and type(found) is Tensor and not traced:
             _IGNORED[like.dtype, like.device] = found
     return found
@@ -48,8 +48,8 @@ def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def add_product(y: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """``y + scale · a b``, written over y where nothing traces."""
-    # torch 2.11's compiler takes the gradient of an output that is written in place for zero
+    """``y + scale · a b``, written into `y` unless torch.compile traces."""
+    # torch 2.11's compiler assumes a gradient of zero for an output that is written in place
     if torch.compiler.is_compiling():
         return torch.addmm(y, a, b, alpha=scale)
     return y.addmm_(a, b, alpha=scale)
@@ -58,29 +58,29 @@ def add_product(y: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
 def transposing_is_faster(rows: Tensor, rank: int) -> bool:
     """Whether ``rows b`` and ``rowsᵀ h``, of `rank` columns, are faster as ``(bᵀ rowsᵀ)ᵀ`` and ``(hᵀ rows)ᵀ``.
 
-    Measured on a CPU at widths 256 to 3072: below rank 16 half the time and less, from 64 rows on; else it costs up to
-    nine times as much, most of it for the copy that turns the gradient as B lies.
+    Measured on a CPU at widths 256 to 3072: at most half the time below rank 16 and from 64 rows on; otherwise up to
+    nine times as slow, mostly because of the copy that transposes the gradient into the layout of B.
     """
     if rank >= 16 or not rows.is_cpu:
         return False
-    # under torch.compile the number of rows may be a symbol, which a comparison would pin down
+    # under torch.compile the number of rows may be symbolic, and a comparison would specialise it
     return torch.compiler.is_compiling() or rows.shape[0] >= 64
 
 
 def times(rows: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``scale · rows b [rows, rank]``, rounded once, in the faster of two orders."""
+    """``scale · rows b``, ``[rows, rank]``, rounded once, in the faster of two orders."""
     if transposing_is_faster(rows, b.shape[1]):
         return scaled_product(b.T, rows.T, scale).T
     return scaled_product(rows, b, scale)
 
 
 def down_projection(x: Tensor, a: Tensor) -> Tensor:
-    """``x Aᵀ [rows, rank]`` in float32, laid out such that `transposed_times` is faster too."""
+    """``x Aᵀ``, ``[rows, rank]``, in float32, in the layout that makes `transposed_times` faster too."""
     return (a @ x.T).T if transposing_is_faster(x, a.shape[0]) else F.linear(x, a)
 
 
 def transposed_times(rows: Tensor, h: Tensor, scale: float = 1.0) -> Tensor:
-    """``scale · rowsᵀ h [features, rank]``, rounded once, in the faster of two orders."""
+    """``scale · rowsᵀ h``, ``[features, rank]``, rounded once, in the faster of two orders."""
     transposed = transposing_is_faster(rows, h.shape[1])
     left, right = (h.T, rows) if transposed else (rows.T, h)
     product = left @ right if scale == 1 else scaled_product(left, right, scale)
@@ -88,9 +88,10 @@ def transposed_times(rows: Tensor, h: Tensor, scale: float = 1.0) -> Tensor:
 
 
 class Switch(NamedTuple):
-    """A tensor gate as masks that broadcast against ``[..., features]``, None where there is none.
+    """A tensor gate as boolean masks that broadcast against ``[..., features]``; all None without a gate.
 
-    on: the gate. one: the gate if it is one for all rows. rows: if it is one per sample.
+    on: the gate. one: the gate if it is a single one for all rows, else None. rows: the gate if it is one per sample,
+    else None.
     """
 
     on: Tensor | None
@@ -110,9 +111,9 @@ def switch(gate: Tensor | None, like: Tensor) -> Switch:
 
 
 def select(on: Tensor | None, t: Tensor) -> Tensor:
-    """``t [rows, features]`` where the gate is on, zeros elsewhere; `on` is None, ``[]`` or ``[batch, 1, …, 1]``.
+    """``t [rows, features]`` in active rows, zeros in the others; `on` is None, ``[]`` or ``[batch, 1, …, 1]``.
 
-    A selection, not a product: what is off may hold infinities.
+    A selection, not a product, because inactive rows may hold infinities.
     """
     if on is None:
         return t
@@ -122,20 +123,20 @@ def select(on: Tensor | None, t: Tensor) -> Tensor:
     return torch.where(on.view(-1, 1, 1), per_sample, 0).reshape(t.shape)
 
 
-def zero_times_is_zero(b: Tensor) -> bool:
-    """Whether adding 0 · B changes nothing; False also where asking would wait for a device or break a trace.
+def is_known_finite(b: Tensor) -> bool:
+    """Whether adding 0 · B changes nothing, so that y needs no selection; False if a check would sync or break a trace.
 
-    It saves a selection among all of y, which takes longer on a CPU than the product itself.
+    The selection in y takes longer on a CPU than the product itself.
     """
     plain = b.device.type == "cpu" and type(b) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
     return plain and bool(b.isfinite().all())
 
 
 def dropped_out(x: Tensor, dropout: float) -> tuple[Tensor, Tensor | None]:
-    """``dropout(x)`` and its boolean mask, None where nothing drops."""
+    """``dropout(x)`` and its boolean mask; the mask is None if dropout is 0."""
     return torch.native_dropout(x, dropout, True) if dropout else (x, None)
 
 
 def masked(t: Tensor, keep: Tensor, dropout: float) -> Tensor:
-    """``D ∘ t``: zero where `keep` is, the rest times ``1 / (1 - dropout)``."""
+    """``D ∘ t``: zero where `keep` is False, ``t / (1 - dropout)`` elsewhere."""
     return (t * keep).mul_(0.0 if dropout == 1 else 1 / (1 - dropout))

@@ -24,11 +24,11 @@ from cotolora.backends.types import Call, Gradients, Launch, Launches, Needs, Op
 
 
 class SavedVera(NamedTuple):
-    """What the backward reads, None where it will not.
+    """The tensors for the backward, None for those that it does not read.
 
-    x, weight, a, b, lambda_d, lambda_b: of the operands.
-    z: ``δ · dropout(x) Aᵀ [rows, rank]``, in the dtype of x.
-    keep: boolean dropout mask, of the shape of x.
+    x, weight, a, b, lambda_d, lambda_b: the operands.
+    z: ``δ · dropout(x) Aᵀ``, ``[rows, rank]``, in the dtype of x.
+    keep: the boolean dropout mask, in the shape of x.
     """
 
     x: Tensor | None
@@ -44,15 +44,15 @@ class SavedVera(NamedTuple):
 class VeraByAddmm:
     """``y = x Wᵀ + bias + scale · h (b ∘ B)ᵀ`` or ``y = base + …``, with ``h = d ∘ z`` and ``z = δ · dropout(x) Aᵀ``.
 
-    The operands' `extra` is d and b.
+    `extra` of the operands is d and b.
     """
 
     def why_not(self, call: Call) -> list[str]:
-        """It takes every call."""
+        """Empty: it can run every call."""
         return []
 
     def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedVera]:
-        """The update is added in place to the base's result, except to that of a module, which may need it itself."""
+        """Adds the update in place to ``x Wᵀ + bias``, but out of place to `base`, which its module may still need."""
         x, weight, bias, a, b, (lambda_d, lambda_b), base = operands
         scale, dropout, gate = options
         if weight is not None:
@@ -63,7 +63,7 @@ class VeraByAddmm:
         on, _, by_row = switch(gate, y)
         dropped, keep = dropped_out(x, dropout)
         z = select(on, flat(F.linear(dropped, cast(a, x.dtype))))
-        # where no row is on b ∘ B may be anything, also in a product with zeros
+        # if every row is inactive, b ∘ B may hold infinities, even in a product with zeros
         any_on = None if on is None else on.any()
         scaled_b = select(any_on, _scaled_b(b, lambda_b, y.dtype))
         h = cast(select(on, z * select(any_on, cast(lambda_d, x.dtype))), y.dtype)
@@ -78,9 +78,9 @@ class VeraByAddmm:
         return y, SavedVera(x_kept, weight if needs.x else None, a, b, lambda_d, lambda_b, z, keep)
 
     def backward(self, dy: Tensor, saved: SavedVera, options: Options, needs: Needs) -> Gradients:
-        r"""D is the dropout mask times ``1 / (1 - dropout)``.
+        r"""The gradients, with D the dropout mask times ``1 / (1 - dropout)``.
 
-        With ``q = δ · scale · dy (b ∘ B)``, ``p = d ∘ q`` and ``S = scale · dyᵀ h`` of gated rows:
+        With ``q = δ · scale · dy (b ∘ B)``, ``p = d ∘ q`` and ``S = scale · dyᵀ h`` over active rows:
 
             dx = dy W + D ∘ (p A)      dA = pᵀ (D ∘ x)      dB = b ∘ S
             dd = Σ_rows q ∘ z          db = Σ_rank B ∘ S
@@ -98,7 +98,7 @@ class VeraByAddmm:
             dw = rows.T @ flat(x)
         if needs.bias:
             dbias = rows.sum(0)
-        # in float32 where d or b trains: their gradients are sums that may cancel, which rounded products would not
+        # in float32 if d or b trains: their gradients are sums whose terms may cancel, and rounded terms would not
         wide = torch.promote_types(dy.dtype, torch.float32) if for_d or for_b else dy.dtype
         if needs.b or for_b:
             h = cast(z, wide) * (scale * cast(lambda_d, wide))
@@ -122,7 +122,7 @@ class VeraByAddmm:
         return Gradients(dx, dw, dbias, da, db, (dd, d_lambda_b))
 
     def launches(self, call: Call) -> Launches:
-        """Those that move a factor or less are not listed."""
+        """The launches; omits those that move a factor or less."""
         sizes = call.sizes
         assert sizes is not None
         bytes_of = sizes.bytes
@@ -151,12 +151,12 @@ class VeraByAddmm:
         )
 
     def saved_elsewhere(self, saved: SavedVera, dy: Tensor, options: Options) -> SavedVera:
-        """The same: this is where others go."""
+        """Returns `saved`: this is the addmm backend."""
         return saved
 
 
 def _scaled_b(b: Tensor, lambda_b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``b ∘ B [out_features, rank]``, rounded once to `dtype`."""
+    """``b ∘ B``, ``[out_features, rank]``, rounded once to `dtype`."""
     return cast(b * lambda_b.unsqueeze(1), dtype)
 
 

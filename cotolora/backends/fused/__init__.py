@@ -1,1 +1,1 @@
-"""The Triton backend."""
+"""The Triton backend: fused kernels."""

@@ -1,4 +1,4 @@
-"""What the fused backends of all variants share. Importing it imports no Triton; running one does."""
+"""Shared parts of the fused backends. Importing this module does not import Triton; running a backend does."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from cotolora.backends.types import Call
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_RANK = 256
 
-# asked once, at import: a cached function is one that torch.compile would trace into
+# determined at import, because torch.compile would trace into a cached function
 _triton = importlib.util.find_spec("triton") is not None
 
 
 def has_triton() -> bool:
-    """Whether triton can be imported, found out without importing it."""
+    """Whether triton can be imported; does not import it."""
     return _triton
 
 
 def operators() -> Any:
-    """``torch.ops.cotolora``, whose operators are registered, and Triton imported, when this is first called."""
+    """``torch.ops.cotolora``. The first call registers the operators and imports Triton."""
     from cotolora.backends.fused import ops  # noqa: F401
 
     return torch.ops.cotolora
@@ -37,7 +37,7 @@ def repeatable(function: Callable[..., Any]) -> Callable[..., Any]:
     """Turns ``function(operators, *args)`` into a function of ``(only_prepared, *args)``.
 
     Unless torch.compile traces or a dispatch mode is active, it bypasses the dispatcher and repeats recorded launches
-    (`cotolora.kernels.launching.replayed`), so `function` must compute with the operators alone. With `only_prepared`
+    (`cotolora.kernels.launching.replayed`), so `function` may compute only with the operators. With `only_prepared`
     it raises NotPreparedError for a kind of call that was never launched.
     """
     made: dict[bool, Callable[..., Any]] = {}
@@ -55,16 +55,16 @@ def repeatable(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Fused:
-    """What the fused backends share."""
+    """Base class of the fused backends."""
 
-    only_prepared = False  # whether a kernel that was not launched before may not be
+    only_prepared = False  # whether to raise instead of launching a kernel for the first time
 
     def why_not(self, call: Call) -> list[str]:
-        """The limits of the kernels."""
+        """Every limit of the kernels that the call exceeds."""
         return why_not_fused(call)
 
     def when_captured(self) -> Fused:
-        """The same, which raises NotPreparedError where it would compile or load a kernel."""
+        """The same backend, but one that raises NotPreparedError if it would compile or load a kernel."""
         other = copy.copy(self)
         other.only_prepared = True
         return other
@@ -83,7 +83,7 @@ def why_not_fused(call: Call) -> list[str]:
     if call.dtype not in DTYPES:
         reasons.append(f"dtype {call.dtype} is not float32, float16 or bfloat16")
     if call.base_dtype not in (None, call.dtype):
-        reasons.append(f"x is {call.dtype} and the output of the base {call.base_dtype}")
+        reasons.append(f"x is {call.dtype}, but the output of the base is {call.base_dtype}")
     if interpreted and call.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
     if call.rank > MAX_RANK:
@@ -92,15 +92,15 @@ def why_not_fused(call: Call) -> list[str]:
 
 
 def drawn_seed(device: torch.device, dropout: float) -> Tensor | None:
-    """The seed of a dropout mask, int64 ``[]``, from torch's generator; None where nothing drops."""
-    # no sync, and a CUDA graph draws anew in every replay
+    """The seed of a dropout mask, int64 ``[]``, from torch's generator; None if dropout is 0."""
+    # drawn on the device: no sync, and every replay of a CUDA graph draws a new seed
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device) if dropout else None
 
 
 def mask_of_x(seed: Tensor | None, dy: Tensor, a: Tensor | None, dropout: float) -> Tensor | None:
-    """The boolean mask of the shape of x that the kernels draw from `seed`, for vendor GEMMs to go on with.
+    """The boolean mask in the shape of x that the kernels draw from `seed`, for a backward by vendor GEMMs.
 
-    x has the leading dimensions of `dy` and the columns of A. None where nothing is dropped.
+    x has the leading dimensions of `dy` and the columns of A. None if nothing is dropped.
     """
     if seed is None or a is None:
         return None

@@ -15,13 +15,13 @@ from cotolora.backends.types import Call, Gradients, Launch, Launches, Needs, Op
 
 
 class SavedFusedDora(NamedTuple):
-    """What the backward reads, None where it will not.
+    """The tensors for the backward, None for those that it does not read.
 
-    x, weight, a, b: of the operands.
-    h: ``δ · scale · x Aᵀ [rows, rank]``, in the dtype of x.
-    column_scale: c ``[out_features]``; 1 where the whole call is off.
-    norm: ``‖W + scale · B A‖`` by rows, ``[out_features]``.
-    u: what c multiplies, ``x Wᵀ + h Bᵀ [rows, out_features]``.
+    x, weight, a, b: the operands.
+    h: ``δ · scale · x Aᵀ``, ``[rows, rank]``, in the dtype of x.
+    column_scale: c, ``[out_features]``; 1 if the adapter is inactive in all rows.
+    norm: the row norms ``‖W + scale · B A‖``, ``[out_features]``.
+    u: ``x Wᵀ + h Bᵀ``, ``[rows, out_features]``, which c multiplies.
     """
 
     x: Tensor | None
@@ -39,7 +39,7 @@ def launch_forward(
     ops: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gate: Tensor | None, scale: float,
     known_norm: Tensor | None, magnitude: Tensor, keep_u: bool, form: str,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Returns y, h, the column scale, the norm and u; the last two are None unless `keep_u`."""
+    """Returns y, h, the column scale, the row norms and u; the last two are None unless `keep_u`."""
     norm, column_scale = ops.row_norm(weight, a, b, scale, known_norm, magnitude, gate)
     if form == "one_pass":
         y, h, u = ops.one_pass(x, weight, bias, a, b, gate, None, scale, 0.0, column_scale, keep_u)
@@ -55,7 +55,7 @@ def launch_backward(
     gate: Tensor | None, scale: float, column_scale: Tensor, norm: Tensor | None, u: Tensor | None,
     dtype_a: torch.dtype, dtype_b: torch.dtype,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Returns dx, dA, dB and dm, each None if an operand it needs is."""
+    """Returns dx, dA, dB and dm; each is None if an operand that it needs is None."""
     dtype_m = None if u is None else torch.float32
     p, da, db, dm = ops.adapter_grads(
         dy, x, h, b, gate, None, scale, 0.0, dtype_a, dtype_b, column_scale, norm, u, dtype_m
@@ -68,31 +68,31 @@ def launch_backward(
 
 @repeatable
 def launch_row_norms(ops: Any, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``‖W + scale · B A‖`` by rows."""
+    """Returns the row norms ``‖W + scale · B A‖``, ``[out_features]``."""
     return ops.row_norm(weight, a, b, scale, None, None, None)[0]  # type: ignore[no-any-return]
 
 
 class FusedDora(Fused):
-    """``y = c ∘ u + bias`` with ``u = x Wᵀ + h Bᵀ`` and ``h = δ · scale · x Aᵀ``. It takes no dropout.
+    """``y = c ∘ u + bias`` with ``u = x Wᵀ + h Bᵀ`` and ``h = δ · scale · x Aᵀ``. Does not support dropout.
 
-    It scales the columns of what our own GEMMs make, which a vendor's would leave to a pass over y: so there is no form
-    pre_expand.
+    Our own GEMMs scale the columns of their result. A vendor GEMM would need another pass over y for that, so there is
+    no form pre_expand.
     """
 
     def __init__(self, form: str) -> None:
         self.form = form
 
     def why_not(self, call: Call) -> list[str]:
-        """The limits of the kernels, and dropout."""
-        dropout = "DoRA with dropout takes a second product with W, which no fused form has"
+        """Every limit of the kernels that the call exceeds, and dropout."""
+        dropout = "DoRA with dropout takes a second product with W, which no fused form supports"
         return super().why_not(call) + ([dropout] if call.dropout else [])
 
     def row_norms(self, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        """``‖W + scale · B A‖`` by rows."""
+        """The row norms ``‖W + scale · B A‖``, ``[out_features]``."""
         return launch_row_norms(False, weight, cast(a, weight.dtype), cast(b, weight.dtype), scale)  # type: ignore[no-any-return]
 
     def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedFusedDora]:
-        """One kernel more than LoRA, for c."""
+        """Launches one kernel more than LoRA, which computes c."""
         x, weight, bias, a, b, (magnitude, *known_norm), _ = operands
         scale, _, gate = options
         assert weight is not None
@@ -107,7 +107,7 @@ class FusedDora(Fused):
         )  # fmt: skip
 
     def backward(self, dy: Tensor, saved: SavedFusedDora, options: Options, needs: Needs) -> Gradients:
-        r"""Those of LoRA with ``c ∘ dy`` in place of dy.
+        r"""The gradients of LoRA with ``c ∘ dy`` in place of dy, and that of m.
 
         With ``p = δ · scale · dy (c ∘ B)``:
 
@@ -140,7 +140,7 @@ class FusedDora(Fused):
         )
 
     def launches(self, call: Call) -> Launches:
-        """As LoRA's, with one kernel more, and u beside y."""
+        """The launches of LoRA and one more kernel; u is written in addition to y."""
         sizes = call.sizes
         assert sizes is not None
         bytes_of = sizes.bytes
@@ -156,7 +156,7 @@ class FusedDora(Fused):
         )
 
     def saved_elsewhere(self, saved: SavedFusedDora, dy: Tensor, options: Options) -> addmm.SavedDora:
-        """Without ``h Bᵀ`` in what m's gradient is taken from."""
+        """As the addmm backend saves it: with ``x Wᵀ`` instead of u, which contains ``h Bᵀ`` too."""
         x, weight, a, b, h, column_scale, norm, u = saved
         product = None
         if u is not None:

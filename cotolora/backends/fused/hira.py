@@ -15,7 +15,7 @@ from cotolora.backends.types import Call, Gradients, Launch, Launches, Needs, Op
 
 
 class SavedFusedHira(NamedTuple):
-    """What the backward reads, None where it will not: of the operands, and the seed of the dropout mask."""
+    """The tensors for the backward, or None: operands, and the seed of the dropout mask."""
 
     x: Tensor | None
     weight: Tensor | None
@@ -51,7 +51,7 @@ class FusedHira(Fused):
     """``y = x Wᵀ + bias + δ · (D x) (W ∘ scale · B A)ᵀ`` in one kernel."""
 
     def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedFusedHira]:
-        """``B A`` is made tile by tile and never stored."""
+        """Launches one kernel, which computes ``B A`` tile by tile and does not store it."""
         x, weight, bias, a, b, *_ = operands
         scale, dropout, gate = options
         assert weight is not None
@@ -60,9 +60,9 @@ class FusedHira(Fused):
         return shaped_like(y, x), SavedFusedHira(*addmm.kept_by_hira(operands, needs), seed)
 
     def backward(self, dy: Tensor, saved: SavedFusedHira, options: Options, needs: Needs) -> Gradients:
-        r"""t, the gradient of ``W ∘ B A``, is never stored.
+        r"""The gradients, without storing t, the gradient of ``B A``.
 
-        With ``t = scale · W ∘ dyᵀ (D x)`` of gated rows:
+        With ``t = scale · W ∘ dyᵀ (D x)`` over active rows:
 
         dx = dy W + D ∘ (dy (W ∘ scale · B A))      dA = Bᵀ t      dB = t Aᵀ
         """
@@ -86,7 +86,7 @@ class FusedHira(Fused):
         )  # fmt: skip
 
     def launches(self, call: Call) -> Launches:
-        """``B A`` is made anew for each 128 rows of x, and of dy."""
+        """The launches; ``B A`` is computed again for each 128 rows of x and of dy."""
         sizes = call.sizes
         assert sizes is not None
         bytes_of, products = sizes.bytes, sizes.products
@@ -105,7 +105,7 @@ class FusedHira(Fused):
         )
 
     def saved_elsewhere(self, saved: SavedFusedHira, dy: Tensor, options: Options) -> addmm.SavedHira:
-        """With the mask that the kernels drew."""
+        """As the addmm backend saves it: with the mask that the kernels draw from the seed."""
         x, weight, a, b, seed = saved
         return addmm.SavedHira(x, weight, a, b, mask_of_x(seed, dy, a, options.dropout))
 

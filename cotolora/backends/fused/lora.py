@@ -26,16 +26,16 @@ from cotolora.backends.types import (
     kept_by_lora,
 )
 
-# up to so many rows one_pass is two kernels, which put W on the 64-row side of the matrix units
+# up to this many rows, one_pass consists of two kernels that put W on the 64-row side of the matrix units
 SWAPPED_ROWS = 64
 
 
 class SavedFusedLora(NamedTuple):
-    """What the backward reads, None where it will not.
+    """The tensors for the backward, None for those that it does not read.
 
-    x, weight, a, b: of the operands.
-    h: ``δ · scale · dropout(x) Aᵀ [rows, rank]``, in the dtype of x.
-    seed: int64 ``[]``, from which the kernels draw the dropout mask again.
+    x, weight, a, b: the operands.
+    h: ``δ · scale · dropout(x) Aᵀ``, ``[rows, rank]``, in the dtype of x.
+    seed: int64 ``[]``, from which the kernels draw the same dropout mask again.
     """
 
     x: Tensor | None
@@ -47,7 +47,7 @@ class SavedFusedLora(NamedTuple):
 
 
 def kept_by_fused(operands: Operands, needs: Needs) -> Kept:
-    """As `kept_by_lora`, with A and B: their gradients are written in their own dtypes."""
+    """As `kept_by_lora`, but always with A and B, because their gradients are written in their dtypes."""
     kept = kept_by_lora(operands, needs)
     return kept._replace(a=operands.a, b=operands.b) if needs.a or needs.b or any(needs.extra) else kept
 
@@ -57,7 +57,7 @@ def launch_forward(
     ops: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gate: Tensor | None,
     seed: Tensor | None, scale: float, dropout: float, form: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns y and h of a form; pre_expand leaves ``x Wᵀ`` out of y."""
+    """Returns y and h of `form`; with pre_expand, y does not contain ``x Wᵀ``."""
     if form == "one_pass":
         y, h, _ = ops.one_pass(x, weight, bias, a, b, gate, seed, scale, dropout)
     elif form == "low_rank_gemm":
@@ -74,7 +74,10 @@ def launch_backward(
     gate: Tensor | None, seed: Tensor | None, scale: float, dropout: float, dtype_a: torch.dtype, dtype_b: torch.dtype,
     form: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Returns dx, dA and dB, each None if an operand it needs is. pre_expand and expand leave ``dy W`` out of dx."""
+    """Returns dx, dA and dB; each is None if an operand that it needs is None.
+
+    With pre_expand and expand, dx does not contain ``dy W``.
+    """
     p, da, db, _ = ops.adapter_grads(dy, x, h, b, gate, seed, scale, dropout, dtype_a, dtype_b)
     dx = None
     if a is not None and form in ("pre_expand", "expand"):
@@ -87,7 +90,7 @@ def launch_backward(
 def backward_of_factors(
     backend: Fused, form: str, dy: Tensor, saved: SavedFusedLora, options: Options, needs: Needs, with_x: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As `launch_backward`, of what is asked for; `with_x`: whether the gradient of x is there to be had."""
+    """As `launch_backward`, for the required gradients; `with_x`: whether dx can be computed."""
     x, weight, a, b, h, seed = saved
     scale, dropout, gate = options
     if not (needs.x or needs.a or needs.b):
@@ -112,7 +115,7 @@ class FusedLora(Fused):
         self.form = form
 
     def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedFusedLora]:
-        """one_pass: one kernel. low_rank_gemm: h, then the rest. pre_expand: ``h Bᵀ + bias``, then a vendor GEMM."""
+        """one_pass: one kernel. low_rank_gemm: h, then y. pre_expand: ``h Bᵀ + bias``, then a vendor GEMM adds x Wᵀ."""
         x, weight, bias, a, b, *_ = operands
         scale, dropout, gate = options
         assert weight is not None
@@ -126,9 +129,9 @@ class FusedLora(Fused):
         return shaped_like(y, x), saved
 
     def backward(self, dy: Tensor, saved: SavedFusedLora, options: Options, needs: Needs) -> Gradients:
-        r"""H is as the forward saved it.
+        r"""The gradients, from the h that the forward saved.
 
-        With ``p = δ · scale · dy B`` and D the dropout mask with its factor:
+        With ``p = δ · scale · dy B`` and D the dropout mask times ``1 / (1 - dropout)``:
 
         dx = dy W + D ∘ (p A)      dA = pᵀ (D ∘ x)      dB = dyᵀ h      dW = dyᵀ x      dbias = Σ_rows dy
         """
@@ -143,7 +146,7 @@ class FusedLora(Fused):
         return Gradients(dx, dw, rows.sum(0) if needs.bias else None, da, db)
 
     def launches(self, call: Call) -> Launches:
-        """Of the form; with a bfloat16 x, the casts of A, B and their gradients are not listed."""
+        """The launches of the form; omits the casts of A, B and their gradients with a bfloat16 x."""
         sizes = call.sizes
         assert sizes is not None
         bytes_of, products = sizes.bytes, sizes.products
@@ -151,7 +154,7 @@ class FusedLora(Fused):
         for_factors = launches_of_factors(sizes)
         dx = Launch("low_rank_gemm", bytes_of("dy", "w", "dx", "p", "a"), products, "gemm")
         if self.form == "one_pass":
-            # each of the tiles of 128 columns of y makes h anew
+            # h is computed again for each tile of 128 columns of y
             ranks = 2 * sizes.m * sizes.k * max(16, sizes.rank) * math.ceil(sizes.n / 128)
             moved = bytes_of("x", "w", "y", "a", "b", "h")
             if sizes.m <= SWAPPED_ROWS:
@@ -197,10 +200,10 @@ def launch_addition(
 
 
 class FusedAdding(Fused):
-    """``y = base + h Bᵀ``, beside a base that is called; x and the base's output must be of one dtype."""
+    """``y = base + h Bᵀ`` for the output of a base module, which must have the dtype of x."""
 
     def forward(self, operands: Operands, options: Options, needs: Needs) -> tuple[Tensor, SavedFusedLora]:
-        """Two kernels: h, then the sum."""
+        """Launches two kernels: one for h, one for the sum."""
         x, _, _, a, b, _, base = operands
         scale, dropout, gate = options
         assert base is not None
@@ -209,12 +212,12 @@ class FusedAdding(Fused):
         return shaped_like(y, x), SavedFusedLora(*kept_by_fused(operands, needs), h if needs.b else None, seed)
 
     def backward(self, dy: Tensor, saved: SavedFusedLora, options: Options, needs: Needs) -> Gradients:
-        """As `FusedLora.backward`, where dx is ``D ∘ (p A)``."""
+        """As `FusedLora.backward`, with ``dx = D ∘ (p A)``."""
         dx, da, db = backward_of_factors(self, "expand", dy, saved, options, needs, True)
         return Gradients(None if dx is None else shaped_like(dx, dy), None, None, da, db)
 
     def launches(self, call: Call) -> Launches:
-        """Two forward."""
+        """The launches: two forward and five backward."""
         sizes = call.sizes
         assert sizes is not None
         bytes_of = sizes.bytes
@@ -230,7 +233,7 @@ class FusedAdding(Fused):
 
 
 def launches_of_factors(sizes: Sizes) -> tuple[Launch, ...]:
-    """Those of the gradients of A and B, with p."""
+    """The launches for the gradients of A and B, and for p."""
     return (
         Launch("project", sizes.bytes("dy", "h", "b", "p", "b")),
         Launch("sum_partials", sizes.bytes("p", "p")),
@@ -240,7 +243,7 @@ def launches_of_factors(sizes: Sizes) -> tuple[Launch, ...]:
 
 
 def saved_by_addmm(saved: SavedFusedLora, dy: Tensor, options: Options) -> addmm.SavedLora:
-    """As vendor GEMMs keep it: with the mask that the kernels drew, and in float32 with an h without the scale."""
+    """As the addmm backend saves it: with the mask that the kernels draw, and in float32 h divided by the scale."""
     x, weight, a, b, h, seed = saved
     if h is not None and h.dtype is torch.float32 and options.scale:
         h = h / options.scale

@@ -21,12 +21,12 @@ from cotolora.kernels import row_norm as norms
 from cotolora.kernels import shrink as shrinks
 from cotolora.kernels.launching import replayed
 
-# define and impl rather than custom_op: half the eager cost of a call
+# define and impl instead of custom_op, which has twice the overhead of an eager call
 _library = torch.library.Library("cotolora", "DEF")
 FORWARD = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor? gate, Tensor? seed, float scale, float dropout"
 )
-# of DoRA: what the columns of y are multiplied by, and whether what is multiplied comes too
+# for DoRA: the factors of the columns of y, and whether to return y before this multiplication too
 SCALED = "Tensor? column_scale=None, bool keep_u=False"
 SCHEMAS = {
     "one_pass": f"({FORWARD}, {SCALED}) -> (Tensor, Tensor, Tensor)",
@@ -78,7 +78,7 @@ def _adapter_grads(  # type: ignore[no-untyped-def]
 ):
     dora = None if column_scale is None else grads.Dora(column_scale, norm, u, dtype_m or dy.dtype)
     made = grads.adapter_grads(dy, x, h, b, gate, scale, dtype_a, dtype_b, seed=seed, dropout=dropout, dora=dora)
-    # an operator returns tensors: an empty one where nothing was asked for
+    # an operator must return tensors: an empty one for each result that was not required
     return tuple(dy.new_empty(0) if t is None else t for t in made)
 
 
@@ -137,13 +137,13 @@ _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
 }
 for _name, (_launch, _shapes) in _IMPLEMENTATIONS.items():
     _library.define(_name + SCHEMAS[_name])
-    # on a CPU only Triton's interpreter can run it; dispatch sees to that
+    # on a CPU only Triton's interpreter can run it, which why_not_fused checks
     _again = replayed(_launch, {}, elsewhere=_launch)
     _library.impl(_name, _again, "CPU")
     _library.impl(_name, _again, "CUDA")
     torch.library.register_fake(f"cotolora::{_name}", _shapes, lib=_library)
 
-# without the dispatcher, which takes as long as a small launch
+# bypasses the dispatcher, which takes as long as a small launch
 direct = SimpleNamespace(**{_name: _launch for _name, (_launch, _) in _IMPLEMENTATIONS.items()})
 
 
