@@ -11,13 +11,13 @@ from torch import Tensor
 from cotolora.backends.addmm.products import (
     cast,
     flat,
+    is_known_finite,
     scaled_product,
     select,
     shaped_like,
     times,
     transposed_times,
     transposing_is_faster,
-    zero_times_is_zero,
 )
 from cotolora.backends.types import Call, Launch, Launches, Stacked
 
@@ -77,7 +77,7 @@ def _forward(
     layers = zip(weights, biases, bs, switches(on, gates, ranks), h.split(ranks, 1), strict=True)
     for weight, bias, b, own, own_h in layers:
         y, b = F.linear(x, weight, bias).contiguous(), cast(b, dtype)
-        if own is None or own.dim() == 0 or zero_times_is_zero(b):
+        if own is None or own.dim() == 0 or is_known_finite(b):
             flat(y).addmm_(own_h, select(own if own is None or own.dim() == 0 else None, b).T, alpha=scale)
         else:
             # a row that is off must not meet a non-finite B
@@ -130,7 +130,7 @@ def _of_factors(
     p: Tensor, x: Tensor, on: Tensor | None, own: Sequence[Tensor | None], ranks: Sequence[int]
 ) -> Sequence[Tensor]:
     """Each dA, of ``p [ranks, rows]``."""
-    if on is None or on.dim() == 1 or zero_times_is_zero(x):
+    if on is None or on.dim() == 1 or is_known_finite(x):
         da = p @ x
         return (da if on is None or on.dim() == 2 else torch.where(on[:, None], da, 0)).split(ranks)
     return [one @ select(gate, x) for one, gate in zip(p.split(ranks), own, strict=True)]
@@ -140,7 +140,7 @@ def _add_low_rank(
     dx: Tensor, p: Tensor, a: Tensor, on: Tensor | None, own: Sequence[Tensor | None], ranks: Sequence[int]
 ) -> Tensor:
     """``dx + pᵀ A`` in place, where p is zero and A may be anything in what is off."""
-    if on is None or on.dim() == 1 or zero_times_is_zero(a):
+    if on is None or on.dim() == 1 or is_known_finite(a):
         return dx.addmm_(p.T, a if on is None or on.dim() == 2 else torch.where(on[:, None], a, 0))
     for one, factor, gate in zip(p.split(ranks), a.split(ranks), own, strict=True):
         dx.add_(select(gate, one.T @ factor))
