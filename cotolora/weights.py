@@ -26,6 +26,8 @@ class MergeableWeights(LowRankParameters):
     _carried: tuple[str, ...] = ()
     # of layers that were put into a model together: those that have been told of as merged and never called
     _told: frozenset[str] | set[str] = frozenset()
+    # the keys of the adapter that the last state dict lacked, as one of the base model alone does
+    _lacked: tuple[str, ...] = ()
 
     def delta_weight(self) -> Tensor:
         """What the adapter adds to W, ``[out_features, in_features]``, whatever the switches say.
@@ -139,10 +141,12 @@ class MergeableWeights(LowRankParameters):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         own = {prefix + part.attribute for part in self._variant.parts} | {prefix + "lora_a0", prefix + "lora_b0"}
+        self._lacked = ()
         if own.isdisjoint(state_dict):  # a checkpoint of the base model, which knows no adapters
             assigned = self.lora_a.is_meta and local_metadata.get("assign_to_params_buffers", False)
             # what is one with the tensors of other layers or ranks cannot be started here, and is missing
             if not assigned or not (self._variant.shared_keys or self._is_sharded):
+                self._lacked = tuple(key for key in missing_keys if key in own)
                 missing_keys[:] = [key for key in missing_keys if key not in own]
                 if assigned and self.base is None and not self._base_weight().is_meta:
                     self.reset_parameters()
