@@ -81,6 +81,24 @@ def set_hooks(module: nn.Module, hooks: dict[str, Any]) -> None:
     _bind_hooks(module)
 
 
+def name_missing_adapters(model: nn.Module) -> None:
+    """Makes load_state_dict name the adapters that a state dict lacks, unless it has none, as one of the base model."""
+    model.register_load_state_dict_post_hook(_name_missing)
+
+
+def restore_load(model: nn.Module) -> None:
+    """Takes back `name_missing_adapters`."""
+    hooks = model._load_state_dict_post_hooks
+    for key in [key for key, hook in hooks.items() if hook is _name_missing]:
+        del hooks[key]
+
+
+def _name_missing(model: nn.Module, incompatible_keys: Any) -> None:
+    layers = adapters(model).values()
+    if any(not layer._lacked for layer in layers):
+        incompatible_keys.missing_keys.extend(key for layer in layers for key in layer._lacked)
+
+
 def block_fast_path(model: nn.Module) -> None:
     """Disables torch's fused encoder inference, which reads weights without calling the layers, around adapters."""
     for module in model.modules():

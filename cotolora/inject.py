@@ -13,7 +13,16 @@ from cotolora import checks
 from cotolora.bases import is_peft_module
 from cotolora.coverage import warn_of_frozen_share
 from cotolora.groups import adapters, plain_name, unwrap, wrappers
-from cotolora.hooks import block_fast_path, hooks_of, move_hooks, replace_module, restore_fast_path, set_hooks
+from cotolora.hooks import (
+    block_fast_path,
+    hooks_of,
+    move_hooks,
+    name_missing_adapters,
+    replace_module,
+    restore_fast_path,
+    restore_load,
+    set_hooks,
+)
 from cotolora.linear import CoToLoRALinear
 from cotolora.matching import (
     Targets,
@@ -162,6 +171,8 @@ def install(
                 replace_module(model, raw_name, layer)
         undo.callback(restore_fast_path, model)
         block_fast_path(model)
+        undo.callback(restore_load, model)
+        name_missing_adapters(model)
         undo.callback(disallow_training, model)
         allow_training(model)
         undo.pop_all()
@@ -218,6 +229,7 @@ def eject(model: nn.Module, merge: bool = True) -> dict[str, nn.Module]:
         move_hooks(layer, plain[id(layer)])
     unstack(model)
     restore_fast_path(model)
+    restore_load(model)
     disallow_training(model)
     for name, (weight, others) in shared.items():
         if plain[id(layers[name])].weight is not weight:

@@ -26,6 +26,8 @@ class MergeableWeights(LowRankParameters):
     _carried: tuple[str, ...] = ()
     # names of layers that a warning has reported as merged but never called; one set for all layers of an inject
     _told: frozenset[str] | set[str] = frozenset()
+    # the keys of the adapter that the last state dict lacked, as one of the base model alone does
+    _lacked: tuple[str, ...] = ()
 
     def delta_weight(self) -> Tensor:
         """The update that the adapter adds to W, ``[out_features, in_features]``; ignores the switches.
@@ -142,10 +144,12 @@ class MergeableWeights(LowRankParameters):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         own = {prefix + part.attribute for part in self._variant.parts} | {prefix + "lora_a0", prefix + "lora_b0"}
+        self._lacked = ()
         if own.isdisjoint(state_dict):  # a checkpoint of the base model, without adapters
             assigned = self.lora_a.is_meta and local_metadata.get("assign_to_params_buffers", False)
             # tensors shared with other layers or sharded over ranks cannot be initialised here, and count as missing
             if not assigned or not (self._variant.shared_keys or self._is_sharded):
+                self._lacked = tuple(key for key in missing_keys if key in own)
                 missing_keys[:] = [key for key in missing_keys if key not in own]
                 if assigned and self.base is None and not self._base_weight().is_meta:
                     self.reset_parameters()

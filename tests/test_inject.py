@@ -781,6 +781,30 @@ def test_a_base_checkpoint_loads_strictly_after_injection():
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
 
 
+@pytest.mark.parametrize("where", ["model", "outer", "copy"])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_checkpoint_with_some_of_the_adapters_is_not_whole(variant, where):
+    plain = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    less, model = copy.deepcopy(plain), copy.deepcopy(plain)
+    inject(less, ["0", "2"], variant=variant)
+    inject(model, variant=variant)
+    state, prefix = less.state_dict(), ""
+    if where == "copy":
+        model = copy.deepcopy(model)
+    elif where == "outer":
+        model, state, prefix = nn.ModuleDict({"net": model}), nn.ModuleDict({"net": less}).state_dict(), "net."
+    missing = [f"{prefix}1.{name}" for name, _ in adapters(model)[f"{prefix}1"].named_parameters() if "lora" in name]
+    assert model.load_state_dict(state, strict=False) == (missing, [])
+    with pytest.raises(RuntimeError, match=rf"Missing key.*{prefix}1.lora_a"):
+        model.load_state_dict(state)
+    assert model.load_state_dict(model.state_dict()) == ([], [])
+    own = {key: t for key, t in state.items() if "lora" not in key}
+    assert model.load_state_dict(own) == ([], [])  # of the base alone
+    inner = model["net"] if where == "outer" else model
+    eject(inner)
+    assert not inner._load_state_dict_post_hooks
+
+
 @pytest.mark.parametrize("merge", [True, False])
 def test_eject_returns_the_plain_modules_and_takes_its_own_return(merge):
     model = Net()

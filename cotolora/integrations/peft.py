@@ -15,7 +15,7 @@ from cotolora import checks
 from cotolora.bases import is_conv1d, why_not_adaptable
 from cotolora.coto import coto_of
 from cotolora.groups import adapters, held_at, is_enabled, unwrap, why_not_in_peft
-from cotolora.hooks import HOOKS, block_fast_path, move_hooks, replace_module
+from cotolora.hooks import HOOKS, block_fast_path, move_hooks, name_missing_adapters, replace_module, restore_load
 from cotolora.inject import name_and_watch
 from cotolora.linear import CoToLoRALinear
 from cotolora.quantised import allow_training, disallow_training
@@ -81,6 +81,7 @@ def from_peft(model: nn.Module, adapter: str | None = None) -> nn.Module:
         if "_hf_peft_config_loaded" in vars(module):  # set by transformers if it added the adapter
             module._hf_peft_config_loaded = False  # type: ignore[assignment]
     block_fast_path(base)
+    name_missing_adapters(base)
     allow_training(base)
     name_and_watch(adapters(base))
     return base
@@ -143,6 +144,7 @@ def to_peft(model: nn.Module, adapter: str = "default", task_type: str | None = 
     finally:
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
+    restore_load(model)
     disallow_training(model)
     for name, layer in every.items():
         move_hooks(layer, model.get_submodule(name))

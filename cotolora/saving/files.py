@@ -178,13 +178,15 @@ def _host() -> str:
 
 def _content(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        return path.read_bytes() if path.is_file() else None  # reading a pipe would wait for a writer
     except OSError:
         return None
 
 
 def _saved_config(weights: Path) -> bytes | None:
     """The config that `weights` was saved with; None if there is none or it cannot be read."""
+    if not weights.is_file():
+        return None
     try:
         with weights.open("rb") as file:
             length = file.read(8)
@@ -349,6 +351,8 @@ def _difference(path: Path, saved_config: str) -> str:
 
 
 def _fields(path: Path) -> dict[str, Any]:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} must be a regular file; it is a pipe or a device")
     try:
         fields = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

@@ -221,6 +221,33 @@ def test_missing_files(saved, tmp_path):
         load_adapter(model, saved)
 
 
+def unless_a_pipe(read):
+    def checked(path, *args, **options):
+        assert not path.is_fifo(), "reading it would wait for ever"
+        return read(path, *args, **options)
+
+    return checked
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_pipe_in_the_place_of_a_file_is_waited_for_by_nobody(name, saved, monkeypatch):
+    for way in ("open", "read_bytes"):
+        monkeypatch.setattr(Path, way, unless_a_pipe(getattr(Path, way)))
+    (saved / name).unlink()
+    os.mkfifo(saved / name)
+    message, kind = (
+        ("must be a regular file", ValueError) if name == CONFIG else (f"must hold {WEIGHTS}", FileNotFoundError)
+    )
+    with refused(base(), message, kind):
+        load_adapter(base(), saved)
+    model = tuned(base(), ["fc"], rank=2)
+    save_adapter(model, saved)
+    other = base()
+    load_adapter(other, saved)
+    assert torch.equal(logits(other), logits(model))
+
+
 def test_the_config_must_be_the_one_the_weights_were_saved_with(saved, tmp_path):
     model = base()
     save_adapter(tuned(base(), ["fc"], rank=2, alpha=17.0), tmp_path / "other")
