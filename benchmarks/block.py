@@ -35,7 +35,7 @@ def plot(result: Result, path: Path) -> None:
         axis.bar_label(drawn, fmt="{:+.0f} %", padding=2, fontsize=8)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(f"{title(shape)}, {m} rows, rank {rank}, {mode}", size=8)
-        axis.set_xlabel("time beyond the frozen linears', % of theirs (lower is better)", size=8)
+        axis.set_xlabel("extra time over the frozen linears, % (lower is better)", size=8)
         axis.tick_params(labelsize=8)
         axis.margins(x=0.25)
     save_picture(figure, path, dpi=150)

@@ -25,7 +25,7 @@ OTHERS = ("C1", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "navy", "0.5", "black"
 
 
 def cases(shapes: list[str], rows: list[int], *, bias: bool = True) -> list[sweep.Case]:
-    """Every distinct linear of the models as a case of its own."""
+    """One case for each distinct linear of the models."""
     found: dict[tuple[int, int, int], sweep.Case] = {}
     for text in shapes:
         for given, k, n in shape(text):

@@ -254,7 +254,7 @@ def test_unknown_names_are_refused_and_change_nothing(name):
         assert dispatch.requested(None)[0] == "reference"
 
 
-# what is chosen
+# the choice of auto
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -215,7 +215,7 @@ def test_chained_linears_match_a_sequential_model():
     torch.testing.assert_close(found["dx"], [x.grad])
 
 
-# what is printed and written
+# printed and written results
 
 
 def result(**changes):

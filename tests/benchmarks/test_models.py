@@ -119,7 +119,7 @@ def test_a_model_that_is_random_only_in_train_mode(tmp_path):
 
 
 class Reversible(torch.autograd.Function):
-    """Computes gradients only if its inputs require them, like the layers of Reformer."""
+    """Like Reformer's layers, runs a backward only if its input requires grad."""
 
     @staticmethod
     def forward(ctx, x, layer):

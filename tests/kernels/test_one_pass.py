@@ -166,7 +166,7 @@ def sliced(t):
 
 
 def reversed_storage(t):
-    """The values of t, stored so that its rows are not contiguous and its strides are in reverse order."""
+    """The values of t as the transpose of a strided slice, so that the first dimension has the smallest stride."""
     return sliced(t.mT).mT if t.dim() == 2 else sliced(t)
 
 

@@ -333,7 +333,7 @@ def test_unsupported_peft_files_are_refused(config, match, peft, tmp_path):
 
 
 class Places(nn.Module):
-    """Two linears, each in two places: in two modules, in one module, or in one block that occurs twice."""
+    """Two linears and a second place for them: another module, the same block, copies, or another attribute."""
 
     def __init__(self, how):
         super().__init__()

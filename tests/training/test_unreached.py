@@ -23,7 +23,7 @@ Pair = namedtuple("Pair", "hidden pooled")
 
 
 class Strange:
-    """An output that is not a container: it has slots instead of a __dict__, and refers to itself."""
+    """An output that is not a container: it has a slot beside its __dict__, and refers to itself."""
 
     __slots__ = ("__dict__", "slotted")
 

@@ -491,21 +491,21 @@ def test_initial_factors_equal_pefts_and_the_weight_is_unchanged(init, rslora):
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_small_steps_from_a_nonzero_start_are_not_lost(init):
-    """In bfloat16 the products of both starts would cancel only to their own rounding, thousands of times the step."""
+    """In bfloat16, B A and the initial product would cancel only up to rounding, thousands of times the step."""
     layer = layer_of({"init": init}, torch.bfloat16, moved=False)
     with torch.no_grad():
         layer.lora_b.add_(1e-6)
-    # of which float32 has taken what it can hold
+    # the step that the float32 factors can represent
     step = layer.scale * (layer.lora_b - layer.lora_b0).double() @ layer.lora_a.double()
     torch.testing.assert_close(layer.delta_weight().double(), step, rtol=0.1, atol=1e-7)
-    # in the forward as well, which casts the factors: seen on a base that makes zeros
+    # also in the forward, which casts the factors; a base with zero output makes it visible
     a, b = layer.factors()
     x = X.bfloat16()
     got = coto_lora_linear(x, torch.zeros_like(layer.weight), None, a, b, scale=layer.scale)
-    # what rounding may do goes with the sum of magnitudes, of which some torch's own start cancels more
+    # rounding errors are relative to the sum of magnitudes, because the terms may cancel
     most = (x.double().abs() @ step.abs().T).max()
     assert (got.double() - x.double() @ step.T).abs().max() < 0.005 * most
-    # and its gradients are those of B A, whatever it started from
+    # and its gradients are those of B A for any start
     x = X.bfloat16().requires_grad_()
     got = torch.autograd.grad(layer(x).sum(), [layer.lora_a, layer.lora_b])
     plain = coto_lora_linear(x, layer.weight, layer.bias, layer.lora_a, layer.lora_b, scale=layer.scale)
