@@ -1,4 +1,4 @@
-"""For doctests, README.md's included: what they write goes into a temporary folder, and kernels have none."""
+"""Makes doctests, including those of README.md, run in a temporary folder; kernels have no doctests."""
 
 import pytest
 

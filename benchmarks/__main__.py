@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME …` runs one of the measurements."""
+"""Runs one of the measurements: `python -m benchmarks NAME …`."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import sys
 
 # each is a module of this package whose main(arguments) returns the exit status
 COMMANDS = {
-    "aot": "compile every kernel for every GPU it has tiles for, without a GPU, and hold it to its budget",
-    "block": "times all linears of a Llama's or a vision transformer's block: ours beside frozen and every peer",
-    "gates": "times a gate that is off, by host and by device, and counts the graphs of changing gates",
-    "host": "times what one low-rank linear costs the host: ours in every form beside frozen and PEFT's order",
-    "launches": "count what a layer launches, moves and saves: ours, PEFT's and Unsloth's order of operations",
-    "linear": "times one low-rank linear: ours in every form beside frozen and every peer",
-    "memory": "what a block's linears keep for the backward and hold at most: ours beside frozen and every peer",
-    "models": "tries every architecture of transformers and timm: inject, CoTo, save, load, merge, against PEFT",
-    "roofline": "times one low-rank linear beside what this machine's memory and products allow, and what is modelled",
-    "shapley": "times Shapley values with many coalitions in one forward beside one coalition a forward",
-    "show": "prints measurements from their JSON",
-    "stack": "times whole blocks of a Llama and a BERT whose projections of one x are stacked beside unstacked",
-    "study": "checks the paper's claims on a pretrained encoder, digits and text: task, fusing, pruning, merging, time",
-    "train": "times whole training steps of a small Llama over a CoTo run: PEFT, ours always on, ours with CoTo",
-    "variants": "times DoRA and HiRA: ours beside PEFT's and our own LoRA, and what each holds at most",
-    "tune": 'time every form of a low-rank layer on this GPU and keep the table that backend="auto" chooses by',
+    "aot": "compile every kernel for every target GPU, without a GPU, and check registers, spills and shared memory",
+    "block": "time all linears of a Llama or vision-transformer block: cotolora, the frozen linears and every peer",
+    "gates": "time a layer whose gate is off and count how often torch.compile recompiles as gates change",
+    "host": "time the CPU overhead of one low-rank linear: every backend, the frozen linear and PEFT's operations",
+    "launches": "count kernel launches, bytes moved and bytes saved for one layer: cotolora, PEFT and Unsloth",
+    "linear": "time one low-rank linear: every backend, the frozen linear and every peer",
+    "memory": "measure saved and peak memory of a block's linears: cotolora, the frozen linears and every peer",
+    "models": "test every architecture of transformers and timm: inject, train, save, load and merge, against PEFT",
+    "roofline": "compare the time of one low-rank linear with this machine's roofline and with the cost model",
+    "shapley": "time Shapley values: many coalitions per forward pass against one coalition per forward pass",
+    "show": "print saved measurements from their JSON",
+    "stack": "time whole Llama and BERT blocks with and without stacking the projections that share an input",
+    "study": "test the paper's claims on a pretrained encoder, digits and text: score, fusing, pruning, merging, time",
+    "train": "time whole training steps of a small Llama: PEFT, cotolora always on, and cotolora with CoTo",
+    "variants": "time DoRA and HiRA and measure their peak memory, against PEFT and against cotolora's LoRA",
+    "tune": 'time every backend on this GPU and save the table that backend="auto" reads',
 }
 
 

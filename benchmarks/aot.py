@@ -1,10 +1,10 @@
-"""Compiles every row of the tile tables for its GPU, with no GPU present, and says which kernels break their budget.
+"""Compiles every row of the tile tables for its GPU, without a GPU, and reports the kernels that exceed their budget.
 
     python -m benchmarks aot [--quick] [--target sm_90]... [--kernel one_pass]... [--json FILE]
 
-Without --quick it is what to run after a change to kernels or tiles, under each Triton (a quarter of an hour on two
-cores); with it, it is what the tests run. Launchers are called on meta tensors and their launches intercepted, so that
-what is compiled has the arguments, the specialisations and the options that a launch on that GPU would have.
+Run it without --quick after a change to kernels or tiles, under each supported Triton version (15 minutes on two
+cores). The tests run it with --quick. Launchers are called on meta tensors and their launches are intercepted, so each
+kernel is compiled with the arguments, specialisations and options that a launch on that GPU would have.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ from cotolora.results import write_json
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU to compile for, and the budget of one program on it."""
+    """A GPU to compile for, and the budget of one program (thread block) on it."""
 
     gpu: GPUTarget
     shared_limit: int  # bytes
-    instructions: dict[str, str]  # name → how the assembly begins it
+    instructions: dict[str, str]  # name → prefix of the instruction in the assembly
 
 
 NVIDIA = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
@@ -63,14 +63,15 @@ TARGETS = {
     "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, NVIDIA),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, {"mfma": "v_mfma"}),
 }
-# the targets on which the rows for "any other GPU" are compiled, and the least shared memory that such a GPU has
+# targets for which the "generic" rows are compiled, and the smallest shared memory that any GPU using them has
 GENERIC_TARGETS = ("sm_80", "gfx942")
 GENERIC_SHARED_LIMIT = 64 * 1024
 SCALED = ("one_pass", "one_pass_swapped", "low_rank_gemm", "gram", "project")  # the kernels that DoRA uses as well
 GATES = ("none", "device", "rows")  # ordered by the registers they take
-# --quick compiles for this target the heaviest case of every kind, for any other that of the first kind here which a
-# row takes. When it was chosen, it met the most registers that any case had in 189 of 222 rows under Triton 3.9, in 191
-# under 3.6, and each of the 6 rows that 3.6 broke; no simple rule tells the heaviest beforehand
+# For this target --quick compiles the heaviest case of every kind; for the others only the heaviest of the first kind
+# in HEAVIEST that the row supports. No simple rule predicts which case is heaviest. When this choice was made, it
+# contained the case with the most registers in 189 of 222 rows under Triton 3.9 and in 191 under 3.6, and found each
+# of the 6 rows that exceeded their budget under 3.6.
 QUICK_TARGET = "sm_90"
 KINDS = ("dropout", "plain", "scaled")
 HEAVIEST = dict.fromkeys(("low_rank_gemm", "gram", "project"), ("scaled", "dropout", "plain"))
@@ -81,19 +82,19 @@ SPILLS = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill 
 
 @dataclass(frozen=True)
 class Operands:
-    """The operands of a launcher, on the meta device: sizes and strides without memory."""
+    """The operands of a launcher, on the meta device: sizes and strides, no memory."""
 
     m: int
     n: int
     rank: int
     dtype: torch.dtype
     gate: str
-    layout: str  # "aligned", "odd" in every stride and size, or "ones": sizes of 1, which are constants to Triton
+    layout: str  # "aligned"; "odd": every stride and size is odd; "ones": sizes of 1, which Triton makes constants
     dropout: bool
-    scaled: bool = False  # as DoRA scales the columns of y
+    scaled: bool = False  # whether the columns of y are scaled, as DoRA does
 
     def tensors(self) -> dict[str, Any]:
-        """x, weight, bias, a, b, dy, h, p, gate, a seed where there is dropout, and a scale where there is one."""
+        """x, weight, bias, a, b, dy, h, p and gate; a seed if there is dropout, a column scale if `scaled`."""
         empty = partial(torch.empty, dtype=self.dtype, device="meta")
         m, n, k, r = self.m, self.n, 1 if self.layout == "ones" else 4096, self.rank
         if self.layout == "odd":
@@ -115,21 +116,21 @@ class Operands:
 
 @dataclass(frozen=True)
 class Case:
-    """A launch, its target, and the architecture in whose table the tile stands."""
+    """A launch, its target, and the architecture (`rows`) whose table holds the tile."""
 
     kernel: str
     target: str
     rows: str
     tile: Tile | Stream
-    dtype: str  # with the precision, if it is float32
+    dtype: str  # followed by the precision if it is float32
     operands: Operands
     tma: bool
 
     def launch(self) -> None:
-        """Calls the launcher, with torch's switch for float32 as the case has it and on such a GPU."""
+        """Calls the launcher with the case's float32 matmul precision, as if on a GPU of its architecture."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if self.dtype == "float32 tf32" else "highest")
-        # where a launcher does for a GPU what its tile does not say
+        # these launchers ask for the architecture themselves, beside what the tile says
         modules = ("adapter_grads", "one_pass")
         try:
             with contextlib.ExitStack() as stack:
@@ -151,12 +152,12 @@ class Result:
     spill_bytes: int = 0
     shared_bytes: int = 0
     instructions: dict[str, int] = field(default_factory=dict)
-    serialized: bool = False  # each wgmma waits for the one before
+    serialized: bool = False  # ptxas makes each wgmma wait for the previous one
     seconds: float = 0.0
     broken: list[str] = field(default_factory=list)
 
     def record(self) -> dict[str, Any]:
-        """A line of the table."""
+        """The result as one row of the table."""
         case, operands, tile = self.case, self.case.operands, self.case.tile
         sizes = (tile.block_m, tile.block_n, tile.block_k) if isinstance(tile, Tile) else (tile.rows, tile.columns)
         return {
@@ -220,7 +221,7 @@ def launch(kernel: str, tile: Tile | Stream, tma: bool, operands: Operands) -> N
 
 
 def all_cases(target: str, quick: bool = False) -> Iterator[Case]:
-    """The cases of every row of every table for a target: all that matter, or few if `quick`."""
+    """The cases of every row of every table for a target; only the heaviest ones if `quick`."""
     for kernel, table in TABLES.items():
         for arch in (target, "generic") if target in GENERIC_TARGETS else (target,):
             for row, tile in [(one, tile) for one in table[arch] for tile in one.tiles]:
@@ -230,10 +231,10 @@ def all_cases(target: str, quick: bool = False) -> Iterator[Case]:
                     dtypes = {2: ["bfloat16"], 4: floats, None: ["bfloat16", *floats]}[row.element_size]
                     for dtype in dtypes:
                         yield from row_cases(kernel, arch, target, row, tile, dtype, quick)
-                    # which is as bfloat16, or within a few registers of it
+                    # one float16 case is enough: it compiles as bfloat16 does, give or take a few registers
                     if row is table[arch][-1] and (not quick or target == QUICK_TARGET):
                         yield list(row_cases(kernel, arch, target, row, tile, "float16"))[-1]
-    # an argument that is 1 is a constant to Triton, with operations of its own
+    # Triton compiles an argument equal to 1 as a constant, which selects different operations
     ones = Operands(1, 1, 1, torch.bfloat16, "rows", "ones", dropout=False)
     yield Case("one_pass", target, target, UNALIGNED.tile, "bfloat16", ones, tma=False)
 
@@ -241,7 +242,7 @@ def all_cases(target: str, quick: bool = False) -> Iterator[Case]:
 def row_cases(
     kernel: str, arch: str, target: str, row: Row, tile: Tile | Stream, dtype: str, quick: bool = False
 ) -> Iterator[Case]:  # fmt: skip
-    """The cases of a row's tile in one dtype, light ones before the heaviest of each kind; if `quick`, few of them."""
+    """The cases of a row's tile in one dtype: light ones first, then the heaviest of each kind; fewer if `quick`."""
     m, n = row.max_m or (64 if kernel == "one_pass_swapped" else 8192), row.max_n or 16384
     scalar, precision = getattr(torch, dtype.split()[0]), dtype.partition(" ")[2] or "ieee"
     ranks = [rank for rank in (8, 16, 32, 64, 128, 256) if kernel != "project" or rank <= PROJECT_MAX_RANK]
@@ -262,7 +263,7 @@ def row_cases(
     heaviest = {name: kind[-1] for name, kind in kinds.items() if kind}  # largest rank, row gates, odd strides
     if quick and target != QUICK_TARGET:
         chosen = [heaviest[name] for name in HEAVIEST.get(kernel, KINDS) if name in heaviest]
-        # of whose two kernels one draws the mask and the other scales
+        # one_pass_swapped has two kernels: one draws the dropout mask, the other applies the scale
         chosen = chosen if kernel == "one_pass_swapped" else chosen[:1]
     else:
         chosen = [*light(kernel, dtype, kinds["plain"], kinds["scaled"], quick), *heaviest.values()]
@@ -275,16 +276,16 @@ def light(kernel: str, dtype: str, plain: list[tuple], scaled: list[tuple], quic
     """The lighter cases of a row that are worth compiling beside its heaviest."""
     smallest = [o for o in plain if o[0] == plain[0][0]]
     if kernel == "one_pass" and dtype == "bfloat16":
-        yield from (o for o in smallest if o[1] != "rows")  # which a test compares
+        yield from (o for o in smallest if o[1] != "rows")  # test_aot.py compares these
     if kernel == "low_rank_gemm" and dtype == "bfloat16":
-        # as many ranks as wait in registers take more of them than the largest do
+        # up to HELD_RANKS, h and B stay in registers during the K loop: this takes more registers than the largest rank
         yield from (o for o in (*plain, *scaled) if o[:3] == (HELD_RANKS, "device", "aligned"))
     if quick:
         return
     yield from scaled[:1]
     yield from [o for o in smallest if o[1] != "none"][:1] if len(plain) > 1 else plain
     if kernel in ("one_pass", "one_pass_swapped") and dtype.startswith("float32"):
-        # ptxas spills float32 for one more block on the SM, at any rank
+        # at any rank, ptxas may spill float32 to fit one more block on the SM
         yield from (o for o in plain if o[1] == plain[-1][1])
 
 
@@ -301,7 +302,7 @@ def intercept(launch: Callable[[], object]) -> list[tuple[JITFunction, tuple, di
 
 
 def specialise(gpu: GPUTarget, kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Options, signature, constants and attributes, as Triton's JIT finds them where it finds `gpu`."""
+    """Options, signature, constants and attributes, as Triton's JIT would compute them on `gpu`."""
     backend = make_backend(gpu)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*args, **kwargs)
@@ -314,14 +315,14 @@ def compile_for(gpu: GPUTarget, kernel: JITFunction, args: tuple, kwargs: dict[s
     log = io.StringIO()
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
-        knobs.compilation.always_compile = True  # what comes from Triton's cache comes without a log
+        knobs.compilation.always_compile = True  # a kernel from Triton's cache has no ptxas log
         source = ASTSource(kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=gpu, options=options.__dict__)
     return compiled, log.getvalue()
 
 
 def distinct(cases: Iterable[Case]) -> Iterator[tuple[Case, int]]:
-    """Each kernel of each case, as a case and the position of the launch in it, once if several are the same."""
+    """Yields each distinct kernel once, as a case and the position of the launch within it."""
     seen = set()
     for case in cases:
         for position, (kernel, args, kwargs) in enumerate(intercept(case.launch)):
@@ -337,23 +338,23 @@ def distinct(cases: Iterable[Case]) -> Iterator[tuple[Case, int]]:
 
 
 def measure_one(case_and_position: tuple[Case, int]) -> Result:
-    """One kernel of a case."""
+    """Measures one kernel of a case."""
     case, position = case_and_position
     return measure_kernel(case, *intercept(case.launch)[position])
 
 
 def measure(case: Case) -> list[Result]:
-    """Compiles the kernels of a case and reads what each uses."""
+    """Compiles the kernels of a case and measures each of them."""
     return [measure_kernel(case, *call) for call in intercept(case.launch)]
 
 
 def measure_kernel(case: Case, kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> Result:
-    """Compiles one kernel and reads what it uses."""
+    """Compiles one kernel and reads its registers, spills, shared memory and matrix instructions."""
     target, result = TARGETS[case.target], Result(case, kernel.__name__.removesuffix("_kernel"))
     start = time.perf_counter()
     try:
         compiled, log = compile_for(target.gpu, kernel, args, kwargs)
-    except Exception as error:  # whatever a compiler raises is the finding
+    except Exception as error:  # any compiler error is a result to report
         result.broken = [f"does not compile: {error!r}"]
         return result
     result.seconds = round(time.perf_counter() - start, 2)
@@ -369,14 +370,14 @@ def measure_kernel(case: Case, kernel: JITFunction, args: tuple, kwargs: dict[st
         result.spill_bytes = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[1])
     result.instructions = {name: assembly.count(text) for name, text in target.instructions.items()}
     result.broken = broken(result)
-    # given x, it reads back the h that its other threads have written: no interpreter shows that it waits for them
+    # given x, pre_expand reads back the h that other threads wrote; the interpreter cannot show that it waits for them
     if result.kernel == "pre_expand" and args[0] is not None and not re.search(BARRIER, compiled.asm["ttgir"]):
         result.broken.append("no barrier")
     return result
 
 
 def broken(result: Result) -> list[str]:
-    """Every part of its target's budget that a compiled kernel breaks."""
+    """Every part of its target's budget that a compiled kernel exceeds."""
     case, reasons = result.case, []
     float32, nvidia = case.dtype.startswith("float32"), TARGETS[case.target].gpu.backend == "cuda"
     shared_limit = GENERIC_SHARED_LIMIT if case.rows == "generic" else TARGETS[case.target].shared_limit
@@ -384,12 +385,12 @@ def broken(result: Result) -> list[str]:
         reasons.append(f"{result.spill_bytes} bytes of spills")
     if result.shared_bytes > shared_limit:
         reasons.append(f"{result.shared_bytes} bytes of shared memory, {shared_limit} allowed")
-    # kernels that read a matrix once are bound by memory, not by the matrix units
+    # the other kernels are memory-bound, so serialized wgmma costs them no time
     if result.serialized and result.kernel in ("one_pass", "low_rank_gemm", "hira"):
         reasons.append("serialized wgmma")
     if result.kernel == "sum_partials":
         return reasons
-    # 16 rows, which is all that finish has, are too few for wgmma
+    # the finish kernel has 16 rows, too few for wgmma
     if case.target == "sm_90" and not float32 and result.kernel != "finish" and not result.instructions["wgmma"]:
         reasons.append("no wgmma")
     if case.dtype == "float32 ieee" and nvidia:
@@ -401,7 +402,7 @@ def broken(result: Result) -> list[str]:
 
 
 def table(results: list[Result]) -> str:
-    """The results as text, the version of Triton first."""
+    """The results as text, after a line with the version of Triton."""
     cells = [list(results[0].record())[:-2]]
     for result in results:
         values = list(result.record().values())[:-2]
@@ -414,15 +415,15 @@ def table(results: list[Result]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Compiles, prints the table, and returns 1 if anything breaks its budget."""
+    """Compiles, prints the table, and returns 1 if any kernel exceeds its budget."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="of most rows only the case that takes most registers")
-    parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
-    parser.add_argument("--kernel", action="append", choices=TABLES, help="only this family; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="compile only the heaviest case of most rows")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="only this target; may be repeated")
+    parser.add_argument("--kernel", action="append", choices=TABLES, help="only this kernel family; may be repeated")
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args(arguments)
     if knobs.runtime.interpret:
-        parser.error("unset TRITON_INTERPRET: with it kernels are interpreted and never compiled")
+        parser.error("unset TRITON_INTERPRET: it makes Triton interpret kernels instead of compiling them")
     cases = list(
         distinct(
             case
@@ -431,7 +432,7 @@ def main(arguments: list[str]) -> int:
             if not options.kernel or case.kernel in options.kernel
         )
     )
-    # spawned: a fork after torch has started its threads can hang
+    # spawn, because forking after torch has started its threads can hang
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
         results = list(pool.map(measure_one, cases, chunksize=4))
     print(table(results))

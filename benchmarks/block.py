@@ -1,9 +1,9 @@
-"""Times all linears of a block at once: the seven of a Llama's, the six of a vision transformer's.
+"""Times all linears of a block together: the seven of a Llama block, the six of a vision-transformer block.
 
     python -m benchmarks block [--shapes llama3-8b vit-b] [--rows 8192] [--rank 16] [--json F] [--plot F]
 
-Linears that read the same input share it, and its gradient is summed, as in the model. Attention, norms and activations
-are left out: they cost every contender the same.
+Linears that read the same input share it, and its gradient is summed, as in the model. Attention, norms and
+activations are omitted because they cost every contender the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def plot(result: Result, path: Path) -> None:
-    """What forward and backward take beyond the frozen linears, a panel of bars for each block."""
+    """Plots the time of forward and backward beyond the frozen linears', one panel of bars per block."""
     rows = [row for row in result.rows if row.get("part") == "both" and row["over_frozen"] is not None]
     groups = report.groups([row for row in rows if row["contender"] != FROZEN.name], sweep.WHERE)
     figure, axes = report.figure(len(groups), width=5.5)
@@ -35,23 +35,23 @@ def plot(result: Result, path: Path) -> None:
         axis.bar_label(drawn, fmt="{:+.0f} %", padding=2, fontsize=8)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(f"{title(shape)}, {m} rows, rank {rank}, {mode}", size=8)
-        axis.set_xlabel("time beyond the frozen linears', % of theirs (lower is better)", size=8)
+        axis.set_xlabel("extra time over the frozen linears, % (lower is better)", size=8)
         axis.tick_params(labelsize=8)
         axis.margins(x=0.25)
     save_picture(figure, path, dpi=150)
 
 
 def color_of(name: str) -> str:
-    """Ours blue, by name pale, off green, peers grey."""
+    """Blue for ours, pale blue for a single backend of ours, green for ours with the gate off, grey for peers."""
     if not name.startswith("ours"):
         return "0.6"
     return "C0" if name == AUTO.name else "C2" if " off " in name else "lightsteelblue"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints a table for every block; 1 if ours chose a backend that is not the fastest."""
+    """Prints a table for every block; returns 1 if ours chose a backend that is not the fastest."""
     parser = sweep.parser_of("block", __doc__ or "")
-    parser.add_argument("--shapes", action="extend", nargs="+", choices=BLOCKS, help="whose block; may be repeated")
+    parser.add_argument("--shapes", action="extend", nargs="+", choices=BLOCKS, help="models; may be repeated")
     options = sweep.settle(parser, arguments, DEFAULTS)
     cases = [(name, BLOCKS[name], m) for name in options.shapes for m in options.rows]
     contenders = [*ours_in_full(options.variant, options.dtype), *chosen(options.peers, options.dtype, options.variant)]

@@ -1,4 +1,4 @@
-"""How long calls take: side by side, the contenders taking turns in every round, eager or in a CUDA graph."""
+"""Timers for interleaved measurements: contenders take turns in every round, eagerly or in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import NamedTuple, TypeVar
 import torch
 
 Key = TypeVar("Key", bound=Hashable)
-Clock = Callable[[], float]  # runs something and returns the seconds that one call of it took
+Clock = Callable[[], float]  # runs a call several times and returns the seconds per call
 
-ENOUGH = 2e-3  # seconds of one time on a CPU: far above the clock's resolution and below a scheduler's time slice
-CALLS = 16  # at least so many calls in one time on a GPU: next to a few small calls, two synchronizes would count
+ENOUGH = 2e-3  # seconds per measurement on a CPU: far above the clock's resolution, below a scheduler's time slice
+CALLS = 16  # least calls per measurement on a GPU, so that the two synchronizes around them are negligible
 
 
 class Median(NamedTuple):
-    """Median and percentiles of the seconds of many rounds."""
+    """Median and percentiles, in seconds, over many rounds."""
 
     median: float
     p20: float
@@ -38,10 +38,11 @@ def median(seconds: Sequence[float]) -> Median:
 
 
 def take_turns(clocks: Mapping[Key, Clock], rounds: int) -> dict[Key, list[float]]:
-    """Seconds of each round by clock. Every round runs every clock once, in an order of its own, the same in any run.
+    """Seconds of each round by clock. Every round runs every clock once, in a shuffled but reproducible order.
 
-    So what slows the machine down for a while slows all contenders alike. And none always runs after the same one: what
-    that leaves in the processor's caches and branch predictors makes up to 3 % of a small layer's call.
+    A temporary slowdown of the machine therefore affects all contenders alike. The order changes from round to round
+    because the previous contender's state of caches and branch predictors changes the time of a small layer by up to
+    3 %.
     """
     order, shuffle = list(clocks), random.Random(0).shuffle
     seconds: dict[Key, list[float]] = {key: [] for key in order}
@@ -63,10 +64,11 @@ def take_turns(clocks: Mapping[Key, Clock], rounds: int) -> dict[Key, list[float
 
 
 def eager(calls: Sequence[Callable[[], object]], device: torch.device, turns: Iterator[int] | None = None) -> Clock:
-    """A wall clock for calls made one after the other, each with its own data.
+    """A wall-clock timer for consecutive calls, each with its own data.
 
-    The wall's, because of small calls on a GPU the host is the slower part, which no event sees. `turns` says which
-    call is next; several clocks that share it never find in the cache what another has just left there.
+    It uses wall-clock time because small calls on a GPU are limited by the host, which CUDA events do not see. `turns`
+    gives the index of the next call. Clocks that share one `turns` never reuse data that another clock has just left
+    in the cache.
     """
     on_gpu, turns = device.type == "cuda", turns or itertools.cycle(range(len(calls)))
     count = math.ceil(CALLS / len(calls)) * len(calls) if on_gpu else 0
@@ -93,15 +95,15 @@ def eager(calls: Sequence[Callable[[], object]], device: torch.device, turns: It
 
 @cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all captures: one, because cuBLAS keeps a workspace for each stream."""
+    """The stream for all captures: a single one, because cuBLAS keeps a workspace per stream."""
     return torch.cuda.Stream(device)
 
 
 def captured(calls: Sequence[Callable[[], object]], device: torch.device) -> Clock:
-    """A clock by events for the replays of a CUDA graph of `calls`, one after the other."""
+    """A CUDA-event timer for replays of a CUDA graph that holds `calls` in sequence."""
     graph, stream = torch.cuda.CUDAGraph(), side_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    # around the capture too: one that fails leaves its stream the current one
+    # also around the capture, because a capture that fails leaves its stream as the current one
     with torch.cuda.stream(stream):
         for call in calls:
             call()
@@ -113,7 +115,7 @@ def captured(calls: Sequence[Callable[[], object]], device: torch.device) -> Clo
     replays = max(2, math.ceil(CALLS / len(calls)))
 
     def clock() -> float:
-        graph.replay()  # keeps the queue busy, so that the first launch is not waited for
+        graph.replay()  # keeps the queue busy, so that the launch latency is not measured
         start.record()
         for _ in range(replays):
             graph.replay()

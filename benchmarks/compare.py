@@ -1,4 +1,4 @@
-"""Compares contenders on one workload: those that are wrong are refused, the others timed side by side."""
+"""Compares contenders on one workload: refuses those with wrong results and times the others in turns."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Comparison:
     """The measurements of one workload in one mode.
 
     Attributes:
-        seconds: by contender and part, of each round; "backward" is "both" less "forward", round by round.
-        errors: by contender, of y, over that of `F.linear`'s own y.
-        refused: by contender, why it was not timed.
+        seconds: seconds of each round, by contender and part; "backward" is "both" minus "forward" of the same round.
+        errors: error of y by contender, divided by the error of `F.linear`'s own y.
+        refused: the reason why a contender was not timed, by contender.
     """
 
     mode: str
@@ -38,13 +38,13 @@ class Comparison:
         return clock.median(self.seconds[name][part])
 
     def ratio(self, name: str, other: str = "frozen", part: str = "both") -> float:
-        """Median of the seconds over those of another contender in the same round."""
+        """Median over the rounds of a contender's seconds divided by another contender's in the same round."""
         pairs = zip(self.seconds[name][part], self.seconds[other][part], strict=True)
-        # backward is a difference: noise may turn that of a tiny call negative, and no ratio comes of it
+        # "backward" is a difference, which noise can make zero or negative for a tiny call; then there is no ratio
         return clock.median([a / b if b > 0 else math.nan for a, b in pairs]).median
 
     def rows(self, **where: Any) -> list[dict[str, Any]]:
-        """A row for each contender and part, with `where` it was measured."""
+        """One row per contender and part; `where` is added to each."""
         made = []
         for name, parts in self.seconds.items():
             for part in parts:
@@ -64,8 +64,8 @@ def compare(
     rounds: int,
     parts: Sequence[str] = ("forward", "both"),
 ) -> list[Comparison]:
-    """Times the contenders that are right, in each mode ("eager" or "graph"); "backward" needs both parts."""
-    torch._dynamo.reset()  # each workload's static shapes count towards its limit of recompilations
+    """Times the contenders with correct results, in each mode ("eager" or "graph"); "backward" needs both parts."""
+    torch._dynamo.reset()  # every new static shape counts towards dynamo's recompile limit
     runners: dict[str, Runner] = {}
     errors: dict[str, float] = {}
     refused: dict[str, str] = {}
@@ -77,7 +77,7 @@ def compare(
             runners[contender.name] = runner
         except RefusedError as why:
             refused[contender.name] = str(why)
-    del judge  # as large as several layers
+    del judge  # it holds as much memory as several layers
     begun = [Comparison(mode, errors=errors, refused=dict(refused)) for mode in modes]
     turns = itertools.cycle(range(len(workload.copies)))
     return [timed(comparison, runners, turns, rounds, parts) for comparison in begun]
@@ -86,7 +86,7 @@ def compare(
 def timed(
     into: Comparison, runners: dict[str, Runner], turns: Iterator[int], rounds: int, parts: Sequence[str]
 ) -> Comparison:
-    """Adds the seconds of the contenders that run in this mode; `turns` gives the copy of the operands to use next."""
+    """Adds the seconds of the contenders that run in this mode; `turns` gives the next copy of the operands to use."""
     clocks = dict[tuple[str, str], Clock]()
 
     def clock_of(runner: Runner, part: str) -> Clock:

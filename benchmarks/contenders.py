@@ -1,7 +1,7 @@
-"""What is measured against what: the frozen linear, ours in every form, and what a user would otherwise take.
+"""The contenders: the frozen linear, every backend of cotolora, and the libraries that a user would otherwise choose.
 
-Unsloth's and torchtune's orders of operations are written anew from their published behaviour, so that they run without
-those packages; PEFT and LoRAFusion are the packages themselves.
+Unsloth's and torchtune's orders of operations are reimplemented from their published code, so that they run without
+those packages. PEFT and LoRAFusion are the packages themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cotolora.variants import VARIANTS
 
 @dataclass(frozen=True)
 class Adapter:
-    """A, B and, of DoRA, m as they are given to every contender, and how they are used."""
+    """The factors A and B (and DoRA's magnitude m) that every contender receives, and how to apply them."""
 
     lora_a: Tensor
     lora_b: Tensor
@@ -33,21 +33,21 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
+        """The rank: the number of rows of A."""
         return self.lora_a.shape[0]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Something that computes a low-rank layer.
+    """One implementation of a low-rank layer.
 
     Attributes:
-        name: in tables.
-        build: makes the layer from a frozen linear and an adapter; raises with the reason if it cannot be made here.
-        peer: what ``--peers`` calls it; None for the frozen linear and for ours.
-        adapter: whether it computes the update; otherwise it must equal the frozen linear.
-        lora: whether it computes LoRA even where the others compute another variant.
-        context: entered around its calls.
+        name: its name in tables.
+        build: makes the layer from a frozen linear and an adapter; raises an error if it cannot run on this machine.
+        peer: its name in ``--peers``; None for the frozen linear and for ours.
+        adapter: whether it computes the low-rank update; if not, it must equal the frozen linear.
+        lora: whether it computes LoRA even when the other contenders compute another variant.
+        context: context manager entered around its calls.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Contender:
 
 
 class UnslothOrder(torch.autograd.Function):
-    """Unsloth's order of operations: x alone is saved, and dy B is computed twice."""
+    """Unsloth's order of operations: saves only x for the backward and computes dy B twice."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -100,7 +100,7 @@ def unsloth_order(base: nn.Linear, adapter: Adapter) -> nn.Module:
 
 
 def torchtune_order(base: nn.Linear, adapter: Adapter) -> nn.Module:
-    """Torchtune's LoRALinear: base, down, up, scaled and added, by autograd."""
+    """The operations of torchtune's LoRALinear, differentiated by autograd: base, down, up, scale, add."""
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, a), b)
@@ -110,7 +110,7 @@ def torchtune_order(base: nn.Linear, adapter: Adapter) -> nn.Module:
 
 @cache
 def compiled_reference(variant: str) -> Callable[..., Tensor]:
-    """`torch.compile` of the definition, for static shapes."""
+    """`torch.compile` of the reference implementation, with static shapes."""
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Tensor | float) -> Tensor:
         *tensors, scale = factors
@@ -120,7 +120,7 @@ def compiled_reference(variant: str) -> Callable[..., Tensor]:
 
 
 def lorafusion(base: nn.Linear, adapter: Adapter) -> nn.Module:
-    """LoRAFusion's fused layer, which takes inputs of three dimensions."""
+    """LoRAFusion's fused layer, which takes 3-D inputs."""
     from lorafusion.ops.lora_v1 import fused_linear_lora
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -130,15 +130,15 @@ def lorafusion(base: nn.Linear, adapter: Adapter) -> nn.Module:
 
 
 def peft(base: nn.Linear, adapter: Adapter, *, as_shipped: bool = True) -> nn.Module:
-    """PEFT's layer; as it ships A and B are float32, else of the linear's dtype."""
+    """PEFT's layer. A and B are float32 if `as_shipped` (PEFT's default), otherwise of the linear's dtype."""
     from peft import LoraConfig, inject_adapter_in_model
 
     config: Any
     if adapter.variant == "hira":
-        from peft import HiraConfig  # which no PEFT before 0.21 has
+        from peft import HiraConfig  # new in PEFT 0.21
 
         if adapter.scale != 1:
-            raise ValueError(f"PEFT's HiRA has no scale, it must be 1; got {adapter.scale}")
+            raise ValueError(f"scale must be 1, because PEFT's HiRA has none; got {adapter.scale}")
         config = HiraConfig(r=adapter.rank, hira_dropout=adapter.dropout, target_modules=["0"])
     else:
         config = LoraConfig(
@@ -161,7 +161,10 @@ def peft(base: nn.Linear, adapter: Adapter, *, as_shipped: bool = True) -> nn.Mo
 
 
 def ours(base: nn.Linear, adapter: Adapter, *, gate: Any = True, as_shipped: bool = True) -> nn.Module:
-    """`CoToLoRALinear`; as it ships A and B are float32, else of the linear's dtype. `gate` may make a tensor."""
+    """`CoToLoRALinear`. A and B are float32 if `as_shipped` (the default), otherwise of the linear's dtype.
+
+    `gate` may be a function that makes a tensor on the layer's device.
+    """
     layer = cotolora.CoToLoRALinear.from_linear(
         base, rank=adapter.rank, alpha=adapter.scale * adapter.rank, dropout=adapter.dropout, variant=adapter.variant
     )
@@ -175,7 +178,7 @@ def ours(base: nn.Linear, adapter: Adapter, *, gate: Any = True, as_shipped: boo
 
 
 def our_lora(base: nn.Linear, adapter: Adapter) -> nn.Module:
-    """Our LoRA, to compare our other variants with."""
+    """Our LoRA, as a baseline for our other variants."""
     return ours(base, replace(adapter, variant="lora", magnitude=None))
 
 
@@ -187,22 +190,22 @@ def peft_disabled(base: nn.Linear, adapter: Adapter) -> nn.Module:
 
 
 def device_gate(on: bool) -> Callable[[torch.device], Tensor]:
-    """Makes a gate that kernels read from memory."""
+    """Returns a function that makes a gate tensor, which kernels read from device memory."""
     return lambda device: torch.tensor(int(on), dtype=torch.int32, device=device)
 
 
 HAVE_VARIANTS = ("peft", "compile")
-# what a contender can be made of here: those with kernels of ours to compare
+# the variants that can be compared: those with fused kernels
 COMPARED = tuple(name for name, variant in VARIANTS.items() if variant.fused)
 
 
 def backends(variant: str) -> tuple[str, ...]:
-    """Names of everything that computes a variant."""
+    """Names of all backends that compute a variant."""
     return "reference", *VARIANTS[variant].backends
 
 
 def by_name(backend: str) -> Callable[[], AbstractContextManager]:
-    """A context in which ours takes one backend."""
+    """A context in which our layers use the given backend."""
     return lambda: cotolora.set_backend(backend)
 
 
@@ -231,12 +234,12 @@ PEER_NAMES = tuple(dict.fromkeys(contender.peer for contender in PEERS))
 
 
 def named(variant: str) -> list[Contender]:
-    """Ours by each of its backends."""
+    """Our layer with each of its backends."""
     return [Contender(f"ours {name}", ours, context=by_name(name)) for name in backends(variant)]
 
 
 def off_by_device(variant: str) -> list[Contender]:
-    """Ours with a gate that is off in memory, by itself and by each of its backends."""
+    """Our layer with a device gate that is off: with the default backend and with each backend by name."""
     return [
         OFF_BY_DEVICE,
         *(
@@ -247,14 +250,14 @@ def off_by_device(variant: str) -> list[Contender]:
 
 
 def ours_in_full(variant: str, dtype: str) -> list[Contender]:
-    """The frozen linear and ours: by itself, by each backend, off; of a variant beside our LoRA."""
+    """The frozen linear and our layer: default backend, each backend, gate off; for other variants also our LoRA."""
     beside = [] if variant == "lora" else [OUR_LORA]
     narrow = [] if dtype == "float32" else [NARROW]
     return [FROZEN, *beside, AUTO, *named(variant), *narrow, OFF_BY_HOST, OFF_BY_DEVICE]
 
 
 def chosen(peers: list[str], dtype: str, variant: str) -> list[Contender]:
-    """The peers asked for that have the variant; PEFT only once where A and B are float32 in any case."""
+    """The requested peers that support the variant; only one form of PEFT for float32, where both are the same."""
     twice = dtype == "float32"
     able = [c for c in PEERS if variant == "lora" or c.peer in HAVE_VARIANTS]
     return [c for c in able if c.peer in peers and not (twice and c.name.startswith("PEFT, "))]

@@ -1,13 +1,13 @@
-/* A CUDA driver that says yes to everything Triton's launcher asks, and runs nothing. */
+/* A stub CUDA driver: every call of Triton's launcher succeeds, and no kernel runs. */
 #include <cuda.h>
 #include <stdint.h>
 #include <string.h>
 
-long launches = 0;      /* so many kernels were launched */
-uintptr_t launched = 0; /* the function that was launched last: each module has one of its own */
+long launches = 0;      /* number of kernels launched */
+uintptr_t launched = 0; /* the function that was launched last; each module has its own */
 static uintptr_t modules = 0;
 
-/* of an H200, where Triton asks; of anything else, enough */
+/* an H200's values for the attributes that Triton reads, large enough values for others */
 CUresult CUDAAPI cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
   switch (attribute) {
   case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = 232448; break;

@@ -1,9 +1,10 @@
-"""Times a gate that is off, by host and by device, and counts the graphs that torch.compile makes of changing gates.
+"""Times a layer whose gate is off, and counts the graphs that torch.compile compiles as gates change.
 
     python -m benchmarks gates [--shapes llama3-8b] [--rows 16 8192] [--rank 16] [--mode graph] [--json F] [--plot F]
 
-Off by host gate is the frozen linear and should cost nothing; off by device gate is a kernel that finds a zero in
-memory. Graphs are counted over 50 steps of a CoTo run of 8 blocks, compiled as a whole or block by block.
+A host gate is a Python bool: when it is off, the layer calls only the frozen linear and should take the same time. A
+device gate is a tensor: when it is off, the kernel reads a zero from memory. Graphs are counted over 50 steps of a
+CoTo run on 8 blocks, compiled as one model or block by block.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Eight blocks, which CoTo gates each by itself."""
+    """Eight blocks, each gated separately by CoTo."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Block() for _ in range(8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The blocks one after the other."""
+        """Applies the blocks in sequence."""
         for layer in self.layers:
             x = layer(x)
         return x
 
 
 def graphs(what: str) -> int:
-    """How many graphs `STEPS` steps of a CoTo run compile; at torch's limit of 8 the rest runs eager for good."""
+    """Number of graphs compiled in `STEPS` steps of a CoTo run; beyond torch's limit of 8 the code runs eagerly."""
     from torch._dynamo.testing import CompileCounter
 
     torch.compiler.reset()
@@ -73,20 +74,20 @@ def graphs(what: str) -> int:
 
 
 def graph_table(result: Result) -> str:
-    """The graphs as a table."""
+    """The table of graph counts."""
     lines = [[row["contender"], str(row["graphs"])] for row in result.rows if "graphs" in row]
     return report.markdown([f"graphs over {STEPS} masks", "compiled"], lines)
 
 
 def text(result: Result) -> str:
-    """Everything that was measured, as it is printed."""
+    """The printed report: tables of times and graph counts."""
     timed = Result(**{**vars(result), "rows": [row for row in result.rows if "graphs" not in row], "notes": []})
     return "\n".join([sweep.text(timed), "", graph_table(result), "", *(f"- {note}" for note in result.notes)])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints a table for every shape, then the graphs; 1 if any is not as it must be."""
-    parser = sweep.parser_of("gates", __doc__ or "", peers=("peft",))  # the only one that has a switch
+    """Prints a table for every shape, then the graph counts; returns 1 if a check fails."""
+    parser = sweep.parser_of("gates", __doc__ or "", peers=("peft",))  # the only peer that can switch adapters off
     linear.add_shapes(parser)
     options = sweep.settle(parser, arguments, DEFAULTS)
     peers = [PEFT_OFF] if "peft" in options.peers else []

@@ -1,13 +1,13 @@
-"""Times what one low-rank linear costs the host in forward and backward, without a GPU.
+"""Times the host (CPU) overhead of one low-rank linear in forward and backward, without a GPU.
 
     python -m benchmarks host [--kinds lora dropout device-gate dora hira] [--backends addmm triton:one_pass …]
 
-Nothing is computed that takes time. Triton compiles the kernels for an H200 and its own launcher hands them to a driver
-that a C compiler makes of `driver_stub.c`, which runs nothing; what torch computes has a few rows on a CPU. The fused
-forms, of which nothing is computed, have sizes that take the launches of large ones. Microseconds of one thread's CPU
-time, the least of all rounds, in which the contenders take turns. The driver's own time, and that of torch's allocator
-and launches on a GPU, are not in it. A last line fits to all of LoRA, DoRA and HiRA what the model of a backend's cost
-assumes of the host.
+Computation takes almost no time here. Triton compiles the kernels for an H200, and its launcher passes them to a stub
+driver (`driver_stub.c`, built with the C compiler), which runs nothing. Operators of torch run on the CPU with a few
+rows. The fused kernels are not executed, so their layers are large enough to cause the same launches as real ones.
+Times are microseconds of one thread's CPU time: the minimum over all rounds, in which the contenders take turns. They
+include neither the time of the real driver nor that of torch's allocator and kernel launches on a GPU.
+If LoRA, DoRA and HiRA are measured with all backends, the last line fits the host costs of the cost model to them.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from cotolora.results import write_json
 from cotolora.variants import VARIANTS
 
 DTYPE, RANK = torch.bfloat16, 16
-# of torch's products, which take the host no longer than larger ones: rows, columns of x and of y
+# rows, columns of x and columns of y for torch's matmuls, whose host overhead does not depend on the size
 TINY = (4, 16, 16)
-# of the fused forms: every sum in the backward has several parts, every matrix fits TMA
+# the same for the fused kernels: large enough that every sum in the backward is split and every matrix fits TMA
 LARGE = (512, 256, 256)
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -58,7 +58,7 @@ PEFT = "PEFT's order, bf16 A and B"
 
 @dataclass
 class Row:
-    """Microseconds of one contender, and what a call launches by Triton."""
+    """Microseconds of one contender, and the number of Triton launches per call."""
 
     name: str
     forward: float
@@ -68,7 +68,7 @@ class Row:
 
 
 def compiler() -> str | None:
-    """The C compiler that Triton would take."""
+    """The C compiler that Triton would use."""
     return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 
@@ -84,13 +84,13 @@ def load_stub(folder: Path) -> ctypes.CDLL:
 
 
 def unreadable(gate: Tensor) -> bool:
-    """As a gate on a GPU is."""
+    """Stands for `readable`: the host cannot read a gate on a GPU without a synchronization."""
     return False
 
 
 @contextmanager
 def on_stub() -> Iterator[ctypes.CDLL]:
-    """Within it Triton launches on CPU tensors, as on an H200, by the stub that it yields."""
+    """Inside the block, Triton launches on CPU tensors as on an H200, through the stub driver that is yielded."""
     from triton import knobs
     from triton.runtime.driver import driver
 
@@ -102,7 +102,7 @@ def on_stub() -> Iterator[ctypes.CDLL]:
     ):  # fmt: skip
         stub = load_stub(Path(folder))
         knobs.nvidia.libcuda_path = folder
-        knobs.cache.dir += "-host"  # what is linked with the stub is not for other programs
+        knobs.cache.dir += "-host"  # other programs must not load launchers that are linked with the stub
         from triton.backends.nvidia.driver import CudaDriver
 
         class Stub(CudaDriver):
@@ -121,7 +121,7 @@ def on_stub() -> Iterator[ctypes.CDLL]:
 
 
 def peft_order(dropout: float) -> Callable[..., Tensor]:
-    """The operations of PEFT's LoRA: base, down, up, scaled and added, by autograd."""
+    """The operations of PEFT's LoRA, differentiated by autograd: base, down, up, scale, add."""
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         dropped = F.dropout(x, dropout) if dropout else x
@@ -135,7 +135,7 @@ _TINY_Y, _TINY_A, _TINY_B = (torch.zeros(rows, 16, dtype=DTYPE) for rows in (4, 
 
 
 def product(y: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """`add_product`, but of a fused form a tiny one: the large one takes a CPU long."""
+    """Replaces `add_product`: computes a tiny product if y is large, because a large one takes too long on a CPU."""
     if y.shape[0] == TINY[0]:
         return _add_product(y, a, b, scale)
     _TINY_Y.addmm_(_TINY_A, _TINY_B, alpha=scale)
@@ -144,7 +144,7 @@ def product(y: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
 
 @dataclass
 class Contender:
-    """A layer by one backend: its forward, and its forward and backward for x and what trains."""
+    """A layer with one backend: its forward, and its forward and backward for x and the trainable parameters."""
 
     layer: nn.Module
     sizes: tuple[int, int, int]
@@ -160,11 +160,11 @@ class Contender:
         return self.layer(self.x)
 
     def both(self) -> object:
-        """The gradients."""
+        """Forward and backward; returns the gradients."""
         return torch.autograd.grad(self.layer(self.x), self.wanted, self.dy, allow_unused=True)
 
     def clock(self, call: Callable[[], object], count: int) -> Clock:
-        """A clock of this thread's CPU time."""
+        """A timer of this thread's CPU time."""
 
         def run() -> float:
             cotolora.set_backend(self.backend)
@@ -177,7 +177,7 @@ class Contender:
 
 
 def contenders(kind: str, backends: list[str]) -> dict[str, Contender]:
-    """By name."""
+    """The contenders of a kind, by name."""
     options = dict(KINDS[kind])
     gate, variant, dropout = options.get("gate", True), options.get("variant", "lora"), options.get("dropout", 0.0)
 
@@ -205,7 +205,7 @@ def contenders(kind: str, backends: list[str]) -> dict[str, Contender]:
 
 
 def measure(kind: str, backends: list[str], stub: ctypes.CDLL, rounds: int, count: int) -> list[Row]:
-    """All contenders of a kind."""
+    """Times all contenders of a kind."""
     found, launches = contenders(kind, backends), ctypes.c_long.in_dll(stub, "launches")
     launched = {}
     for name, contender in found.items():
@@ -233,21 +233,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--count", type=int, default=100, help="calls in one time")
+    parser.add_argument("--count", type=int, default=100, help="calls per measurement")
     parser.add_argument("--json", type=Path, help="also write the times here")
     options = parser.parse_args(arguments)
     if min(options.rounds, options.count) < 1:
         parser.error("--rounds and --count must be positive")
     if options.json and not options.json.resolve().parent.is_dir():
-        parser.error(f"argument --json: {options.json.parent} is no folder")
+        parser.error(f"argument --json: {options.json.parent} is not a folder")
     if find_spec("triton") is None or find_spec("triton.backends.nvidia") is None:
         parser.error("needs Triton with its backend for NVIDIA: pip install triton")
     if compiler() is None:
-        parser.error("needs a C compiler, to make the driver that runs nothing: cc, gcc, clang or $CC")
+        parser.error("needs a C compiler to build the stub driver: cc, gcc, clang or $CC")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("unset TRITON_INTERPRET: with it kernels are interpreted and never launched")
+        parser.error("unset TRITON_INTERPRET: it makes Triton interpret kernels instead of launching them")
     if torch.cuda.is_available():
-        parser.error("this machine has a GPU, whose driver cannot be replaced: time with python -m benchmarks linear")
+        parser.error("needs a machine without a GPU, whose driver it replaces; here use python -m benchmarks linear")
     return options
 
 

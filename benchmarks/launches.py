@@ -1,12 +1,12 @@
-"""Counts what one low-rank linear launches, moves and saves in forward and backward, without a GPU.
+"""Counts the kernel launches, bytes moved and bytes saved of one low-rank linear, forward and backward, without a GPU.
 
     python -m benchmarks launches [--variant dora] [--rows M] [--in-features K] [--out-features N] [--rank R]
         [--dropout P] [--verbose]
 
-Nothing is timed. Layers run on meta tensors: an operator of torch that computes is one kernel, however many a vendor's
-library makes of it, and our launchers' Triton launches are intercepted, as they would be on an H200. A kernel's bytes
-are its distinct operands once each: an operand that caches fail to keep is read more often. The gradients are left in
-``.grad``, as in training, which copies one of unusual strides.
+Nothing is timed. Layers run on meta tensors. Every computing operator of torch counts as one kernel, however many the
+vendor's library launches. The Triton launches of our launchers are intercepted, as they would be made on an H200. The
+bytes of a kernel count each distinct operand once; on a GPU, an operand that does not stay in cache is read more often.
+Gradients accumulate into ``.grad`` as in training, which copies a gradient that has unusual strides.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ from cotolora.kernels import (
 from cotolora.results import write_json
 from cotolora.variants import VARIANTS
 
-ARCHITECTURE = "sm_90"  # an H200's: what the launchers split and load by TMA depends on it
+ARCHITECTURE = "sm_90"  # an H200; the launchers' splits and their use of TMA depend on it
 LAUNCHERS = (
     adapter_grads, hira, hira_grads, low_rank_gemm, one_pass, one_pass_swapped, pre_expand, row_norm, shrink
 )  # fmt: skip
 DTYPE = torch.bfloat16
-SCALES = {"lora": 2.0, "dora": 2.0, "hira": 1.0}  # PEFT's HiRA has none
+SCALES = {"lora": 2.0, "dora": 2.0, "hira": 1.0}  # PEFT's HiRA has no scale
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
-OVERWRITING = ("copy_", "fill_", "zero_")  # in place, but without reading the old values
+OVERWRITING = ("copy_", "fill_", "zero_")  # in-place operators that do not read the old values
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch, with the bytes that it reads and writes."""
+    """One launch and the bytes that it reads and writes."""
 
     name: str
     bytes: int
@@ -68,7 +68,7 @@ class Kernel:
 
 @dataclass
 class Count:
-    """What one contender does; `x_saved_as` is the dtype of a copy of x among what is saved."""
+    """The counts of one contender; `x_saved_as` is the dtype of a copy of x among the saved tensors, if any."""
 
     forward: list[Kernel] = field(default_factory=list)
     backward: list[Kernel] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Count:
     x_saved_as: str | None = None
 
     def moved(self) -> int:
-        """Bytes, forward and backward."""
+        """Bytes moved in forward and backward."""
         return bytes_of(self.forward + self.backward)
 
 
@@ -85,12 +85,12 @@ def bytes_of(kernels: list[Kernel]) -> int:
 
 
 def storage(t: Tensor) -> int:
-    """What identifies memory on the meta device, where every address is 0."""
+    """An identifier of a tensor's memory, which also works on the meta device, where every address is 0."""
     return t.untyped_storage()._cdata
 
 
 def size(tensors: Iterable[Any]) -> int:
-    """Bytes of the tensors among `tensors`, views of the same memory once, an expanded one as large as its memory."""
+    """Bytes of the tensors among `tensors`; memory that views share counts once, expanded dimensions do not count."""
     sizes: dict[int, int] = {}
     for t in tensors:
         if isinstance(t, Tensor):
@@ -100,7 +100,7 @@ def size(tensors: Iterable[Any]) -> int:
 
 
 class Counter(TorchDispatchMode):
-    """Appends each kernel to `kernels`, and keeps the copies of x in other dtypes."""
+    """Appends each kernel to `kernels` and keeps the copies of x in other dtypes in `casts`."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
@@ -125,10 +125,10 @@ class Counter(TorchDispatchMode):
         return out
 
     def launch(self, op: Any, args: tuple) -> Any:
-        """Calls the launchers of an operator of ours as on a GPU, and counts what they launch."""
+        """Runs the GPU implementation of one of our operators and counts its launches."""
         made = []
         on_gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-        with self:  # an operator of torch among them would count as well
+        with self:  # so that operators of torch called by a launcher count as well
             calls = intercept(lambda: made.append(op.redispatch(on_gpu, *args)))
         for kernel, positional, named in calls:
             operands = [getattr(operand, "base", operand) for operand in (*positional, *named.values())]
@@ -137,7 +137,7 @@ class Counter(TorchDispatchMode):
 
 
 def native_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """Stands for `F.dropout`, which is one kernel on a GPU and three on meta tensors."""
+    """Replaces `F.dropout`, which is one kernel on a GPU but three operators on meta tensors."""
     return torch.native_dropout(x, p, training)[0]
 
 
@@ -160,7 +160,7 @@ def contenders(options: argparse.Namespace) -> dict[str, tuple[Callable[[Tensor]
     for name, as_shipped in (("PEFT as shipped", True), ("PEFT, bf16 A and B", False)):
         layer = peft(base, adapter, as_shipped=as_shipped)
         rows[name] = layer, layer
-    if variant == "lora" and not options.dropout:  # Unsloth's kernels have neither
+    if variant == "lora" and not options.dropout:  # Unsloth's kernels support neither other variants nor dropout
         layer = unsloth_order(base, adapter)
         rows["Unsloth's order"] = layer, layer
     # the fused forms of DoRA refuse dropout
@@ -175,13 +175,13 @@ def contenders(options: argparse.Namespace) -> dict[str, tuple[Callable[[Tensor]
 
 
 def of_an_h200(device: torch.device) -> str:
-    """Stands for `architecture`: a mock takes longer than a launch, which `python -m benchmarks host` times."""
+    """Replaces `architecture`. A `Mock` would take longer than the launches that `python -m benchmarks host` times."""
     return ARCHITECTURE
 
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Backends run although there is no GPU, and launchers and PEFT's dropout behave as if there were one."""
+    """Inside the block, backends, launchers and PEFT's dropout run as if there were a GPU."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(dispatch, "choose", lambda backend, call: dispatch.requested(backend)[0]))
         stack.enter_context(mock.patch.object(dispatch, "plans", {}))
@@ -192,7 +192,7 @@ def as_on_gpu() -> Iterator[None]:
 
 
 def count(layer: Callable[[Tensor], Tensor], parameters: list[Tensor], options: argparse.Namespace) -> Count:
-    """Runs a layer forward and backward once."""
+    """Runs a layer forward and backward once and counts its kernels and saved bytes."""
     x = torch.empty(options.rows, options.in_features, device="meta", dtype=DTYPE, requires_grad=True)
     dy = torch.empty(options.rows, options.out_features, device="meta", dtype=DTYPE)
     free = {storage(t) for t in (x, *parameters)}
@@ -246,13 +246,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="also write every kernel here")
     options = parser.parse_args(arguments)
     if knobs.runtime.interpret:
-        parser.error("unset TRITON_INTERPRET: with it kernels are interpreted and never launched")
+        parser.error("unset TRITON_INTERPRET: it makes Triton interpret kernels instead of launching them")
     if options.rank > MAX_RANK:
         parser.error(f"--rank must be at most {MAX_RANK}; got {options.rank}")
     if not 0 <= options.dropout < 1:
         parser.error(f"--dropout must be in [0, 1); got {options.dropout}")
     if options.json and not options.json.resolve().parent.is_dir():
-        parser.error(f"argument --json: {options.json.parent} is no folder")
+        parser.error(f"argument --json: {options.json.parent} is not a folder")
     return options
 
 

@@ -1,4 +1,4 @@
-"""Times one low-rank linear: ours in every form and with its gate off, beside the frozen linear and every peer.
+"""Times one low-rank linear: every backend of ours, ours with the gate off, the frozen linear and every peer.
 
 python -m benchmarks linear [--shapes llama3-8b] [--rows 16 2048] [--rank 16] [--variant dora] [--json F] [--plot F]
 """
@@ -25,7 +25,7 @@ OTHERS = ("C1", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "navy", "0.5", "black"
 
 
 def cases(shapes: list[str], rows: list[int], *, bias: bool = True) -> list[sweep.Case]:
-    """Each linear of the models by itself, once."""
+    """One case for each distinct linear of the models."""
     found: dict[tuple[int, int, int], sweep.Case] = {}
     for text in shapes:
         for given, k, n in shape(text):
@@ -35,7 +35,7 @@ def cases(shapes: list[str], rows: list[int], *, bias: bool = True) -> list[swee
 
 
 def style_of(name: str, i: int) -> dict[str, Any]:
-    """How a contender's line is drawn: ours thick, ours by name thin, off green, peers dashed."""
+    """Style of a contender's line: ours thick, single backends of ours dotted, gate off green, peers dashed."""
     special = {
         FROZEN.name: {"color": "black"},
         AUTO.name: {"color": "C0", "linewidth": 3.5, "alpha": 0.6},
@@ -47,7 +47,10 @@ def style_of(name: str, i: int) -> dict[str, Any]:
 
 
 def plot(result: Result, path: Path) -> None:
-    """Forward and backward over frozen, a panel for each linear: against rows, or against ranks if these vary more."""
+    """Plots the time of forward and backward relative to the frozen linear, one panel per linear.
+
+    The horizontal axis shows rows, or ranks if there are more different ranks than rows.
+    """
     rows = [row for row in result.rows if row.get("part") == "both" and row["over_frozen"] is not None]
     counts = [len({row[name] for row in rows}) for name in ("rank", "rows")]
     along, fixed = ("rank", "rows") if counts[0] > counts[1] else ("rows", "rank")
@@ -66,18 +69,18 @@ def plot(result: Result, path: Path) -> None:
         axis.set_title(f"{weight}, " + (f"{value} rows" if fixed == "rows" else f"rank {value}") + f", {mode}", size=9)
         axis.set_xlabel("rank" if along == "rank" else "rows M")
         if axis.get_subplotspec().is_first_col():
-            axis.set_ylabel("time over the frozen linear's\nforward and backward, lower is better", size=8)
+            axis.set_ylabel("time / time of the frozen linear\nforward + backward, lower is better", size=8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     save_picture(figure, path, dpi=150)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints a table for every shape; 1 if ours chose a backend that is not the fastest."""
+    """Prints a table for every shape; returns 1 if ours chose a backend that is not the fastest."""
     parser = sweep.parser_of("linear", __doc__ or "")
     add_shapes(parser)
     parser.add_argument(
         "--contenders", action="extend", nargs="+", metavar="NAME", default=argparse.SUPPRESS,
-        help="of ours only these beside frozen, by their names in the table; also 'ours BACKEND off by device gate'",
+        help="time only these of ours and frozen, by their names in the table; also 'ours BACKEND off by device gate'",
     )  # fmt: skip
     options = sweep.settle(parser, arguments, DEFAULTS)
     ours = ours_in_full(options.variant, options.dtype)
@@ -91,12 +94,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def add_shapes(parser: argparse.ArgumentParser) -> None:
-    """Adds the option ``--shapes``, of single linears."""
+    """Adds the option ``--shapes`` for single linears."""
     names = f"{', '.join(BLOCKS)} or M,K,N"
     parser.add_argument("--shapes", action="extend", nargs="+", type=checked, help=f"{names}; may be repeated")
 
 
 def checked(text: str) -> str:
-    """An argparse type: a shape as it was written."""
+    """An argparse type: checks a shape and returns it as written."""
     shape(text)
     return text

@@ -1,7 +1,7 @@
-"""A small Llama with adapters by PEFT or by ours, ready to train, and held to PEFT in float64.
+"""A small Llama with adapters from PEFT or from cotolora, ready to train and checked against PEFT in float64.
 
-All contenders share the frozen weights and see the same tokens; each has its own A and B, of equal values, and its own
-optimizer.
+All contenders share the frozen weights and see the same tokens. Each has its own optimizer and its own copy of A and B,
+with equal values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEARNING_RATE = 1e-4
 
 @dataclass(frozen=True)
 class Size:
-    """Sizes of a Llama with grouped queries, and of its batches."""
+    """Sizes of a Llama with grouped-query attention, and of its batches."""
 
     layers: int
     hidden: int
@@ -44,7 +44,7 @@ class Size:
 SIZES = {
     "small": Size(8, 256, 688, heads=8, kv_heads=2, vocab=512, batch=4, tokens=64),
     "medium": Size(16, 1024, 2816, heads=16, kv_heads=4, vocab=4096, batch=8, tokens=512),
-    # a few blocks of models that are too large to measure in full
+    # only a few blocks: the full models are too large to measure
     "llama3-8b": Size(4, 4096, 14336, heads=32, kv_heads=8, vocab=4096, batch=2, tokens=1024),
     "llama2-7b": Size(4, 4096, 11008, heads=32, kv_heads=32, vocab=4096, batch=2, tokens=1024),
 }
@@ -52,7 +52,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Adapter:
-    """A and B of one linear, and whether they are switched on."""
+    """A and B of one linear, and a function that tells whether they are on."""
 
     a: nn.Parameter
     b: nn.Parameter
@@ -60,12 +60,12 @@ class Adapter:
 
     @property
     def work(self) -> int:
-        """Multiply-adds for a row of x."""
+        """Multiply-adds per row of x."""
         return self.a.numel() + self.b.numel()
 
 
 class Runner:
-    """A contender: its model, its adapters by the name of their linear, its optimizer and, perhaps, its CoTo."""
+    """A contender: its model, its adapters by the name of their linear, its optimizer and its CoTo, if any."""
 
     def __init__(
         self, name: str, model: nn.Module, adapters: dict[str, Adapter], coto: cotolora.CoTo | None = None
@@ -90,7 +90,7 @@ class Runner:
         self.backwards += 1
 
     def take(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Copies A and B in; RefusedError if adapters are at other places."""
+        """Copies values into A and B; raises RefusedError if the adapters are on other linears than PEFT's."""
         if set(factors) != set(self.adapters):
             raise RefusedError(f"adapters differ from PEFT's at {sorted(set(factors) ^ set(self.adapters))}")
         with torch.no_grad():
@@ -99,11 +99,11 @@ class Runner:
                 self.adapters[name].b.copy_(b)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The loss of predicting every next token."""
+        """The next-token prediction loss."""
         return self.model(input_ids=tokens, labels=tokens).loss
 
     def step(self, tokens: Tensor) -> tuple[float, ...]:
-        """One optimizer step; its seconds, and those of each of `PHASES`."""
+        """Runs one optimizer step; returns its seconds and those of each of `PHASES`."""
         watch = Watch(self.device)
         loss = self.forward(tokens)
         watch.mark()
@@ -117,7 +117,7 @@ class Runner:
         return watch.seconds()
 
     def results(self, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """The loss and the gradients of A and B by name."""
+        """The loss, and the gradients of A and B by name."""
         loss = self.forward(tokens)
         loss.backward()
         grads = {
@@ -130,7 +130,10 @@ class Runner:
 
 
 class Watch:
-    """Splits a step at its marks: on a GPU phases by events, and the whole by the wall clock up to a synchronize."""
+    """Times a step and its phases.
+
+    On a GPU, phases are timed by CUDA events and the whole step by the wall clock up to a synchronize.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.marks = device, list[Any]()
@@ -149,7 +152,7 @@ class Watch:
             self.marks.append(time.perf_counter())
 
     def seconds(self) -> tuple[float, ...]:
-        """Of everything, then of each phase."""
+        """Seconds of the whole step, then of each phase."""
         pairs = list(zip(self.marks, self.marks[1:], strict=False))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -158,14 +161,14 @@ class Watch:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """A Llama's decoder blocks, whatever wraps it."""
+    """The decoder blocks of a Llama, also of a wrapped one."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     return [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
 
 
 def llama(options: argparse.Namespace) -> nn.Module:
-    """A frozen Llama of the size asked for, with random weights."""
+    """A frozen Llama of the requested size with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     size = SIZES[options.size]
@@ -183,18 +186,18 @@ def llama(options: argparse.Namespace) -> nn.Module:
     torch.manual_seed(options.seed)
     model = LlamaForCausalLM(config).to(options.device).train().requires_grad_(False)
     for parameter in model.parameters():
-        # not .to(dtype), which would round the buffers of the rotary embedding as well
+        # not .to(dtype), which would also round the buffers of the rotary embedding
         parameter.data = parameter.data.to(getattr(torch, options.dtype))
     return model
 
 
 def sharing(base: nn.Module) -> nn.Module:
-    """A copy that holds the very same parameters."""
+    """A copy of the model that shares its parameters."""
     return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
 
 
 def peft(name: str, base: nn.Module, options: argparse.Namespace, *, as_shipped: bool = True) -> Runner:
-    """PEFT's LoRA on all linears but the head; as it ships A and B are float32, else of the base's dtype."""
+    """PEFT's LoRA on all linears but the head; A and B are float32 if `as_shipped`, otherwise of the base's dtype."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora import LoraLayer
 
@@ -202,7 +205,7 @@ def peft(name: str, base: nn.Module, options: argparse.Namespace, *, as_shipped:
         r=options.rank, lora_alpha=SCALE * options.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     with warnings.catch_warnings():
-        # PEFT 0.21 asks transformers by a name that transformers 5 is about to drop
+        # PEFT 0.21 uses a name of transformers that transformers 5 deprecates
         warnings.simplefilter("ignore", FutureWarning)
         model = get_peft_model(sharing(base), config, autocast_adapter_dtype=as_shipped)
     layers = {
@@ -223,7 +226,7 @@ def enabled(layer: Any) -> bool:
 
 
 def ours(name: str, base: nn.Module, options: argparse.Namespace, *, coto: bool = False) -> Runner:
-    """Ours on the same linears, every adapter on or gated by CoTo."""
+    """Our layers on the same linears, with every adapter always on or gated by CoTo."""
     model = sharing(base)
     layers = cotolora.inject(model, "all-linear", rank=options.rank, alpha=SCALE * options.rank)
     adapters = {name: Adapter(x.lora_a, x.lora_b, partial(counts, x)) for name, x in layers.items()}
@@ -240,14 +243,14 @@ Build = Callable[[str, nn.Module, argparse.Namespace], Runner]
 
 
 def contenders_of(options: argparse.Namespace) -> dict[str, Build]:
-    """The contenders; PEFT only once where A and B are float32 in any case."""
+    """The contenders; only one form of PEFT for float32, where both are the same."""
     narrow = {} if options.dtype == "float32" else {NARROW: partial(peft, as_shipped=False)}
     peers = {PEFT: peft, **narrow} if "peft" in options.peers else {}
     return {**peers, ON: ours, COTO: partial(ours, coto=True)}
 
 
 def factors_of(runner: Runner, dtype: torch.dtype, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B for every linear, neither zero, rounded to `dtype` so that all contenders hold the same."""
+    """Nonzero A and B for every linear, rounded to `dtype` so that all contenders have the same values."""
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
     factors = {}
     for name, adapter in runner.adapters.items():
@@ -258,14 +261,17 @@ def factors_of(runner: Runner, dtype: torch.dtype, seed: int) -> dict[str, tuple
 
 
 def tokens_of(options: argparse.Namespace, step: int) -> Tensor:
-    """The batch of a step: random, and the same for everyone."""
+    """The batch of a step: random tokens, the same for every contender."""
     draw = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
     size = (options.batch, options.tokens)
     return torch.randint(options.vocab, size, generator=draw).to(options.device)
 
 
 class Judge:
-    """Holds contenders to PEFT in float64, within `SLACK` times what PEFT as shipped errs in the dtype to be timed."""
+    """Compares contenders with PEFT in float64.
+
+    The tolerance is `SLACK` times the error of PEFT as shipped in the dtype to be timed.
+    """
 
     def __init__(self, base: nn.Module, options: argparse.Namespace) -> None:
         self.truth, self.own = peft("truth", copy.deepcopy(base).double(), options), peft(PEFT, base, options)
@@ -275,7 +281,7 @@ class Judge:
         self.tokens, self.eps = tokens_of(options, 0), torch.finfo(getattr(torch, options.dtype)).eps
 
     def check(self, runner: Runner) -> None:
-        """RefusedError if a loss or a gradient is wrong; for CoTo with the masks of half the ramp and of step 0."""
+        """Raises RefusedError if a loss or gradient is wrong; checks CoTo with the masks of mid-ramp and of step 0."""
         runner.take(self.factors)
         if runner.coto is None:
             self.compare(runner)
@@ -286,7 +292,7 @@ class Judge:
             self.compare(runner)
 
     def compare(self, runner: Runner) -> None:
-        """RefusedError if anything is wrong with the adapters as they are switched now."""
+        """Raises RefusedError if a loss or a gradient is wrong with the adapters switched as they are now."""
         for judge in (self.truth, self.own):
             switch(judge, {name for name, adapter in runner.adapters.items() if adapter.on()})
         true, own, found = (one.results(self.tokens) for one in (self.truth, self.own, runner))
@@ -298,16 +304,16 @@ class Judge:
         self.hold("a gradient", *([grads[name] for name in names] for _, grads in (found, own, true)))
 
     def hold(self, what: str, found: Sequence[Tensor], own: Sequence[Tensor], true: Sequence[Tensor]) -> None:
-        """The worst of the tensors decides, each by the error in its own norm."""
+        """Raises RefusedError if the largest relative error (in each tensor's own norm) exceeds the tolerance."""
         worst, peft_errs = (max(error([t], [e]) for t, e in zip(ts, true, strict=True)) for ts in (found, own))
-        # half of the digits: if PEFT itself errs more, its error is no yardstick
+        # at most sqrt(eps), half of the digits, in case PEFT itself is less accurate
         allowed = min(SLACK * (peft_errs + self.eps), math.sqrt(self.eps))
-        if not worst <= allowed:  # so put, NaN is wrong too
+        if not worst <= allowed:  # not `worst > allowed`, which is false for NaN
             raise RefusedError(f"{what} is off by {worst:.3g} of its norm, allowed is {allowed:.3g}")
 
 
 def switch(runner: Runner, on: set[str]) -> None:
-    """Switches PEFT's adapters of these linears on and all others off."""
+    """Switches PEFT's adapters on for these linears and off for all others."""
     for name in runner.adapters:
         layer = runner.model.get_submodule(f"base_model.model.{name}")
         layer.enable_adapters(name in on)

@@ -1,12 +1,12 @@
-"""Measures what a block's linears keep for the backward and the most that they hold at once, for every contender.
+"""Measures the saved and the peak memory of a block's linears, for every contender.
 
     python -m benchmarks memory [--shapes llama3-8b vit-b] [--rows 8192] [--rank 16] [--json F] [--plot F]
 
-"saved" is what autograd is given to keep beyond x, W, bias, A and B, memory that several tensors share once; "peak" is
-of forward and backward, over what was allocated before: outputs and gradients are in it. Both are of all linears of the
-block together, forward through all of them and then backward, which is how a model holds them. On a CPU every number is
-what torch's allocator was asked for, on a GPU the peak is in the allocator's blocks. What a library takes for itself
-is in neither.
+"saved" is the memory that autograd keeps for the backward, beyond x, W, bias, A and B; memory that tensors share counts
+once. "peak" is the maximum during forward and backward above what was allocated before, so it includes outputs and
+gradients. Both cover all linears of the block together: forward through all of them, then backward, as in a model.
+On a CPU every number is the size requested from torch's allocator; on a GPU the peak counts the allocator's blocks.
+Memory that a library allocates on its own is in neither.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"shapes": ["llama3-8b", "vit-b"], "rows": [8192]},
     "cpu": {"shapes": ["three-64", "three-256", "three-768", "vit-b"], "rows": [394]},
 }
-KINDS = 3  # that a table shows, the largest
-UNSEEN = 4096  # bytes kept without the hooks' knowledge that are not reported: autograd keeps scalars as tensors
+KINDS = 3  # how many kinds of saved tensors a table shows, largest first
+UNSEEN = 4096  # bytes; less memory that bypasses the hooks is not reported: autograd keeps scalars as tensors
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What one contender needs on one workload, in bytes.
+    """The memory of one contender on one workload, in bytes.
 
     Attributes:
-        saved: what it hands to autograd beyond the operands.
-        unseen: what it keeps after the forward beside its outputs and `saved`: hidden from the hooks, as an attribute.
-        peak: of forward and backward, over what was allocated before.
-        kinds: the largest of what is saved, as text.
+        saved: saved for the backward through autograd, beyond the operands.
+        unseen: kept after the forward without passing autograd's hooks, for example as an attribute.
+        peak: maximum during forward and backward above what was allocated before.
+        kinds: the largest saved tensors, as text.
     """
 
     saved: int
@@ -69,12 +69,12 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
 
 
 def size(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all memory that the tensors keep alive."""
+    """Bytes of memory that the tensors keep alive."""
     return sum(t.untyped_storage().nbytes() for t in storages(tensors).values())
 
 
 def operands(runner: Runner) -> list[tuple[str, Tensor]]:
-    """Tensors that exist in any case, by their names in a table: the operands and the layers' parameters."""
+    """Tensors that every contender needs, with their names in a table: the operands and the layers' parameters."""
     copy = runner.workload.copies[0]
     named = [("x", x) for x in copy.inputs.values()]
     for base, adapter in zip(copy.bases, copy.adapters, strict=True):
@@ -84,24 +84,24 @@ def operands(runner: Runner) -> list[tuple[str, Tensor]]:
 
 
 def saved_by(runner: Runner) -> tuple[list[Tensor], list[Tensor]]:
-    """What a forward saves for the backward beyond the operands, memory that is shared once; and its outputs."""
+    """What a forward saves for the backward beyond the operands (one tensor per piece of memory), and its outputs."""
     free, found = storages(t for _, t in operands(runner)), []
 
     def pack(t: Tensor) -> Tensor:
-        # detached: its history may hold this very list
+        # detached, because its autograd history may refer to this list
         found.append(t.detach())
         return t
 
     with saved_tensors_hooks(pack, lambda t: t):
         ys = runner.forward()
-    # in a chain an output is another's x
+    # in a chain of linears, an output is the next linear's x
     last = outputs(runner.workload.linears)
     free |= storages(y for i, y in enumerate(ys) if i not in last)
     return [t for address, t in storages(found).items() if address not in free], [y.detach() for y in ys]
 
 
 def repeats(t: Tensor, of: Tensor) -> bool:
-    """Whether a tensor holds another's numbers, perhaps transposed or rounded to its own dtype."""
+    """Whether a tensor holds the same numbers as another, possibly transposed or rounded to its own dtype."""
     if t.numel() != of.numel() or not t.is_floating_point():
         return False
     laid_out = [t.reshape(of.shape), *([t.mT] if t.dim() == 2 and t.mT.shape == of.shape else [])]
@@ -109,7 +109,7 @@ def repeats(t: Tensor, of: Tensor) -> bool:
 
 
 def kinds(saved: Sequence[Tensor], known: Sequence[tuple[str, Tensor]]) -> str:
-    """The largest of what is saved: an operand again, in which dtype, or else only dtype and shape."""
+    """Describes the largest saved tensors by dtype and shape, and says which are copies of an operand."""
     groups: dict[str, list[Tensor]] = {}
     for t in saved:
         again = next((f"{name} again in " for name, operand in known if repeats(t, operand)), "")
@@ -121,10 +121,10 @@ def kinds(saved: Sequence[Tensor], known: Sequence[tuple[str, Tensor]]) -> str:
 
 
 def allocated(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
-    """Bytes over what was allocated before: while what a call returns is alive, and the most during the call."""
+    """Bytes above what was allocated before: while the call's result is alive, and at the peak of the call."""
     gc.collect()
     if device.type == "cuda":
-        # bytes requested, of which the allocator's blocks are rounded up
+        # the bytes requested, before the allocator rounds them up to its block sizes
         asked = lambda: torch.cuda.memory_stats(device)["requested_bytes.all.current"]  # noqa: E731
         torch.cuda.synchronize(device)
         before, asked_before = torch.cuda.memory_allocated(device), asked()
@@ -134,9 +134,9 @@ def allocated(run: Callable[[], object], device: torch.device) -> tuple[int, int
         held, peak = asked() - asked_before, torch.cuda.max_memory_allocated(device) - before
         del result
         return held, peak
-    # the allocator itself keeps no count on a CPU; torch's MemTracker does, but refuses frozen parameters and sees
-    # nothing that compiled code allocates
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or some versions of torch print two lines for each profile
+    # torch's CPU allocator keeps no statistics; MemTracker does, but refuses frozen parameters and misses what
+    # compiled code allocates
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences two lines that some torch versions print per profile
     with profiler.profile(profile_memory=True) as profiled:
         result = run()
     held = peak = 0
@@ -149,7 +149,7 @@ def allocated(run: Callable[[], object], device: torch.device) -> tuple[int, int
 
 
 def measure(runner: Runner) -> Memory:
-    """One contender's memory; it must have run before, so that one-time allocations are not counted."""
+    """Measures one contender's memory. It must have run before, so that one-time allocations are not counted."""
     saved, ys = saved_by(runner)
     saved_bytes, y_bytes, last = size(saved), size(ys), outputs(runner.workload.linears)
     named = kinds(saved, [*operands(runner), *(("y" if i in last else "x", y) for i, y in enumerate(ys))])
@@ -160,9 +160,9 @@ def measure(runner: Runner) -> Memory:
 
 
 def measured(workload: Workload, contenders: Sequence[Contender]) -> tuple[dict[str, Memory], dict[str, str]]:
-    """By name, what each contender needs, or why it is refused; those that compute something wrong are refused."""
-    torch._dynamo.reset()  # each workload's static shapes count towards its limit of recompilations
-    del workload.copies[1:]  # which a clock needs
+    """The memory of each contender by name, and the reasons of those refused (which includes wrong results)."""
+    torch._dynamo.reset()  # every new static shape counts towards dynamo's recompile limit
+    del workload.copies[1:]  # only timing needs several copies
     judge, runners, refused = Judge(workload), {}, {}
     for contender in contenders:
         try:
@@ -171,7 +171,7 @@ def measured(workload: Workload, contenders: Sequence[Contender]) -> tuple[dict[
             runners[contender.name] = runner
         except RefusedError as why:
             refused[contender.name] = str(why)
-    del judge  # as large as several layers
+    del judge  # it holds as much memory as several layers
     found = {}
     for name, runner in runners.items():
         try:
@@ -182,7 +182,7 @@ def measured(workload: Workload, contenders: Sequence[Contender]) -> tuple[dict[
 
 
 def rows_of(found: dict[str, Memory], **where: Any) -> list[dict[str, Any]]:
-    """A row for each contender, with `where` it was measured and its ratio to the frozen linear's."""
+    """One row per contender with its ratio to the frozen linears; `where` is added to each."""
     frozen = found.get(FROZEN.name)
     made = []
     for name, memory in found.items():
@@ -196,7 +196,7 @@ def rows_of(found: dict[str, Memory], **where: Any) -> list[dict[str, Any]]:
 
 
 def amount(count: int | None) -> str:
-    """Bytes with three digits and a unit."""
+    """A number of bytes as text, with three digits and a unit."""
     if count is None:
         return "-"
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -222,23 +222,23 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def unseen(row: dict[str, Any]) -> bool:
-    """Whether more is kept than the hooks see."""
+    """Whether the contender keeps more memory than autograd's hooks see."""
     return row["unseen_bytes"] > max(UNSEEN, row["saved_bytes"] / 100)
 
 
 def doubts(rows: list[dict[str, Any]], where: str) -> list[str]:
-    """Lines for contenders that keep more than the hooks see."""
+    """A line for each contender that keeps more memory than autograd's hooks see."""
     return [
-        f"{where}: {row['contender']} keeps {amount(row['unseen_bytes'])} that it does not hand to autograd's hooks"
+        f"{where}: {row['contender']} keeps {amount(row['unseen_bytes'])} that autograd's hooks do not see"
         for row in rows
         if unseen(row)
     ]
 
 
 def failures(rows: list[dict[str, Any]], where: str) -> list[str]:
-    """A line if ours, off by a host gate, saves anything: then it is not the frozen linear."""
+    """A line if ours saves anything with its host gate off, when it must equal the frozen linear."""
     return [
-        f"{where}: FAILED: {row['contender']} saves {row['saved_beyond_frozen']} bytes more than frozen, must be 0"
+        f"{where}: FAILED: {row['contender']} saves {row['saved_beyond_frozen']} bytes more than frozen; must be 0"
         for row in rows
         if row["contender"] == OFF_BY_HOST.name and (row["saved_beyond_frozen"] or 0) > 0
     ]
@@ -254,13 +254,13 @@ def section(rows: list[dict[str, Any]]) -> str:
 
 
 def text(result: Result) -> str:
-    """Everything that was measured, as it is printed."""
+    """The printed report."""
     sections = [section(rows) for rows in report.groups(result.rows, WHERE).values()]
     return "\n".join([report.head(result), *sections, sweep.endings(result)])
 
 
 def plot(result: Result, path: Path) -> None:
-    """Saved and peak, beyond the frozen linear's: a panel of bars for each workload."""
+    """Plots saved and peak memory beyond the frozen linears', one panel of bars per workload."""
     found = report.groups([row for row in result.rows if row["peak_beyond_frozen"] is not None], WHERE)
     figure, axes = report.figure(len(found), width=5.4, height=4.2)
     for axis, ((shape, m, rank), rows) in zip(axes, found.items(), strict=True):
@@ -285,17 +285,17 @@ def plot(result: Result, path: Path) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options, with the defaults of the device."""
     parser = sweep.parser_of("memory", __doc__ or "", without=("mode", "rounds"))
-    parser.add_argument("--shapes", choices=BLOCKS, action="extend", nargs="+", help="whose block; may be repeated")
+    parser.add_argument("--shapes", choices=BLOCKS, action="extend", nargs="+", help="models; may be repeated")
     return sweep.settle(parser, arguments, DEFAULTS)
 
 
 def contenders_of(options: argparse.Namespace) -> list[Contender]:
-    """The frozen linear, ours, and the peers asked for."""
+    """The frozen linear, ours, and the requested peers."""
     return [*ours_in_full(options.variant, options.dtype), *chosen(options.peers, options.dtype, options.variant)]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints a table for every block; 1 if nothing was measured, or an adapter off by a host gate saves anything."""
+    """Prints a table for every block; returns 1 if nothing was measured or ours, off by a host gate, saves anything."""
     options = parse(arguments)
     result = Result("memory", report.machine(options.device), sweep.settings_of(options))
 

@@ -1,18 +1,22 @@
 #!/usr/bin/env bash
-# What a GPU must show, in a bounded time, from a bare checkout: nothing is installed and nothing downloaded.
+# Runs the checks and measurements that need a GPU, in a bounded time and from a plain checkout. It installs and
+# downloads nothing.
 #
 #   benchmarks/on_gpu.sh [OUT] [--minutes 9] [--only PART] [--dry-run]
 #
-# With some minutes more than nine: three calls, each of its own --minutes, with --only correctness, tuning, benchmarks.
-# Parts: correctness is gemm and tests, tuning is tune, benchmarks are the others; or one of: gemm (our GEMM, with and
-# without the low-rank term, beside cuBLAS on six shapes), tests (every kernel on the GPU, in every dtype), tune (times
-# every form, keeps the table that the parts after it choose by), linear, block, stack, gates, memory, roofline, train,
-# and compiled: block beside torch.compile, which takes long.
-# A part that fails or runs out of its time stops no other.
-# OUT gets log.txt, tune.json, results.json, four pictures and summary.txt, which is printed last.
-# --dry-run tries the plumbing on a machine without a GPU, at tiny sizes.
-# Needs torch, triton, tqdm, numpy, safetensors and pytest; PEFT and transformers to compare with. Without
-# matplotlib there are no pictures, without pytest-xdist the tests run one after the other.
+# If you have more than nine minutes, call it three times, each with its own --minutes: --only correctness, --only tuning
+# and --only benchmarks.
+# PART is one of the groups correctness (gemm, tests), tuning (tune) and benchmarks (all others), or a single part:
+#   gemm      our GEMM, with and without the low-rank term, against cuBLAS on six shapes
+#   tests     every kernel on the GPU, in every dtype
+#   tune      times every backend and saves the table from which the later parts choose
+#   linear, block, stack, gates, memory, roofline, train: the benchmark of that name
+#   compiled  block against torch.compile, which takes long
+# A part that fails or times out does not stop the others.
+# OUT receives log.txt, tune.json, results.json, four pictures and summary.txt, which is printed last.
+# --dry-run tests this script on a machine without a GPU, with tiny sizes.
+# Requires torch, triton, tqdm, numpy, safetensors and pytest; comparisons require PEFT and transformers. Without
+# matplotlib there are no pictures; without pytest-xdist the tests run sequentially.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,7 +28,7 @@ while [ $# -gt 0 ]; do
         --only) only=${2:-}; shift ;;
         --dry-run) dry=1 ;;
         -*) echo "unknown option $1; see the head of $0" >&2; exit 2 ;;
-        *) [ -z "$out" ] || { echo "one OUT at most; got '$out' and '$1'" >&2; exit 2; }; out=$1 ;;
+        *) [ -z "$out" ] || { echo "at most one OUT is allowed; got '$out' and '$1'" >&2; exit 2; }; out=$1 ;;
     esac
     shift
 done
@@ -40,15 +44,16 @@ python=$(command -v python3) || { echo "no python3 on the PATH" >&2; exit 2; }
 export PYTHONPATH=. PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-/tmp/triton-cache}"
 [ -n "$dry" ] || "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-    { echo "torch finds no GPU here; --dry-run tries the plumbing without one" >&2; exit 2; }
+    { echo "torch finds no GPU; --dry-run tests the script without one" >&2; exit 2; }
 out=${out:-on-gpu}
 mkdir -p "$out" || exit 2
 out=$(cd "$out" && pwd)
 status=0 summary=() left=$((60 * minutes))
 : >"$out/log.txt"
 
-# part NAME SHARE COMMAND...: runs a command for at most SHARE percent of what time is left, its output into log.txt;
-# "{}" in the command becomes the minutes that a benchmark may start new shapes in, "PART.png" is named after the part
+# part NAME SHARE COMMAND...: runs a command for at most SHARE percent of the remaining time and appends its output to
+# log.txt; replaces "{}" in the command by the minutes in which a benchmark may start new shapes, and "PART.png" by
+# NAME.png
 part() {
     local name=$1 share=$2 began=$SECONDS limit code
     shift 2
@@ -57,15 +62,15 @@ part() {
     limit=$(((left - SECONDS) * share / 100))
     [ -z "$dry" ] || limit=240
     if [ "$limit" -lt 20 ]; then
-        summary+=("$name: left out, $((left - SECONDS))s were left")
+        summary+=("$name: skipped, only $((left - SECONDS))s were left")
         status=1
         return 0
     fi
-    # a benchmark finishes the shape that it is at, and one that compiles takes a while
+    # only 70 %, because a benchmark finishes the shape it has started, and compiling takes a while
     set -- "${@//\{\}/$(awk "BEGIN {print $limit * 0.7 / 60}")}"
     set -- "${@//PART.png/$name.png}"
     printf '\n=== %s (at most %ss): %s\n' "$name" "$limit" "$*" | tee -a "$out/log.txt"
-    # interrupted, pytest still says what failed
+    # SIGINT, because pytest then still reports the failures
     timeout --signal=INT --kill-after=15 "$limit" "$@" >"$out/part.txt" 2>&1
     code=$?
     cat "$out/part.txt" >>"$out/log.txt"
@@ -77,13 +82,13 @@ part() {
 
 has() { "$python" -c "import sys, importlib.util as u; sys.exit(u.find_spec('$1') is None)"; }
 
-# the option by which PART.png, named after its part, is drawn; none where nothing can draw
+# the option that draws PART.png; empty without matplotlib
 plot=()
 ! has matplotlib || plot=(--plot "$out/PART.png")
 
 bench() { part "$1" "$2" "${prefix[@]}" "$python" -m benchmarks "$1" --minutes {} "${@:3}" --json "$out/results.json"; }
 
-# off by a gate in memory, it multiplies x by W alone: a plain GEMM
+# with a device gate that is off, the kernel computes only x Wᵀ: a plain GEMM
 fused="ours triton:low_rank_gemm"
 gemm=(--peers none --contenders "$fused" "$fused off by device gate")
 
@@ -105,14 +110,14 @@ if [ -n "$dry" ]; then
         --json "$out/results.json" "${plot[@]}"
 else
     prefix=(env -u TRITON_INTERPRET)
-    # many small compilations: a worker for each core but a few
+    # one worker per core except four, because the tests compile many small kernels
     workers=$(($(nproc) > 4 ? $(nproc) - 4 : 1))
-    # the first two are what our GEMM was made for; of the others some fill the GPU badly with its largest tile
+    # the first two shapes suit our GEMM best; with its largest tile, some of the others do not fill the GPU
     part gemm 20 "${prefix[@]}" "$python" -m benchmarks linear --minutes {} "${gemm[@]}" --rounds 20 \
         --shapes 8192,4096,4096 8192,4096,14336 2048,4096,4096 2048,4096,1024 512,4096,4096 12608,768,768
     parallel=()
     ! has xdist || parallel=(-n "$workers")
-    # pytest-benchmark, where it is installed, warns of xdist, and here a warning is an error
+    # if pytest-benchmark is installed, it warns about xdist, and pytest turns warnings into errors here
     part tests 40 "$python" -m pytest -q -rf -m gpu -p no:cacheprovider -p no:benchmark "${parallel[@]}" \
         tests/kernels/test_kernels.py tests/kernels/test_one_pass.py tests/kernels/test_gpu.py \
         tests/kernels/test_tiles.py tests/kernels/test_compiled.py tests/benchmarks/test_tune.py

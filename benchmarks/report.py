@@ -1,7 +1,7 @@
-"""What a measurement leaves: a table whose first line is the machine, and JSON that can be read again.
+"""Results of measurements: a printed table whose first line names the machine, and a JSON file.
 
-A file holds the results of several commands; one measured again with the same settings takes the old one's place.
-`python -m benchmarks show FILE` prints them as they were printed at first.
+A file can hold the results of several commands. A new result replaces an old one with the same settings.
+`python -m benchmarks show FILE` prints the tables again.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from cotolora.results import rounded, write_json
 
 SCHEMA = 1
 ROOT = Path(__file__).parent.parent
-WIDEST = 13.0  # inches; a page would shrink a wider picture until its text cannot be read
-# of logarithmic axes: TICKS where the axis spans less than a factor of 8
+WIDEST = 13.0  # inches; a page would shrink a wider picture until its text is illegible
+# ticks of logarithmic axes: TICKS if the axis spans less than a factor of 8
 TICKS = (0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2, 2.5, 3, 4, 5, 7, 10)
 COARSE_TICKS = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
@@ -33,13 +33,13 @@ class Result:
     """The result of one run of a command.
 
     Attributes:
-        command: its name.
-        machine: from `machine`.
-        settings: what it was asked to measure.
-        rows: what it measured, flat: values are texts, numbers, booleans or None. Rounded as they will be written, so
-            that they are printed alike before and after.
-        refused: what did not run; each with "contender", "reason" and where.
-        notes: lines below the table.
+        command: name of the command.
+        machine: what `machine` returned.
+        settings: the options of the run.
+        rows: the measurements; values are strings, numbers, booleans or None. They are rounded as in the file, so that
+            a result is printed the same before it is written and after it is read.
+        refused: what was not measured; each entry has "contender", "reason" and "where".
+        notes: lines printed below the table.
     """
 
     command: str
@@ -51,7 +51,7 @@ class Result:
 
 
 def output_of(*command: str) -> str:
-    """The first line that a program prints; empty if it cannot be run."""
+    """The first line that a program prints; an empty string if it cannot be run."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -70,7 +70,7 @@ def version_of(module: str) -> str:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What measurements depend on: device, versions, and the commit of the code."""
+    """The device, the versions of packages and the commit, on which measurements depend."""
     if device.type == "cuda":
         query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         named = {"device": torch.cuda.get_device_name(device), "driver": output_of(*query) or "unknown"}
@@ -85,7 +85,7 @@ def machine(device: torch.device) -> dict[str, str]:
 
 
 def head(result: Result) -> str:
-    """The machine, then what was measured, a line each."""
+    """Two lines: the machine, then the command and its settings."""
     first = [result.machine["device"], *(f"{k} {v}" for k, v in result.machine.items() if k != "device")]
     asked = [f"{name} {shown(value)}" for name, value in result.settings.items() if value not in (None, [])]
     return " · ".join(first) + f"\n\n`python -m benchmarks {result.command}`: " + ", ".join(asked) + "\n"
@@ -97,7 +97,7 @@ def shown(value: Any) -> str:
 
 
 def markdown(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown whose columns line up in a terminal as well; the first is of names, the others of numbers."""
+    """A Markdown table padded to line up in a terminal; the first column is left-aligned, the others right-aligned."""
     widths = [max(len(cell) for cell in column) for column in zip(titles, *lines, strict=True)]
 
     def row(cells: Sequence[str]) -> str:
@@ -119,7 +119,7 @@ def groups(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[tuple, 
 
 
 def duration(seconds: float) -> str:
-    """Three digits and a unit."""
+    """Seconds as text, with three digits and a unit."""
     if not math.isfinite(seconds):
         return "-"
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
@@ -129,12 +129,12 @@ def duration(seconds: float) -> str:
 
 
 def ratio(value: float) -> str:
-    """Two digits behind the point, or a dash where there is none."""
+    """A ratio with two decimals, or a dash if it is NaN."""
     return f"{value:.2f}" if math.isfinite(value) else "-"
 
 
 def check(result: Mapping[str, Any]) -> Result:
-    """A result read from JSON; ValueError naming what is missing or of a wrong type."""
+    """A result read from JSON; raises ValueError that names what is missing or has the wrong type."""
     kinds = {"command": str, "machine": dict, "settings": dict, "rows": list, "refused": list, "notes": list}
     for name, kind in kinds.items():
         if not isinstance(result.get(name), kind):
@@ -147,17 +147,17 @@ def check(result: Mapping[str, Any]) -> Result:
             raise ValueError(f"rows must hold objects; got {row!r}")
         for name, value in row.items():
             if not isinstance(value, (str, int, float, bool, type(None))):
-                raise ValueError(f"rows: {name} must be a text, a number, a boolean or null; got {value!r}")
+                raise ValueError(f"rows: {name} must be a string, a number, a boolean or null; got {value!r}")
     for refusal in result["refused"]:
         if not isinstance(refusal, dict) or not {"contender", "reason"} <= set(refusal):
             raise ValueError(f"refused must name a contender and a reason; got {refusal!r}")
     if not result["rows"] and not result["refused"]:
-        raise ValueError("rows and refused are both empty")
+        raise ValueError("rows or refused must not be empty; both are")
     return Result(**{name: result[name] for name in kinds})
 
 
 def read(path: Path) -> list[Result]:
-    """The results in a file; ValueError if it holds anything else."""
+    """The results in a file; raises ValueError if it holds anything else."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
@@ -168,15 +168,15 @@ def read(path: Path) -> list[Result]:
 
 
 def write(path: Path, result: Result) -> None:
-    """Adds a result to a file, in the place of one of the same settings; whole or not at all.
+    """Adds a result to a file atomically, replacing an earlier one with the same settings.
 
-    Numbers are rounded as `cotolora.results` has them: what is read again is what was written.
+    Numbers are rounded by `cotolora.results`, so that reading the file gives the values that were written.
     """
-    # NaN is not JSON: what could not be measured is null
+    # JSON has no NaN: values that could not be measured become null
     rows = [
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()} for r in result.rows
     ]
-    # rounded already here: unrounded settings would not equal the same ones read back from the file
+    # rounded here, so that the settings equal those of an earlier result read from the file
     made = check(rounded({**asdict(result), "rows": rows}))
     others = [
         r for r in (read(path) if path.exists() else []) if (r.command, r.settings) != (made.command, made.settings)
@@ -185,7 +185,7 @@ def write(path: Path, result: Result) -> None:
 
 
 def figure(panels: int, *, width: float = 4.0, height: float = 3.6) -> tuple[Any, list[Any]]:
-    """A matplotlib figure of panels beside one another, in rows of at most `WIDEST` inches, without a display."""
+    """A matplotlib figure (no display needed) of panels side by side, in rows of at most `WIDEST` inches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -202,7 +202,7 @@ def figure(panels: int, *, width: float = 4.0, height: float = 3.6) -> tuple[Any
 
 
 def log_axis(axis: Any) -> None:
-    """Makes the vertical axis logarithmic, with ticks that are round and labelled as they are."""
+    """Makes the vertical axis logarithmic, with round ticks labelled as plain numbers."""
     axis.set_yscale("log")
     low, high = axis.get_ylim()
     ticks = TICKS if high < 8 * low else COARSE_TICKS

@@ -1,13 +1,15 @@
-"""Times one low-rank linear beside what this machine allows, and beside what the model of each form predicts.
+"""Compares the time of one low-rank linear with this machine's roofline and with the cost model of each backend.
 
     python -m benchmarks roofline [--shapes llama3-8b] [--rows 16 2048] [--rank 16] [--mode graph] [--json F] [--plot F]
 
-Two rates are measured first: memory by a copy far larger than any cache, products by a large square matmul. From them
-come the floor, which nothing that computes a low-rank layer can beat, and the model that `backend="auto"` chooses by.
-The floor: forward and backward each take as long as their bytes or their products, whichever is more, if every operand
-is read once, every result written once, and nothing else touches memory. h = x Aᵀ counts in the forward alone: to keep
-it costs bytes and to make it again costs products, so a floor has neither. The frozen linear does less and may lie
-below. On a CPU so may anything that its caches hold. Peers, of whom there is no model, are timed only if asked for.
+Two rates are measured first: memory bandwidth with a copy far larger than any cache, and FLOP/s with a large square
+matmul. They determine the floor, which no implementation of a low-rank layer can beat, and the cost model by which
+`backend="auto"` chooses.
+The floor: forward and backward each take the time of their memory traffic or of their FLOPs, whichever is longer, when
+every operand is read once, every result is written once, and nothing else touches memory. h = x Aᵀ counts only in the
+forward: the backward would either read it (more bytes) or recompute it (more FLOPs), so the floor includes neither.
+The frozen linear does less work and may be faster than the floor; on a CPU, so may anything that fits in its caches.
+Peers have no cost model and are timed only on request.
 """
 
 from __future__ import annotations
@@ -37,15 +39,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"shapes": ["llama3-8b"], "rows": [1, 16, 64, 512, 2048, 8192, 16384]},
     "cpu": {"shapes": ["three-256", "three-768"], "rows": [1, 16, 128, 512]},
 }
-# bytes that are copied, and rows of a square matrix: on a GPU twenty times its L2, on a CPU a tenth of a second each
+# bytes copied, and rows of the square matrix: on a GPU 20 times its L2, on a CPU about 0.1 s each
 COPIED, SQUARE = {"cuda": 1 << 30, "cpu": 1 << 28}, {"cuda": 8192, "cpu": 1024}
 LORA = VARIANTS["lora"]
-WRONG = 2.0  # how many times the model's time a measurement may take before the model is called wrong
+WRONG = 2.0  # a measurement above this multiple of the modelled time means that the model is wrong
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What this machine was measured to do: byte/s, read and written, and FLOP/s in one dtype."""
+    """Measured rates of this machine: byte/s (read plus written) and FLOP/s in one dtype."""
 
     bandwidth: float
     flops: float
@@ -58,7 +60,7 @@ class Rates:
 def rates(
     device: torch.device, dtype: torch.dtype, *, rounds: int = 7, copied: int | None = None, square: int | None = None
 ) -> Rates:
-    """Medians of a copy of `copied` bytes and of a product of two matrices of `square` rows."""
+    """Median rates of copying `copied` bytes and of multiplying two square matrices with `square` rows."""
     copied, square = copied or COPIED[device.type], square or SQUARE[device.type]
     source = torch.ones(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -73,29 +75,29 @@ def rates(
 
 
 def floor(sizes: Sizes, measured: Rates) -> float:
-    """Seconds that forward and backward take at least."""
+    """The least seconds that forward and backward together can take."""
     base, down, up = (2 * m * n * k for m, n, k in products(sizes))
     forward = sizes.bytes("x", "w", "a", "b", "y"), base + down + up
-    # of x: base and P A with P = dy B; of A: Pᵀx; of B: dyᵀh
+    # dx: dy W and P A with P = dy B; dA: Pᵀx; dB: dyᵀh
     backward = sizes.bytes("dy", "w", "a", "b", "x", "dx", "a", "b"), base + 2 * down + 2 * up
     return sum(max(moved / measured.bandwidth, done / measured.flops) for moved, done in (forward, backward))
 
 
 def products(sizes: Sizes) -> tuple[tuple[int, int, int], ...]:
-    """Sizes of x Wᵀ, of h = x Aᵀ and of h Bᵀ."""
+    """(M, K, N) of the products x Wᵀ, h = x Aᵀ and h Bᵀ."""
     m, n, k, rank = sizes.m, sizes.n, sizes.k, sizes.rank
     return (m, n, k), (m, rank, k), (m, n, rank)
 
 
 def machine_of(measured: Rates, device: torch.device, dtype: torch.dtype) -> Machine:
-    """The machine for the model: with the rates that were measured, and assumptions for the rest."""
+    """The machine for the cost model: measured rates, and assumptions for the rest."""
     known = cost.MACHINES.get(architecture(device), Machine(0, 0, gemm=1.0))
-    # the model has bfloat16's rate and halves it for larger elements
+    # the cost model takes the bfloat16 rate and halves it for larger elements
     return replace(known, bandwidth=measured.bandwidth, flops=measured.flops * (1 if dtype.itemsize == 2 else 2))
 
 
 def launches_of(contender: str, sizes: Sizes) -> Launches | None:
-    """What the frozen linear or a backend of ours launches, None of others."""
+    """The launches of the frozen linear or of one of our backends; None for any other contender."""
     if contender == FROZEN.name:
         return cost.frozen(sizes)
     backend = LORA.backends.get(contender.removeprefix("ours "))
@@ -105,7 +107,7 @@ def launches_of(contender: str, sizes: Sizes) -> Launches | None:
 def rows_of(
     comparison: Comparison, sizes: Sizes, measured: Rates, machine: Machine, shape: str
 ) -> list[dict[str, Any]]:
-    """A row for each contender that was timed: floor, model and measured."""
+    """One row per timed contender: floor, modelled and measured time."""
     least, made = floor(sizes, measured), []
     for name in comparison.seconds:
         captured = comparison.mode == "graph"
@@ -125,12 +127,12 @@ WHERE = ("shape", "rank", "mode")
 
 
 def kinds(row: dict[str, Any]) -> tuple[str, ...]:
-    """What a table shows of a contender: "model" and "measured"; of peers, which have no model, "measured" alone."""
+    """The columns that a table has for a contender: "model" and "measured", or only "measured" for peers."""
     return ("model", "measured") if math.isfinite(sweep.value(row, "model_s")) else ("measured",)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The table of one linear: a line for each M, with each contender's modelled and measured time over the floor."""
+    """The table of one linear: one line per M with each contender's modelled and measured time over the floor."""
     shown = dict.fromkeys((row["contender"], what) for row in rows for what in kinds(row))
     titles = ["rows", "floor", *(f"{name} {what}" for name, what in shown)]
     lines = []
@@ -150,19 +152,19 @@ def section(rows: list[dict[str, Any]]) -> str:
 
 
 def rates_line(measured: Rates) -> str:
-    """What was measured first, as it is printed."""
+    """The measured rates as printed."""
     return f"This machine: {measured}\n"
 
 
 def text(result: Result) -> str:
-    """Everything that was measured, as it is printed."""
+    """The printed report."""
     first = [rates_line(Rates(row["bandwidth"], row["flops"])) for row in result.rows[:1]]
     sections = [section(rows) for rows in report.groups(result.rows, WHERE).values()]
     return "\n".join([report.head(result), *first, *sections, sweep.endings(result)])
 
 
 def wrong(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each contender whose model is wrong somewhere, naming the shapes."""
+    """A line for each contender whose model is wrong for some shapes, naming them."""
     found: dict[str, dict[tuple, list[str]]] = {}
     for row in rows:
         if sweep.value(row, "measured_over_model") > WRONG:
@@ -170,14 +172,14 @@ def wrong(rows: Sequence[dict[str, Any]]) -> list[str]:
             where = tuple(row[name] for name in WHERE)
             found.setdefault(row["contender"], {}).setdefault(where, []).append(at)
     return [
-        f"the model is wrong for {name}, which takes more than {WRONG:g} times as long: "
+        f"the model is wrong for {name}, which takes more than {WRONG:g} times the modelled time: "
         + "; ".join(f"{shape}, rank {rank}, {mode}, {', '.join(at)}" for (shape, rank, mode), at in places.items())
         for name, places in found.items()
     ]
 
 
 def plot(result: Result, path: Path) -> None:
-    """Time over the floor against rows, a panel for each linear: what is modelled dashed, what was measured solid."""
+    """Plots time over the floor against rows, one panel per linear: modelled dashed, measured solid."""
     found = report.groups(result.rows, WHERE)
     figure, axes = report.figure(len(found))
     names = list(dict.fromkeys(row["contender"] for row in result.rows))
@@ -190,14 +192,14 @@ def plot(result: Result, path: Path) -> None:
                 over = [row[f"{what}_over_floor"] for row in line]
                 style |= {"label": f"{name}, {what}", "color": color, "marker": "o", "markersize": 3}
                 axis.plot([row["rows"] for row in line], over, **style)
-        axis.axhline(1, color="C2", linewidth=2, label="floor: what this machine's memory and products allow")
+        axis.axhline(1, color="C2", linewidth=2, label="floor: limit set by memory bandwidth and FLOP/s")
         axis.set_xscale("log", base=2)
         report.log_axis(axis)
         axis.set_xticks(sorted({row["rows"] for row in rows}))
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.tick_params(labelsize=8)
         if axis.get_subplotspec().is_first_col():
-            axis.set_ylabel("time over the floor, forward and backward")
+            axis.set_ylabel("time / floor, forward + backward")
         axis.set(xlabel="rows M", title=f"{shape}, rank {rank}, {mode}")
         axis.title.set_fontsize(9)
     # a column holds both lines of a contender, and a panel is as wide as two columns
@@ -214,13 +216,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def contenders(options: argparse.Namespace) -> list[Contender]:
-    """The contenders that have a model, and the peers asked for."""
+    """The contenders that have a model, and the requested peers."""
     modelled = [FROZEN, *(contender for contender in named("lora") if contender.name != "ours reference")]
     return [*modelled, *chosen(options.peers, options.dtype, "lora")]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints a table for every linear; 1 if nothing was measured."""
+    """Prints a table for every linear; returns 1 if nothing was measured."""
     options = parse(arguments)
     device, dtype = options.device, getattr(torch, options.dtype)
     result = Result("roofline", report.machine(device), sweep.settings_of(options))

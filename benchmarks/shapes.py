@@ -1,4 +1,4 @@
-"""Which linears are measured: those of one block of well-known models, or of any M,K,N."""
+"""The linears to measure: those of one block of a well-known model, or a single one of size M,K,N."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear, and what it reads: an input of its block, as q, k and v read the same, or another linear's output."""
+    """One linear and what it reads: an input of the block (q, k and v share one) or another linear's output."""
 
     name: str
     in_features: int
@@ -22,7 +22,7 @@ class Linear:
 
 
 def llama(hidden: int, intermediate: int, kv: int, *, bias: bool = False) -> tuple[Linear, ...]:
-    """The seven linears of a block with gated MLP; `bias` is of q, k and v, as in Qwen2."""
+    """The seven linears of a block with gated MLP; `bias` adds a bias to q, k and v, as in Qwen2."""
     return (
         Linear("q", hidden, hidden, "normed", bias),
         Linear("k", hidden, kv, "normed", bias),
@@ -35,7 +35,7 @@ def llama(hidden: int, intermediate: int, kv: int, *, bias: bool = False) -> tup
 
 
 def vit(hidden: int) -> tuple[Linear, ...]:
-    """The six linears of a vision transformer's block."""
+    """The six linears of a vision-transformer block."""
     return (
         *(Linear(name, hidden, hidden, "normed", bias=True) for name in ("q", "k", "v")),
         Linear("proj", hidden, hidden, "attended", bias=True),
@@ -45,7 +45,7 @@ def vit(hidden: int) -> tuple[Linear, ...]:
 
 
 def three_linears(hidden: int) -> tuple[Linear, ...]:
-    """The chain d → d → 4d → d: small models on a CPU, where an adapter weighs most."""
+    """The chain d → d → 4d → d: small models on a CPU, where adapters have the largest relative cost."""
     return (
         Linear("first", hidden, hidden, "x", bias=True),
         Linear("up", hidden, 4 * hidden, "first", bias=True),
@@ -54,18 +54,18 @@ def three_linears(hidden: int) -> tuple[Linear, ...]:
 
 
 def inputs(linears: Sequence[Linear]) -> dict[str, int]:
-    """Widths of the block's inputs, by name."""
+    """Widths of the block's inputs by name."""
     names = {linear.name for linear in linears}
     return {linear.reads: linear.in_features for linear in linears if linear.reads not in names}
 
 
 def outputs(linears: Sequence[Linear]) -> list[int]:
-    """Indices of the linears that no other reads."""
+    """Indices of the linears whose output no other linear reads."""
     read = {linear.reads for linear in linears}
     return [i for i, linear in enumerate(linears) if linear.name not in read]
 
 
-# sizes as in the models' published configurations
+# sizes from the models' published configurations
 BLOCKS = {
     "llama3-8b": llama(4096, 14336, 1024),
     "llama2-7b": llama(4096, 11008, 4096),
@@ -79,7 +79,7 @@ BLOCKS = {
 
 
 def title(shape: str) -> str:
-    """A block's name with the widths of its chain, or its number of linears; any other shape's name alone."""
+    """A block's name with the widths of its chain or its number of linears; for any other shape, only the name."""
     if shape not in BLOCKS:
         return shape
     block = BLOCKS[shape]
@@ -89,7 +89,7 @@ def title(shape: str) -> str:
 
 
 def distinct(model: str) -> tuple[tuple[int, int], ...]:
-    """(K, N) of a model's linears, each once."""
+    """The distinct (K, N) of a model's linears."""
     return tuple(dict.fromkeys((linear.in_features, linear.out_features) for linear in BLOCKS[model]))
 
 
@@ -110,7 +110,7 @@ def number(kind: Callable[[str], float]) -> Callable[[str], Any]:
 
 
 def shape(text: str) -> list[tuple[int | None, int, int]]:
-    """An argparse type: a model's linears, with M to come from --rows, or one M,K,N."""
+    """An argparse type: the linears of a model (M comes from --rows), or one M,K,N."""
     if text in BLOCKS:
         return [(None, *linear) for linear in distinct(text)]
     try:

@@ -1,9 +1,9 @@
-"""Times Shapley values with many coalitions in one forward, by row gates, beside one coalition a forward.
+"""Times Shapley values: many coalitions per forward pass (with row gates) against one coalition per forward pass.
 
     python -m benchmarks shapley [--samples 1 4 16 64 256] [--batch 64 256 1024] [--width 48] [--rounds 3] [--json F]
 
-The model is the demo's vision transformer of eight blocks on scikit-learn's digits, with adapters that are not trained:
-time does not depend on their values. Every batched result is held to the one of single coalitions before it counts.
+The model is the demo's vision transformer of eight blocks on scikit-learn's digits. Its adapters are not trained,
+because the time does not depend on their values. Every batched result is checked against that of single coalitions.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from cotolora import demo
 from cotolora.results import rounded
 from cotolora.shapley import PerSample, Shapley, shapley_values
 
-ORDERS = 8  # half as many from 64 samples on: still 30 coalitions
+ORDERS = 8  # permutations; half as many from 64 samples on, which still evaluates 30 coalitions
 
 
 def model_of(width: int, device: torch.device) -> torch.nn.Module:
-    """The demo's model with adapters whose B is not zero."""
+    """The demo's model with adapters whose B is nonzero."""
     torch.manual_seed(0)
     model = demo.VisionTransformer(width=width).to(device)
     for layer in cotolora.inject(model, demo.PARTS, rank=demo.RANK).values():
@@ -35,7 +35,7 @@ def model_of(width: int, device: torch.device) -> torch.nn.Module:
 
 
 def measure(width: int, samples: int, batches: list[int], rounds: int, device: torch.device) -> list[dict]:
-    """A row for one coalition a forward, then one for each batch that holds at least two."""
+    """A row for one coalition per forward pass, then one for each batch size that holds at least two coalitions."""
     model, (images, labels) = model_of(width, device), demo.load_data(device).train
     images, labels = images[:samples], labels[:samples]
 
@@ -53,7 +53,7 @@ def measure(width: int, samples: int, batches: list[int], rounds: int, device: t
     seconds = clock.take_turns({batch: lambda batch=batch: timed(batch) for batch in scores}, rounds)
     rows = []
     for batch, result in found.items():
-        # float32 through another size of matrix product
+        # float32, and another matmul size may sum in another order
         torch.testing.assert_close(result.values, found[0].values, rtol=1e-3, atol=1e-5)
         middle = clock.median(seconds[batch]).median
         speed_up = clock.median(seconds[0]).median / middle
@@ -70,18 +70,18 @@ def text(result: Result) -> str:
         by_batch = {row["batch"]: row for row in rows}
         cells = [report.ratio(by_batch[b]["speed_up"]) if b in by_batch else "-" for b in batches]
         lines.append([f"{width}", f"{samples}", report.duration(by_batch[0]["seconds"]), *cells])
-    titles = ["width", "samples", "one a forward, each", *(f"batch {b}" for b in batches)]
-    return report.head(result) + "\n" + report.markdown(titles, lines) + "\n\nspeed-up over one coalition a forward"
+    titles = ["width", "samples", "time per coalition", *(f"batch {b}" for b in batches)]
+    return report.head(result) + "\n" + report.markdown(titles, lines) + "\n\nspeed-up over one coalition per forward"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table; raises if a batched result differs from the one of single coalitions."""
+    """Prints the table; raises AssertionError if a batched result differs from that of single coalitions."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m benchmarks shapley", description=__doc__, formatter_class=formatter)
-    parser.add_argument("--samples", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="inputs of the score")
-    parser.add_argument("--batch", type=int, nargs="+", default=[64, 256, 1024], help="samples in one forward, at most")
-    parser.add_argument("--width", type=int, nargs="+", default=[48, 192], help="of the vision transformer")
-    parser.add_argument("--rounds", type=int, default=3, help="times of each (default: %(default)s)")
+    parser.add_argument("--samples", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="samples of the score")
+    parser.add_argument("--batch", type=int, nargs="+", default=[64, 256, 1024], help="most samples per forward")
+    parser.add_argument("--width", type=int, nargs="+", default=[48, 192], help="width of the vision transformer")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each (default: %(default)s)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="default: cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the result to this file")
     options = parser.parse_args(arguments)

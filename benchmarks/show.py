@@ -1,4 +1,4 @@
-"""Prints measurements from their JSON as they were printed at first, or in brief, and draws them again.
+"""Prints saved measurements from their JSON, in full or in brief, and draws their pictures again.
 
 python -m benchmarks show FILE [FILE ...] [--brief] [--plot FOLDER]
 """
@@ -16,11 +16,11 @@ from benchmarks.shapes import title
 
 
 def made_by(result: Result) -> Any:
-    """The module of the command that made a result; ValueError if there is none of that name."""
+    """The module of the command that made a result; raises ValueError if no command has that name."""
     from benchmarks.__main__ import COMMANDS
 
     if result.command not in COMMANDS:
-        raise ValueError(f"no command makes results of {result.command!r}")
+        raise ValueError(f"command must be one of {', '.join(COMMANDS)}; got {result.command!r}")
     return importlib.import_module(f"benchmarks.{result.command}")
 
 
@@ -30,7 +30,7 @@ def text(result: Result) -> str:
 
 
 def brief(result: Result) -> str:
-    """A line for each workload, of everyone's main figure, and the notes; all of a result that has no such figure."""
+    """One line per workload with every contender's main figure, then the notes; the full text if there is no figure."""
     main = {"memory": "peak_over_frozen", "roofline": "measured_over_floor", "train": "over_peft"}
     figure = main.get(result.command, "over_frozen")
     rows = [row for row in result.rows if figure in row and row.get("part", "both") == "both"]
@@ -48,12 +48,12 @@ def brief(result: Result) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Prints every result of every file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks show", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="as --json writes it")
-    parser.add_argument("--brief", action="store_true", help="a line for each workload: everyone's main figure")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw each result as COMMAND_FILE.png there")
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a file written by --json")
+    parser.add_argument("--brief", action="store_true", help="one line per workload with the main figures")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw each result as FOLDER/COMMAND_FILE.png")
     options = parser.parse_args(arguments)
     if options.plot and not options.plot.is_dir():
-        parser.error(f"argument --plot: {options.plot} is no folder")
+        parser.error(f"argument --plot: {options.plot} is not a folder")
     if options.plot and report.version_of("matplotlib") == "absent":
         parser.error("argument --plot: matplotlib is not installed: pip install matplotlib")
     for path in options.files:
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def draw(results: list[Result], folder: Path, name: str) -> None:
-    """Draws results whose command draws; a second one of a command gets a 2 behind its name."""
+    """Draws the results whose command has a picture; a second picture of a command gets the suffix 2."""
     drawn: dict[str, int] = {}
     for result in results:
         plot = getattr(made_by(result), "plot", None)

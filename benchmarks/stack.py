@@ -1,13 +1,13 @@
-"""Times a block of a Llama and one of a BERT whose projections of one x are stacked beside the same unstacked.
+"""Times a Llama block and a BERT block with and without stacking the projections that share an input.
 
     python -m benchmarks stack [--widths 64 128 256 768] [--rows 394] [--rank 8] [--rounds 40] [--json F]
 
-Whole blocks of transformers, attention, norms and activations included, forward and backward. The unstacked block is
-timed twice, under two names, which shows what a ratio is worth. Stacked results are held to unstacked ones, by their
-errors against float64, before they are timed.
+Times cover whole blocks of transformers (attention, norms and activations included), forward and backward. The
+unstacked block is timed twice, under two names, which shows the noise of a ratio. Before timing, the errors of stacked
+and unstacked results against float64 are compared.
 
-The second table counts what the groups of a Llama-3-8B launch and move on 8192 rows in bfloat16, as `launches` does: by
-vendor GEMMs, under gates on a device, and, unless TRITON_INTERPRET is set, by the fused kernels.
+The second table counts the launches and bytes of the groups of a Llama-3-8B on 8192 rows in bfloat16, as `launches`
+does: with addmm, with device gates, and, unless TRITON_INTERPRET is set, with the fused kernels.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GROUPS = {"q, k and v": [4096, 1024, 1024], "gate and up": [14336, 14336]}  # ou
 
 
 def llama(width: int) -> tuple[nn.Module, list[list[str]]]:
-    """A block with four queries for each key, and what of it can be stacked."""
+    """A block with four query heads per key head, and the groups of linears that can be stacked."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
@@ -58,7 +58,7 @@ def llama(width: int) -> tuple[nn.Module, list[list[str]]]:
 
 
 def bert(width: int) -> tuple[nn.Module, list[list[str]]]:
-    """A block, and what of it can be stacked."""
+    """A block, and the groups of linears that can be stacked."""
     from transformers import BertConfig
     from transformers.models.bert.modeling_bert import BertLayer
 
@@ -84,7 +84,7 @@ def results(block: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def measure(name: str, width: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each contender; RefusedError if stacked results are less accurate."""
+    """One row per contender; raises RefusedError if stacked results are less accurate."""
     torch.manual_seed(0)
     block, groups = BLOCKS[name](width)
     for layer in cotolora.inject(block.to(options.device), rank=options.rank).values():
@@ -112,14 +112,14 @@ def measure(name: str, width: int, options: argparse.Namespace) -> list[dict[str
 
 
 class Group(nn.Module):
-    """Linears of one x."""
+    """Linears that share an input."""
 
     def __init__(self, features: int, sizes: list[int]) -> None:
         super().__init__()
         self.linears = nn.ModuleList(nn.Linear(features, n, bias=False, device="meta", dtype=COUNTED) for n in sizes)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """The y of each."""
+        """The output of each linear."""
         return [linear(x) for linear in self.linears]
 
 
@@ -130,7 +130,7 @@ WAYS = {  # backend, and whether every gate is a tensor on the device
 
 
 def counted(name: str) -> list[dict[str, Any]]:
-    """Launches and bytes of a group, forward and backward: frozen, and unstacked and stacked in every way."""
+    """Launches and bytes of a group in forward and backward: frozen, and unstacked and stacked in every way."""
     rows = [_count(name, FROZEN, "addmm", False, False)]
     for way, (backend, gated) in WAYS.items():
         if backend != "addmm" and knobs.runtime.interpret:
@@ -158,7 +158,7 @@ def _count(name: str, who: str, backend: str, gated: bool, stacked: bool) -> dic
 
 
 def count_table(result: Result) -> str:
-    """The counts as a table."""
+    """The table of counts."""
     lines = []
     for name, rows in report.groups([row for row in result.rows if "group" in row], ["group"]).items():
         frozen = rows[0]["bytes"]
@@ -170,29 +170,29 @@ def count_table(result: Result) -> str:
 
 
 def text(result: Result) -> str:
-    """The tables."""
+    """The printed report."""
     lines = []
     timed = [row for row in result.rows if "block" in row]
     for (name, width), rows in report.groups(timed, ["block", "width"]).items():
         by_who = {row["contender"]: row for row in rows}
         ratios = [report.ratio(by_who[who]["over_single"]) for who in (STACKED, AGAIN)]
         lines.append([name, f"{width}", report.duration(by_who[SINGLE]["seconds"]), *ratios])
-    titles = ["block", "width", "unstacked", "stacked over it", "unstacked again over it"]
+    titles = ["block", "width", "unstacked", "stacked / unstacked", "unstacked again / unstacked"]
     return "\n".join([report.head(result), report.markdown(titles, lines), "", count_table(result)])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table; raises RefusedError if stacked results differ."""
+    """Prints the tables; raises RefusedError if stacked results are less accurate."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m benchmarks stack", description=__doc__, formatter_class=formatter)
     on_gpu = torch.cuda.is_available()
     widths = [1024, 2048, 4096] if on_gpu else [64, 128, 256, 768]
     parser.add_argument("--device", type=device_of, default=device_of("cuda" if on_gpu else "cpu"))
     parser.add_argument("--widths", type=number(int), nargs="+", default=widths, help="features of x")
-    parser.add_argument("--rows", type=number(int), default=8192 if on_gpu else 394, help="of x, an even number")
-    parser.add_argument("--rank", type=number(int), default=16 if on_gpu else 8, help="of the adapters")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32", help="of x and W")
-    parser.add_argument("--rounds", type=number(int), default=40, help="times of each contender")
+    parser.add_argument("--rows", type=number(int), default=8192 if on_gpu else 394, help="rows of x, an even number")
+    parser.add_argument("--rank", type=number(int), default=16 if on_gpu else 8, help="rank of the adapters")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16" if on_gpu else "float32", help="dtype of x and W")
+    parser.add_argument("--rounds", type=number(int), default=40, help="measurements of each contender")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the result to this file")
     options = parser.parse_args(arguments)
     settings = {name: getattr(options, name) for name in ("widths", "rows", "rank", "dtype", "rounds")}

@@ -1,7 +1,7 @@
-"""The course of `linear`, `block` and `gates`: one workload after the other, a table each, then what went wrong.
+"""Shared by `linear`, `block` and `gates`: measures one workload after the other and prints a table for each.
 
-The main column is the time over the frozen linear's: medians of the ratios of the same round. "backward" is forward and
-backward less forward.
+The main column is the time relative to the frozen linear: the median over the rounds of the ratio within a round.
+"backward" is "both" minus "forward". Refused contenders and remarks follow the tables.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from benchmarks.workload import Workload, reason
 from cotolora.results import rounded
 
 DTYPES, MODES, PICTURES = ("bfloat16", "float16", "float32"), ("eager", "graph"), (".png", ".pdf", ".svg")
-NOISY = 1.5  # p80 over p20 of the frozen linear, which a quiet machine keeps under 1.1
+NOISY = 1.5  # p80 / p20 of the frozen linear above which the machine was busy; on an idle machine it is below 1.1
 CHOSE_WORSE = "ours chose worse than"
-ENOUGH = 10  # rounds that it takes to judge a choice
-BEHIND = 1.03  # how many times the best backend's time ours may take when it chooses for itself
-Case = tuple[str, tuple[Linear, ...], int]  # a name, the linears, and rows
+ENOUGH = 10  # rounds needed to judge a choice of backend
+BEHIND = 1.03  # ours may take this multiple of the best backend's time when it chooses the backend itself
+Case = tuple[str, tuple[Linear, ...], int]  # a name, the linears, and the number of rows
 
 
 def device_of(text: str) -> torch.device:
-    """An argparse type: a device that is there."""
+    """An argparse type: a device that this machine has."""
     try:
         device = torch.device(text)
     except RuntimeError:
@@ -53,23 +53,23 @@ def device_of(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N; got {text!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise argparse.ArgumentTypeError(f"torch {torch.__version__} finds {found} GPUs that it can use; got {text!r}")
+        raise argparse.ArgumentTypeError(f"torch {torch.__version__} finds {found} usable GPUs; got {text!r}")
     return device
 
 
 def parser_of(
     command: str, doc: str, *, without: Sequence[str] = (), peers: Sequence[str] = PEER_NAMES
 ) -> argparse.ArgumentParser:
-    """The options of all measurements, `without` those that do not apply; `peers` are those it can compare with."""
+    """A parser with the options of all measurements except those in `without`; `peers` are the choices of --peers."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {command}", description=doc, formatter_class=formatter)
     several: dict[str, Any] = {"action": "extend", "nargs": "+"}
     options: dict[str, dict[str, Any]] = {
         "device": {"type": device_of, "help": "cpu, cuda or cuda:N (default: a GPU if there is one)"},
-        "rows": {"type": number(int), **several, "metavar": "M", "help": "rows of x, for shapes that do not say"},
-        "rank": {"type": number(int), **several, "help": "of the adapters; may be repeated"},
-        "variant": {"choices": COMPARED, "default": "lora", "help": "what the adapters are (default: lora)"},
-        "dtype": {"choices": DTYPES, "help": "of x and W (default: bfloat16, on a CPU float32)"},
+        "rows": {"type": number(int), **several, "metavar": "M", "help": "rows of x, for shapes without M"},
+        "rank": {"type": number(int), **several, "help": "rank of the adapters; may be repeated"},
+        "variant": {"choices": COMPARED, "default": "lora", "help": "kind of adapter (default: lora)"},
+        "dtype": {"choices": DTYPES, "help": "dtype of x and W (default: bfloat16, on a CPU float32)"},
         "mode": {
             "choices": MODES,
             **several,
@@ -78,12 +78,12 @@ def parser_of(
         "peers": {
             "choices": ("none", *peers),
             **several,
-            "help": "whom to compare with (default: all; tune and roofline: none)",
+            "help": "libraries to compare with (default: all; tune and roofline: none)",
         },
-        "rounds": {"type": number(int), "help": "times of each contender (default: 30; tune: 20)"},
+        "rounds": {"type": number(int), "help": "measurements of each contender (default: 30; tune: 20)"},
         "minutes": {"type": number(float), "default": math.inf, "help": "start no new shape after this long"},
         "json": {"type": Path, "metavar": "FILE", "help": "add the result to this file"},
-        "plot": {"type": Path, "metavar": "FILE", "help": "draw it here"},
+        "plot": {"type": Path, "metavar": "FILE", "help": "draw the result in this file"},
     }
     for name in options:
         if name not in without:
@@ -94,7 +94,7 @@ def parser_of(
 def settle(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None, defaults: dict[str, dict[str, Any]]
 ) -> argparse.Namespace:
-    """The options, with the defaults of the device; bad ones end the program."""
+    """Parses the arguments and adds the device's defaults; exits if an option is invalid."""
     options = parser.parse_args(arguments)
     on_cpu = getattr(options, "dry_run", False) or not torch.cuda.is_available()
     options.device = options.device or device_of("cpu" if on_cpu else "cuda")
@@ -107,7 +107,7 @@ def settle(
     if "graph" in getattr(options, "mode", ()) and not on_gpu:
         parser.error("argument --mode: graph needs --device cuda: a CPU has no CUDA graphs")
     if len(set(peers := getattr(options, "peers", ()))) > 1 and "none" in peers:
-        parser.error(f"argument --peers: none goes with no other; got {' '.join(options.peers)}")
+        parser.error(f"argument --peers: none excludes all others; got {' '.join(options.peers)}")
     check_files(parser, options.json, options.plot)
     if on_gpu:
         torch.cuda.set_device(options.device)
@@ -115,10 +115,10 @@ def settle(
 
 
 def check_files(parser: argparse.ArgumentParser, json: Path | None, plot: Path | None) -> None:
-    """Ends the program if it could not write its files later, after everything has been measured."""
+    """Exits if the output files cannot be written, before anything is measured."""
     for name, path in (("json", json), ("plot", plot)):
         if path is not None and not path.resolve().parent.is_dir():
-            parser.error(f"argument --{name}: {path.parent} is no folder")
+            parser.error(f"argument --{name}: {path.parent} is not a folder")
     if json is not None and json.exists():
         try:
             report.read(json)
@@ -131,13 +131,13 @@ def check_files(parser: argparse.ArgumentParser, json: Path | None, plot: Path |
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The options that describe the measurement, in JSON's types."""
+    """The options that describe the measurement, as JSON values."""
     aside = ("device", "json", "plot", "minutes", "out", "dry_run")
     return {k: v if k != "shapes" else list(v) for k, v in vars(options).items() if k not in aside}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The table of one workload in one mode: a line for each contender, the ratios to frozen first."""
+    """The table of one workload in one mode: one line per contender, ratios to frozen first."""
     contenders: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         contenders.setdefault(row["contender"], {})[row["part"]] = row
@@ -156,7 +156,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def value(row: dict[str, Any], name: str) -> float:
-    """A number, which JSON has as null where there is none."""
+    """A number of a row; NaN if it is None (null in JSON)."""
     return math.nan if row[name] is None else row[name]
 
 
@@ -168,7 +168,7 @@ WHERE = ("shape", "rows", "rank", "mode")
 
 
 def text(result: Result) -> str:
-    """Everything that was measured, as it is printed."""
+    """The printed report."""
     lines = [report.head(result)]
     for (shape, rows, rank, mode), members in report.groups(result.rows, WHERE).items():
         lines += [f"### {title(shape)}, {rows} rows, rank {rank}, {mode}\n", table(members), ""]
@@ -176,7 +176,7 @@ def text(result: Result) -> str:
 
 
 def endings(result: Result) -> str:
-    """What did not run, once for each reason, and the notes."""
+    """The contenders that were not measured, grouped by reason, and the notes."""
     by_reason: dict[tuple[str, str], list[str]] = {}
     for refusal in result.refused:
         by_reason.setdefault((refusal["contender"], refusal["reason"]), []).append(refusal.get("where", ""))
@@ -194,12 +194,12 @@ def noise(comparison: Comparison, where: str) -> list[str]:
     times = comparison.median(FROZEN.name, "both")
     if times.p80 <= NOISY * times.p20:
         return []
-    spread = f"frozen's own p80 is {times.p80 / times.p20:.2f} of its p20"
-    return [f"{where}: not to be relied on, the machine was busy: {spread}"]
+    spread = f"the p80 of the frozen linear is {times.p80 / times.p20:.2f} times its p20"
+    return [f"{where}: unreliable, the machine was busy: {spread}"]
 
 
 def losses(comparison: Comparison, where: str) -> list[str]:
-    """Lines for where ours is slower than a peer, or its own choice slower than another of its backends."""
+    """Lines for cases where ours is slower than a peer, or chose a backend that is slower than another."""
     enough = len(comparison.seconds.get(AUTO.name, {}).get("both", ())) >= ENOUGH
     own = dict.fromkeys(c.name for variant in COMPARED for c in named(variant))
     pairs = [(AUTO.name, name, BEHIND, CHOSE_WORSE) for name in own if enough]
@@ -218,9 +218,9 @@ def each(
     cases: Iterable[Case],
     measure: Callable[[Workload, str, dict[str, Any]], None],
 ) -> None:
-    """Calls `measure(workload, title, keys of its rows)` for each case and rank, until the time is over.
+    """Calls `measure(workload, title, keys of its rows)` for each case and rank, until `options.minutes` are over.
 
-    A case that runs out of memory is refused.
+    A case that runs out of memory is recorded as refused.
     """
     dtype, begun = getattr(torch, options.dtype), time.monotonic()
     for name, linears, rows, rank in (bar := tqdm([(*case, r) for case in cases for r in options.rank], disable=None)):
@@ -235,13 +235,13 @@ def each(
         except torch.OutOfMemoryError as error:
             result.refused.append({"contender": "all", "where": where, "reason": reason(error)})
         if options.json and (result.rows or result.refused):
-            report.write(options.json, result)  # now, so that a run that is killed keeps what it had
+            report.write(options.json, result)  # after every case, so that a killed run keeps its results
 
 
 def measure(
     result: Result, options: argparse.Namespace, cases: Iterable[Case], contenders: Sequence[Contender]
 ) -> None:
-    """Fills a result with times, printing each table when it is there."""
+    """Adds the times to a result and prints each table as soon as it is complete."""
 
     def one(workload: Workload, at: str, keys: dict[str, Any]) -> None:
         for comparison in compare(workload, contenders, options.mode, options.rounds):
@@ -264,7 +264,10 @@ def run(
     contenders: Sequence[Contender],
     plot: Callable[[Result, Path], None],
 ) -> int:
-    """Measures, prints, writes and draws; 1 if nothing was measured or ours chose a backend that is not the fastest."""
+    """Measures, prints, writes and draws.
+
+    Returns 1 if nothing was measured or if ours chose a backend that is not the fastest.
+    """
     result = Result(command, report.machine(options.device), settings_of(options))
     measure(result, options, cases, contenders)
     print(endings(result), flush=True)
@@ -272,7 +275,7 @@ def run(
 
 
 def finish(result: Result, options: argparse.Namespace, plot: Callable[[Result, Path], None]) -> int:
-    """Writes and draws what was asked for, and gives the exit status."""
+    """Writes and draws the result as requested; returns the exit status."""
     if options.json and (result.rows or result.refused):
         report.write(options.json, result)
         print(f"written: {options.json}", file=sys.stderr)

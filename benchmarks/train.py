@@ -1,11 +1,11 @@
-"""Times whole steps of a small Llama over a CoTo run: PEFT, ours with every adapter on, and ours with CoTo.
+"""Times whole training steps of a small Llama: PEFT, ours with every adapter on, and ours with CoTo.
 
     python -m benchmarks train [--steps 100] [--rank 16] [--shapes medium] [--repeats 3] [--json F] [--plot F]
 
-A step is forward, backward, AdamW on A and B (fused, as transformers' Trainer has it) and `zero_grad`; what CoTo does
-between two steps counts as the optimizer's. The contenders share the frozen weights, see the same tokens, and take
-turns in every step. Whoever is wrong in the loss or in a gradient before the clock starts is refused. A run's time is
-the mean of its steps, because CoTo's get slower by design. Memory is of extra steps that are not timed.
+A step is forward, backward, AdamW on A and B (fused, as in transformers' Trainer) and `zero_grad`; CoTo's work between
+two steps counts as optimizer time. The contenders share the frozen weights, see the same tokens, and take turns in
+every step. A contender whose loss or gradients are wrong is refused before timing starts. The time of a run is the mean
+of its steps, because CoTo's steps become slower by design. Memory is measured in extra steps that are not timed.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from benchmarks.shapes import number
 from benchmarks.workload import reason
 from cotolora.results import rounded, save_picture
 
-PAPER = 0.072  # less time per run than LoRA's, of LoRA with CoTo
-SMOOTH = 5  # steps whose median the figure shows
-SAMPLES = 8  # steps of a CoTo run whose memory is measured
+PAPER = 0.072  # share of the time per run that CoTo saves over LoRA, according to the paper
+SMOOTH = 5  # the picture shows the median of this many neighbouring steps
+SAMPLES = 8  # number of steps of a CoTo run whose memory is measured
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"steps": 100, "rank": 16, "size": "medium"},
@@ -42,7 +42,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def runners_of(result: Result, options: argparse.Namespace) -> list[Runner]:
-    """The contenders that are right; the others go to `result.refused`."""
+    """The contenders with correct results; the others are added to `result.refused`."""
     base = llama(options)
     judge, runners = Judge(base, options), []
     for name, build in contenders_of(options).items():
@@ -59,13 +59,13 @@ def runners_of(result: Result, options: argparse.Namespace) -> list[Runner]:
 
 @dataclass
 class Course:
-    """What one contender did in the timed runs.
+    """Measurements of one contender in the timed runs.
 
     Attributes:
-        seconds: by step, of each repeat, as `Runner.step` gives them.
-        p: CoTo's probability by step; None without CoTo.
-        skipped: share of the adapters' multiply-adds that was switched off.
-        stopped: share of the blocks that received no gradient.
+        seconds: by step, then by repeat, what `Runner.step` returned.
+        p: CoTo's probability at each step; None without CoTo.
+        skipped: share of the adapters' multiply-adds that were skipped because the adapter was off.
+        stopped: share of the blocks' backward passes that did not run.
     """
 
     seconds: list[list[tuple[float, ...]]]
@@ -74,17 +74,17 @@ class Course:
     stopped: float = 0.0
 
     def steps(self, part: int = 0) -> list[float]:
-        """Seconds by step, the median of the repeats; of the whole step or, from 1, of one of `PHASES`."""
+        """Seconds of each step, the median over the repeats: of the whole step (0) or of one of `PHASES` (1 and up)."""
         return [statistics.median(repeat[part] for repeat in step) for step in self.seconds]
 
 
 def race(runners: Sequence[Runner], options: argparse.Namespace) -> dict[str, Course]:
-    """Runs all contenders over the same steps; in each they take turns, in an order that rotates."""
+    """Runs all contenders over the same steps; they take turns in every step, in an order that rotates."""
     courses = {r.name: Course([[] for _ in range(options.steps)], [None] * options.steps) for r in runners}
     done, off = dict.fromkeys(courses, 0), dict.fromkeys(courses, 0)
     for runner in runners:
         if runner.coto is not None:
-            runner.coto.finish()  # so that the optimizer's state is there for every adapter, as for the others
+            runner.coto.finish()  # all on, so that the untimed step creates every optimizer state
         runner.step(tokens_of(options, 0))
         runner.backwards = 0
     collecting = gc.isenabled()
@@ -118,14 +118,14 @@ def race(runners: Sequence[Runner], options: argparse.Namespace) -> dict[str, Co
 
 
 def peaks(runner: Runner, options: argparse.Namespace) -> list[int]:
-    """Bytes that a step holds at most over what was allocated before it; for CoTo, of steps spread over the run."""
+    """Peak bytes of a step above what was allocated before it; for CoTo, of several steps spread over the run."""
     count = 1 if runner.coto is None else min(SAMPLES, options.steps)
     found = []
     for step in (options.steps * (2 * i + 1) // (2 * count) for i in range(count)):
         if runner.coto is not None:
             runner.coto.set_step(step)
         tokens = tokens_of(options, step)
-        # torch complains when memory from before is freed while it counts, such as CoTo's last mask
+        # kept alive, because torch warns if memory allocated before, such as CoTo's last mask, is freed while it counts
         kept = runner.coto and runner.coto.mask
         found.append(memory.allocated(partial(runner.step, tokens), options.device)[1])
         del kept
@@ -133,7 +133,7 @@ def peaks(runner: Runner, options: argparse.Namespace) -> list[int]:
 
 
 def rows_of(courses: dict[str, Course], held: dict[str, list[int]]) -> list[dict[str, Any]]:
-    """A row for each contender's run, then one for each step of each."""
+    """One row per contender for its run, then one row per contender and step."""
     means = {name: [statistics.mean(c.steps(i)) for i in range(1 + len(PHASES))] for name, c in courses.items()}
     runs, steps = [], []
     for name, course in courses.items():
@@ -154,12 +154,12 @@ def rows_of(courses: dict[str, Course], held: dict[str, list[int]]) -> list[dict
 
 
 def runs_of(result: Result) -> dict[str, dict[str, Any]]:
-    """The row of each contender's run."""
+    """The row of each contender's whole run."""
     return {row["contender"]: row for row in result.rows if "step" not in row}
 
 
 def table(result: Result) -> str:
-    """A line for each contender."""
+    """The table: one line per contender."""
     titles = [
         "", "mean step", "p20–p80", "/ PEFT", *PHASES, "peak MB, mean", "max", "adapter work skipped %",
         "block backwards skipped %",
@@ -176,7 +176,7 @@ def table(result: Result) -> str:
 
 
 def saving(runs: dict[str, dict[str, Any]]) -> str:
-    """What each change saves, in percent of the time of PEFT's step; empty if a contender is missing."""
+    """What each change saves, in percent of PEFT's step time; empty if a contender is missing."""
     if not {PEFT, ON, COTO} <= set(runs):
         return ""
     whole, lines = runs[PEFT]["mean_s"], []
@@ -190,9 +190,9 @@ def saving(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def remarks(runs: dict[str, dict[str, Any]]) -> list[str]:
-    """How this compares with what the paper reports, also where it does not keep up."""
+    """Comparison with the saving that the paper reports, also where it is not reached."""
     if not {PEFT, ON, COTO} <= set(runs):
-        return ["nothing is said about the paper's saving: PEFT, ours always on or ours with CoTo was not measured"]
+        return ["no comparison with the paper's saving: PEFT, ours always on or ours with CoTo was not measured"]
     over = {name: 100 * (runs[COTO]["mean_s"] / runs[name]["mean_s"] - 1) for name in (PEFT, ON)}
     lines = [
         f"the paper reports -{100 * PAPER:.1f} % time per run for LoRA with CoTo over LoRA without, both in its own "
@@ -200,14 +200,14 @@ def remarks(runs: dict[str, dict[str, Any]]) -> list[str]:
         "always on"
     ]
     if not over[PEFT] < -100 * PAPER:
-        lines.append(f"ours with CoTo does NOT beat the paper's -{100 * PAPER:.1f} % over PEFT: {over[PEFT]:+.1f} %")
+        lines.append(f"ours with CoTo does NOT reach the paper's -{100 * PAPER:.1f} % over PEFT: {over[PEFT]:+.1f} %")
     if not over[ON] < 0:
         lines.append(f"ours with CoTo is NOT faster than ours always on: {over[ON]:+.1f} %")
     return lines
 
 
 def text(result: Result) -> str:
-    """Everything that was measured, as it is printed."""
+    """The printed report."""
     runs = runs_of(result)
     lines = [report.head(result)]
     if runs:
@@ -218,13 +218,13 @@ def text(result: Result) -> str:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """The median of up to `SMOOTH` values around each."""
+    """A running median over up to `SMOOTH` neighbouring values."""
     half = SMOOTH // 2
     return [statistics.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
 def plot(result: Result, path: Path) -> None:
-    """Seconds per step over the run, with CoTo's p, beside what the mean step is made of."""
+    """Plots the time per step over the run with CoTo's p, and the phases of the mean step."""
     figure, (course, parts) = report.figure(2, width=5.5, height=4.2)
     runs = runs_of(result)
     p_axis = course.twinx()
@@ -244,7 +244,7 @@ def plot(result: Result, path: Path) -> None:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for i, row in enumerate(runs.values()):
         parts.text(left[i], i, f" {report.ratio(sweep.value(row, 'over_peft'))}", va="center", fontsize=8)
-    parts.set(xlabel="ms per step", title="mean step of the run; number: over PEFT as shipped")
+    parts.set(xlabel="ms per step", title="mean step of the run; number: ratio to PEFT as shipped")
     parts.margins(x=0.12)
     parts.invert_yaxis()
     for axis in (course, parts):
@@ -264,23 +264,23 @@ def from_zero(text: str) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, with the defaults of the device and of the size."""
+    """Parses the arguments and adds the defaults of the device and of the size."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m benchmarks train", description=__doc__, formatter_class=formatter)
     add, positive = parser.add_argument, number(int)
-    add("--steps", type=positive, help="of the run (default: 100, on a CPU 60)")
-    add("--rank", type=positive, help="of the adapters (default: 16, on a CPU 8)")
-    add("--shapes", choices=SIZES, dest="size", help="of the model and its batch (default: medium, on a CPU small)")
-    add("--peers", choices=("none", "peft"), nargs="+", default=["peft"], help="whom to compare with (default: peft)")
+    add("--steps", type=positive, help="steps of the run (default: 100, on a CPU 60)")
+    add("--rank", type=positive, help="rank of the adapters (default: 16, on a CPU 8)")
+    add("--shapes", choices=SIZES, dest="size", help="sizes of model and batch (default: medium, on a CPU small)")
+    add("--peers", choices=("none", "peft"), nargs="+", default=["peft"], help="compare with these (default: peft)")
     for name in ("layers", "hidden", "batch", "tokens"):
-        add(f"--{name}", type=positive, help="in place of the size's own")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the base (default: bfloat16, on a CPU float32)")
+        add(f"--{name}", type=positive, help="overrides the value of --shapes")
+    add("--dtype", choices=("bfloat16", "float32"), help="dtype of the base (default: bfloat16, on a CPU float32)")
     add("--device", type=sweep.device_of, help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    add("--repeats", type=positive, default=1, help="of the whole run; a step counts with its median (default: 1)")
-    add("--seed", type=from_zero, default=0, help="of the masks, the weights and the tokens (default: 0)")
+    add("--repeats", type=positive, default=1, help="runs, of which a step counts with its median (default: 1)")
+    add("--seed", type=from_zero, default=0, help="seed of the masks, the weights and the tokens (default: 0)")
     add("--json", type=Path, metavar="FILE", help="add the result to this file")
-    add("--plot", type=Path, metavar="FILE", help="draw it here")
-    # what only a table of single layers has
+    add("--plot", type=Path, metavar="FILE", help="draw the result in this file")
+    # options that only measurements of single layers have
     parser.set_defaults(mode=["eager"], rounds=1)
     options = sweep.settle(parser, arguments, DEFAULTS)
     del options.mode, options.rounds
@@ -291,17 +291,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.hidden % (2 * size.heads):
         parser.error(f"argument --hidden: must be a multiple of {2 * size.heads}; got {options.hidden}")
     if options.tokens < 2:
-        parser.error(f"argument --tokens: must be at least 2, one to predict from the other; got {options.tokens}")
+        parser.error(f"argument --tokens: must be at least 2 for next-token prediction; got {options.tokens}")
     options.intermediate = size.intermediate * options.hidden // size.hidden
     options.vocab = size.vocab
     for package in ("peft", "transformers"):
         if report.version_of(package) == "absent":
-            parser.error(f'{package} is not installed, and train holds everyone to PEFT: pip install "{package}"')
+            parser.error(f'{package} is not installed, but train compares with PEFT: pip install "{package}"')
     return options
 
 
 def measure(options: argparse.Namespace) -> Result:
-    """Judges, times and weighs every contender."""
+    """Checks every contender's results, then measures its time and memory."""
     result = Result("train", report.machine(options.device), sweep.settings_of(options))
     try:
         runners = runners_of(result, options)
@@ -311,7 +311,7 @@ def measure(options: argparse.Namespace) -> Result:
             result.rows = rows_of(courses, held)
             sampled = max(map(len, held.values()))
             result.notes.append(
-                f"peak MB is over what was allocated before the step; with CoTo of {sampled} steps spread over the run"
+                f"peak MB is over what was allocated before the step; with CoTo, of {sampled} steps spread over the run"
             )
     except torch.OutOfMemoryError as error:
         result.refused.append({"contender": "all", "where": options.size, "reason": reason(error)})
@@ -320,7 +320,7 @@ def measure(options: argparse.Namespace) -> Result:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the tables; 1 if anyone was refused."""
+    """Prints the tables; returns 1 if a contender was refused."""
     options = parse(arguments)
     result = measure(options)
     result.rows = rounded(result.rows)

@@ -1,10 +1,10 @@
-"""Times every form of a low-rank layer on this GPU and keeps the table that `cotolora.backends.choice` reads.
+"""Times every backend of a low-rank layer on this GPU and saves the table that `cotolora.backends.choice` reads.
 
     python -m benchmarks tune [--shapes llama3-8b] [--rows 16 512] [--rank 16] [--dtype bfloat16] [--minutes 20]
 
-One time is forward and backward (gradients of x, A and B). Every contender is first held to the reference; then all
-take turns in every round, eager and captured in a CUDA graph. Ratios are to the frozen `F.linear`. Peers, who cannot be
-chosen, are timed only if they are asked for.
+A measurement covers forward and backward (gradients of x, A and B). Every contender is first checked against the
+reference. Then all take turns in every round, eagerly and captured in a CUDA graph. Ratios are to the frozen
+`F.linear`. Peers cannot be chosen as a backend and are timed only on request.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ CONTENDERS = {
 FORMS = frozenset(CONTENDERS)
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"shapes": ["llama3-8b"], "rows": [16, 64, 512, 2048, 8192], "mode": ["eager", "graph"], "rounds": 20},
-    # of a dry run: on both sides of the 64 rows at which one_pass changes its kernel
+    # for a dry run: shapes on both sides of 64 rows, where one_pass switches its kernel
     "cpu": {"shapes": ["16,32,48", "80,48,32"], "rows": [16], "rank": [16], "rounds": 2},
 }
 plot = linear.plot
 
 
 def line(rows: list[dict[str, Any]]) -> str:
-    """A line of one linear in one mode: times over frozen, the fastest form, and what the model alone would choose."""
+    """The line of one linear in one mode: ratios to frozen, the fastest backend, and the cost model's choice."""
     first, over = rows[0], {row["contender"]: sweep.value(row, "over_frozen") for row in rows}
     seconds = {row["contender"]: row["median_s"] for row in rows}
     able = [name for name, c in CONTENDERS.items() if c.name in seconds]
@@ -61,7 +61,7 @@ def line(rows: list[dict[str, Any]]) -> str:
 
 
 def text(result: Result) -> str:
-    """Everything that was measured, as it is printed."""
+    """The printed report."""
     lines = [line(rows) for rows in report.groups(result.rows, sweep.WHERE).values()]
     return "\n".join([report.head(result), COLUMNS, *lines, sweep.endings(result)])
 
@@ -70,30 +70,30 @@ COLUMNS = f"{'M × K → N':38}{'frozen':>9}" + "".join(f"{name:>15}" for name i
 
 
 def read(path: Path, device: str) -> tuple[dict[str, Any], ...]:
-    """The rows that a table has so far; ValueError if the file is anything but a table of this device."""
+    """The rows of an existing table; raises ValueError if the file is not a table of this device."""
     if not path.exists():
         return ()
     rows = measured.load_table(path, FORMS)
     if not rows:
-        raise ValueError(f"{path} is there and holds no measured rows; move it away")
+        raise ValueError(f"{path} exists but holds no measured rows; move it away")
     if (other := json.loads(path.read_text()).get("device")) != device:
         raise ValueError(f"{path} was measured on {other}, this is {device}")
     return rows
 
 
 def save(path: Path, machine: dict[str, str], rows: list[dict[str, Any]]) -> None:
-    """Adds rows to a table, in the place of those measured for the same sizes; whole or not at all."""
+    """Adds rows to a table atomically, replacing those measured for the same sizes."""
     key = lambda row: tuple(row[name] for name in (*measured.MEASURED_FOR, "element_size", "captured"))  # noqa: E731
     merged = {key(row): row for row in (*read(path, machine["device"]), *rows)}
     write_json(path, {**machine, "rows": list(merged.values())})
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options; ends the program if it cannot measure or write here."""
+    """Parses the arguments; exits if this machine cannot measure or the table cannot be written."""
     parser = sweep.parser_of("tune", __doc__ or "", without=("variant",))
     linear.add_shapes(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help="the table (default: where cotolora looks for it)")
-    parser.add_argument("--dry-run", action="store_true", help="try it all on the CPU, in Triton's interpreter")
+    parser.add_argument("--dry-run", action="store_true", help="test the command on a CPU with Triton's interpreter")
     options = sweep.settle(parser, arguments, {name: {"peers": ["none"], **d} for name, d in DEFAULTS.items()})
     on_gpu = options.device.type == "cuda"
     if options.dry_run:
@@ -101,14 +101,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             parser.error(f"argument --device: --dry-run is for the CPU; got '{options.device}'")
         if not options.out or options.out.resolve().parent == measured.cache_path("").resolve().parent:
             parser.error("--dry-run needs --out FILE, outside the folder where cotolora looks for tables")
-        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which they are not yet
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which happens later
     elif not on_gpu:
         parser.error(
-            f"argument --device: torch {torch.__version__} was given no GPU, and times on a CPU tell nothing of one; "
-            "with --dry-run everything is tried there"
+            "argument --device: must be a GPU, because times on a CPU say nothing about one; "
+            f"got '{options.device}' with torch {torch.__version__} (--dry-run tests the command on a CPU)"
         )
     elif os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("unset TRITON_INTERPRET: with it kernels are interpreted and never compiled")
+        parser.error("unset TRITON_INTERPRET: it makes Triton interpret kernels instead of compiling them")
     try:
         import triton  # noqa: F401 (whose absence is worth a message of its own)
 
@@ -126,7 +126,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table and writes it; 1 if nothing could be measured."""
+    """Prints and writes the table; returns 1 if nothing could be measured."""
     options = parse(arguments)
     result = Result("tune", report.machine(options.device), sweep.settings_of(options))
     contenders = [FROZEN, *CONTENDERS.values(), *chosen(options.peers, options.dtype, "lora")]

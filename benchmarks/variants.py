@@ -1,11 +1,12 @@
-"""Times DoRA and HiRA: ours beside PEFT's and our own LoRA, over the frozen linears; and what each holds at most.
+"""Times DoRA and HiRA and measures their peak memory, against PEFT, our own LoRA and the frozen linears.
 
     python -m benchmarks variants [--variant dora hira] [--rounds 40] [--threads 2] [--clock wall] [--json F]
 
-Three linears d → d → 4d → d, forward and backward in float32 with rank 8. The contenders take turns in every round; an
-AdamW step, which is not timed, follows each, so that nothing stays true from one round to the next. Times are medians
-of the ratios of one round. Ours must agree with PEFT's in y and dx first. `--clock process` counts the process's own
-seconds, which vary less on a busy machine; with one thread they are the time of the work.
+The model has three linears d → d → 4d → d and runs forward and backward in float32 with rank 8. The contenders take
+turns in every round. An untimed AdamW step follows each measurement, so that no cached value stays valid for the next
+round. Ratios are medians over the rounds of the ratio within a round. Before timing, y and dx of ours must agree with
+PEFT's. `--clock process` uses the CPU time of the process, which varies less on a busy machine; with one thread it is
+the time of the computation.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "process": 
 
 
 def frozen(width: int) -> nn.Sequential:
-    """The same three linears each time."""
+    """Three frozen linears with the same weights at every call."""
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(width, width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width))
     return layers.requires_grad_(False)
@@ -46,7 +47,7 @@ def factors_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def alpha_of(variant: str) -> float:
-    """PEFT's HiRA has no scale."""
+    """Alpha such that the scale is the same as PEFT's, whose HiRA has no scale."""
     return float(RANK) if variant == "hira" else SCALE * RANK
 
 
@@ -77,7 +78,7 @@ class Runner:
     def __init__(self, model: nn.Module, x: Tensor, dy: Tensor) -> None:
         self.model, self.x, self.dy = model, x, dy
         generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():  # as after some training, when B is no longer zero
+        with torch.no_grad():  # as after some training, when B is nonzero
             for parameter in factors_of(model):
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
         parameters = factors_of(model) or [nn.Parameter(torch.zeros(()))]
@@ -90,7 +91,7 @@ class Runner:
         return y
 
     def timed(self, now: Callable[[], float]) -> Callable[[], float]:
-        """Seconds of `both`, followed by a step."""
+        """A timer of `both`; an untimed optimizer step follows."""
 
         def run() -> float:
             self.x.grad = None
@@ -105,14 +106,14 @@ class Runner:
 
 
 def runners(width: int, rows: int, variant: str) -> dict[str, Runner]:
-    """All contenders on the same operands; raises if ours disagrees with PEFT."""
+    """All contenders on the same operands; raises an error if ours disagrees with PEFT."""
     generator = torch.Generator().manual_seed(2)
     x, dy = (torch.randn(rows, width, generator=generator) for _ in range(2))
     models = {
         "frozen": frozen(width), "ours lora": ours(width, "lora"),
         f"PEFT {variant}": peft(width, variant), f"ours {variant}": ours(width, variant),
     }  # fmt: skip
-    # all start from PEFT's factors
+    # all contenders start from PEFT's factors
     values = [p.detach().clone() for p in factors_of(models[f"PEFT {variant}"])]
     with torch.no_grad():
         for parameter, value in zip(factors_of(models[f"ours {variant}"]), values, strict=True):
@@ -125,7 +126,7 @@ def runners(width: int, rows: int, variant: str) -> dict[str, Runner]:
 
 
 def measured(width: int, rows: int, variant: str, rounds: int, now: Callable[[], float]) -> list[dict[str, Any]]:
-    """A row for each contender."""
+    """One row per contender."""
     made = runners(width, rows, variant)
     seconds = clock.take_turns({name: runner.timed(now) for name, runner in made.items()}, rounds)
 

@@ -1,8 +1,8 @@
-"""The linears of a block on random data, as each contender runs them, and the judge of what it computes.
+"""The linears of a block with random data, how each contender runs them, and the check of its results.
 
-There are as many copies of the operands as fill the largest cache three times, at most `MAX_COPIES`, and every call, of
-whichever contender, takes the next copy: in a model, too, other layers' weights pass through the cache between two
-calls of one layer.
+The operands exist in several copies, enough to fill the largest cache three times (at most `MAX_COPIES`). Every call,
+of any contender, uses the next copy. This imitates a model, where other layers' weights pass through the cache between
+two calls of the same layer.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from benchmarks.contenders import Adapter, Contender
 from benchmarks.shapes import Linear, inputs, outputs
 from cotolora.variants import VARIANTS
 
-MAX_COPIES = 64  # of the smallest shapes, which stay in a CPU's cache, as a model of 64 such layers would
-UNKNOWN_CACHE = 32 << 20  # bytes, where neither the driver nor the system tells
+MAX_COPIES = 64  # the smallest shapes stay in a CPU's cache even so, as would a model of 64 such layers
+UNKNOWN_CACHE = 32 << 20  # bytes, assumed if neither the driver nor the system reports the cache size
 CACHES, UNITS = Path("/sys/devices/system/cpu/cpu0/cache"), {"K": 10, "M": 20, "G": 30}
-UPDATE = 0.1  # norm of the low-rank update, over that of the base's output
-SCALE = 2.0  # alpha = 2 rank, as most recipes have it
+UPDATE = 0.1  # norm of the low-rank update relative to that of the base's output
+SCALE = 2.0  # alpha = 2 rank, as in most recipes
 FACTORS = {"base": (), "lora": ("A", "B"), "dora": ("A", "B", "m"), "hira": ("A", "B")}
-SLACK = 4.0  # how many times the reference's own error a contender may have; wrong ones have relative errors of tenths
+SLACK = 4.0  # a contender may have this multiple of the reference's own error; wrong results are off by 10 % or more
 
 
 class RefusedError(Exception):
-    """A contender that cannot run or computes something else; the text says why."""
+    """A contender cannot run or computes wrong results; the message says why."""
 
 
 def reason(error: BaseException) -> str:
@@ -41,7 +41,7 @@ def reason(error: BaseException) -> str:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the largest cache: a GPU's L2, or the largest that Linux lists for the first core."""
+    """Bytes of the largest cache: a GPU's L2, or the largest cache that Linux lists for the first core."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     named = (path.read_text().strip() for path in CACHES.glob("index*/size"))
@@ -51,7 +51,7 @@ def cache_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Copy:
-    """Operands of every linear of a block; those that read the same input share it. `dys` are of its outputs."""
+    """Operands of every linear of a block. Linears with the same input share it; `dys` are gradients of the outputs."""
 
     inputs: dict[str, Tensor]
     bases: list[nn.Linear]
@@ -60,10 +60,10 @@ class Copy:
 
 
 class Workload:
-    """`linears` on `rows` rows: y of each from its input, then gradients of inputs, A and B from random dy.
+    """Computes the output of each of `linears` on `rows` rows, then gradients of inputs, A and B from random dy.
 
-    The factors are rounded to `dtype` before anyone takes them, so that float32 A and B and those in `dtype` are equal
-    and there is one truth. HiRA's scale is 1, as PEFT has no other.
+    The factors are rounded to `dtype` first, so that A and B have equal values in float32 and in `dtype`, and one set
+    of exact results serves both. HiRA's scale is 1, the only one that PEFT supports.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Workload:
         draw = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(0), device=device)
 
         def adapter(linear: Linear, base: nn.Linear) -> Adapter:
-            # of HiRA the product is measured by 1, not by W
+            # HiRA's update is W ∘ (BA): entries of BA must be of size UPDATE, not of size UPDATE times those of W
             size = 1 if variant == "hira" else math.sqrt(linear.in_features)
             a = draw(rank, linear.in_features) / size
             b = draw(linear.out_features, rank) * (UPDATE / self.scale / math.sqrt(rank))
@@ -108,17 +108,17 @@ class Workload:
         self.copies = [copy() for _ in range(min(MAX_COPIES, max(2, wanted)))]
 
     def bytes(self) -> int:
-        """Of one copy, but for the adapters."""
+        """Bytes of one copy, without the adapters."""
         weights = sum(x.in_features * x.out_features for x in self.linears)
         rows = self.rows * (sum(inputs(self.linears).values()) + sum(x.out_features for x in self.linears))
         return self.dtype.itemsize * (weights + rows)
 
     def right(self, contender: Contender) -> str:
-        """What a contender computes: "base" or a variant."""
+        """The name of the expected results of a contender: "base" or a variant."""
         return "base" if not contender.adapter else "lora" if contender.lora else self.variant
 
     def runner(self, contender: Contender) -> Runner:
-        """The contender's layers around every copy; RefusedError if they cannot be made."""
+        """The contender's layers on every copy; raises RefusedError if they cannot be made."""
         try:
             layers = [
                 [contender.build(base, adapter) for base, adapter in zip(copy.bases, copy.adapters, strict=True)]
@@ -131,19 +131,19 @@ class Workload:
 
 @dataclass(frozen=True)
 class Runner:
-    """A contender on a workload."""
+    """One contender's layers on a workload."""
 
     workload: Workload
     contender: Contender
     layers: list[list[nn.Module]]
 
     def forward(self, copy: int = 0) -> list[Tensor]:
-        """Every linear's y, with what autograd needs for the backward."""
+        """The y of every linear, with the autograd graph for the backward."""
         with self.contender.context():
             return chained(self.workload.linears, self.workload.copies[copy].inputs, self.layers[copy])
 
     def both(self, copy: int = 0) -> None:
-        """Forward, and backward into ``.grad``, as training has it; then the gradients go."""
+        """Forward, then backward into ``.grad`` as in training; then drops the gradients."""
         ys = self.forward(copy)
         torch.autograd.backward([ys[i] for i in outputs(self.workload.linears)], self.workload.copies[copy].dys)
         self.forget(copy)
@@ -157,12 +157,12 @@ class Runner:
                 parameter.grad = None
 
     def calls(self, part: str) -> list[Callable[[], object]]:
-        """One call for each copy, of "forward" or "both"."""
+        """One call per copy, of "forward" or "both"."""
         run = getattr(self, part)
         return [functools.partial(run, copy) for copy in range(len(self.layers))]
 
     def results(self) -> dict[str, list[Tensor]]:
-        """y, dx and, of an adapter that is on, dA, dB and DoRA's dm, of the first copy's linears or inputs."""
+        """Results on the first copy: y and dx and, if the adapter is on, dA, dB and DoRA's dm."""
         try:
             ys = self.forward()
             torch.autograd.backward([ys[i] for i in outputs(self.workload.linears)], self.workload.copies[0].dys)
@@ -175,13 +175,13 @@ class Runner:
                 found |= {f"d{name}": [trained[i].grad for trained in factors] for i, name in enumerate(names)}
             return found
         finally:
-            self.forget(0)  # or the next contender's gradients would be added to
+            self.forget(0)  # otherwise the next contender would accumulate into these gradients
 
 
 def chained(
     linears: Sequence[Linear], inputs: dict[str, Tensor], layers: Sequence[Callable[[Tensor], Tensor]]
 ) -> list[Tensor]:
-    """Every linear's y, from an input or an earlier y."""
+    """The y of every linear, computed from an input or from an earlier y."""
     known, ys = dict(inputs), []
     for linear, layer in zip(linears, layers, strict=True):
         known[linear.name] = layer(known[linear.reads])
@@ -190,7 +190,7 @@ def chained(
 
 
 def truth(workload: Workload, dtype: torch.dtype, what: str) -> dict[str, list[Tensor]]:
-    """The reference's results in `dtype` on the first copy, of the base or of a variant."""
+    """The reference implementation's results on the first copy in `dtype`, for the base or a variant."""
     copy, names = workload.copies[0], FACTORS[what]
     leaf = lambda t: t.detach().to(dtype).requires_grad_()  # noqa: E731
     xs = {name: leaf(t) for name, t in copy.inputs.items()}
@@ -216,7 +216,10 @@ def error(found: Sequence[Tensor], true: Sequence[Tensor]) -> float:
 
 
 class Judge:
-    """Holds contenders to the reference in float64, within `SLACK` times what it errs in the workload's own dtype."""
+    """Compares contenders with the reference in float64.
+
+    The tolerance is `SLACK` times the error of the reference in the workload's own dtype.
+    """
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
@@ -227,7 +230,7 @@ class Judge:
             self.exact[what], self.own[what] = exact, {n: error(plain[n], exact[n]) for n in exact}
 
     def check(self, runner: Runner) -> float:
-        """The error of y over that of `F.linear`'s own y; RefusedError if anything is wrong or does not run."""
+        """The error of y relative to that of `F.linear`; raises RefusedError if a result is wrong or does not run."""
         try:
             found = runner.results()
         except Exception as failure:
@@ -239,6 +242,6 @@ class Judge:
                 raise RefusedError(f"gives no {name}")
             errors[name] = error(found[name], exact)
             allowed = SLACK * self.own[what][name] + torch.finfo(self.workload.dtype).eps
-            if not errors[name] <= allowed:  # this way round, NaN is wrong too
+            if not errors[name] <= allowed:  # not `errors[name] > allowed`, which is false for NaN
                 raise RefusedError(f"{name} is off by {errors[name]:.3g} of its norm, allowed is {allowed:.3g}")
         return errors["y"] / self.own["base"]["y"]

@@ -46,7 +46,7 @@ def store_magnitude_gradient(dm, norm_ptr, dm_ptr, columns, column_ok):
 
 @triton.jit(do_not_specialize=["M", "rows_per_gate", "steps_per_split"])
 def gram_kernel(
-    # [M, N], [M, R], [] or [G] or None, [] or None, [S, N, R]; of DoRA [N], [M, N] and [N], or None, and [S, N]
+    # [M, N], [M, R], [] or [G] or None, [] or None, [S, N, R]; for DoRA, else None: [N], [M, N], [N] and [S, N]
     t_ptr, h_ptr, gate_ptr, seed_ptr, out_ptr, column_scale_ptr, u_ptr, norm_ptr, dm_ptr,
     M, N, R, rows_per_gate, steps_per_split,
     stride_t_m, stride_t_n,
@@ -58,9 +58,9 @@ def gram_kernel(
     BLOCK_R: tl.constexpr,  # ranks of one program, at least 16 (tl.dot)
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
-    WGMMA: tl.constexpr,  # whether the GPU is sm_90, where tl.dot goes on while the next tile is copied
+    WGMMA: tl.constexpr,  # whether the GPU is sm_90, where tl.dot runs while the next tile is copied
 ):  # fmt: skip
-    """One program writes the part of its rows in a [BLOCK_N, BLOCK_R] tile of out = scale · tᵀ h."""
+    """One program writes its rows' contribution to a [BLOCK_N, BLOCK_R] tile of out = scale · tᵀ h."""
     split = tl.program_id(1)
     # int64: index * stride passes 2**31 for tensors beyond 2 Gi elements
     columns = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -87,7 +87,7 @@ def gram_kernel(
             h_ptrs = h_ptr + rows[:, None] * stride_h_m + ranks[None, :] * stride_h_r
             h = tl.load(h_ptrs, mask=row_on[:, None] & rank_ok[None, :], other=0.0)
             if WGMMA and u_ptr is not None:
-                out += 0.0  # as in project_kernel: scaled_gradient is t's second reader
+                out += 0.0  # for the same reason as in project_kernel: scaled_gradient also reads t
             out = tl.dot(t.T, h, out, input_precision=PRECISION)
             if u_ptr is not None:
                 dm += scaled_gradient(t, u_ptr, rows, columns, row_on, column_ok, N)
@@ -117,9 +117,9 @@ def project_kernel(
     BLOCK_R: tl.constexpr,  # R rounded up to a power of two, at least 16 (tl.dot)
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
-    WGMMA: tl.constexpr,  # whether the GPU is sm_90, where tl.dot goes on while the next tile is copied
+    WGMMA: tl.constexpr,  # whether the GPU is sm_90, where tl.dot runs while the next tile is copied
 ):  # fmt: skip
-    """One program writes the part of p = scale · dy B, and of dB = dyᵀ h, of steps_per_split tiles of dy."""
+    """One program writes the contribution of steps_per_split tiles of dy to p = scale · dy B and to dB = dyᵀ h."""
     tile_n, split = tl.program_id(0), tl.program_id(1)
     # int64: index * stride passes 2**31 for tensors beyond 2 Gi elements
     columns = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -145,13 +145,13 @@ def project_kernel(
         dy = tl.load(dy_ptrs, mask=row_on[:, None] & column_ok[None, :], other=0.0)
         h_ptrs = h_ptr + rows[:, None] * stride_h_m + ranks[None, :] * stride_h_r
         h = tl.load(h_ptrs, mask=row_on[:, None] & rank_ok[None, :], other=0.0)
-        # where: rows that are off are zero whatever B holds
+        # tl.where, because rows that are off must be zero even if B holds inf or NaN
         p = tl.where(row_on[:, None], scale * tl.dot(dy, b, input_precision=PRECISION), 0.0)
         p_ptrs = p_ptr + tile_n.to(tl.int64) * stride_p_t + rows[:, None] * stride_p_m + ranks[None, :] * stride_p_r
         tl.store(p_ptrs, p.to(p_ptr.dtype.element_ty), mask=row_ok[:, None] & rank_ok[None, :])
-        # without this, the next dy is copied over one that a wgmma may still read [emulated PTX of 3.6 and 3.9 for
-        # sm_90]: it seems that an operand with a second reader, as dy, gets no slot for that. A sum that a step reads
-        # has the wgmma of the step before waited for
+        # Adding 0 makes this step read db, so that it waits for the wgmma of the previous step. Otherwise the next dy
+        # is copied over one that a wgmma may still read [emulated PTX of 3.6 and 3.9 for sm_90]: it seems that Triton
+        # reserves no extra pipeline slot for an operand with a second reader, such as dy
         if WGMMA:
             db += 0.0
         db = tl.dot(dy.T, h, db, input_precision=PRECISION)
@@ -166,7 +166,7 @@ def project_kernel(
 
 
 class Dora(NamedTuple):
-    """What the gradients need of DoRA: ``column_scale [N]`` and ``norm [N]``, float32; ``u [M, N]``, contiguous.
+    """DoRA's operands of the gradients: ``column_scale [N]`` and ``norm [N]``, float32; ``u [M, N]``, contiguous.
 
     The gradient of the magnitude is computed, in `dtype`, if u is given.
     """
@@ -177,7 +177,7 @@ class Dora(NamedTuple):
     dtype: torch.dtype
 
     def magnitude_sum(self, split: int) -> Sum | None:
-        """Where the gradient of the magnitude goes, in `split` parts."""
+        """The output for the gradient of the magnitude, in `split` parts."""
         if self.u is None:
             return None
         out = self.norm.new_empty(1, self.norm.shape[0], dtype=self.dtype)
@@ -239,7 +239,7 @@ def parts_like(out: Tensor, split: int) -> Tensor:
 
 
 def scaling(dora: Dora | None, dm: Sum | None) -> tuple[Tensor | None, ...]:
-    """The kernels' arguments for DoRA: column scale, u, norm, and where the magnitude's gradient goes."""
+    """The kernels' arguments for DoRA: column scale, u, norm, and the output for the magnitude's gradient."""
     if dora is None:
         return None, None, None, None
     return dora.column_scale, dora.u, dora.norm, None if dm is None else dm.partials
@@ -295,9 +295,9 @@ def adapter_grads(
     """``p = scale · δ · dy B``, ``dA = pᵀ dropout(x)``, ``dB = dyᵀ h`` and DoRA's dm, each summed in a fixed order.
 
     ``dy [M, N]``, ``x [M, K]``, ``h [M, R]``, ``b [N, R]``, of one dtype and any strides → ``p [M, R]`` in it, dA ``[R,
-    K]`` in `dtype_a`, dB ``[N, R]`` in `dtype_b`. p needs b; dA needs b and x; dB needs h; what cannot be computed is
-    None. With `dora`, dy is replaced by ``column_scale ∘ dy``, and if its u is given, which requires h, there is
-    ``dm [N] = Σ δ dy ∘ u / norm``. Reads dy once up to rank `PROJECT_MAX_RANK`. 2 to 5 launches.
+    K]`` in `dtype_a`, dB ``[N, R]`` in `dtype_b`. p needs b, dA needs b and x, dB needs h; a result whose operands are
+    missing is None. With `dora`, dy is replaced by ``column_scale ∘ dy``; if its u is given, which requires h, the
+    result includes ``dm [N] = Σ δ dy ∘ u / norm``. Reads dy once up to rank `PROJECT_MAX_RANK`. 2 to 5 launches.
     """
     p = da = db_sum = dm_sum = None
     pending: list[Sum] = []
@@ -336,5 +336,5 @@ def factor_grad(x: Tensor, p: Tensor, gate: Tensor | None, dtype: torch.dtype) -
 
 
 def unfinished(*sums: Sum | None) -> list[Sum]:
-    """Those that still have several parts to add up."""
+    """The sums that still have several parts to add up."""
     return [one for one in sums if one is not None and one.partials.shape[0] > 1]

@@ -1,4 +1,4 @@
-"""Dropout masks that are never stored: a function of seed, row and column, drawn again in the backward."""
+"""Dropout masks that are never stored: a function of seed, row and column, recomputed in the backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
-ROUNDS = tl.constexpr(7)  # of Philox: the fewest that pass BigCrush (Salmon et al. 2011)
+ROUNDS = tl.constexpr(7)  # rounds of Philox: the fewest that pass BigCrush (Salmon et al. 2011)
 
 
 @triton.jit
@@ -18,10 +18,10 @@ def keep_mask(
     seed, rows, first_column, dropout,
     BLOCK_N: tl.constexpr,  # a power of two, at least 8
 ):  # fmt: skip
-    """Which of the entries ``[rows, first_column : first_column + BLOCK_N]`` stay.
+    """The mask of entries ``[rows, first_column : first_column + BLOCK_N]`` that are kept.
 
-    Each does with probability 1 - dropout, in steps of 2⁻¹⁶. One draw of Philox gives the numbers of eight neighbours
-    in a row. `first_column` must be a multiple of 8: then every tile that covers an entry draws the same number for it.
+    Each entry is kept with probability 1 - dropout, in steps of 2⁻¹⁶. One call of Philox gives the random numbers of
+    eight neighbours in a row. `first_column` must be a multiple of 8, so that tiles agree on an entry's number.
     """
     eights = (first_column // 8 + tl.arange(0, BLOCK_N // 8))[None, :].to(tl.uint32)
     zeros = tl.zeros((rows.shape[0], BLOCK_N // 8), tl.uint32)
@@ -33,10 +33,10 @@ def keep_mask(
 
 
 def wide_gates(gate: Tensor | None, seed: Tensor | None, precision: str) -> Tensor | None:
-    """`gate`, in int32 where Triton before 3.8 would lay out a masked TF32 operand for the 8 bits of row gates.
+    """Casts 8-bit row gates to int32 for launches with dropout in TF32 under Triton before 3.8.
 
-    The layout takes tiles of 16 along the summed dimension apart wrongly. The gates are what determines it, so they are
-    widened; other launches keep theirs.
+    There the 8-bit gates determine the layout of the masked TF32 operand, and that layout splits tiles of 16 along the
+    summed dimension wrongly. Other launches keep their gates.
     """
     if VERSION >= (3, 8) or gate is None or gate.dim() == 0 or gate.element_size() > 1:
         return gate
@@ -44,12 +44,12 @@ def wide_gates(gate: Tensor | None, seed: Tensor | None, precision: str) -> Tens
 
 
 def keep_scale(dropout: float) -> float:
-    """The factor ``1 / (1 - dropout)`` of the entries that stay; 0 if none do."""
+    """The factor ``1 / (1 - dropout)`` of the entries that are kept; 0 if dropout is 1."""
     return 0.0 if dropout == 1 else 1 / (1 - dropout)
 
 
 def drawn_mask(seed: Tensor, rows: int, columns: int, dropout: float) -> Tensor:
-    """What `keep_mask` draws for a whole matrix, bool ``[rows, columns]``, computed by torch.
+    """The mask of `keep_mask` for a whole matrix, bool ``[rows, columns]``, computed with torch.
 
     Philox 4x32-7: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
@@ -71,6 +71,6 @@ LOW_32_BITS = 0xFFFFFFFF
 
 
 def _product(constant: int, t: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a product of two 32-bit numbers, computed in int64, which holds 63 bits."""
+    """High and low 32 bits of the product of two 32-bit numbers; int64 holds only 63 bits of it."""
     low, high = constant * (t & 0xFFFF), constant * (t >> 16)
     return (high + (low >> 16)) >> 16, (constant * t) & LOW_32_BITS

@@ -1,4 +1,4 @@
-"""The end of a tile: DoRA's ``y = column_scale ∘ u + bias`` of ``u = x Wᵀ + h Bᵀ``, and the stores."""
+"""The epilogue of a tile: DoRA's ``y = column_scale ∘ u + bias`` with ``u = x Wᵀ + h Bᵀ``, and the stores."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ def scale_columns(
     # [BLOCK_M, BLOCK_N]; float32 [N] or None; [N] or None
     u, column_scale_ptr, bias_ptr,
     columns, column_ok, row_on, stride_bias_n,
-    ROW_GATES: tl.constexpr,  # leaves rows that are off unscaled; where one gate for all is off, the scale is 1
+    ROW_GATES: tl.constexpr,  # leaves rows that are off unscaled; a single gate that is off has scale 1 already
 ):  # fmt: skip
-    """``column_scale ∘ u + bias``; without a column scale u as it is, in which the bias is already."""
+    """``column_scale ∘ u + bias``; without a column scale returns u, which already includes the bias."""
     if column_scale_ptr is not None:
         column_scale = tl.load(column_scale_ptr + columns, mask=column_ok, other=1.0)
         u = tl.where(row_on[:, None], u * column_scale[None, :], u) if ROW_GATES else u * column_scale[None, :]

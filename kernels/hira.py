@@ -1,4 +1,4 @@
-"""HiRA, ``y = x (W ∘ (1 + scale · B A))ᵀ + bias``: the high-rank weight is made tile by tile and never stored."""
+"""HiRA, ``y = x (W ∘ (1 + scale · B A))ᵀ + bias``: computes the high-rank weight tile by tile, never stores it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def accumulate(
         weight = tl.load(weight_ptrs, mask=column_ok[:, None] & k_ok[None, :], other=0.0)
         base = tl.dot(weight, x.T, base, input_precision=PRECISION)
         if ON:
-            # a product of its own: 1 + scale · B A, rounded to a low precision, would lose a small update
+            # a separate product, because 1 + scale · B A rounded to low precision would lose a small update
             update_weight = weight.to(tl.float32) * scale * tile_product(
                 a_ptr, b_ptr, columns, ks, column_ok, k_ok, R, stride_a_r, stride_a_k, stride_b_n, stride_b_r,
                 BLOCK_N, BLOCK_K, BLOCK_R, RANK_STEPS, PRECISION,
@@ -83,10 +83,10 @@ def hira_kernel(
     scale, dropout,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,  # ranks taken at a time, at least 16 (tl.dot)
-    RANK_STEPS: tl.constexpr,  # of BLOCK_R ranks each
+    RANK_STEPS: tl.constexpr,  # number of steps of BLOCK_R ranks
     GROUP_M: tl.constexpr,
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
-    DROPS_INPUT: tl.constexpr,  # a seed drops out the update's input x; if False, the update itself
+    DROPS_INPUT: tl.constexpr,  # with a seed, dropout applies to the update's input x; if False, to the update itself
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
     """One program writes a [BLOCK_M, BLOCK_N] tile of y."""
@@ -103,7 +103,7 @@ def hira_kernel(
         on = tl.load(gate_ptr) != 0
 
     SELECTED: tl.constexpr = ROW_GATES or seed_ptr is not None
-    # y transposed: only the left operand of a product may be in registers, where W ∘ scale · B A is computed
+    # y is transposed: W ∘ scale · B A is computed in registers, where only the left operand of a product may be
     base = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     update = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     if on:
@@ -122,7 +122,7 @@ def hira_kernel(
         chosen = row_on[:, None] & column_ok[None, :]
         if seed_ptr is not None and not DROPS_INPUT:
             chosen &= keep_mask(tl.load(seed_ptr), rows, tile_n * BLOCK_N, dropout, BLOCK_N)
-        # where, not a product with 0: A and B may hold inf
+        # tl.where, not a product with 0, because A and B may hold inf
         base += tl.where(chosen.T, update, 0.0)
     if bias_ptr is not None:
         base += tl.load(bias_ptr + columns * stride_bias_n, mask=column_ok, other=0.0).to(tl.float32)[:, None]
@@ -139,7 +139,7 @@ def hira(
     ``x [M, K]``, ``weight [N, K]``, ``bias [N]`` or None, ``a [R, K]``, ``b [N, R]`` → ``y [M, N]``, of one dtype and
     any strides; ``W ∘ scale · B A`` is rounded to that dtype. `gate` and `seed` as in `one_pass`; rows that are off get
     the base's output, whatever A and B hold. The gradient of x is ``hira(dy, W.T, None, B.T, A.T, gate, scale,
-    drops_input=False)``: there a `seed` drops out the second term instead of its input.
+    drops_input=False)``, in which dropout applies to the second term instead of its input.
     """
     (m, k), n, rank = x.shape, weight.shape[0], a.shape[0]
     y = x.new_empty(m, n)
@@ -150,7 +150,7 @@ def hira(
     tile = tile or tile_for(
         HIRA, arch, multiprocessors(arch, x.device), m, n, rank,
         element_size=x.element_size(), precision=precision,
-        # x must be contiguous along K: the kernel is not specialised on M
+        # x must be contiguous along K, because the kernel is not specialised on M
         aligned=x.stride(1) == 1 and is_aligned(x) and is_aligned(weight),
         selects=row_gates is not None or seed is not None,
     )  # fmt: skip
@@ -173,5 +173,5 @@ def hira(
 
 
 def rank_block(rank: int, element_size: int) -> int:
-    """Ranks taken at a time; few in full float32: without a matrix instruction they are held in registers."""
+    """Ranks per step; few for full float32, which has no matrix instruction and keeps them in registers."""
     return min(64 if element_size == 2 else 16, max(16, triton.next_power_of_2(rank)))

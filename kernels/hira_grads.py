@@ -29,7 +29,7 @@ from cotolora.kernels.tiles import (
 
 @triton.jit(do_not_specialize=["M", "G", "rows_per_gate", "steps_per_split"])
 def hira_grads_kernel(
-    # [M, N], [M, K], [N, K], [R, K], [N, R], [] or [G] or None, [] or None; of S splits [S · tiles of N, R, K], and
+    # [M, N], [M, K], [N, K], [R, K], [N, R], [] or [G] or None, [] or None; for S splits [S · tiles of N, R, K] and
     # [S · tiles of K, N, R]
     dy_ptr, x_ptr, weight_ptr, a_ptr, b_ptr, gate_ptr, seed_ptr, da_ptr, db_ptr,
     M, N, K, R, G, rows_per_gate, steps_per_split,
@@ -48,7 +48,7 @@ def hira_grads_kernel(
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
-    """One program writes what its rows and its tile of t = W ∘ dyᵀ x contribute to dA = Bᵀ t and to dB = t Aᵀ."""
+    """One program writes the contribution of its rows and its tile of t = W ∘ dyᵀ x to dA = Bᵀ t and dB = t Aᵀ."""
     split, tiles_n, tiles_k = tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
     tile_n, tile_k = swizzled(tl.program_id(0), tiles_n, tiles_k, GROUP_M)
     # int64: index * stride passes 2**31 for tensors beyond 2 Gi elements
@@ -82,7 +82,7 @@ def hira_grads_kernel(
     db_part = (split * tiles_k + tile_k).to(tl.int64)
     for first_r in range(0, R, BLOCK_R):
         ranks = first_r + tl.arange(0, BLOCK_R).to(tl.int64)
-        # a gate that is off reads neither A nor B: their inf times zero would be NaN
+        # if the gate is off, A and B are not read, because their inf times zero would be NaN
         rank_ok, rank_on = ranks < R, ranks < ranks_on
         a_ptrs = a_ptr + ranks[None, :] * stride_a_r + ks[:, None] * stride_a_k
         a = tl.load(a_ptrs, mask=k_ok[:, None] & rank_on[None, :], other=0.0)
@@ -97,12 +97,12 @@ def hira_grads_kernel(
 
 
 def tiles_of(tile: Tile, m: int, n: int, k: int) -> tuple[int, int, int]:
-    """How many tiles of N and of K there are, and how many steps over M."""
+    """The number of tiles of N and of K, and of steps over M."""
     return triton.cdiv(n, tile.block_n), triton.cdiv(k, tile.block_k), triton.cdiv(m, tile.block_m)
 
 
 def tile_of_weight(row: Row[Tile], m: int, n: int, k: int, multiprocessors: int) -> Tile:
-    """The row's tile by waves over W; its largest where M is split, which fills the GPU by itself."""
+    """The row's tile by waves over W; the largest tile if M is split, which fills the GPU anyway."""
     tiles_n, tiles_k, steps = tiles_of(row.tile, m, n, k)
     if splits(multiprocessors, tiles_n * tiles_k, steps) > 1:
         return row.tile
@@ -119,7 +119,7 @@ def hira_grads(
     ``dy [M, N]``, ``x [M, K]``, ``weight [N, K]``, ``a [R, K]``, ``b [N, R]``, of one dtype and any strides → dA ``[R,
     K]`` in `dtype_a`, dB ``[N, R]`` in `dtype_b`, contiguous, summed in an order that the sizes and the number of
     multiprocessors fix. `gate` and `seed` as in `one_pass`. The rows are divided among `split` programs. Each tile of W
-    writes parts of its own, so the call needs ``4 R N K (1 / BLOCK_N + 1 / BLOCK_K)`` bytes of memory for a time.
+    writes its own parts, so the call temporarily needs ``4 R N K (1 / BLOCK_N + 1 / BLOCK_K)`` bytes of memory.
     """
     (m, n), k, rank = dy.shape, x.shape[1], a.shape[0]
     da, db = dy.new_empty(rank, k, dtype=dtype_a), dy.new_empty(n, rank, dtype=dtype_b)

@@ -1,4 +1,4 @@
-"""Launches kernels, and repeats recorded launches with little Python: in small layers the host takes longest."""
+"""Launches kernels, and replays recorded launches with little Python, because small layers are limited by the host."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from cotolora.kernels.dropout import VERSION
 from cotolora.kernels.tiles import dot_precision
 
-ALIGNMENT = 16  # bytes: what Triton specialises pointers on
-_MOST = 4096  # kinds of call that are kept
-_NEW: Any = object()  # stands for a kind that was never launched
+ALIGNMENT = 16  # bytes; Triton specialises kernels on pointers with this alignment
+_MOST = 4096  # kinds of call that are recorded
+_NEW: Any = object()  # marks a kind that has not been launched
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ALLOCATIONS = frozenset(
     (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default)
@@ -38,18 +38,18 @@ def replayed(
     launcher: Callable[..., Any], replays: dict[tuple[Any, ...], Replay | None],
     elsewhere: Callable[..., Any], missing: Callable[[], None] | None = None,
 ) -> Callable[..., Any]:  # fmt: skip
-    """Records the launches of `launcher` at the first call of a kind, and repeats them at later calls of that kind.
+    """Records the launches of `launcher` at the first call of a kind, and replays them at later calls of that kind.
 
-    A kind of call is all that a launcher and Triton's specialisation may depend on: of every tensor the shape, the
-    strides, the dtype, the device and whether its address is aligned, how float32 is multiplied, Triton's switches for
-    compilation, and the arguments that are no tensors. A launcher must be a function of these, and compute with its
-    launches alone. It is called every time if it runs other operations, if Triton returns no compiled kernel, if it
-    launches nothing, or if two of its tensors share an address.
+    The kind of a call is everything that a launcher and Triton's specialisation may depend on: shape, strides, dtype,
+    device and alignment of every tensor, the float32 matmul precision, Triton's compilation options, and the arguments
+    that are not tensors. The launches must depend only on these, and the results only on the launches. The launcher is
+    called every time if it runs other operations, if Triton returns no compiled kernel, if it launches nothing, or if
+    two of its tensors share an address.
 
     Args:
         launcher: takes positional arguments, the first of them a tensor; returns a new tensor, or a tuple of these and
             None.
-        replays: the kinds that have been launched.
+        replays: the recorded launches by kind.
         elsewhere: called instead for tensors that are not plain memory: subclasses, negated views, tensors in vmap.
         missing: called before a kind is launched for the first time; may raise.
     """
@@ -68,7 +68,7 @@ def replayed(
                     pointer = arg.data_ptr()
                 except RuntimeError:
                     return elsewhere(*args)
-                # the device, because Triton looks into a tensor for one of the host, but not at an address
+                # the device, because Triton checks that a tensor is on the GPU, but cannot check an address
                 key += arg.shape, arg.stride(), arg.dtype, arg.device, pointer % ALIGNMENT == 0
                 inputs.append(arg)
                 pointers.append(pointer)
@@ -97,24 +97,24 @@ def replayed(
 
 
 def _watched() -> bool:
-    """Whether somebody wants to know of launches, as profilers do, or decides at each how it is compiled."""
+    """Whether hooks observe launches, as profilers do, or change the compilation at each launch."""
     runtime = knobs.runtime
-    # not any(): a generator takes longer than all of this
+    # not any(), because a generator would take longer than this loop
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook, runtime.add_stages_inspection_hook):
         if hook is not None and getattr(hook, "calls", True):
             return True
     return False
 
 
-_STREAM = 3  # its place among the arguments of `CompiledKernel.run`
+_STREAM = 3  # index of the stream among the arguments of `CompiledKernel.run`
 
 
 class RecordedLaunch(NamedTuple):
     """A compiled kernel, and the arguments of its ``run`` without the stream and the tensors.
 
-    pointers: for each argument that is an address, its position and the number of its tensor.
-    descriptors: likewise for TMA descriptors, with their other fields.
-    compiled: kept alive, because a kernel is unloaded with its last reference.
+    pointers: position and tensor number of each argument that is an address.
+    descriptors: the same for TMA descriptors, with their other fields.
+    compiled: a reference that keeps the kernel loaded.
     """
 
     run: Callable[..., None]
@@ -125,11 +125,11 @@ class RecordedLaunch(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """The launches of one kind of call. Tensors are numbered: inputs, then outputs, then temporary ones.
+    """The launches of one kind of call. Tensors are numbered in the order inputs, outputs, temporaries.
 
-    outputs: sizes, strides and dtype of each, None for a None.
-    offsets: of the temporary ones in one allocation of `workspace` bytes.
-    single: whether the launcher returns a tensor, and not a tuple.
+    outputs: sizes, strides and dtype of each output, or None.
+    offsets: offsets of the temporaries in one allocation of `workspace` bytes.
+    single: whether the launcher returns a tensor instead of a tuple.
     """
 
     launches: list[RecordedLaunch]
@@ -140,7 +140,7 @@ class Replay(NamedTuple):
     device: torch.device
 
     def run(self, inputs: list[Tensor], pointers: list[int], stream: int) -> Any:
-        """The outputs; None if memory is not aligned as it was."""
+        """Replays the launches; returns the outputs, or None if new memory is not aligned."""
         empty, device = torch.empty_strided, self.device
         outputs = [None if o is None else empty(o[0], o[1], dtype=o[2], device=device) for o in self.outputs]
         made = [0 if t is None else t.data_ptr() for t in outputs]
@@ -158,7 +158,7 @@ class Replay(NamedTuple):
             for position, whose in addresses:
                 arguments[position] = pointers[whose]
             for position, whose, fields in descriptors:
-                descriptor = object.__new__(TensorDescriptor)  # what its constructor would check holds
+                descriptor = object.__new__(TensorDescriptor)  # skips the checks of its constructor, which hold
                 tensor = inputs[whose] if whose < len(inputs) else outputs[whose - len(inputs)]
                 descriptor.__dict__.update(fields, base=tensor)
                 arguments[position] = descriptor
@@ -167,14 +167,14 @@ class Replay(NamedTuple):
 
 
 class _Recording(TorchDispatchMode):
-    """Notes what a launcher allocates and launches; `faithful` while that is all it does."""
+    """Records allocations and launches of a launcher; `faithful` is True while it does nothing else."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.inputs = {t.data_ptr(): i for i, t in enumerate(inputs)}
-        # of AMD's, Triton specialises on the size of memory too; of versions to come nobody knows
+        # on AMD, Triton also specialises on the size of the memory; later versions may differ
         self.faithful = len(self.inputs) == len(inputs) and torch.version.hip is None and VERSION <= (3, 9)
-        self.made: dict[int, Tensor] = {}  # by storage, which views share; held, so that none takes another's place
+        self.made: dict[int, Tensor] = {}  # by storage, which views share; kept alive, so that no address is reused
         self.noted: list[tuple[Any, tuple[int, ...], list[Any]]] = []
 
     def __torch_dispatch__(
@@ -188,12 +188,12 @@ class _Recording(TorchDispatchMode):
         return out
 
     def note(self, compiled: Any, grid: tuple[int, ...], arguments: list[Any]) -> None:
-        """A launch that was made."""
+        """Records a launch."""
         self.faithful &= all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata"))
         self.noted.append((compiled, grid, arguments))
 
     def replay(self, results: Sequence[Tensor | None], single: bool, device: torch.device) -> Replay | None:
-        """What was noted, for tensors in place of those that it was noted of; None if it is not all that was done."""
+        """The recorded launches with numbers in place of tensors; None if the launcher did anything else."""
         self.faithful &= bool(self.noted)  # without a launch there may be no driver, as under the interpreter
         made = dict(self.made)
         for t in results:
@@ -218,7 +218,7 @@ class _Recording(TorchDispatchMode):
 
         launches = []
         for compiled, grid, arguments in self.noted if self.faithful else ():
-            # as CompiledKernel.__getitem__ has it: the grid, the stream, and None for what hooks would get
+            # as in CompiledKernel.__getitem__: the grid, the stream, and None for the arguments of hooks
             head = [*(*grid, 1, 1)[:3], None, compiled.function, compiled.packed_metadata, None, None, None]
             recorded, pointers, descriptors = head + arguments, [], []
             for i, argument in enumerate(arguments, len(head)):
@@ -240,7 +240,7 @@ def _recorded(
     launcher: Callable[..., Any], args: tuple[Any, ...], inputs: list[Tensor], kind: tuple[Any, ...],
     replays: dict[tuple[Any, ...], Replay | None],
 ) -> Any:  # fmt: skip
-    """What `launcher` returns, its launches recorded."""
+    """Calls `launcher` and records its launches; returns its result."""
     recording = _Recording(inputs)
     _thread.recording = recording
     try:

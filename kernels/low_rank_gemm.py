@@ -1,4 +1,4 @@
-"""A matrix product with a gated low-rank term added, at the speed of the product: ``y = x Wᵀ + bias + h Bᵀ``."""
+"""A GEMM with a gated low-rank term in the same kernel: ``y = x Wᵀ + bias + h Bᵀ``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from cotolora.kernels.tiles import (
     tile_for,
 )
 
-# ranks of h and B that wait in registers during a K loop by TMA, which takes few; twice as many spill [compiled]
+# with TMA, whose K loop needs few registers, h and B of this many ranks stay in registers during the loop; twice as
+# many spill [compiled]
 HELD_RANKS = 32
 
 
@@ -50,7 +51,7 @@ def low_rank_term(
     BLOCK_R: tl.constexpr, RANK_STEPS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Y + h Bᵀ over all ranks."""
-    # not unrolled, a loop around the product takes 60 registers more with TMA, and fewer without it
+    # with TMA the loop is unrolled, because otherwise it takes 60 more registers; without TMA it takes fewer
     if TMA:
         for step in tl.static_range(RANK_STEPS):
             h, b = low_rank_operands(
@@ -70,7 +71,7 @@ def low_rank_term(
 
 @triton.jit
 def scale_x(x, x_scale_ptr, first_k, row_on, K, BLOCK_K: tl.constexpr, ROW_GATES: tl.constexpr):
-    """``x_scale ∘ x``, rounded; rows that are off are left unscaled."""
+    """``x_scale ∘ x``, rounded; rows that are off stay unscaled."""
     ks = first_k + tl.arange(0, BLOCK_K)
     x_scale = tl.load(x_scale_ptr + ks, mask=ks < K, other=0.0)[None, :]
     if ROW_GATES:
@@ -106,12 +107,12 @@ def low_rank_gemm_kernel(
     dropout, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    RANK_STEPS: tl.constexpr,  # of BLOCK_R ranks each
+    RANK_STEPS: tl.constexpr,  # number of steps of BLOCK_R ranks
     GROUP_M: tl.constexpr,
     TMA: tl.constexpr, WEIGHT_ROWS: tl.constexpr,
-    STORES: tl.constexpr,  # in how many parts a tile is stored: each takes shared memory of its own size
+    STORES: tl.constexpr,  # number of parts in which a tile is stored; shared memory must hold one part
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
-    LAST: tl.constexpr,  # adds the low-rank term after the K loop, during which h and B arrive
+    LAST: tl.constexpr,  # adds the low-rank term after the K loop, while which h and B are loaded
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
     """Each program writes several [BLOCK_M, BLOCK_N] tiles of y, num_programs apart."""
@@ -138,12 +139,12 @@ def low_rank_gemm_kernel(
                 BLOCK_R,
             )  # fmt: skip
         elif on:
-            # first: row gates and dropout can be applied to it without a second accumulator
+            # the low-rank term comes first, so that row gates and dropout need no second accumulator
             y = low_rank_term(
                 y, h_ptr, b_ptr, rows, columns, row_on, column_ok, R, stride_h_m, stride_h_r, stride_b_n, stride_b_r,
                 BLOCK_R, RANK_STEPS, TMA, PRECISION,
             )  # fmt: skip
-        # outside the branch, though tiles that are off need none: inside, ptxas serialises every later wgmma
+        # outside of the branch, though tiles that are off do not need it: inside, ptxas serialises every later wgmma
         if ROW_GATES:
             y = tl.where(row_on[:, None], y, 0.0)
         if seed_ptr is not None:
@@ -172,7 +173,8 @@ def low_rank_gemm_kernel(
             y = tl.dot(x, weight, y, input_precision=PRECISION)
 
         if LAST:
-            # selected here, not when loaded: what is selected is waited for. Zeros, as off is off whatever B holds
+            # masked here, not when loaded, because masking waits for the load; both h and B, because a row that is off
+            # must be zero even if B holds inf or NaN
             h, b = tl.where((row_ok & gate)[:, None], h, 0.0), tl.where((column_ok & gate)[None, :], b, 0.0)
             y = tl.dot(h, b, y, input_precision=PRECISION)
         if TMA:
@@ -216,7 +218,7 @@ def low_rank_gemm(
         selects=row_gates is not None or seed is not None, scaled=x_scale is not None or column_scale is not None,
     )  # fmt: skip
     weight_rows = weight.stride(1) == 1
-    # 128 x 256 in one part would take as much shared memory as one and a half pipeline stages
+    # 128 x 256 in one part would take as much shared memory as 1.5 pipeline stages
     stores = 2 if tile.block_n > 128 else 1
     operands: tuple = (x, weight, y, u)
     if tma:
@@ -229,7 +231,7 @@ def low_rank_gemm(
             None if u is None else TensorDescriptor.from_tensor(u, [tile.block_m, tile.block_n // stores]),
         )
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
-    # full float32 has no matrix instruction on NVIDIA: the ranks of a product are held in registers
+    # full float32 has no matrix instruction on NVIDIA GPUs, so the ranks of a product are held in registers
     block_r = min(64 if x.element_size() == 2 else 16, max(16, triton.next_power_of_2(rank)))
     launch(
         low_rank_gemm_kernel, (min(tiles, processors * tile.programs),),

@@ -60,7 +60,7 @@ def expanded(
 ):  # fmt: skip
     """Y + h Bᵀ."""
     if h.dtype == tl.float32 and PRECISION == "ieee" and h.shape[1] > 16:
-        # without a matrix instruction all ranks of a product are in registers: 16 at a time do not spill
+        # without a matrix instruction all ranks of a product are in registers; 16 per step do not spill
         parts = tl.reshape(h, (h.shape[0], h.shape[1] // 16, 16))
         for part in range(0, h.shape[1] // 16):
             chosen = tl.arange(0, h.shape[1] // 16) == part
@@ -76,7 +76,7 @@ def expanded(
     return y
 
 
-# M changes from batch to batch: specialised, 1, multiples of 16 and all others would each be compiled
+# not specialised on M, which changes between batches and would cause up to three compilations (1, 16 n, others)
 @triton.jit(do_not_specialize=["M", "rows_per_gate"])
 def one_pass_kernel(
     # [M, K], [N, K], [N] or None, [R, K], [N, R], [] or [G] or None, [] or None, [N] or None; [M, N], [M, R], and
@@ -122,7 +122,7 @@ def one_pass_kernel(
         y += bias.to(tl.float32)[None, :]
     x_rows = x_ptr + rows * stride_x_m
     weight_rows, a_rows = weight_ptr + columns * stride_weight_n, a_ptr + ranks * stride_a_r
-    # two loops, because a branch inside one loop stops the pipelining of A
+    # two loops, because a branch inside one loop prevents the pipelining of A
     if on:
         y, h = accumulate(
             y, x_rows, weight_rows, a_rows, rows, row_ok, column_ok, rank_ok, K, stride_x_k, stride_weight_k,
@@ -134,14 +134,14 @@ def one_pass_kernel(
             stride_a_k, seed_ptr, dropout, BLOCK_M, BLOCK_K, BLOCK_R, False, PRECISION,
         )  # fmt: skip
 
-    # rank_ok: an inf in x times the zeros beyond rank R is NaN
+    # rank_ok, because an inf in x times the zeros beyond rank R is NaN
     h = tl.where(row_on[:, None] & rank_ok[None, :], scale * h, 0.0).to(h_ptr.dtype.element_ty)
     if tile_n == 0:
         h_ptrs = h_ptr + rows[:, None] * stride_h_m + ranks[None, :] * stride_h_r
         tl.store(h_ptrs, h, mask=row_ok[:, None] & rank_ok[None, :])
     y_ptrs = y_ptr + rows[:, None] * stride_y_m + columns[None, :] * stride_y_n
     if ROW_GATES:
-        # rows that are off are stored before B is used: their zeros times an inf in B would be NaN
+        # rows that are off are stored before B is used, because their zeros times an inf in B would be NaN
         store_scaled(
             y, y_ptrs, u_ptr, column_scale_ptr, bias_ptr, rows, columns, row_ok & ~row_on, column_ok, row_on, N,
             stride_bias_n, ROW_GATES,
@@ -163,9 +163,9 @@ def one_pass(
 
     ``x [M, K]``, ``weight [N, K]``, ``bias [N]`` or None, ``a [R, K]``, ``b [N, R]`` → ``y [M, N]``, ``h [M, R]``, of
     one dtype and any strides. `gate`: None (on), ``[]``, or ``[G]`` with row i under gate ``i // (M / G)``. Rows that
-    are off are ``x Wᵀ + bias`` in y, whatever A and B hold, and zeros in h. With `seed`, an int64 ``[]``, there is
-    dropout. With `column_scale`, contiguous float32 ``[N]``, rows of y that are on are ``column_scale ∘ u + bias`` with
-    ``u = x Wᵀ + h Bᵀ``, which `u`, if given, a contiguous ``[M, N]``, is filled with.
+    are off are ``x Wᵀ + bias`` in y, whatever A and B hold, and zeros in h. With `seed`, an int64 ``[]``, dropout is
+    applied. With `column_scale`, contiguous float32 ``[N]``, rows of y that are on are ``column_scale ∘ u + bias`` with
+    ``u = x Wᵀ + h Bᵀ``, which is written to `u`, a contiguous ``[M, N]``, if that is given.
     """
     (m, k), n, rank = x.shape, weight.shape[0], a.shape[0]
     y, h = x.new_empty(m, n), x.new_empty(m, rank)
@@ -176,15 +176,15 @@ def one_pass(
     tile = tile or tile_for(
         ONE_PASS, arch, multiprocessors(arch, x.device), m, n, rank,
         element_size=x.element_size(), precision=precision,
-        # x must be contiguous along K: the kernel is not specialised on M
+        # x must be contiguous along K, because the kernel is not specialised on M
         aligned=x.stride(1) == 1 and is_aligned(x) and is_aligned(weight) and is_aligned(a),
         selects=row_gates is not None or seed is not None, scaled=column_scale is not None,
     )  # fmt: skip
     if seed is not None and VERSION < (3, 9) and tile.num_warps == 8 and arch == "sm_90":
-        # in its pipeline one group of warps copies the next x over what the other still drops entries of: no barrier
-        # stands between them [PTX]. 3.9 has it
+        # no pipelining, in which one warp group copies the next x over the tile to which the other still applies
+        # dropout: Triton before 3.9 emits no barrier between them [PTX]
         tile = replace(tile, num_stages=1)
-    # without columns there is still h to write
+    # at least one program per row tile, because h must be written even without columns
     programs = triton.cdiv(m, tile.block_m) * max(1, triton.cdiv(n, tile.block_n))
     launch(
         one_pass_kernel, (programs,),

@@ -38,7 +38,7 @@ def stacked_kernel(
     """One program writes BLOCK_N rows of ``[W; A] xᵀ``, summed over its steps_per_split · BLOCK_K columns of K."""
     tile, split = tl.program_id(0), tl.program_id(1)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    # selected, not in two branches: each would have shared memory of its own
+    # tl.where instead of two branches, each of which would need its own shared memory
     of_a = tile >= tiles_n
     tile = tl.where(of_a, tile - tiles_n, tile)
     wide_ptr = tl.where(of_a, a_ptr, weight_ptr)
@@ -53,7 +53,7 @@ def stacked_kernel(
         last_step = tl.where(of_a & (tl.load(gate_ptr) == 0), first_step, last_step)
 
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    # in whole steps of BLOCK_K, so that offsets stay aligned and only the end of K is masked
+    # splits are whole steps of BLOCK_K, so that offsets stay aligned and only the end of K is masked
     for step in range(first_step, last_step):
         ks = step * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
         k_ok = ks < K
@@ -82,7 +82,7 @@ def finish_kernel(
     stride_partials_s,
     scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # ranks taken at a time, at least 16 (tl.dot)
+    BLOCK_R: tl.constexpr,  # ranks per step, at least 16 (tl.dot)
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def finish_kernel(
             b_ptrs = b_ptr + ranks[:, None] * stride_b_r + columns[None, :] * stride_b_n
             b = tl.load(b_ptrs, mask=rank_ok[:, None] & column_ok[None, :], other=0.0)
             y = tl.dot(h, b, y, input_precision=PRECISION)
-    # where, not a product with 0: B may hold inf
+    # tl.where, not a product with 0, because B may hold inf
     y = tl.where(row_on[:, None], y, 0.0)
     if bias_ptr is not None and column_scale_ptr is None:
         y += tl.load(bias_ptr + columns * stride_bias_n, mask=column_ok, other=0.0).to(tl.float32)[None, :]
@@ -138,8 +138,8 @@ def one_pass_swapped(
     """Launches `stacked_kernel` and `finish_kernel`: ``y = x Wᵀ + bias + h Bᵀ`` with ``h = scale · δ · dropout(x) Aᵀ``.
 
     As `cotolora.kernels.one_pass.one_pass`, for at most 64 rows of x. A matrix instruction takes 64 rows of its left
-    operand, of which x would leave most unused; so W and A are the left operand and xᵀ the right one. W is read once;
-    K is divided among `split` programs.
+    operand, most of which x would leave unused. Therefore W and A are the left operand and xᵀ is the right one. W is
+    read once; K is divided among `split` programs.
     """
     (m, k), n, rank = x.shape, weight.shape[0], a.shape[0]
     y, h = x.new_empty(m, n), x.new_empty(m, rank)
@@ -170,7 +170,7 @@ def one_pass_swapped(
     # These sizes compile without spills in Triton 3.6 and 3.9 [compiled]
     scaled, full_float32 = column_scale is not None, x.dtype == torch.float32 and precision == "ieee"
     block_n = 16 if scaled or full_float32 else 32
-    # many small programs, to fill the GPU; tl.dot needs at least 16 rows
+    # many small programs fill the GPU; tl.dot needs at least 16 rows
     launch(
         finish_kernel, (triton.cdiv(m, 16), max(1, triton.cdiv(n, block_n))),
         partials, bias, b, gate, column_scale, y, h, u,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cotolora.kernels.launching import launch
 
-BLOCK = 512  # elements of one program: a load of 16 bytes for each thread of 4 warps
-PARTS = 4  # whose loads are under way at once
+BLOCK = 512  # elements per program: one 16-byte load for each thread of 4 warps
+PARTS = 4  # parts whose loads are in flight at the same time
 
 
 @triton.jit
@@ -21,7 +21,7 @@ def sum_one(partials_ptr, out_ptr, block, S, size, BLOCK: tl.constexpr, PARTS: t
     elements = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ptrs = partials_ptr + elements
     total = tl.zeros((BLOCK,), tl.float32)
-    # a mask, not loop_unroll_factor: what that leaves over, Triton 3.6 loads part by part, with barriers
+    # a mask instead of loop_unroll_factor, with which Triton 3.6 loads the remaining parts one by one, with barriers
     for first in range(0, S, PARTS):
         for part in tl.static_range(PARTS):
             there = tl.where(first + part < S, size, 0)
@@ -37,7 +37,7 @@ def sum_partials_kernel(
     S0, size0, S1, size1,
     BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One program writes BLOCK elements of the first sum, or of the second where there are two."""
+    """One program writes BLOCK elements of the first sum or of the second, if there is one."""
     block = tl.program_id(0)
     blocks0 = tl.cdiv(size0, BLOCK)
     if block < blocks0:
@@ -47,9 +47,9 @@ def sum_partials_kernel(
 
 
 class Sum(NamedTuple):
-    """``out`` is to be the sum over s of ``partials[s]``, float32.
+    """A sum to compute: ``out`` is the sum over s of ``partials[s]``, float32.
 
-    Both are dense, and each part is laid out as out is: whatever the order of its dimensions, a sum runs over memory.
+    Both are dense, and each part has the strides of ``out``, so that a sum runs over memory in order.
     """
 
     partials: Tensor

@@ -1,4 +1,4 @@
-"""The low-rank term and the bias alone, ``y0 = h Bᵀ + bias``, to which a vendor's GEMM then adds ``x Wᵀ``."""
+"""The low-rank term and the bias, ``y0 = h Bᵀ + bias``, to which the vendor's GEMM then adds ``x Wᵀ``."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def pre_expand_kernel(
     stride_y_m, stride_y_n,
     scale, dropout, keep_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,  # BLOCK_N also along K
-    BLOCK_R: tl.constexpr,  # ranks taken at a time, at least 16 (tl.dot)
+    BLOCK_R: tl.constexpr,  # ranks per step, at least 16 (tl.dot)
     ROW_GATES: tl.constexpr,  # one gate for each rows_per_gate rows, instead of one for all
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
-    """One program writes BLOCK_M rows of y, in steps_per_program · BLOCK_N columns, from those of h.
+    """One program writes BLOCK_M rows of y, in steps_per_program · BLOCK_N columns, from the same rows of h.
 
-    With x it first computes and stores these, and is the only program of its rows.
+    With x it first computes and stores these rows of h, and is the only program for them.
     """
     # int64: index * stride passes 2**31 for tensors beyond 2 Gi elements
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -60,11 +60,11 @@ def pre_expand_kernel(
                     a_ptrs = a_ptr + ranks[None, :] * stride_a_r + ks[:, None] * stride_a_k
                     a = tl.load(a_ptrs, mask=k_ok[:, None] & rank_ok[None, :], other=0.0)
                     h = tl.dot(x, a, h, input_precision=PRECISION)
-            # where: rows that are off are zero whatever A holds
+            # tl.where, because rows that are off must be zero even if A holds inf or NaN
             h = tl.where(row_on[:, None], scale * h, 0.0)
             h_ptrs = h_ptr + rows[:, None] * stride_h_m + ranks[None, :] * stride_h_r
             tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=row_ok[:, None] & rank_ok[None, :])
-        # threads of this program read what others of it have written to h
+        # threads of this program read values of h that other threads have written
         tl.debug_barrier()
 
     first_step = tl.program_id(1) * steps_per_program
@@ -84,7 +84,7 @@ def pre_expand_kernel(
                 y = tl.dot(h_again, b, y, input_precision=PRECISION)
             if x_ptr is None and seed_ptr is not None:
                 y = tl.where(keep_mask(tl.load(seed_ptr), rows, first_n, dropout, BLOCK_N), y * keep_scale, 0.0)
-            # where: rows that are off are zero whatever B holds
+            # tl.where, because rows that are off must be zero even if B holds inf or NaN
             y = tl.where(row_on[:, None], y, 0.0)
         if bias_ptr is not None:
             y += tl.load(bias_ptr + columns * stride_bias_n, mask=column_ok, other=0.0).to(tl.float32)[None, :]
@@ -135,7 +135,7 @@ def _launch(
     stream = stream or row_for(PRE_EXPAND, arch, m, n, rank, element_size=h.element_size(), precision=precision).tile
     factor = 1.0 if seed is None else keep_scale(dropout)
     tiles, steps = triton.cdiv(m, stream.rows), triton.cdiv(n, stream.columns)
-    # two programs for each multiprocessor, where a row's columns may be divided
+    # two programs per multiprocessor, if the columns of a row may be divided
     across = 1 if x is not None else max(1, min(steps, 2 * multiprocessors(arch, h.device) // tiles))
     launch(
         pre_expand_kernel, (tiles, across),

@@ -30,8 +30,8 @@ def computed_norm(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``‖W + scale · B A‖`` of the BLOCK_N rows `rows`."""
-    # the sum of squares itself, not ‖W‖² + 2 · scale · W·BA + ‖scale · BA‖²: the same cost without cancellation.
-    # [K, N]: matrix instructions want many rows, and few rows of W in each program make many programs
+    # the sum of squares itself, which costs as much as ‖W‖² + 2 · scale · W·BA + ‖scale · BA‖² but does not cancel.
+    # [K, N], because matrix instructions need many rows, and few rows of W per program give many programs
     squares = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
     for first_k in range(0, K, BLOCK_K):
         ks = first_k + tl.arange(0, BLOCK_K).to(tl.int64)
@@ -63,8 +63,8 @@ def row_norm_kernel(
     stride_known_norm_n, stride_magnitude_n, stride_gate_g,
     scale,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # ranks taken at a time, at least 16 (tl.dot)
-    RANK_STEPS: tl.constexpr,  # of BLOCK_R ranks each
+    BLOCK_R: tl.constexpr,  # ranks per step, at least 16 (tl.dot)
+    RANK_STEPS: tl.constexpr,  # number of steps of BLOCK_R ranks
     PRECISION: tl.constexpr,  # of tl.dot on float32 operands: "ieee" or "tf32"
 ):  # fmt: skip
     """One program writes BLOCK_N norms and, given magnitudes, ``magnitude / norm``; ones if no gate is on."""
@@ -87,7 +87,7 @@ def row_norm_kernel(
             )  # fmt: skip
         if magnitude_ptr is not None:
             magnitude = tl.load(magnitude_ptr + rows * stride_magnitude_n, mask=row_ok, other=1.0).to(tl.float32)
-            # a row of zeros has no direction: it keeps ratio 1
+            # a row of zeros has no direction, so its ratio is 1
             ratio = tl.where(norm == 0, 1.0, tl.div_rn(magnitude, tl.where(norm == 0, 1.0, norm)))
     tl.store(norm_ptr + rows, norm, mask=row_ok)
     if magnitude_ptr is not None:
@@ -102,8 +102,7 @@ def row_norm(
 
     ``weight [N, K]``, ``a [R, K]``, ``b [N, R]``, of one dtype, ``norm [N]`` if it is known and ``magnitude [N]``, of
     any, all of any strides → ``norm [N]``, ``ratio [N]``, float32; without a magnitude the ratio is not written. Where
-    the norm is 0, the ratio is 1. `gate` as in `shrink`: if no gate is on, both are ones and nothing but the gate is
-    read.
+    the norm is 0, the ratio is 1. `gate` as in `shrink`: if no gate is on, both are ones and only the gate is read.
     """
     (n, k), rank = weight.shape, a.shape[0]
     out, ratio = (weight.new_empty(n, dtype=torch.float32) for _ in range(2))

@@ -52,7 +52,7 @@ def shrink_kernel(
 
     h = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     if on:
-        # in whole steps of BLOCK_K, so that offsets stay aligned and only the end of K is masked
+        # splits are whole steps of BLOCK_K, so that offsets stay aligned and only the end of K is masked
         first_step = split * steps_per_split
         for step in range(first_step, tl.minimum(first_step + steps_per_split, tl.cdiv(K, BLOCK_K))):
             first_k = step * BLOCK_K
@@ -65,7 +65,7 @@ def shrink_kernel(
             a_ptrs = a_ptr + ranks[None, :] * stride_a_r + ks[:, None] * stride_a_k
             a = tl.load(a_ptrs, mask=k_ok[:, None] & rank_ok[None, :], other=0.0)
             h = tl.dot(x, a, h, input_precision=PRECISION)
-    # where: rows that are off are zero whatever A holds
+    # tl.where, because rows that are off must be zero even if A holds inf or NaN
     h = tl.where(row_on[:, None], scale * h, 0.0)
     h_ptrs = h_ptr + split.to(tl.int64) * stride_h_s + rows[:, None] * stride_h_m + ranks[None, :] * stride_h_r
     tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=row_ok[:, None] & rank_ok[None, :])
@@ -78,7 +78,7 @@ def shrink(
     """Launches `shrink_kernel`: ``h = scale · δ · dropout(x) Aᵀ``, rounded once.
 
     ``x [M, K]``, ``a [R, K]`` → ``h [M, R]``, of one dtype and any strides. `gate`: None (on), ``[]``, or ``[G]`` with
-    row i under gate ``i // (M / G)``. With `seed`, an int64 ``[]``, there is dropout. The backward's p is
+    row i under gate ``i // (M / G)``. With `seed`, an int64 ``[]``, dropout is applied. The backward's p is
     ``shrink(dy, B.T, gate, scale)``. With few rows, K is divided among `split` programs, whose parts a second launch
     adds up in order.
     """

@@ -1,7 +1,7 @@
-"""Launch parameters of the kernels, as data: which tile a kernel takes for which sizes on which GPU.
+"""Launch parameters of the kernels as data: the tile of each kernel by problem size and GPU.
 
-No row has been timed on a GPU. They were chosen by counting waves, bytes in flight and shared memory, and by the
-registers and spills of the compiled kernels, which `python -m benchmarks aot` lists.
+No row has been timed on a GPU. They were chosen from the number of waves, bytes in flight and shared memory, and from
+the registers and spills of the compiled kernels, which `python -m benchmarks aot` lists.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """Launch parameters of one kernel: what one program covers, the order of the programs, warps and stages."""
+    """Launch parameters of one kernel: the tile of one program, the order of the programs, warps and stages."""
 
     block_m: int
     block_n: int
     block_k: int
-    group_m: int = 8  # row tiles visited together, so that they find the same tile of the weight in the L2
+    group_m: int = 8  # row tiles visited together, so that they share a tile of the weight in the L2 cache
     num_warps: int = 4
     num_stages: int = 3
-    programs: int = 1  # per multiprocessor, of kernels whose programs write several tiles each
+    programs: int = 1  # programs per multiprocessor, for kernels whose programs write several tiles each
 
     def meta(self) -> dict[str, int | bool]:
         """Keyword arguments of the launch."""
@@ -42,11 +42,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class Stream:
-    """Launch parameters of a kernel that reads a matrix once: the tile it reads at a time, warps and stages."""
+    """Launch parameters of a kernel that reads a matrix once: the tile per step, warps and stages."""
 
     rows: int
     columns: int
-    max_ranks: int = 256  # of one program; a larger rank takes several programs, and each reads the matrix
+    max_ranks: int = 256  # ranks of one program; a larger rank needs several programs, each of which reads the matrix
     num_warps: int = 4
     num_stages: int = 3
 
@@ -60,13 +60,13 @@ TileOrStream = TypeVar("TileOrStream", Tile, Stream)
 
 @dataclass(frozen=True)
 class Row(Generic[TileOrStream]):
-    """Launch parameters and the calls that they are for: sizes up to and including a bound, and kinds of operands.
+    """Launch parameters and the calls to which they apply: sizes up to and including a bound, and kinds of operands.
 
-    None allows any. There is no bound on K, which determines only the number of steps.
+    None allows any value. There is no bound on K, which determines only the number of steps.
     """
 
     tile: TileOrStream
-    smaller: tuple[TileOrStream, ...] = ()  # tiles for the same calls, of which `tile_by_waves` may take one instead
+    smaller: tuple[TileOrStream, ...] = ()  # smaller tiles for the same calls, from which `tile_by_waves` may choose
     max_m: int | None = None
     max_n: int | None = None
     min_rank: int = 1
@@ -74,19 +74,19 @@ class Row(Generic[TileOrStream]):
     element_size: int | None = None
     precision: str | None = None
     aligned: bool | None = None
-    selects: bool | None = None  # whether row gates or dropout mask the update, which takes registers
-    scaled: bool | None = None  # whether columns are scaled, which takes registers too
+    selects: bool | None = None  # whether row gates or dropout mask the update, which needs registers
+    scaled: bool | None = None  # whether columns are scaled, which also needs registers
 
     @property
     def tiles(self) -> tuple[TileOrStream, ...]:
-        """Every tile that such a call may take."""
+        """Every tile that such a call may use."""
         return (self.tile,) + self.smaller  # noqa: RUF005 (mypy cannot follow it unpacked)
 
     def applies_to(
         self, m: int, n: int, rank: int, *, element_size: int, precision: str, aligned: bool, selects: bool,
         scaled: bool,
     ) -> bool:  # fmt: skip
-        """Whether the row is for these sizes and operands; columns that are scaled count as masked, too."""
+        """Whether the row applies to these sizes and operands; scaled columns count as masked, too."""
         sizes = ((m, self.max_m), (n, self.max_n), (rank, self.max_rank))
         kinds = (
             (element_size, self.element_size),
@@ -102,7 +102,7 @@ class Row(Generic[TileOrStream]):
         )
 
 
-# each element needs an address of its own: more warps, with fewer elements each, hold them in registers
+# each element needs its own address; more warps with fewer elements each can hold them in registers
 UNALIGNED = Row(Tile(64, 64, 32, num_warps=8, num_stages=2), element_size=2, aligned=False)
 # NVIDIA has no matrix instruction for full float32: a product holds 16 operands of each row in registers. With tiles of
 # this size ptxas may spill a few bytes to fit one more block on an SM. These compile without spills for every BLOCK_R,
@@ -120,17 +120,17 @@ IEEE_SM_100 = (
     Row(Tile(32, 32, 32, num_warps=8, num_stages=2), max_rank=32, element_size=4, precision="ieee"),
     Row(Tile(32, 32, 16, num_warps=8), element_size=4, precision="ieee"),
 )
-# h of rank 256 takes four times the registers of y
+# at rank 256, h takes four times the registers of y
 LARGE_RANK = (
     Row(Tile(32, 32, 16, num_warps=8, num_stages=2), min_rank=129, element_size=4, precision="tf32"),
     Row(Tile(64, 32, 16, num_warps=8, num_stages=2), min_rank=129, element_size=2, aligned=False),
     Row(Tile(64, 64, 32, num_warps=8), min_rank=129, element_size=2),
 )
 LARGE_RANK_SMALL = Row(Tile(64, 32, 16, num_warps=8, num_stages=2), min_rank=129, element_size=2)
-# small enough for rank 128, where h takes twice the registers of y
+# small enough for rank 128, at which h takes twice the registers of y
 TF32 = Row(Tile(64, 64, 32, num_warps=8), element_size=4, precision="tf32")
 
-# of sm_90 and sm_100
+# for sm_90 and sm_100
 SMALL_ONE_PASS = (Tile(64, 128, 64, num_stages=4), Tile(64, 64, 64, num_stages=4))
 
 # `row_for` takes the first row that applies; the last one of an architecture applies to every call
@@ -143,13 +143,13 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         # spills of 8 bytes with block_k 32 and unaligned strides, or with block_k 16 and 16-byte loads
         Row(Tile(64, 64, 32, num_warps=8, num_stages=4), element_size=4, precision="tf32", aligned=True),
         Row(Tile(64, 64, 16, num_warps=8), element_size=4, precision="tf32"),
-        # few rows: time goes into reading the weight, and tiles of 32 columns make 128 programs of N = 4096
+        # few rows: reading the weight dominates, and tiles of 32 columns give 128 programs for N = 4096
         Row(Tile(16, 32, 128, group_m=1, num_stages=4), max_m=16, max_rank=64),
         Row(Tile(64, 32, 128, group_m=1, num_stages=4), max_m=64, max_n=8192, max_rank=32),
-        # a large N makes enough programs; with a large rank, fewer of them should read A
+        # a large N gives enough programs; with a large rank, fewer of them should read A
         Row(Tile(64, 64, 64, group_m=1, num_warps=8, num_stages=4), max_m=64),
         Row(Tile(64, 128, 32, num_warps=8, num_stages=4), scaled=True),
-        # the usual tile of this GPU; above rank 32, h does not fit into the registers beside y
+        # the usual tile of this GPU; above rank 32, h and y do not fit into the registers together
         Row(
             Tile(128, 128, 32, num_warps=8, num_stages=4),
             (Tile(64, 128, 32, num_warps=8, num_stages=4), Tile(64, 64, 64, num_warps=8, num_stages=4)),
@@ -165,14 +165,14 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(64, 64, 32), max_m=64, element_size=4, precision="tf32", aligned=True),
         Row(Tile(128, 64, 32, num_warps=8), element_size=4, precision="tf32", aligned=True),
         TF32,
-        # few rows: time goes into reading the weight, and tiles of 32 columns make 128 programs of N = 4096. Each has
+        # few rows: reading the weight dominates, and tiles of 32 columns give 128 programs for N = 4096. Each has
         # 5 stages of 8 KiB; 4.3 TB/s with a latency of 0.7 µs needs 23 KiB in flight on each SM
         Row(Tile(64, 32, 128, group_m=1, num_stages=5), max_m=64, max_n=8192, max_rank=32),
-        # a large N makes enough programs, two for each SM; with a large rank, fewer of them should read A
+        # a large N gives enough programs, two per SM; with a large rank, fewer of them should read A
         Row(Tile(64, 64, 64, group_m=1, num_stages=5), max_m=64),
         # with row gates and u as a second result, 128 columns spill
         Row(Tile(128, 64, 64, num_warps=8, num_stages=4), scaled=True),
-        # the widest tile, where 16 ranks add 1/16 to the products; row gates store y twice, which spills
+        # the widest tile, in which 16 ranks add 1/16 to the multiply-adds; row gates store y twice, which spills
         Row(
             Tile(128, 256, 64, num_warps=8),
             (Tile(128, 128, 64, num_warps=8, num_stages=4), *SMALL_ONE_PASS),
@@ -197,7 +197,7 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(64, 64, 64, group_m=1, num_stages=5), max_m=64),
         # 128 rows spill 8 bytes in Triton 3.7 and 3.8
         Row(Tile(64, 64, 64, num_warps=8), scaled=True),
-        # up to rank 64, 4 warps are enough to read 128 columns of y out of tensor memory
+        # up to rank 64, 4 warps are enough to read 128 columns of y from tensor memory
         Row(
             Tile(128, 256, 64, num_warps=8),
             (Tile(128, 128, 64, num_stages=4), *SMALL_ONE_PASS),
@@ -212,7 +212,7 @@ ONE_PASS: dict[str, tuple[Row[Tile], ...]] = {
         LARGE_RANK_SMALL,
         UNALIGNED,
         Row(Tile(64, 64, 32, num_stages=2), element_size=4),
-        # few rows: narrow tiles, for enough programs for the many CUs
+        # few rows: narrow tiles give enough programs for the many CUs
         Row(Tile(16, 32, 128, group_m=1, num_stages=2), max_m=16),
         Row(
             Tile(128, 128, 64, num_warps=8, num_stages=2),
@@ -236,7 +236,7 @@ SCALED_IEEE: Row[Tile] = Row(
     Tile(32, 32, 16, num_stages=2, programs=2),
     min_rank=33, max_rank=64, element_size=4, precision="ieee", aligned=False, scaled=True,
 )  # fmt: skip
-# of sm_90 and sm_100, with TMA; with row gates or dropout, ptxas serialises the wgmma of tiles of 64 rows
+# for sm_90 and sm_100, with TMA; with row gates or dropout, ptxas serialises the wgmma of tiles of 64 rows
 SMALL_LOW_RANK_GEMM = (Tile(64, 128, 64, num_stages=4), Tile(64, 64, 64, num_stages=4))
 SELECTING_LOW_RANK_GEMM = Tile(128, 64, 64, num_warps=8, num_stages=4)
 LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
@@ -261,7 +261,7 @@ LOW_RANK_GEMM: dict[str, tuple[Row[Tile], ...]] = {
         Row(Tile(64, 64, 64, num_warps=8, programs=2), aligned=False, selects=True),
         # block_k 64 spills 8 bytes without a gate, in Triton 3.6
         Row(Tile(128, 64, 32, num_warps=8, programs=2), aligned=False),
-        # masks of rows or of dropped entries take registers
+        # masks of row gates or of dropout need registers
         Row(
             Tile(128, 256, 64, num_warps=8),
             (Tile(128, 128, 64, num_warps=8, num_stages=4), *SMALL_LOW_RANK_GEMM),
@@ -311,13 +311,13 @@ ONE_PASS_SWAPPED: dict[str, tuple[Row[Stream], ...]] = {
     for arch in ONE_PASS
 }
 
-# of 8192 rows an SM has one program: three stages of 16 KiB under way are twice what its share of 4.3 TB/s with a
-# latency of 0.7 µs needs. Few rows make more splits of K, and fill more SMs, in small steps
+# with 8192 rows an SM has one program: three stages of 16 KiB in flight are twice what its share of 4.3 TB/s with a
+# latency of 0.7 µs needs. With few rows, small steps give more splits of K and fill more SMs
 SHRINK_MANY_ROWS = (
     Row(Stream(64, 64), max_m=1024, max_rank=64),
     Row(Stream(64, 128, num_warps=8, num_stages=4), max_rank=64, aligned=True),
 )
-# kernels that read a matrix once are bound by memory: small tiles leave room for several programs on an SM
+# kernels that read a matrix once are memory-bound; small tiles leave room for several programs per SM
 SHRINK: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(32, 32, max_ranks=32, num_stages=2), element_size=4),
@@ -334,8 +334,8 @@ GRAM: dict[str, tuple[Row[Stream], ...]] = {
     )
     for arch in ONE_PASS
 }
-# each tile of columns writes its own part of p, each split of the rows its own part of dB: `stream_by_parts` weighs
-# them. Two of the widest run on an SM of sm_90 at ranks of whole 16-byte loads; at others they fill its registers
+# each tile of columns writes its own part of p, each split of the rows its own part of dB; `stream_by_parts` weighs
+# both. At ranks of whole 16-byte loads an SM of sm_90 runs two of the widest; at others they fill its registers
 WIDE_PROJECT = (Stream(32, 512, num_warps=8), Stream(32, 256, num_warps=8), Stream(32, 128, num_warps=8))
 WIDE_PROJECT_ROWS = tuple(
     Row(WIDE_PROJECT[0], WIDE_PROJECT[1:], min_rank=rank, max_rank=rank, scaled=False) for rank in (16, 32)
@@ -359,7 +359,7 @@ PRE_EXPAND: dict[str, tuple[Row[Stream], ...]] = {
     for arch in ONE_PASS
 }
 
-# rows of W, columns of K: few rows make many programs, all of which find the small A in the L2; W is read once
+# rows of W, columns of K: few rows give many programs, all of which read the small A from the L2; W is read once
 ROW_NORM: dict[str, tuple[Row[Stream], ...]] = {
     arch: (
         Row(Stream(16, 32, max_ranks=16, num_warps=8, num_stages=2), element_size=4),
@@ -369,8 +369,8 @@ ROW_NORM: dict[str, tuple[Row[Stream], ...]] = {
     )
     for arch in ONE_PASS
 }
-# of y transposed: block_n is rows of W, of which W ∘ B A is computed in registers. wgmma needs 64 of them; where x has
-# few rows, time goes into reading W, and 64 make the most programs
+# tiles of y transposed: block_n counts rows of W, for which W ∘ B A is computed in registers. wgmma needs 64 of them;
+# if x has few rows, reading W dominates, and 64 give the most programs
 HIRA_FLOAT32_OR_UNALIGNED = (
     Row(Tile(32, 32, 16, num_warps=8, num_stages=2), element_size=4),
     Row(Tile(32, 64, 16, num_warps=8, num_stages=2), aligned=False),
@@ -388,7 +388,7 @@ HIRA_SM_90 = (
     HIRA_FEW_ROWS,
     Row(Tile(64, 64, 64, num_warps=8), min_rank=129, selects=True),
     HIRA_SELECTING,
-    # of 128 columns, ptxas serialises the wgmma [compiled]
+    # with 128 columns, ptxas serialises the wgmma [compiled]
     Row(Tile(128, 64, 64, num_warps=8), (Tile(64, 64, 64, num_warps=8),)),
 )
 # at rank 256 Triton 3.6 takes up to twice the shared memory of 3.9: 64 columns and two stages fit in both [compiled]
@@ -404,7 +404,7 @@ HIRA_SM_100 = (
         (Tile(128, 64, 64, num_warps=8), Tile(64, 64, 64, num_warps=8)),
     ),
 )
-# block_n by block_k of the weight, block_m rows of x and dy at a time
+# tiles of block_n x block_k of the weight, block_m rows of x and dy per step
 HIRA_GRADS_SMALL = (
     Row(Tile(16, 32, 32, num_warps=8, num_stages=2), element_size=4),
     Row(Tile(32, 64, 64, num_warps=8, num_stages=2)),
@@ -453,12 +453,12 @@ def row_for(
 # read dy twice
 PROJECT_MAX_RANK = 32
 TMA_ARCHITECTURES = ("sm_90", "sm_100")
-# assumed where no device can be asked: of an A100, an H100 or H200, a B200, an MI300X, and something small
+# assumed if there is no device to ask: A100, H100 or H200, B200, MI300X, and a small GPU
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "generic": 64}
 
 
 def multiprocessors(arch: str, device: torch.device) -> int:
-    """How many multiprocessors a device has; off a GPU, what `MULTIPROCESSORS` assumes of the architecture."""
+    """The number of multiprocessors of a device; without a GPU, the assumption in `MULTIPROCESSORS`."""
     return _multiprocessors(device) if device.type == "cuda" else MULTIPROCESSORS[arch]
 
 
@@ -467,14 +467,14 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# how much faster a tile of twice the size multiplies, as it reads each operand less often: assumed, not measured
+# speed-up of a tile of twice the size, which reads each operand less often; assumed, not measured
 GAIN_OF_TWICE = 1.18
 
 
 def fill(rows: int, columns: int, block_rows: int, block_columns: int, multiprocessors: int) -> float:
-    """Share of what the multiprocessors compute in whole waves of tiles that is part of ``[rows, columns]``.
+    """The share of the work in whole waves of tiles that belongs to ``[rows, columns]``.
 
-    A wave is one tile for each multiprocessor, however many programs run on it at once: they share its matrix units.
+    A wave is one tile per multiprocessor, regardless of how many programs it runs, because they share its matrix units.
     """
     tiles = -(-rows // block_rows) * -(-columns // block_columns)
     waves = max(1, -(-tiles // multiprocessors))
@@ -484,9 +484,9 @@ def fill(rows: int, columns: int, block_rows: int, block_columns: int, multiproc
 def tile_by_waves(
     row: Row[Tile], rows: int, columns: int, multiprocessors: int, *, sides: tuple[str, str] = ("block_m", "block_n")
 ) -> Tile:  # fmt: skip
-    """The largest of a row's tiles for a result ``[rows, columns]``, unless a smaller one fills the GPU clearly better.
+    """The largest tile of a row for a result ``[rows, columns]``, unless a smaller one fills the GPU clearly better.
 
-    Clearly is `GAIN_OF_TWICE` times for each time that the tile is halved. `sides`: what a tile covers of the result.
+    "Clearly" means by a factor of `GAIN_OF_TWICE` per halving. `sides`: the fields for a tile's rows and columns.
     """
 
     def speed(tile: Tile) -> float:
@@ -499,16 +499,16 @@ def tile_by_waves(
 def tile_for(
     table: dict[str, tuple[Row[Tile], ...]], arch: str, multiprocessors: int, m: int, n: int, rank: int, **kind: Any
 ) -> Tile:
-    """The tile for ``y [m, n]``: of the row that `row_for` takes for the `kind` of operands, the one by waves."""
+    """The tile for ``y [m, n]``: chosen by waves from the row that `row_for` finds for the `kind` of operands."""
     return tile_by_waves(row_for(table, arch, m, n, rank, **kind), m, n, multiprocessors)
 
 
 def splits(multiprocessors: int, tiles: int, steps: int) -> int:
-    """How many programs share the `steps` of each tile: up to two per multiprocessor, with 4 steps or more.
+    """The number of programs that share the `steps` of each tile: up to two per multiprocessor, with at least 4 steps.
 
-    The few beyond two would be a wave of their own. One, if the tiles fill three quarters of the GPU: the second
-    launch, which sums the parts, would cost more. Depends on nothing but the arguments, so that a sum has one order on
-    a GPU, and the same on all of as many multiprocessors.
+    A few more than two would need another wave. It is one if the tiles fill three quarters of the GPU, because the
+    second launch, which sums the parts, would cost more. The result depends only on the arguments, so that the order of
+    summation is the same on all GPUs with the same number of multiprocessors.
     """
     if 4 * tiles >= 3 * multiprocessors:
         return 1
@@ -516,9 +516,9 @@ def splits(multiprocessors: int, tiles: int, steps: int) -> int:
 
 
 def stream_by_parts(row: Row[Stream], m: int, n: int, multiprocessors: int) -> Stream:
-    """Of the row's tiles of ``dy [m, n]`` that fill the GPU, the one whose programs write the least of p and dB.
+    """Of the row's tiles for ``dy [m, n]`` that fill the GPU, the one whose programs write the least of p and dB.
 
-    Filled is three quarters, as in `splits`; where none does that, the one with the most programs.
+    A GPU counts as filled at three quarters, as in `splits`; if no tile fills it, the one with the most programs.
     """
 
     def rated(stream: Stream) -> tuple[bool, int]:
@@ -532,7 +532,7 @@ def stream_by_parts(row: Row[Stream], m: int, n: int, multiprocessors: int) -> S
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """The architecture whose rows a device takes: "sm_80", "sm_90", "sm_100", "gfx942", or else "generic"."""
+    """The architecture whose rows a device uses: "sm_80", "sm_90", "sm_100", "gfx942", or else "generic"."""
     if device.type != "cuda":
         return "generic"
     if torch.version.hip:
@@ -545,15 +545,15 @@ def architecture(device: torch.device) -> str:
 
 
 def dot_precision(dtype: torch.dtype, device: torch.device) -> str:
-    """How `tl.dot` multiplies float32 operands, "tf32" or "ieee": as torch's switch for matmul says at this moment."""
+    """The precision of `tl.dot` on float32 operands, "tf32" or "ieee", as torch's current matmul setting says."""
     if dtype != torch.float32 or (torch.version.hip and architecture(device) != "gfx942"):
-        return "ieee"  # of AMD's GPUs, Triton supports "tf32" only on gfx942
-    # not allow_tf32, which raises once a program has set fp32_precision
+        return "ieee"  # on AMD GPUs, Triton supports "tf32" only on gfx942
+    # not allow_tf32, which raises after a program has set fp32_precision
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def is_aligned(matrix: Tensor) -> bool:
-    """Whether Triton knows that 16-byte loads fit: one stride is 1, all else is a multiple of 16."""
+    """Whether Triton can prove that 16-byte loads fit: one stride is 1, everything else is a multiple of 16."""
     if 1 not in matrix.stride():
         return False
     inner = matrix.stride().index(1)

@@ -1,7 +1,7 @@
-"""What every variant does by every backend, on every base, under every gate and in every dtype: each property once.
+"""Properties that every variant must have with every backend, base, gate and dtype; each property is defined once.
 
-`cases` gives the properties of some variants to a test module, which parametrises over them. Nothing in here knows a
-variant or a backend by its name, so that what enters the registry is held to all of this by being there.
+A test module parametrises over `cases`. Nothing here names a variant or a backend, so that everything in the registry
+is tested automatically.
 """
 
 import copy
@@ -29,10 +29,10 @@ _PROPERTIES: list[tuple[Callable[..., None], Callable[[Subject], bool], dict[str
 
 
 def cases(variants: Iterable[Variant]) -> list[Any]:
-    """A parameter of `pytest.mark.parametrize` for each case of each property: a function without arguments.
+    """Parameters for `pytest.mark.parametrize`: each case of each property is a function without arguments.
 
-    Of our kernels, which are interpreted, the first form of each variant has them all. The others, marked as slow, have
-    each value of each axis once, for kernels have tests of their own.
+    Our kernels are interpreted, which is slow. Therefore only the first fused backend of each variant has all cases.
+    The others are marked as slow and have each value of each axis only once; kernels have tests of their own.
     """
     return list(_cases(variants))
 
@@ -57,13 +57,13 @@ def _cases(variants: Iterable[Variant]) -> Iterator[Any]:
 
 
 def _each_once(*axes: Collection[Any]) -> Iterator[tuple[Any, ...]]:
-    """As few combinations as hold each value of each axis."""
+    """The fewest combinations that contain each value of each axis."""
     for _, *values in zip(range(max(map(len, axes), default=1)), *map(itertools.cycle, axes), strict=False):
         yield tuple(values)
 
 
 def holds(concerned: Callable[[Subject], bool] = lambda subject: True, **axes: Axis) -> Callable[..., Any]:
-    """Makes a function a property of the subjects `concerned`, for every combination of the values of the `axes`."""
+    """Registers a function as a property of the subjects `concerned`, for every combination of values of the `axes`."""
 
     def register(check: Callable[..., None]) -> Callable[..., None]:
         _PROPERTIES.append((check, concerned, axes))
@@ -72,7 +72,7 @@ def holds(concerned: Callable[[Subject], bool] = lambda subject: True, **axes: A
     return register
 
 
-# of whom, and in which cases
+# subjects and cases of the properties
 
 ON = {"on": True, "0-dim-on": torch.tensor(1, dtype=torch.int32), "rows": torch.tensor([1, 1, 0])}
 GATES = {
@@ -104,9 +104,9 @@ SHAPES = {
     "larger": ((3, 40, 96), 64, 16),
     "blocks-of-rows": ((3, 3, 700), 900, 2),
 }
-# at sizes that the interpreter gets through: kernels have a tile of 16 rows or more
+# small enough for the interpreter; tiles have 16 rows or more
 FUSED_SHAPES = {"below-one-tile": ((3, 5, 24), 20, 4), "odd-sizes": ((3, 7, 33), 37, 3)}
-FUSED_ALONE = {  # each under one gate and in one dtype
+FUSED_ALONE = {  # each with one gate and in one dtype
     "several-tiles": ((3, 30, 80), 70, 17),
     "rank-above-one-read-of-dy": ((3, 4, 24), 20, 40),
     "no-leading-dimension": ((9,), 7, 2),
@@ -150,7 +150,7 @@ def of_linears(subject: Subject) -> bool:
 
 
 def as_close(subject: Subject, got: Tensor, want: Tensor, name: str) -> None:
-    """The same bits of kernels of ours, which do the same whatever else is asked for; close of those of vendors."""
+    """Bitwise equal for our kernels, which do not depend on what else is computed; close for the vendor's."""
     tolerance = {"rtol": 0.0, "atol": 0.0} if subject.fused else {}
     torch.testing.assert_close(got, want, msg=lambda text: f"{name}: {text}", **tolerance)
 
@@ -165,7 +165,7 @@ def as_close(subject: Subject, got: Tensor, want: Tensor, name: str) -> None:
 )
 def gradients_are_those_of_the_function(subject, gate, dropout):
     named = draw(subject, (3, 1, 3), 2, 2, dtype=torch.float64)
-    # numerical differentiation would go through what is a constant to autograd
+    # given as constants, because numerical differentiation would differentiate what autograd treats as constant
     constants = constants_of(subject, named)
 
     def function(*tensors):
@@ -178,7 +178,7 @@ def gradients_are_those_of_the_function(subject, gate, dropout):
 
 @holds(lambda s: by_backend(s) and in_float64(s), gate=GATES, bias=bias)
 def gradients_are_the_references_in_float64(subject, gate, bias):
-    """Those of constants that are computed, too."""
+    """Here the constants are computed, not given."""
     named = draw(subject, (3, 3, 7), 5, 2, dtype=torch.float64, bias=bias)
     ours, theirs = (run(s, named, gate=gate) for s in (subject, subject._replace(backend="reference")))
     for name, want in theirs.items():
@@ -186,18 +186,18 @@ def gradients_are_the_references_in_float64(subject, gate, bias):
 
 
 def as_accurate_as_the_reference(subject, named: Named, dy: Tensor, **options) -> dict[str, Tensor]:
-    """Holds the result and every gradient to the reference's own error, and returns them."""
+    """Checks the result and every gradient against the reference's own error, and returns them."""
     reference = subject._replace(backend="reference")
     ours, theirs = run(subject, named, dy, **options), run(reference, named, dy, **options)
     exact = run(reference, double(named), dy.double(), **options)
-    # the size of what is summed: one rounding of it is allowed in float32, where the reference may be lucky in a sum of
-    # few terms, and in what follows after a product that was rounded to less
+    # the sum of absolute values: one rounding error of it is allowed in float32, because the reference may be exact by
+    # chance in a sum of few terms, and for results that follow a product rounded to lower precision
     low_precision, late = named["x"].dtype != torch.float32, "lora_a" not in subject.variant.trained
     terms = run(
         reference, {k: t if t is None else t.abs() for k, t in double(named).items()}, dy.double().abs(), **options
     )
     for name, truth in exact.items():
-        # of what is extra a part may be made of dyᵀ h, which has been rounded to the dtype of x
+        # gradients of extra operands may be computed from dyᵀ h, which has been rounded to the dtype of x
         rounded = low_precision and not subject.fused and name in subject.adapter[2:]
         slack = 4.0 if rounded else 2.0
         summed = not low_precision or rounded or (late and name in subject.adapter)
@@ -240,13 +240,13 @@ def a_base_may_answer_in_a_dtype_of_its_own(subject, gate):
 
 
 @holds(lambda s: s.adds, gate=ON)
-def the_base_gets_the_gradient_of_the_result_as_it_is(subject, gate):
+def the_base_gets_the_gradient_of_the_result(subject, gate):
     named = draw(subject)
     assert torch.equal(run(subject, named, dy_of(named), gate=gate)["y"], dy_of(named))
 
 
 def half(subject: Subject) -> torch.dtype:
-    """The lowest dtype that it computes in here."""
+    """The lowest dtype that it supports on this machine."""
     return torch.bfloat16 if torch.bfloat16 in subject.dtypes else torch.float16
 
 
@@ -267,7 +267,7 @@ def float64_masters_over_a_float32_base(subject):
 
 @holds(case=lambda s: alone(s))
 def each_gradient_alone_is_the_one_among_all(subject, case):
-    """And what asks for none gets None."""
+    """Operands that require no gradient get None."""
     options, bias, pairs = case
     named = draw(subject, (3, 2, 9), 7, 3, bias=bias)
     dy = dy_of(named)
@@ -286,7 +286,7 @@ def each_gradient_alone_is_the_one_among_all(subject, case):
 
 
 def alone(subject: Subject) -> dict[str, tuple[dict[str, Any], bool, bool]]:
-    """Options, whether there is a bias, and whether two gradients are asked for together as well."""
+    """(options, whether there is a bias, whether pairs of gradients are tested as well)."""
     dropouts = drops(subject)
     if subject.fused:
         chosen = {"on": ({}, True, True), "rows": ({"gate": ON["rows"]}, True, False)}
@@ -299,7 +299,7 @@ def alone(subject: Subject) -> dict[str, tuple[dict[str, Any], bool, bool]]:
 
 
 @holds()
-def nothing_is_recorded_where_nothing_asks_for_a_gradient(subject):
+def nothing_is_recorded_if_nothing_requires_grad(subject):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         assert apply(subject, calls.leaves_of(draw(subject), ())).grad_fn is None
@@ -318,7 +318,7 @@ def takes_any_strides_of_one(subject, layout, gate):
     for which in (*named, "dy"):
         t = dy if which == "dy" else named[which]
         if (view := layout(t)).stride() == t.stride() and not view.storage_offset():
-            continue  # such a tensor has no other
+            continue  # such a tensor has no other strides
         given = named if which == "dy" else {**named, which: view}
         as_accurate_as_the_reference(subject, given, view if which == "dy" else dy, gate=gate)
 
@@ -328,7 +328,7 @@ def layouts(subject: Subject) -> dict[str, Callable[[Tensor], Tensor]]:
     return {"sliced_everywhere": every["sliced_everywhere"]} if subject.fused else every
 
 
-# but not all columns of all operands alike, whose products cancel to nothing but rounding
+# without operands whose columns are all equal, whose products cancel except for rounding
 @holds(by_backend, layout={f.__name__: f for f in calls.LAYOUTS if f.__name__ != "expanded_features"})
 def takes_any_strides_of_all(subject, layout):
     named = {name: layout(t) for name, t in draw(subject, (3, 6, 12), 10, 4).items()}
@@ -336,7 +336,7 @@ def takes_any_strides_of_all(subject, layout):
     if not subject.fused:
         as_accurate_as_the_reference(subject, named, dy, gate=ON["rows"])
         return
-    # by the same kernels, whatever the strides
+    # the same kernels must run for any strides
     got = run(subject, named, dy, gate=ON["rows"])
     want = run(subject, {name: t.contiguous() for name, t in named.items()}, dy.contiguous(), gate=ON["rows"])
     for name, value in want.items():
@@ -345,7 +345,7 @@ def takes_any_strides_of_all(subject, layout):
 
 @holds(by_backend)
 def takes_views_that_negate(subject):
-    """As the imaginary part of a conjugate is: torch negates what it reads there, a kernel does not."""
+    """For example the imaginary part of a conjugate: torch negates its values on reading, a kernel does not."""
     named = draw(subject)
     views = {name: torch._neg_view(-t) for name, t in (*named.items(), ("dy", dy_of(named)))}
     got = run(subject, {name: views[name] for name in named}, views["dy"])
@@ -355,7 +355,7 @@ def takes_views_that_negate(subject):
 
 @holds(by_backend)
 def takes_any_strides_of_float32_masters(subject):
-    """As they come from a layer."""
+    """As in a layer, whose masters are float32."""
     named = draw(subject, (3, 6, 24), 20, 4, dtype=half(subject), factors=torch.float32)
     strided = {name: (calls.sliced if t.dim() < 2 else calls.transposed)(t) for name, t in named.items()}
     dy = calls.expanded_features(dy_of(named))
@@ -394,7 +394,7 @@ def backward_twice_gives_the_same_gradients(subject, dropout):
 
 
 @holds()
-def what_is_done_to_the_output_leaves_the_gradients_alone(subject):
+def changing_the_output_does_not_change_the_gradients(subject):
     named = draw(subject)
     want, leaves = run(subject, named, 2 * torch.ones(3, 2, 3)), calls.leaves_of(named)
     out = apply(subject, leaves)
@@ -409,7 +409,7 @@ def what_is_done_to_the_output_leaves_the_gradients_alone(subject):
 
 @holds(lambda s: s.drops, gate=lambda s: {name: ON[name] for name in (("on", "rows") if s.fused else ON)})
 def dropout_is_one_mask_forward_and_backward(subject, gate):
-    """The function is affine in each operand: without it what its gradient says that it contributed is gone."""
+    """The function is affine in each operand: setting one to zero removes the contribution that its gradient states."""
     named = draw(subject, (3, 4, 24), 7, 3)
     dy, constants = dy_of(named), constants_of(subject, named)
 
@@ -429,7 +429,7 @@ def dropout_is_one_mask_forward_and_backward(subject, gate):
 
 
 @holds(lambda s: s.drops, gate=GATES, dtype=low)
-def dropout_of_everything_is_the_base(subject, gate, dtype):
+def dropout_with_probability_1_gives_the_base(subject, gate, dtype):
     named = draw(subject, dtype=dtype)
     got = run(subject, named, gate=gate, dropout=1.0)
     is_base(subject, got["out"], named)
@@ -437,7 +437,7 @@ def dropout_of_everything_is_the_base(subject, gate, dtype):
 
 
 def is_base(subject: Subject, got: Tensor, named: Named) -> None:
-    """The base's own bits, but of kernels of ours, whose product is not the vendor's."""
+    """Bitwise equal to the base; only close for our kernels, whose matmul is not the vendor's."""
     if subject.fused and not subject.adds:
         torch.testing.assert_close(got, base_result(named))
     else:
@@ -445,7 +445,7 @@ def is_base(subject: Subject, got: Tensor, named: Named) -> None:
 
 
 @holds()
-def without_dropout_the_generator_is_left_alone(subject):
+def without_dropout_the_generator_is_not_used(subject):
     before = torch.get_rng_state()
     run(subject, draw(subject))
     run(subject, draw(subject), gate=False, dropout=0.5)
@@ -469,7 +469,7 @@ def every_nonzero_gate_is_on(subject, kind):
 
 @holds()
 def rows_have_their_own_gates(subject):
-    # as many positions as samples, so that a row gate on the wrong dimension fits and must be seen
+    # as many positions as samples, so that a row gate applied to the wrong dimension raises no error but is detected
     named = draw(subject, (3, 3, 4))
     dy = dy_of(named)
     mixed, on, off = (run(subject, named, dy, gate=gate) for gate in (torch.tensor([1, 1, 0]), True, torch.tensor(0)))
@@ -477,7 +477,7 @@ def rows_have_their_own_gates(subject):
     torch.testing.assert_close(mixed["out"][:2], on["out"][:2])
     torch.testing.assert_close(mixed["x"][:2], on["x"][:2])
     torch.testing.assert_close(mixed["x"][2], or_zeros(off["x"], named, "x")[2])
-    # what the rows that are off would have added to the adapter is not in it
+    # rows that are off contribute nothing to the gradients of the adapter
     alone = {name: t[:2] if name in ("x", "y") else t for name, t in named.items()}
     for name, want in run(subject, alone, dy[:2]).items():
         if name in subject.adapter:
@@ -531,7 +531,7 @@ def rows_that_are_off_are_the_base_beside_rows_that_are_on(subject, gate):
 
 
 @holds(gate={"0-dim": torch.tensor(0), "rows": torch.tensor([1, 0, 1])}, where={"x": "x", "dy": "dy"})
-def what_is_off_adds_nothing_to_the_adapter_even_if_not_finite(subject, gate, where):
+def off_rows_add_nothing_to_the_adapter_even_if_not_finite(subject, gate, where):
     named = draw(subject, (3, 4, 8), 8, 4)
     dy = dy_of(named)
     want = run(subject, named, dy, gate=gate)
@@ -563,7 +563,7 @@ def a_host_gate_that_is_off_is_the_base_bit_for_bit(subject, shape, dtype):
 
 
 @holds(lambda s: by_backend(s) and not s.fused)
-def a_gate_changed_before_the_backward_is_noticed(subject):
+def a_gate_changed_before_the_backward_is_detected(subject):
     gate = torch.tensor(1)
     out = apply(subject, calls.leaves_of(draw(subject)), gate=gate)
     gate.fill_(0)
@@ -581,10 +581,10 @@ def autocast_casts_as_linear_does(subject, gate, x_dtype):
     named["x"] = named["x"].to(x_dtype)
     cast = {name: t if name == "y" or name in subject.adapter else t.to(lower) for name, t in named.items()}
     dy = dy_of(cast)
-    # of W as it was before the cast
+    # computed from W before the cast
     want = run(subject, cast, dy, gate=gate, constants=constants_of(subject, named))
     region = functools.partial(torch.autocast, "cpu", lower)
-    # without a weight autograd alone goes by the autocast around the backward, as everywhere in torch
+    # without a weight, the autocast around the backward applies, as everywhere in torch
     inside = [] if subject.adds and not by_backend(subject) else [region()]
     for backward_in in (None, *inside):
         got = run(subject, named, dy, gate=gate, forward_in=region(), backward_in=backward_in)
@@ -613,7 +613,7 @@ def autocast_leaves_float64_alone(subject):
 @holds(of_the_variant)
 def autocast_with_the_gate_off_is_the_base(subject):
     named = draw(subject, (3, 4, 8), 8, 4)
-    for x in (named["x"], named["x"].half()):  # F.linear takes it under autocast, so must the operation
+    for x in (named["x"], named["x"].half()):  # float16 too, because F.linear accepts it under autocast
         given = {**named, "x": x}
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(apply(subject, given, gate=False), base_result(given))
@@ -644,11 +644,11 @@ def the_reference_differentiates_twice(subject, gate):
     loss={"sum": torch.sum, "square": lambda out: out.square().sum()},
 )
 def a_backend_refuses_to_be_differentiated_twice(subject, needs, loss):
-    """Also by `autograd.grad`, which visits only the nodes that lead to what it is asked for."""
+    """Also with `autograd.grad`, which visits only the nodes that lead to the requested inputs."""
     name = subject.asked.partition(":")[0]
     leaves = calls.leaves_of(draw(subject), needs)
     out, asked = apply(subject, leaves), {name for name, t in leaves.items() if t.requires_grad}
-    # the gradient of y is dy, and not of our making; none depends on the bias
+    # without y, whose gradient is dy itself; no gradient depends on the bias
     for of in asked - {"y"}:
         (gradient,) = torch.autograd.grad(loss(out), [leaves[of]], create_graph=True)
         for towards in asked - {"y", "bias"}:
@@ -674,7 +674,7 @@ def gradients_with_a_graph_are_the_gradients(subject, needs):
 
 
 class Foreign(nn.Module):
-    """A linear whose weight is not there to read: it is made anew of halves in each call."""
+    """A linear without a readable weight: it is assembled from two halves in each call."""
 
     def __init__(self, plain: nn.Linear):
         super().__init__()
@@ -714,7 +714,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
 def layer_around(
     subject: Subject, base: Callable[[torch.dtype], nn.Module], dtype: torch.dtype, moved: bool = True, **options: Any
 ) -> CoToLoRALinear:
-    """A layer whose parameters are, if `moved`, not where they started; at a scale that is a power of two."""
+    """A layer whose scale is a power of two; if `moved`, its parameters differ from their initial values."""
     torch.manual_seed(0)
     options = {"rank": 4, "alpha": 8.0, "variant": subject.variant.name, **options}
     model = nn.Sequential(base(dtype))
@@ -732,7 +732,7 @@ def move(layer: CoToLoRALinear, by: float = 0.1) -> None:
 
 
 def linear_of(layer: CoToLoRALinear, x: Tensor) -> Tensor:
-    """The base's own result."""
+    """The result of the base."""
     if layer.base is not None:
         return layer.base(x)
     return F.linear(x, layer.weight.T if layer.fan_in_fan_out else layer.weight, layer.bias)
@@ -769,7 +769,7 @@ def mergeable(subject: Subject) -> bool:
 
 
 @holds(mergeable, base=BASES, init=inits, dtype=by_name((*LOW, torch.float64)))
-def merging_is_the_forward_and_unmerging_the_weight_bit_for_bit(subject, base, init, dtype):
+def merging_keeps_the_output_and_unmerging_restores_the_weight_bitwise(subject, base, init, dtype):
     layer, x = layer_around(subject, base, dtype, init=init).eval(), inputs(dtype)
     weight, before, zero = layer.weight, layer.weight.clone(), torch.zeros((), dtype=torch.float64)
     matrix = weight.T if layer.fan_in_fan_out else weight
@@ -777,7 +777,7 @@ def merging_is_the_forward_and_unmerging_the_weight_bit_for_bit(subject, base, i
     with torch.no_grad():
         y, delta = layer(x), layer.delta_weight()
         assert (delta.dtype, delta.shape) == (layer.lora_a.dtype, (9, 12))
-        with torch.autocast("cpu", torch.bfloat16):  # must not round it
+        with torch.autocast("cpu", torch.bfloat16):  # must not round the merged weight
             assert torch.equal(layer.delta_weight(), delta)
         exact = x.double() @ (matrix.double() + delta.double()).T + bias.double()
         rounded = F.linear(x, (matrix.double() + delta.double()).to(dtype), layer.bias)
@@ -785,7 +785,7 @@ def merging_is_the_forward_and_unmerging_the_weight_bit_for_bit(subject, base, i
             layer.merge()
             assert layer.merged
             assert not torch.equal(layer.weight, before)
-            if dtype == torch.float64:  # where nothing is more exact
+            if dtype == torch.float64:  # there is no more exact dtype to compare with
                 torch.testing.assert_close(layer(x), y)
             else:
                 assert_as_accurate_as_torch(layer(x), rounded, exact)
@@ -801,7 +801,7 @@ def merging_is_the_forward_and_unmerging_the_weight_bit_for_bit(subject, base, i
 
 
 @holds(lambda s: of_the_variant(s) and s.adds)
-def merging_into_a_weight_that_is_not_there_is_refused(subject):
+def merging_into_a_missing_weight_is_refused(subject):
     layer = layer_around(subject, FOREIGN["foreign"], torch.float32)
     with pytest.raises(RuntimeError, match="no dense floating weight"):
         layer.merge()
@@ -810,8 +810,8 @@ def merging_into_a_weight_that_is_not_there_is_refused(subject):
 
 
 @holds(base=bases, gate={"host": True, "off": torch.tensor(0), "rows": torch.tensor([1, 0, 1, 1, 0])})
-def a_layer_trains_as_by_the_reference(subject, base, gate):
-    """Several steps, which change what constants are of; then eval() without gradients."""
+def a_layer_trains_as_with_the_reference(subject, base, gate):
+    """Trains several steps, which change the tensors that constants depend on; then eval() without gradients."""
     ends = []
     for name in ("reference", subject.asked):
         layer, x = layer_around(subject, base, torch.float32), inputs()
@@ -849,12 +849,12 @@ def what_is_saved_is_what_is_loaded(subject, base, dtype):
     saved, plain, again, x = with_adapters(0), model(0).eval(), with_adapters(1), inputs(dtype)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(saved, folder)
-        for target in (plain, again):  # onto a model that has none, and onto adapters that are there
+        for target in (plain, again):  # a model without adapters, and one that has them
             assert load_adapter(target, folder) == ([], [])
             assert adapters(target)["0"].variant == subject.variant.name
             assert torch.equal(target(x), saved(x))
             assert target.state_dict().keys() == saved.state_dict().keys()
-            if subject.variant.peft.scaled or target is again:  # without a scale in the file it is put into B
+            if subject.variant.peft.scaled or target is again:  # a file without a scale has it multiplied into B
                 assert all(torch.equal(value, saved.state_dict()[key]) for key, value in target.state_dict().items())
     assert not torch.equal(saved(x), model(0)(x))
 

@@ -1,4 +1,4 @@
-"""Shared by all tests: Triton's interpreter where there is no GPU, and memory that shows when it was not written."""
+"""Shared by all tests: Triton's interpreter if there is no GPU, and uninitialised memory that reads as NaN."""
 
 import os
 
@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 pytest.register_assert_rewrite("tests.conformance", "tests.support.saving", "tests.support.training")
 
-# the sizes are small, and threads that wait for one another cost more than they save on a shared machine
+# sizes are small, and on a shared machine waiting for other threads costs more than they save
 torch.set_num_threads(1)
 
 
@@ -64,15 +64,15 @@ def fresh_dynamo():
 def device(request):
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if request.param == "interpreter" and not interpreted:
-        pytest.skip("TRITON_INTERPRET is not set: kernels are compiled here")
+        pytest.skip("TRITON_INTERPRET is not set, so kernels are compiled")
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if request.param == "cuda" and interpreted:
-        pytest.skip("TRITON_INTERPRET is set: nothing is compiled here")
+        pytest.skip("TRITON_INTERPRET is set, so kernels are not compiled")
     return torch.device("cpu" if request.param == "interpreter" else "cuda")
 
 
-# in the interpreter float16 runs the same lines as float32, with a coarser rounding
+# in the interpreter float16 runs the same code as float32, only with less precision
 @pytest.fixture(params=[torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 def dtype(request, device):
     if request.param == torch.bfloat16 and device.type == "cpu":

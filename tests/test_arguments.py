@@ -1,4 +1,4 @@
-"""Every argument of every public name, given what it cannot be: the call names it and leaves all as it was."""
+"""Invalid values for every argument of every public name: the error names the argument, and nothing changes."""
 
 import inspect
 
@@ -12,13 +12,13 @@ from cotolora.functional import add_low_rank
 from tests.support import arguments as of
 from tests.support.arguments import POOL, World, flag, integers, maybe, nothing, numbers
 
-# what the library makes, and other libraries call
+# classes that users do not create
 MADE = {"Shapley", "InterpolationCurve", "DropoutStability", "Pruning"}
 CALLED = {"CoToCallback", "CoToLightningCallback"}
 
 
 def public(module):
-    """The functions and classes that a module offers, by name, with the methods and the switches of the classes."""
+    """The public functions and classes of a module by name, with the methods and settable properties of the classes."""
     own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
     for name in getattr(module, "__all__", [name for name in own if not name.startswith("_")]):
         if not callable(value := getattr(module, name)):
@@ -35,11 +35,11 @@ def public(module):
 MODULES = (cotolora, merging, pruning, shapley, connectivity, lora_pro)
 NAMES = {name: value for module in MODULES for name, value in public(module)} | {"add_low_rank": add_low_rank}
 NAMES |= {f"CoToLoRALinear.{name}=": None for name in ("alpha", "dropout", "init", "rank", "use_rslora", "variant")}
-# what is imported with another library
+# names that need another library
 FOREIGN = {
     "CoToCallback": "transformers", "CoToLightningCallback": "lightning", "from_peft": "peft", "to_peft": "peft"
 }  # fmt: skip
-# whose methods are called
+# objects whose methods are called
 OWNERS = {
     "CoTo": "coto", "CoToLoRALinear": "layer", "Schedule": "schedule", "AdapterState": "state", "Factors": "factors",
     "Pruning": "pruning",
@@ -54,7 +54,7 @@ FACTOR_A, FACTOR_B = (of.float8, ones(2, 4)), (of.float8, ones(4, 2))
 PROBABILITY = numbers(lambda p: 0 <= p <= 1)
 UNIT_INTERVAL = numbers(lambda share: 0 < share <= 1)
 SIZE = integers(1, 10**9)
-# by argument: what it may be, and a value that it can be; then those of single names that differ
+# by argument: the predicate of valid values, and a valid value; then exceptions for single names
 ARGUMENTS = {
     "a": FACTOR_A,
     "adapter": (of.peft_name, lambda world: "default"),
@@ -197,7 +197,7 @@ OVERRIDES = {
     "ties.rank": MAYBE_SIZE,
     "trainable_report.model": ANY_MODEL,
 }
-# what a call needs beside the argument and those without a default
+# further arguments that a call needs, beside the tested one and those without a default
 BESIDES = {
     "AdapterState.from_tensors.tensors": {"alpha": 4},
     "AdapterState.from_tensors.use_rslora": {"alpha": 4},
@@ -206,15 +206,15 @@ BESIDES = {
     "dare.rank": {"of": "products"},
     "ties.rank": {"of": "products"},
 }
-# where the argument has another name in the words of an error
+# arguments that errors call by another name
 ALIASES = {"input": "x"}
 
 
 def subject(name, world):
-    """What `name` stands for, bound to an object of `world` if it is a method."""
+    """The function or class called `name`, bound to an object of `world` if it is a method."""
     owner, _, attribute = name.rpartition(".")
     if name in FOREIGN:
-        module = pytest.importorskip(f"cotolora.integrations.{FOREIGN[name]}", reason="of another library")
+        module = pytest.importorskip(f"cotolora.integrations.{FOREIGN[name]}", reason="needs another library")
         return getattr(module, name)
     if attribute.endswith("="):
         layer = getattr(world, OWNERS[owner])
@@ -234,7 +234,7 @@ def entry(name, argument):
 
 
 def call_without(name, argument, world):
-    """A call of `name` that lacks nothing but the argument."""
+    """A call of `name` with all arguments but `argument`."""
     needed = [key for key, p in parameters(name).items() if p.default is p.empty and key != argument]
     given = {key: entry(name, key)[1](world) for key in needed}
     return subject(name, world), given | BESIDES.get(f"{name}.{argument}", {})
@@ -246,7 +246,7 @@ def in_a_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", sorted([*NAMES, *FOREIGN]))
-def test_arguments_are_taken_or_named(name):
+def test_valid_arguments_are_accepted_and_invalid_ones_named(name):
     problems = []
     for argument in parameters(name):
         kind, valid = entry(name, argument)
@@ -260,7 +260,7 @@ def test_arguments_are_taken_or_named(name):
 
 
 def judged(name, argument, kind):
-    """The values of the pool that are judged wrongly, each with what is wrong."""
+    """Yields the values of the pool that are treated wrongly, each with the fault."""
     called = ALIASES.get(argument, name[:-1].rpartition(".")[2] if name.endswith("=") else argument)
     world = None
     for text, make in POOL.items():
@@ -290,7 +290,7 @@ def judged(name, argument, kind):
 @pytest.mark.parametrize("key", World().coto.state_dict())
 def test_a_damaged_state_of_coto_changes_nothing(key):
     world = World()
-    # of another run, so that whatever is taken of it shows
+    # the state of another run, so that any part that is loaded is visible
     state = cotolora.CoTo(World().model, 20, ramp=0.5, seed=7).state_dict()
     kind = nothing if key == "groups" else entry("CoTo.load_state_dict", key)[0]
     world.coto.set_step(3)
@@ -310,7 +310,7 @@ def test_a_damaged_state_of_coto_changes_nothing(key):
 @pytest.mark.parametrize(
     "value", [nn.LayerNorm(2), nn.Parameter(torch.zeros(2)), 2.0], ids=["module", "parameter", "number"]
 )
-def test_what_a_layer_computes_cannot_be_assigned(name, value):
+def test_computed_attributes_of_a_layer_cannot_be_assigned(name, value):
     world = World()
     layer, before = world.layer, dict(world.states())
     with pytest.raises(AttributeError, match=name):
@@ -319,7 +319,7 @@ def test_what_a_layer_computes_cannot_be_assigned(name, value):
 
 
 @pytest.mark.parametrize("switch", ["gate", "enabled"])
-def test_a_module_is_no_switch(switch):
+def test_a_module_is_refused_as_a_switch(switch):
     layer = World().layer
     with pytest.raises(TypeError, match=f"{switch} must be a bool or a bool or integer tensor; got LayerNorm"):
         setattr(layer, switch, nn.LayerNorm(2))

@@ -1,4 +1,4 @@
-"""What numbers and names of the analyses may be: numpy's numbers are numbers, bools are none."""
+"""Number and name arguments of the analyses: numpy's numbers are accepted, bools are refused."""
 
 import re
 
@@ -32,7 +32,7 @@ def values(**given):
     return shapley.shapley_values(model(), score, **given)
 
 
-# by argument: a call, and a number that it takes
+# by argument: a call, and a valid number
 ARGUMENTS = {
     "samples": (lambda n: values(samples=n).values, 8),
     "seed": (lambda n: values(samples=4, seed=n).values, 3),
@@ -66,7 +66,7 @@ def numpys(value):
 
 
 @pytest.mark.parametrize("argument", ARGUMENTS)
-def test_numpys_numbers_are_numbers(argument):
+def test_numpy_numbers_are_accepted(argument):
     call, value = ARGUMENTS[argument]
     torch.testing.assert_close(call(numpys(value)), call(value), rtol=0, atol=0)
 
@@ -80,14 +80,14 @@ def test_numpys_numbers_are_numbers(argument):
         if (argument, bad) != ("alpha", -1.5)
     ],
 )
-def test_bools_texts_and_what_is_out_of_range_are_none(argument, bad):
+def test_bools_strings_and_numbers_out_of_range_are_refused(argument, bad):
     call, _ = ARGUMENTS[argument]
     with pytest.raises(ValueError, match=re.escape(f"{argument} must be ") + ".*" + re.escape(f"got {bad!r}")):
         call(bad)
 
 
 @pytest.mark.parametrize("name", SEEDED)
-def test_a_seed_may_be_one_of_numpys_integers(name):
+def test_a_seed_may_be_a_numpy_integer(name):
     torch.testing.assert_close(SEEDED[name](np.int64(5)), SEEDED[name](5), rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"seed must be an integer in .* got 0\.5"):
         SEEDED[name](0.5)
@@ -111,7 +111,7 @@ def test_an_integer_may_be_described_by_more_than_its_bounds():
         (lambda: pruning.magnitude(model(), 0.5, "all"), "scope must be one of ('global', 'layer'); got 'all'"),
     ],
 )
-def test_names_that_are_none_of_those_allowed(call, says):
+def test_unknown_names_are_refused(call, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         call()
 
@@ -134,13 +134,13 @@ class Huge:
         pytest.param(1.5, "1.5", id="number"),
     ],
 )
-def test_an_error_shows_a_value_in_a_few_words(value, words):
+def test_an_error_shows_a_value_briefly(value, words):
     shown = checks.shown(value)
     assert shown.startswith(words)
     assert 0 < len(shown) <= 200
 
 
-def test_a_model_is_no_function_of_itself():
+def test_a_module_is_refused_as_a_score():
     assert checks.function("score", len, "a callable") is len
     for call, got in ((3, "int 3"), (nn.Linear(2, 2), "Linear <Linear>")):
         with pytest.raises(TypeError, match=f"score must be a callable; got {got}"):

@@ -1,4 +1,4 @@
-"""The registry's own variants are held to what `tests.conformance` asks of every variant."""
+"""Runs the properties of `tests.conformance` for every variant in the registry."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests import conformance
 
 pytestmark = [
     pytest.mark.usefixtures("poison_empty"),
-    # what the interpreter's numpy says of infinities
+    # numpy, which the interpreter uses, warns about infinities
     pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
 ]
 

@@ -1,4 +1,4 @@
-"""Curves and dropout on toys whose answers are known by hand, and that the model is as it was afterwards."""
+"""Curves and dropout stability on toy models with known results; the model is unchanged afterwards."""
 
 import itertools
 import math
@@ -55,7 +55,7 @@ def test_a_curve_known_by_hand(case):
     assert curve.barrier == pytest.approx(barrier)
 
 
-def test_ends_alone_have_no_barrier():
+def test_a_curve_of_only_its_ends_has_no_barrier():
     curve = interpolation_curve(scalar_model(), scalar(1, 1), scalar(-1, -1), value, points=2)
     assert (curve.lambdas, curve.scores, curve.barrier) == ((0.0, 1.0), (1.0, 1.0), 0.0)
     with pytest.raises(AttributeError):
@@ -110,7 +110,7 @@ def picture(model):
 
 
 def careless(model):
-    """A score that leaves train mode, moved statistics and another buffer behind."""
+    """A score function that leaves the model in train mode, with changed statistics and another buffer."""
     assert not any(module.training for module in model.modules())
     assert not torch.is_grad_enabled()
     model.train()
@@ -120,7 +120,7 @@ def careless(model):
 
 
 @pytest.mark.parametrize("measure", [interpolation_curve, dropout_stability])
-def test_the_model_is_as_it_was(measure):
+def test_the_model_is_unchanged(measure):
     model = tuned()
     model.eval()
     model.layers[1].train()
@@ -152,7 +152,7 @@ def test_the_ends_are_the_models_themselves():
     one, two = tuned(1).eval(), tuned(2).eval()
 
     def score(model):
-        return model(X).sum()  # a 0-dim tensor will do
+        return model(X).sum()  # a 0-dim tensor is accepted
 
     model = tuned(3)
     curve = interpolation_curve(model, one, two, score, points=3)
@@ -179,7 +179,7 @@ def test_bad_curves_are_refused():
 
 
 def weighed(model):
-    """Group i counts 2^i: the score names the subset that is on."""
+    """Group i contributes 2^i, so that the score identifies the subset that is on."""
     layers = adapters(model)
     return sum(2 ** int(name.split(".")[1]) for name, layer in layers.items() if layer.enabled and name.endswith("q"))
 
@@ -199,11 +199,11 @@ def test_dropout_by_hand(samples):
         m = len(scores)
         error = 0.0 if exact else statistics.stdev(scores) * math.sqrt((1 / m) * (1 - m / len(subsets)))
         assert stability.errors[count] == pytest.approx(error)
-        if exact:  # the mean of what is left, by symmetry
+        if exact:  # by symmetry, the mean of the remaining share
             assert stability.means[count] == pytest.approx(everything * (1 - count / n))
 
 
-def test_the_error_is_the_spread_of_the_mean():
+def test_the_error_is_the_standard_error_of_the_mean():
     model = tuned(depth=6)
     runs = [dropout_stability(model, weighed, samples=6, seed=seed) for seed in range(100)]
     for count in (2, 3):

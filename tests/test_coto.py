@@ -1,4 +1,4 @@
-"""CoTo in one process: masks, gates, resume, and what an attached optimizer leaves alone."""
+"""CoTo in one process: masks, gates, resuming, and the adapters that an attached optimizer skips."""
 
 import copy
 import io
@@ -53,7 +53,7 @@ class Net(nn.Module):
 
 
 def make(seed=0, targets="all-linear"):
-    """A small model whose adapters do something: B is not zero."""
+    """A small model whose adapters have a nonzero B."""
     torch.manual_seed(seed)
     model = Net()
     for layer in inject(model, targets, rank=2).values():
@@ -114,7 +114,7 @@ def test_masks_are_those_of_the_pure_function_and_gates_follow(schedule, kind):
         coto.step()
 
 
-def test_set_step_jumps_anywhere_and_step_goes_on_from_there():
+def test_set_step_jumps_to_any_step_and_step_continues_from_there():
     coto = CoTo(make(), 20)
     for step in (13, 2, 2, 500, 0):
         coto.set_step(step)
@@ -148,7 +148,7 @@ def test_gates_change_only_where_they_should(kind):
 
 
 @pytest.mark.parametrize("kind", ["host", "device"])
-def test_every_adapter_counts_in_eval(kind):
+def test_every_adapter_is_on_in_eval(kind):
     model = make()
     coto = CoTo(model, 20, gates=kind)
     assert not coto.mask.all()
@@ -187,7 +187,7 @@ def test_units(unit, groups):
 
 @pytest.mark.parametrize("tilt", [1.0, 0.5, 0.0, -0.4, -1.0])
 def test_tilt_gives_each_group_its_own_rate(tilt):
-    """Positive drops high layers more. at_least_one=False, so that rates are the bare probabilities."""
+    """A positive tilt drops high layers more often. With at_least_one=False, rates are the plain probabilities."""
     p, draws = 0.4, 3000
     coto = CoTo(make(), 10, initial_p=p, shape="constant", tilt=tilt, at_least_one=False)
     on = torch.zeros(BLOCKS)
@@ -199,7 +199,7 @@ def test_tilt_gives_each_group_its_own_rate(tilt):
         assert abs(on[l] - draws * rate) < 4 * math.sqrt(draws * rate * (1 - rate)), f"group {l}: {on / draws}"
 
 
-def test_tilt_has_no_effect_where_every_adapter_is_on_or_there_is_one_group():
+def test_tilt_has_no_effect_if_all_are_on_or_there_is_one_group():
     coto = CoTo(make(), 20, tilt=1.0)
     coto.set_step(15)
     assert coto.mask.all()
@@ -227,7 +227,7 @@ def test_without_at_least_one_every_adapter_may_be_off():
     model = make()
     coto = CoTo(model, 10, initial_p=0.0, at_least_one=False)
     assert not coto.mask.any()
-    backward(model)  # a step like any other, in which nothing learns
+    backward(model)  # a valid step in which nothing is trained
     assert all(p.grad is None for p in adapter_parameters(model))
 
 
@@ -254,7 +254,7 @@ def test_at_least_one_counts_enabled_adapters(how):
         context.__exit__(None, None, None)
 
 
-def test_a_prune_still_in_force_is_named(caplog):
+def test_a_pruning_still_in_effect_is_named(caplog):
     model = make()
     pruned = pruning.prune(model, "low")
     CoTo(model, 10).step()
@@ -303,7 +303,7 @@ def test_a_run_reads_and_changes_no_random_state():
     assert torch.equal(masks_of_a_run(False), masks_of_a_run(True))
 
 
-def test_another_default_device_does_not_matter():
+def test_the_default_device_has_no_effect():
     model = make()
     with torch.device("meta"):
         for kind in ("host", "device"):
@@ -318,7 +318,7 @@ def test_another_default_device_does_not_matter():
 
 
 @pytest.mark.parametrize("kind", ["host", "device"])
-def test_finish_switches_everything_on_and_takes_the_hook_off(kind):
+def test_finish_switches_everything_on_and_removes_the_hook(kind):
     model = make()
     coto = CoTo(model, 20, gates=kind)
     assert len(model._forward_hooks) == 1
@@ -328,7 +328,7 @@ def test_finish_switches_everything_on_and_takes_the_hook_off(kind):
     assert all(gates(model))
     assert not model._forward_hooks
     coto.finish()
-    coto.set_step(1)  # going on is allowed, and needs the hook again
+    coto.set_step(1)  # continuing is allowed and needs the hook again
     coto.set_step(2)
     assert len(model._forward_hooks) == 1
     assert torch.equal(coto.mask, expected_mask(2, 20))
@@ -350,7 +350,7 @@ def test_a_second_run_takes_over(kinds):
         assert all(gate.item() == 1 for gate in old), "the new gates are tensors of their own"
 
 
-def test_the_optimizer_of_an_earlier_run_no_longer_leaves_adapters_out():
+def test_the_optimizer_of_an_earlier_run_no_longer_skips_adapters():
     model = make()
     optimizer = torch.optim.AdamW(adapter_parameters(model))
     first = CoTo(model, 20)
@@ -398,7 +398,7 @@ def test_an_optimizer_that_trains_nothing_of_the_model_is_told_of(kind, caplog):
 
 @pytest.mark.parametrize("way", ["outer-after-inner", "inner-after-outer", "part-after-whole", "whole-after-part"])
 @pytest.mark.parametrize("kind", ["host", "device"])
-def test_one_run_decides_whatever_modules_they_were_made_with(kind, way):
+def test_the_last_run_sets_the_gates_for_any_modules(kind, way):
     model = make()
     modules = {"outer": nn.ModuleDict({"model": model}), "inner": model, "whole": model, "part": model.blocks[:3]}
     late, _, early = way.split("-")
@@ -417,10 +417,10 @@ def test_one_run_decides_whatever_modules_they_were_made_with(kind, way):
         assert gates(model) == expected
         assert moved(model, second, optimizer, lambda step=step: zeroed(model, optimizer, step)) == expected
         second.step()
-    first.finish()  # late: the gates are no longer its own
+    first.finish()  # late, when the gates belong to the other run
     assert gates(model) == expected_gates(second, model)
 
-    first.step()  # it goes on, and the other is finished
+    first.step()  # the first run takes over again, so the other is finished
     assert second.mask.all()
     assert gates(model) == expected_gates(first, model)
     first.finish()
@@ -434,7 +434,7 @@ def expected_gates(coto, model):
     return [by_layer.get(id(layer), True) for layer in adapters(model).values()]
 
 
-def test_runs_of_parts_that_share_no_adapter_go_on_side_by_side():
+def test_runs_on_disjoint_parts_are_independent():
     model = make()
     low, high = CoTo(model.blocks[:3], 20, seed=1), CoTo(model.blocks[3:], 20, seed=2)
     for _ in range(5):
@@ -461,7 +461,7 @@ def test_a_copied_model_has_a_run_of_its_own(kind, how):
     assert before == gates(model)
     coto.finish()
     assert gates(other) == before
-    second = CoTo(nn.ModuleDict({"model": other}), 20)  # past the module that holds the copied run's hook
+    second = CoTo(nn.ModuleDict({"model": other}), 20)  # on a wrapper, not on the module with the copied run's hook
     assert len(other._forward_hooks) == 1
     second = CoTo(other, 20)
     second.set_step(1)
@@ -667,7 +667,7 @@ def state_of(optimizer, p):
 
 
 def moved(model, coto, optimizer, step):
-    """Runs `step` and returns, for every adapter, whether anything of it or of its optimizer state changed."""
+    """Runs `step`; returns for every adapter whether its weights or its optimizer state changed."""
     before = [(p.detach().clone(), state_of(optimizer, p)) for p in adapter_parameters(model)]
     step()
     changed = []
@@ -719,7 +719,7 @@ def test_removing_the_handle_undoes_attach():
     assert not coto.mask.all()
 
 
-def test_attach_takes_accelerates_optimizer():
+def test_attach_accepts_accelerates_optimizer():
     accelerate = pytest.importorskip("accelerate")
     model = make()
     coto = CoTo(model, 10, gates="device")
@@ -740,7 +740,7 @@ def test_attach_takes_accelerates_optimizer():
 @pytest.mark.parametrize("kind", ["host", "device"])
 @pytest.mark.parametrize("part", ["whole", "blocks"])
 def test_training_in_eval_mode_loses_no_gradients(part, kind):
-    """In eval every adapter is on, so every adapter trains; blocks can be in eval one by one."""
+    """In eval mode every adapter is on, so every adapter trains; single blocks can be in eval mode."""
     model = make()
     coto = CoTo(model, 10, gates=kind)
     optimizer = OPTIMIZERS["adamw"](adapter_parameters(model))
@@ -759,7 +759,7 @@ def test_training_in_eval_mode_loses_no_gradients(part, kind):
 
 @pytest.mark.parametrize("value", [False, torch.tensor(0), torch.zeros(3, dtype=torch.int32)], ids=str)
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-def test_a_disabled_adapter_is_left_alone(mode, value):
+def test_a_disabled_adapter_is_unchanged(mode, value):
     model = make()
     coto = CoTo(model, 10, initial_p=1.0)
     optimizer = OPTIMIZERS["adamw"](adapter_parameters(model))
@@ -771,7 +771,7 @@ def test_a_disabled_adapter_is_left_alone(mode, value):
     assert moved(model, coto, optimizer, lambda: zeroed(model, optimizer, 1)) == expected
 
 
-def test_attach_leaves_other_parameters_alone():
+def test_attach_does_not_affect_other_parameters():
     model = make()
     head = nn.Linear(WIDTH, 1)
     coto = CoTo(model, 10)
@@ -826,7 +826,7 @@ def test_joining_the_graph_for_ddp_keeps_the_early_stop(one_rank):
         coto.step()
 
 
-def test_joining_gives_zeros_to_what_is_off_and_leaves_the_rest_as_it_was(one_rank):
+def test_joining_gives_zero_gradients_to_off_adapters_and_changes_nothing_else(one_rank):
     gradients = []
     for hooked in (True, False):
         model = make()
@@ -842,7 +842,7 @@ def test_joining_gives_zeros_to_what_is_off_and_leaves_the_rest_as_it_was(one_ra
     assert not coto.mask.all()
 
 
-def test_joining_keeps_errors_of_writing_in_place_and_tensors_in_two_places(one_rank):
+def test_joining_keeps_in_place_errors_and_shared_tensors(one_rank):
     class Wrapper(nn.Module):
         def __init__(self, inner, output):
             super().__init__()
@@ -851,7 +851,7 @@ def test_joining_keeps_errors_of_writing_in_place_and_tensors_in_two_places(one_
         def forward(self, x):
             return self.output(self.inner(x))
 
-    model = Wrapper(make(), lambda x: x)  # ends in a tanh, whose backward reads its result
+    model = Wrapper(make(), lambda x: x)  # ends in a tanh, whose backward needs its output
     CoTo(model, 20)
     y = model(batch())
     y /= 2
@@ -868,7 +868,7 @@ def test_joining_keeps_errors_of_writing_in_place_and_tensors_in_two_places(one_
     assert output["more"][0].item() == pytest.approx(expected)
 
 
-def test_an_output_without_tensors_is_logged_once_and_handed_on(one_rank, caplog):
+def test_an_output_without_tensors_is_logged_once_and_returned(one_rank, caplog):
     model = make()
     model.register_forward_hook(lambda module, args, output: "text")  # before CoTo's
     CoTo(model, 20)
@@ -877,7 +877,7 @@ def test_an_output_without_tensors_is_logged_once_and_handed_on(one_rank, caplog
     assert ["output, a str: " in record.getMessage() for record in caplog.records] == [True]
 
 
-def test_joining_is_left_out_where_there_is_no_graph(one_rank):
+def test_without_a_graph_nothing_is_joined(one_rank):
     model = make()
     coto = CoTo(model, 20)
     with torch.no_grad():
@@ -887,7 +887,7 @@ def test_joining_is_left_out_where_there_is_no_graph(one_rank):
     model.eval()
     assert not any("Join" in node for node in graph_nodes(model(batch())))
     model.train()
-    # per-sample gradients: torch.func takes no autograd.Function of the old style
+    # per-sample gradients: torch.func does not support old-style autograd.Functions
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     gradient = torch.func.grad(lambda p: torch.func.functional_call(model, p, (batch(),)).sum())(parameters)
     on = on_by_adapter(coto)
@@ -928,7 +928,7 @@ def compile_whole(model):
         (lambda model: model, "module", "host", False),
     ],
 )
-def test_compile_notice_is_logged_once_where_gates_make_many_graphs(compiled, unit, kind, notice, caplog):
+def test_the_compile_notice_is_logged_once_if_gates_make_many_graphs(compiled, unit, kind, notice, caplog):
     with caplog.at_level(logging.INFO, logger="cotolora"):
         coto = CoTo(compiled(make()), 20, unit=unit, gates=kind)
         for _ in range(5):
@@ -1032,7 +1032,7 @@ def test_bad_arguments_are_named_and_change_nothing(arguments, error, message):
     assert len(model._forward_hooks) == 1
 
 
-def test_a_schedule_stands_for_its_fields():
+def test_a_schedule_replaces_its_fields():
     fields = {"initial_p": 0.3, "ramp": 0.6, "shape": "sine", "tilt": 0.5, "at_least_one": False, "seed": 9}
     one, other = CoTo(make(), 20, Schedule(**fields)), CoTo(make(), 20, **fields)
     assert one.schedule == other.schedule == Schedule(**fields)
@@ -1048,13 +1048,13 @@ def test_a_schedule_and_a_field_of_it_are_refused_together():
     schedule = Schedule(seed=1)
     message = r"schedule must not be combined with ramp, seed.*; got Schedule\(.*ramp=0.75, seed=0"
     with pytest.raises(ValueError, match=message):
-        CoTo(make(), 20, schedule, ramp=0.75, seed=0)  # also where the field says the same
+        CoTo(make(), 20, schedule, ramp=0.75, seed=0)  # even with the value that the schedule has
     for other in (0.1, {"seed": 1}):
         with pytest.raises(TypeError, match="schedule must be a Schedule; got"):
             CoTo(make(), 20, other)
 
 
-def test_the_state_of_numpys_numbers_is_of_pythons():
+def test_numpy_numbers_become_python_numbers_in_the_state():
     coto = CoTo(make(), np.int64(20), seed=np.int64(3), initial_p=np.float32(0.25), check_every=np.int64(0))
     coto.set_step(np.int64(4))
     state = coto.state_dict()
@@ -1062,14 +1062,14 @@ def test_the_state_of_numpys_numbers_is_of_pythons():
     assert (state["total_steps"], state["seed"], state["initial_p"], state["step"]) == (20, 3, 0.25, 4)
 
 
-def test_attach_refuses_what_is_no_optimizer():
+def test_attach_refuses_other_types():
     coto = CoTo(make(), 20)
     for other in (None, object(), [1]):
         with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer; got"):
             coto.attach(other)
 
 
-def test_the_constructor_needs_no_hook_after_a_failure_of_its_own():
+def test_a_failed_constructor_leaves_no_hook():
     model = make()
     with pytest.raises(ValueError):
         CoTo(model, 20, seed=-1)
@@ -1077,11 +1077,11 @@ def test_the_constructor_needs_no_hook_after_a_failure_of_its_own():
     assert all(layer.gate is True for layer in adapters(model).values())
 
 
-# CUDA graphs, as far as a CPU shows them; the rest is in tests/kernels/test_gpu.py
+# CUDA graphs, as far as they can be tested on a CPU; the rest is in tests/kernels/test_gpu.py
 
 
 class Operators(TorchDispatchMode):
-    """Notes what torch is asked for."""
+    """Records the operators that are called."""
 
     def __init__(self):
         super().__init__()
@@ -1093,7 +1093,7 @@ class Operators(TorchDispatchMode):
 
 
 def test_a_captured_step_does_the_same_under_every_mask_and_trains_as_a_plain_loop(monkeypatch):
-    monkeypatch.setattr(autograd, "readable", lambda gate: False)  # as of a gate on a GPU
+    monkeypatch.setattr(autograd, "readable", lambda gate: False)  # as for a gate on a GPU
     seen = []
 
     def noted(compute):

@@ -1,4 +1,4 @@
-"""Models of which most weights are out of reach of any adapter: `inject` says which and how many."""
+"""Models most of whose weights cannot have adapters: `inject` reports which ones and their share."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from cotolora import inject
 
 
 class Experts(nn.Module):
-    """As transformers holds them: one parameter for all."""
+    """All experts in one parameter, as in transformers."""
 
     def __init__(self, count, width):
         super().__init__()
@@ -50,9 +50,9 @@ def said(caplog):
 
 @pytest.mark.parametrize("variant", ["lora", "vera"])
 @pytest.mark.parametrize("targets", ["all-linear", ["q"]], ids=str)
-def test_the_share_and_the_places_of_experts_are_said_in_one_line(targets, variant, caplog):
+def test_share_and_names_of_experts_are_reported_in_one_line(targets, variant, caplog):
     inject(Mixture(), targets, variant=variant)
-    # by block 16 + 4 of q, 2 * 3 * 16 of the experts and 8 of the norm; the router has 3 * 4
+    # weights per block: 16 + 4 in q, 2 * 3 * 16 in the experts, 8 in the norm; the router has 3 * 4
     (message,) = said(caplog)
     assert message.startswith(
         "78% of the weights outside the embeddings (204 of 260) stay frozen and cannot be adapted, because they "
@@ -74,13 +74,13 @@ def test_the_share_and_the_places_of_experts_are_said_in_one_line(targets, varia
         ),
     ],
 )
-def test_nothing_is_said_of_a_small_share_or_one_that_is_chosen(make, caplog):
+def test_nothing_is_reported_for_a_small_or_intended_share(make, caplog):
     model, options = make()
     inject(model, **options)
     assert not said(caplog)
 
 
-def test_many_places_are_summed_up(caplog):
+def test_many_names_are_shortened(caplog):
     model = nn.ModuleDict({f"conv_{name}": nn.Conv2d(3, 3, 3 + 2 * i) for i, name in enumerate("abcdef")})
     model["head"] = nn.Linear(3, 2)
     inject(model)

@@ -1,4 +1,4 @@
-"""The main job, small: ``python -m cotolora.demo`` with few steps."""
+"""``python -m cotolora.demo`` with few steps."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def report(finished):
     return json.loads((finished / "report.json").read_text())
 
 
-def test_report_holds_every_figure_for_each_seed(report):
+def test_the_report_has_every_figure_for_each_seed(report):
     assert set(report["results"]) == {"LoRA", "CoTo"}
     for result in report["results"].values():
         assert len(result["accuracy"]) == len(result["every_other_layer"]) == len(result["fused"]) == 2
@@ -39,7 +39,7 @@ def test_report_holds_every_figure_for_each_seed(report):
         assert result["interpolation"][0][0] == pytest.approx(result["accuracy"][1])
 
 
-def test_skipped_compute_is_what_the_gates_skipped(report):
+def test_skipped_compute_matches_the_gates(report):
     assert report["results"]["LoRA"]["adapter_compute_skipped"] == [0, 0]
     for seed, skipped in enumerate(report["results"]["CoTo"]["adapter_compute_skipped"]):
         model = demo.VisionTransformer()
@@ -52,7 +52,7 @@ def test_skipped_compute_is_what_the_gates_skipped(report):
         assert skipped == pytest.approx(100 * (1 - torch.stack(on).mean().item()))
 
 
-def test_time_of_lora_over_lora_is_one(report):
+def test_the_relative_time_of_lora_is_one(report):
     assert report["results"]["LoRA"]["time_per_step_over_lora"] == [1, 1]
     assert all(value > 0 for value in report["results"]["CoTo"]["time_per_step_over_lora"])
 
@@ -69,7 +69,7 @@ def test_saved_adapters_reproduce_the_accuracy(finished, report, monkeypatch):
         assert rounded(demo.accuracy(model, data.test)) == result["accuracy"][1]
 
 
-def test_figure_is_a_picture_with_something_on_it(finished):
+def test_the_figure_is_not_empty(finished):
     picture = matplotlib.image.imread(finished / "coto.png")
     assert picture.shape[0] > 300
     assert picture.shape[1] > 800
@@ -103,7 +103,7 @@ def test_bad_arguments_are_named(arguments, named, capsys):
 
 
 @pytest.mark.parametrize("missing", ["einops", "matplotlib", "sklearn"])
-def test_what_is_not_installed_is_named_with_its_extra(missing, monkeypatch, capsys):
+def test_a_missing_package_is_named_with_its_extra(missing, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit):
         demo.main([])

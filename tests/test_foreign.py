@@ -1,4 +1,4 @@
-"""Adapters around modules whose weight is not there to read: they keep their own forward, and their own weight."""
+"""Adapters around modules without a readable weight, which keep their own forward and weight."""
 
 import copy
 import math
@@ -22,7 +22,7 @@ from cotolora.backends.types import Sizes
 from cotolora.functional import add_low_rank
 from cotolora.variants import VARIANTS
 
-SCALE = 0.75  # neither 1 nor a power of two: lost, squared or inverted it shows
+SCALE = 0.75  # neither 1 nor a power of two, so that a lost, squared or inverted scale is visible
 LORA = VARIANTS["lora"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
 fused = pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1"))
@@ -46,7 +46,7 @@ class Operands(NamedTuple):
 
 
 def operands(shape=(3, 4, 33), out=20, rank=5, *, x_dtype=torch.float32, y_dtype=torch.float32, factors=None, seed=0):
-    """Leaves of an output and an update of about the same size."""
+    """Leaf tensors such that the output and the update have similar size."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda *size: torch.randn(*size, generator=g)  # noqa: E731
     made = Operands(
@@ -86,7 +86,7 @@ def test_bad_arguments_are_named(bad, error, match, gate):
 # dispatch
 
 
-def test_every_fused_form_stands_for_the_one_there_is():
+def test_every_fused_name_selects_the_adding_kernel():
     call = Sizes(64, 16, 32, 8, 4).call(LORA, "cpu", adds=True)
     if not INTERPRETED:
         pytest.skip("needs TRITON_INTERPRET=1")
@@ -99,7 +99,7 @@ def test_every_fused_form_stands_for_the_one_there_is():
     assert dispatch.choose(None, call) == dispatch.choose(None, mixed) == "addmm"
 
 
-def test_the_model_takes_the_fused_form_only_for_a_clear_win():
+def test_the_cost_model_chooses_the_fused_kernel_only_for_a_clear_win():
     large, tiny = (Sizes(*sizes).call(LORA, adds=True) for sizes in ((16384, 4096, 4096, 16), (64, 768, 768, 16)))
     name, reason = dispatch.fastest(large, "sm_90", captured=False)
     assert name == "triton:expand"
@@ -133,14 +133,14 @@ def test_explain_says_what_is_added():
 
 
 class Packed(nn.Module):
-    """A linear whose weight is four-bit codes, two in a byte, and a step for each row."""
+    """A linear whose weight is stored as four-bit codes, two per byte, with a step size per row."""
 
     def __init__(self, plain: nn.Linear, out_dtype: torch.dtype | None = None):
         super().__init__()
         self.in_features, self.out_features, self.out_dtype = plain.in_features, plain.out_features, out_dtype
         weight = plain.weight.detach().float()
         step = weight.abs().amax(1, keepdim=True) / 7
-        codes = (weight / step).round().to(torch.uint8) + 8  # wraps round: -7 is 1
+        codes = (weight / step).round().to(torch.uint8) + 8  # wraps around: -7 becomes 1
         self.codes = nn.Parameter(codes[:, ::2] | codes[:, 1::2] << 4, requires_grad=False)
         self.register_buffer("step", step)
         self.bias = nn.Parameter(plain.bias.detach().clone())
@@ -155,14 +155,14 @@ class Packed(nn.Module):
 
 
 class Squashed(nn.Linear):
-    """Its backward needs its output."""
+    """A base whose backward needs its output."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).sigmoid()
 
 
 class Same(nn.Module):
-    """Returns its input itself; holds no tensor."""
+    """Returns its input; has no tensors."""
 
     in_features = out_features = 12
 
@@ -201,7 +201,7 @@ def nf4_of_bitsandbytes() -> nn.Module:
     layers = pytest.importorskip("bitsandbytes.nn", reason="bitsandbytes is not installed")
     module = layers.Linear4bit(12, 10, quant_type="nf4", compute_dtype=torch.float32)
     module.load_state_dict(linear().state_dict())
-    return module.to("cpu")  # which quantises
+    return module.to("cpu")  # quantises the weight
 
 
 BASES = {
@@ -223,7 +223,7 @@ def make(request):
 
 
 def around(base, **options) -> CoToLoRALinear:
-    """A layer whose update is not zero."""
+    """A layer with a nonzero update."""
     layer = CoToLoRALinear.from_linear(base, rank=3, alpha=2.0, **options)
     nn.init.normal_(layer.lora_b, generator=torch.Generator().manual_seed(1))
     return layer
@@ -233,7 +233,7 @@ def inputs(*shape, seed=2):
     return torch.randn(*(shape or (3, 4)), 12, generator=torch.Generator().manual_seed(seed), requires_grad=True)
 
 
-def test_a_fresh_layer_and_one_that_is_off_compute_what_the_base_computes(make):
+def test_new_and_off_layers_equal_the_base(make):
     plain, fresh, x = make(), CoToLoRALinear.from_linear(make()), inputs()
     assert torch.equal(fresh(x), plain(x))
     fresh.lora_b.data.fill_(float("inf"))
@@ -256,7 +256,7 @@ def test_the_layer_is_its_base_plus_the_update(gate, make):
 
 
 def dequantised(base: nn.Module) -> nn.Linear:
-    """The linear whose weight a base stands for."""
+    """An nn.Linear with the weight that a base represents."""
     plain = linear()
     weight = base.unpacked() if isinstance(base, Packed) else base.weight.dequantize()
     plain.weight, plain.bias = nn.Parameter(weight), base.bias
@@ -265,7 +265,7 @@ def dequantised(base: nn.Module) -> nn.Linear:
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("kind", ["packed", "torchao"])
-def test_trains_as_the_weight_that_the_base_stands_for(kind, gate):
+def test_trains_like_a_linear_with_the_dequantised_weight(kind, gate):
     base, x = BASES[kind](), inputs()
     ours, theirs = around(base), around(dequantised(base))
     for layer in (ours, theirs):
@@ -285,24 +285,24 @@ def test_only_the_adapter_trains_and_is_float32(make):
     assert (layer.in_features, layer.out_features) == (12, 12 if isinstance(base, Same) else 10)
 
 
-# what the code around a layer reads
+# attributes that other code reads from a layer
 
 
 def read(module, name):
-    """An attribute, or the type of error that reading it raises."""
+    """An attribute, or the type of the error that reading it raises."""
     try:
         return getattr(module, name)
     except AttributeError as error:
         return type(error)
 
 
-def test_what_code_reads_of_a_base_it_reads_of_the_layer(make):
+def test_a_layer_shows_the_attributes_of_its_base(make):
     base = make()
     base.temperature = 3.0
     layer = around(base)
     layer.to(torch.float64)
     if isinstance(base, Packed):
-        base.step = base.step.clone()  # a tensor that the base has put in place of another
+        base.step = base.step.clone()  # the base replaces one of its tensors
     for name in ("weight", "bias", "in_features", "out_features", "codes", "step", "temperature", "nothing"):
         found, expected = read(layer, name), read(base, name)
         assert found is expected or torch.equal(found, expected)
@@ -372,7 +372,7 @@ def test_what_code_writes_to_a_base_it_writes_through_the_layer():
 
 
 class ByItsWeight(nn.Module):
-    """As T5 and many others find the dtype to compute in."""
+    """Takes the compute dtype from the weight, like T5 and many other models."""
 
     def __init__(self, base):
         super().__init__()
@@ -386,13 +386,13 @@ class ByItsWeight(nn.Module):
 
 @pytest.mark.parametrize("kind", ["subclass", "parametrized", "tensor-subclass"])
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
-def test_code_that_asks_for_the_dtype_of_the_weight_gets_that_of_the_base(kind, mode):
+def test_the_weight_dtype_of_a_layer_is_that_of_its_base(kind, mode):
     model, x = ByItsWeight(BASES[kind]().bfloat16()), inputs().detach()
     expected = model(x)
     inject(model, ["up"])
     if mode == "compiled":
         if kind == "tensor-subclass":
-            pytest.skip("torch.compile does not trace such a base by itself")
+            pytest.skip("torch.compile cannot trace this base even without an adapter")
         torch.compiler.reset()
         model = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(model(x), expected)
@@ -409,7 +409,7 @@ def test_the_first_parameter_of_a_model_is_its_own(kind):
     assert [p for p in after if p[0] != torch.float32] == before
 
 
-def test_what_else_a_layer_is_called_with_goes_to_its_base():
+def test_further_arguments_are_passed_to_the_base():
     class Scaled(nn.Linear):
         def forward(self, x, factor, *, shift=0.0):
             return super().forward(x * factor) + shift
@@ -429,7 +429,7 @@ def test_what_else_a_layer_is_called_with_goes_to_its_base():
     assert torch.equal(dense(input=x), dense(x))
 
 
-def test_factors_are_float64_beside_float64_parameters_and_where_the_base_is():
+def test_factors_are_float64_for_float64_bases_and_on_their_device():
     layer = CoToLoRALinear.from_linear(squashed().double())
     assert layer.lora_a.dtype == layer.lora_b.dtype == torch.float64
     layer = CoToLoRALinear.from_linear(Packed(linear()).to("meta"))
@@ -457,7 +457,7 @@ def test_dropout_acts_while_training_only():
     assert torch.equal(layer(x), layer(x))
 
 
-def test_what_a_base_returns_is_not_written():
+def test_the_output_of_a_base_is_not_overwritten():
     layer, x = around(Same()), inputs(5)
     before = x.detach().clone()
     assert not torch.equal(layer(x), before)
@@ -493,7 +493,7 @@ def test_base_checkpoints_keep_their_keys(kind):
     for tensor in (*other.base.parameters(), *other.base.buffers()):
         if type(tensor) in (nn.Parameter, Tensor):
             tensor.data.zero_()
-    assert other.load_state_dict(state) == ([], [])  # as a base's: the factors stay
+    assert other.load_state_dict(state) == ([], [])  # a base checkpoint, which leaves the factors unchanged
     x = inputs()
     assert torch.equal(other.base(x), plain(x))
     other.lora_b.data.zero_()
@@ -506,7 +506,7 @@ def test_base_checkpoints_keep_their_keys(kind):
     assert plain.load_state_dict({key: t for key, t in layer.state_dict().items() if key not in own}) == ([], [])
 
 
-def test_state_dicts_are_as_strict_as_ever():
+def test_state_dicts_are_loaded_strictly():
     layer = around(Packed(linear()))
     state = layer.state_dict()
     assert sorted(state) == ["bias", "codes", "lora_a", "lora_b", "step"]
@@ -518,7 +518,7 @@ def test_state_dicts_are_as_strict_as_ever():
     assert set(state) == {"bias", "codes", "lora_a", "lora_b", "step"}
 
 
-def test_versions_and_what_lies_deeper_are_kept():
+def test_versions_and_nested_state_are_kept():
     class Versioned(nn.Linear):
         _version = 7
 
@@ -620,7 +620,7 @@ def test_merging_is_refused_and_the_update_can_be_read(make):
     assert layer.to_linear() is base
 
 
-def test_what_the_adapter_cannot_take_names_the_layer():
+def test_an_unsupported_input_names_the_layer():
     class Counts(nn.Module):
         in_features, out_features = 4, 4
 
@@ -634,7 +634,7 @@ def test_what_the_adapter_cannot_take_names_the_layer():
 
 
 @pytest.mark.parametrize("option", [{"variant": "dora"}, {"variant": "hira"}, {"init": "pissa"}, {"init": "olora"}])
-def test_what_reads_the_weight_is_refused(option):
+def test_options_that_read_the_weight_are_refused(option):
     base = squashed()
     with pytest.raises(ValueError, match=rf"{next(iter(option))} must be one of .* on a .*Squashed, whose forward"):
         CoToLoRALinear.from_linear(base, **option)
@@ -686,7 +686,7 @@ class Net(nn.Module):
 
 
 class Affine(nn.Linear):
-    """A linear with a linear inside, which is its own affair."""
+    """A linear that contains another linear."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features)
@@ -705,7 +705,7 @@ def trained(model):
     return model
 
 
-def test_all_linear_takes_subclasses_and_names_take_the_rest():
+def test_all_linear_adapts_subclasses_and_names_adapt_other_modules():
     peft = pytest.importorskip("peft")
     linears = ["blocks.0.sub", "blocks.1.sub", "head"]
     assert list(inject(Net())) == linears
@@ -722,7 +722,7 @@ def test_all_linear_takes_subclasses_and_names_take_the_rest():
         inject(Net(), ["v"])
 
 
-def test_inject_and_eject_give_the_very_modules_back():
+def test_eject_restores_the_original_module_objects():
     model = Net()
     modules, state, x = dict(model.named_modules()), copy.deepcopy(model.state_dict()), inputs()
     before = model(x)
@@ -744,7 +744,7 @@ def test_inject_and_eject_give_the_very_modules_back():
     assert list(model.state_dict()) == list(state)
 
 
-def test_pruned_adapters_do_not_stand_in_the_way_of_merging_the_rest():
+def test_pruned_adapters_do_not_prevent_merging_the_others():
     model = trained(Net())
     layers = inject(model, ["q", "head"])
     trained(model)
@@ -787,7 +787,7 @@ def test_hooks_are_called_once_and_can_be_removed(kind):
     }[kind](note)
     assert exercise() == ["Packed"]
     inject(model, ["q"])
-    # what a state dict holds of the base stays the base's affair
+    # state-dict hooks of the base are still called with the base
     assert exercise() == ["Packed" if kind in ("state-dict", "load-pre") else "CoToLoRALinear"]
     eject(model, merge=False)
     assert exercise() == ["Packed"]
@@ -796,7 +796,7 @@ def test_hooks_are_called_once_and_can_be_removed(kind):
     assert exercise() == []
 
 
-def test_hooks_see_and_change_what_the_layer_takes_and_gives():
+def test_hooks_see_and_change_inputs_and_outputs():
     model, seen = Net(), []
     model.blocks[0]["q"].register_forward_hook(lambda module, args, out: seen.append(out.detach()) or out + 1)
     layer = inject(model, ["q"])["blocks.0.q"]
@@ -823,7 +823,7 @@ def test_a_replaced_forward_is_the_bases_own():
     assert torch.equal(model(inputs()), before)
 
 
-def test_trainable_and_targets_must_not_meet_in_a_base():
+def test_trainable_and_targets_must_not_overlap_in_a_base():
     with pytest.raises(ValueError, match=r"both match blocks.0.sub.inside.weight"):
         inject(Net(), ["sub"], trainable=["blocks.0.sub.inside"])
 
@@ -887,11 +887,11 @@ def test_coto_and_masks_drive_them():
             torch.testing.assert_close(together[i], model(x)[i])
 
 
-# linears by class that are no linear maps
+# subclasses of nn.Linear that are not linear maps
 
 
 class Router(nn.Linear):
-    """Scores and the best, as Phimoe's and Llama 4's; each call changes what it keeps, and draws random numbers."""
+    """Returns scores and the best index, as in Phimoe and Llama 4; each call changes its state and draws randomly."""
 
     def __init__(self, in_features=12, out_features=10):
         super().__init__(in_features, out_features)
@@ -907,7 +907,7 @@ class Router(nn.Linear):
 
 
 class Grouped(nn.Linear):
-    """Each group of the input has rows of the weight of its own, as in DeepSeek-V4."""
+    """Each group of the input has its own rows of the weight, as in DeepSeek-V4."""
 
     def forward(self, x):
         weight = self.weight.view(2, -1, self.in_features).transpose(1, 2)
@@ -925,14 +925,14 @@ class Chosen(nn.Linear):
 
 
 class Checked(nn.Linear):
-    """A linear map that looks at its input, which the meta device cannot."""
+    """A linear map that reads values of its input, which the meta device does not support."""
 
     def forward(self, x):
         return super().forward(x) if x.abs().max().item() < 1e9 else x.new_zeros(*x.shape[:-1], self.out_features)
 
 
 class Sequences(nn.Linear):
-    """A linear map of three dimensions alone."""
+    """A linear map that accepts only 3-D inputs."""
 
     def forward(self, x):
         batch, length, _ = x.shape
@@ -961,7 +961,7 @@ def mixed(odd):
 
 @pytest.mark.parametrize("meta", [False, True], ids=["cpu", "meta"])
 @pytest.mark.parametrize("kind", NO_MAPS)
-def test_what_is_no_linear_map_is_left_out_or_refused_by_name(kind, meta, caplog):
+def test_nonlinear_modules_are_skipped_or_refused_by_name(kind, meta, caplog):
     odd, says = NO_MAPS[kind]
     model = mixed(odd).to("meta") if meta else mixed(odd)
     with caplog.at_level("INFO", "cotolora"):
@@ -988,7 +988,7 @@ def test_a_linear_map_of_another_class_is_taken(kind, caplog):
     assert model["odd"](inputs()).shape == (3, 4, 10)
 
 
-def test_looking_at_a_module_leaves_it_and_the_random_numbers_alone():
+def test_checking_a_module_changes_neither_it_nor_random_state():
     model, seen = mixed(Router), []
     router = model["odd"]
     router.register_forward_hook(lambda *_: seen.append("hook"))
@@ -1002,7 +1002,7 @@ def test_looking_at_a_module_leaves_it_and_the_random_numbers_alone():
 
 @pytest.mark.parametrize("odd", [Router, Wider])
 def test_a_forward_that_fails_names_the_layer(odd):
-    class Late(odd):  # it cannot be looked at before
+    class Late(odd):  # cannot be checked before its first call
         def forward(self, x):
             x.max().item()
             return super().forward(x)
@@ -1029,7 +1029,7 @@ def test_old_reparametrisations_inside_of_a_subclass_are_refused():
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-def test_a_form_chosen_for_all_layers_serves_these_too():
+def test_a_backend_set_for_all_layers_works_for_these_too():
     model, x = Net(), inputs()
     inject(model, ["q", "head"])
     trained(model)

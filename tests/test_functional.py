@@ -1,4 +1,4 @@
-"""The operation: its numbers, its gradients, what it saves, what it refuses."""
+"""The operation: results, gradients, saved tensors, and errors."""
 
 import contextlib
 import math
@@ -20,7 +20,7 @@ from cotolora.backends.autograd import autocasts
 from cotolora.variants import VARIANTS
 from tests.support.calls import expanded, offset, sliced, transposed
 
-SCALE = 0.75  # neither 1 nor a power of two: lost, squared or inverted it shows
+SCALE = 0.75  # neither 1 nor a power of two, so that a lost, squared or inverted scale is visible
 BACKENDS = ["reference", "addmm"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -50,7 +50,7 @@ ADAPTER = frozenset(("x", "lora_a", "lora_b"))
 
 
 def operands(shape, out, rank, *, dtype=torch.float32, factors=None, bias=True, seed=0) -> Operands:
-    """Random operands, of magnitudes at which base and update are alike in size."""
+    """Random operands, scaled so that base and update have similar size."""
     g = torch.Generator().manual_seed(seed)
     draw = lambda *size: torch.randn(*size, generator=g)  # noqa: E731
     factors = factors or dtype
@@ -64,12 +64,12 @@ def operands(shape, out, rank, *, dtype=torch.float32, factors=None, bias=True, 
 
 
 def double(ops: Operands) -> Operands:
-    """The operands in float64, A and B by way of the dtype of x, which is where the operation takes them."""
+    """The operands in float64; A and B are first rounded to the dtype of x, as in the operation."""
     return Operands(*(None if t is None else t.detach().to(ops.x.dtype).double() for t in ops))
 
 
 def needing(ops: Operands, names=ADAPTER) -> Operands:
-    """Fresh leaves of the same layout, of which those in `names` require a gradient."""
+    """New leaves of the same layout; those in `names` require a gradient."""
     fields = zip(Operands._fields, ops, strict=True)
     return Operands(*(None if t is None else t.detach().requires_grad_(name in names) for name, t in fields))
 
@@ -94,7 +94,7 @@ def dy_for(ops: Operands, seed=1) -> Tensor:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_reference_is_the_formula(backend):
-    # as many positions as samples, so that a row gate on the wrong dimension fits and must be seen
+    # as many positions as samples, so that a row gate applied to the wrong dimension raises no error but is detected
     ops = operands((3, 3, 6), 5, 2, dtype=torch.float64)
     x, w, bias, a, b = ops
     y = coto_lora_linear(*ops, scale=SCALE, backend=backend)
@@ -114,7 +114,7 @@ def test_float32_masters_are_cast_to_x_and_get_float32_gradients(backend, dtype)
     assert (got["y"].dtype, got["x"].dtype) == (dtype, dtype)
     assert got["lora_a"].dtype == got["lora_b"].dtype == torch.float32
     for name in got:
-        # x is not cast up: the same numbers as with factors that came in x's dtype
+        # x is not cast up: the results equal those with factors of x's dtype
         assert torch.equal(got[name], cast[name].to(got[name].dtype)), name
 
 
@@ -123,7 +123,7 @@ def test_float32_masters_are_cast_to_x_and_get_float32_gradients(backend, dtype)
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_addmm_agrees_with_the_reference_on_anything(data):
+def test_addmm_agrees_with_the_reference_on_random_operands(data):
     leading = data.draw(st.lists(st.integers(0, 4), max_size=3), label="leading")
     in_features, out, rank = (data.draw(st.integers(1, 9), label=n) for n in ("in", "out", "rank"))
     dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
@@ -148,7 +148,7 @@ def test_addmm_agrees_with_the_reference_on_anything(data):
     ours = run(ops, dy, needs=needs, gate=gate, backend="addmm")
     torchs = run(ops, dy, needs=needs, gate=gate, backend="reference")
     exact = run(double(ops), dy.double(), needs=needs, gate=gate, backend="reference")
-    # what the sums would be if nothing cancelled: few terms may cancel, and PyTorch may be exact by luck
+    # the sums of absolute values, because few terms may cancel and PyTorch may be exact by chance
     bare = Operands(*(None if t is None else t.abs() for t in double(ops)))
     magnitude = run(bare, dy.double().abs(), needs=needs, gate=gate, backend="reference")
     eps, smallest = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
@@ -164,7 +164,7 @@ def test_addmm_agrees_with_the_reference_on_anything(data):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout_acts_on_the_adapters_input_only(backend):
     n = 4000
-    x = torch.ones(1, 1).expand(n, 8)  # one number in memory, yet a mask of its own for each entry
+    x = torch.ones(1, 1).expand(n, 8)  # one number in memory, but every entry must have its own mask
     weight, a, b = torch.full((8, 8), 3.0), torch.eye(8), torch.eye(8)
     torch.manual_seed(0)
     update = coto_lora_linear(x, weight, None, a, b, scale=1.0, dropout=0.25, backend=backend) - F.linear(x, weight)
@@ -199,7 +199,7 @@ def test_dropout_follows_torchs_generator(backend):
 
 @contextlib.contextmanager
 def saved_tensors():
-    """Collects every tensor that autograd keeps for a backward."""
+    """Collects the tensors that autograd saves for the backward."""
     saved: list[Tensor] = []
 
     def pack(t):
@@ -222,7 +222,7 @@ def nodes(y: Tensor) -> list[str]:
 
 
 @pytest.mark.parametrize("needs_x", [True, False], ids=["x-needs-grad", "x-does-not"])
-def test_host_gate_off_saves_and_records_what_linear_does(needs_x):
+def test_host_gate_off_saves_and_records_the_same_as_linear(needs_x):
     leaves = needing(operands((3, 4, 8), 8, 4), {"lora_a", "lora_b", *(["x"] if needs_x else [])})
     with saved_tensors() as by_linear:
         base = F.linear(*leaves[:3])
@@ -246,7 +246,7 @@ def test_backward_stops_below_the_lowest_active_adapter():
         return y
 
     y = chain(on=1)
-    # B and A of the one that is on, and two plain linears above it; nothing of the one below
+    # A and B of the adapter that is on, and two plain linears above it; nothing of the adapter below
     assert sum("LowRankLinear" in name for name in nodes(y)) == 1
     assert sum("AccumulateGrad" in name for name in nodes(y)) == 2
     assert [len(nodes(chain(on=i))) for i in (3, 2, 1, 0)] == [3, 4, 5, 6]
@@ -258,7 +258,7 @@ def test_backward_stops_below_the_lowest_active_adapter():
     assert saved == []
 
 
-# what is saved and computed
+# saved tensors and computed products
 
 
 def storages(tensors) -> list[int]:
@@ -369,7 +369,7 @@ def test_torch_func_refuses_addmm_by_name(transform):
 def test_a_jit_trace_takes_the_reference(variant):
     model = torch.nn.Sequential(CoToLoRALinear(8, 4, rank=2, variant=variant)).eval()
     traced = torch.jit.trace(model, torch.randn(3, 8))
-    # what the tensors hold, not what they held
+    # the trace must use the current values of the tensors, not those at tracing
     for p in model.parameters():
         torch.nn.init.normal_(p)
     x = torch.randn(5, 8)
@@ -562,14 +562,14 @@ def test_a_row_gate_needs_a_batch():
         coto_lora_linear(*ops, scale=SCALE, gate=torch.ones(6, dtype=torch.int))
 
 
-def test_other_numbers_are_fine():
+def test_other_number_types_are_accepted():
     ops = operands((3, 6), 4, 2)
     for scale in (0, 1, -2.5):
         y = coto_lora_linear(*ops, scale=scale, dropout=0)
         torch.testing.assert_close(y, F.linear(*ops[:3]) + scale * (ops.x @ ops.lora_a.T @ ops.lora_b.T))
 
 
-def test_features_may_be_none():
+def test_zero_features_are_accepted():
     x, weight, bias, a, b = operands((3, 6), 4, 2)
     for backend in BACKENDS:
         y = coto_lora_linear(x[:, :0], weight[:, :0], bias, a[:, :0], b, scale=SCALE, backend=backend)
@@ -611,7 +611,7 @@ def test_one_graph_serves_a_layer_whose_gate_is_filled():
 
 
 def test_saved_tensors_do_not_keep_copies_of_x():
-    """Three projections of one x keep it once."""
+    """Three projections of one x save it once."""
     x = operands((3, 4, 8), 8, 4).x.requires_grad_()
     with saved_tensors() as saved:
         for seed in range(3):
@@ -623,7 +623,7 @@ def test_saved_tensors_do_not_keep_copies_of_x():
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])
-def test_autocast_is_seen_on_every_device(device):
+def test_autocast_is_detected_on_every_device(device):
     assert not autocasts(torch.device(device))
     before = torch.is_autocast_enabled(device)
     torch.set_autocast_enabled(device, True)

@@ -1,4 +1,4 @@
-"""Finding adapters under wrappers, sorting their names into groups, and masks that restore what was there."""
+"""Adapters under wrappers, grouping of their names, and masks that restore the previous state."""
 
 import copy
 import logging
@@ -42,11 +42,11 @@ def adapted(blocks=3):
     return model.eval()
 
 
-# what trains
+# trainable parameters
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "vera"])
-def test_all_that_trains_is_grouped_once(variant):
+def test_every_trainable_parameter_is_in_one_group(variant):
     model = Net()
     layers = inject(model, ["q", "v"], rank=2, variant=variant, trainable=["embed"])
     groups = trainable_parameters(model)
@@ -61,7 +61,7 @@ def test_all_that_trains_is_grouped_once(variant):
     assert len({id(p) for p in every}) == len(every)
 
 
-def test_what_trains_without_a_head_or_frozen_adapters():
+def test_trainable_parameters_without_a_head_and_with_frozen_adapters():
     model = Net()
     inject(model, rank=2)
     assert [group["name"] for group in trainable_parameters(nn.Sequential(model))] == ["adapters"]
@@ -123,7 +123,7 @@ WRAPPERS = {
 
 
 def averaged(model):
-    """A moving average of `model` itself, not of a copy, to compare by identity."""
+    """A moving average wrapper of `model` itself, not of a copy, so that modules can be compared by identity."""
     average = torch.optim.swa_utils.AveragedModel(nn.Linear(1, 1))
     average.module = model
     return average
@@ -319,7 +319,7 @@ def test_one_adapted_block_of_many_is_one_group():
     assert CoTo(model, 10).groups == {"layers.1": ["layers.1.q", "layers.1.v"]}
 
 
-def test_fewer_than_two_groups_are_said(caplog):
+def test_fewer_than_two_groups_are_reported(caplog):
     model = nn.Sequential(Backbone(), nn.Tanh())
     inject(model, rank=2)
     with caplog.at_level(logging.INFO, logger="cotolora"):
@@ -338,7 +338,7 @@ NAME = st.lists(COMPONENT, min_size=1, max_size=4).map(".".join)
 
 
 @given(st.lists(NAME, unique=True), st.sampled_from(["layer", "module", len, lambda name: name[0]]))
-def test_groups_part_the_names_and_keep_their_order(names, unit):
+def test_groups_partition_the_names_and_keep_their_order(names, unit):
     groups = group_names(names, unit)
     assert sorted(name for group in groups.values() for name in group) == sorted(names)
     assert all(group == [name for name in names if name in group] for group in groups.values())
@@ -384,7 +384,7 @@ def enabled(model):
         [1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0],
         np.array([1, 0, 1, 0, 0, 1, 1], dtype=bool),
         np.array([1, 0, 1, 0, 0, 1, 1], dtype=np.int8),
-        np.broadcast_to(np.array([1.0, 0, 1, 0, 0, 1, 1]), (7,)),  # one that cannot be written
+        np.broadcast_to(np.array([1.0, 0, 1, 0, 0, 1, 1]), (7,)),  # a read-only array
         torch.tensor([1, 0, 1, 0, 0, 1, 1]),
         torch.tensor([1.0, 0, 1, 0, 0, 1, 1], requires_grad=True),
         [torch.tensor(True), *torch.tensor([0, 1, 0, 0, 1, 1]).unbind()],
@@ -395,7 +395,7 @@ def test_one_value_for_each_adapter(mask):
     model = adapted()
     with adapter_mask(model, mask):
         assert enabled(model) == [True, False, True, False, False, True, True]
-        assert all(type(value) is bool for value in enabled(model))  # an adapter that is off then costs nothing
+        assert all(type(value) is bool for value in enabled(model))  # a host gate, with which an off adapter is skipped
     assert enabled(model) == [True] * 7
 
 
@@ -472,7 +472,7 @@ def test_a_model_without_adapters():
         pass
 
 
-def test_masks_nest_and_restore_what_was_there():
+def test_masks_nest_and_restore_the_previous_state():
     model = adapted()
     rows = torch.tensor([True, False])
     layers = list(adapters(model).values())
@@ -503,7 +503,7 @@ def test_masks_restore_when_the_block_raises():
     assert enabled(model) == [True] * 7
 
 
-def test_a_mask_leaves_gates_and_modes_alone():
+def test_a_mask_does_not_change_gates_or_modes():
     model = adapted().train()
     layers = adapters(model)
     layers["embed"].gate = False

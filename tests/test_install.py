@@ -1,4 +1,4 @@
-"""`install`, where inject and load_adapter end: all of the adapters or none, whatever fails and wherever."""
+"""`install`, the last step of inject and load_adapter, installs all adapters or none, wherever it fails."""
 
 import importlib
 import logging
@@ -15,7 +15,7 @@ from cotolora.variants import VARIANTS
 
 
 class Foreign(nn.Module):
-    """Maps features, and is no nn.Linear: it stays as a base."""
+    """Maps features but is not an nn.Linear, so it stays as the base of its layer."""
 
     in_features = out_features = 8
 
@@ -66,7 +66,7 @@ def picture(model):
 
 
 class Fails:
-    """Calls a function, and raises in its nth call before or after it has acted."""
+    """Wraps a function; the nth call raises, before or after the function has run."""
 
     def __init__(self, function, at, error, after):
         self.function, self.left, self.error, self.after = function, at, error, after
@@ -94,7 +94,7 @@ class Fails:
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_a_failure_leaves_the_model_as_it_was(owner, name, calls, error, after, monkeypatch):
+def test_a_failure_leaves_the_model_unchanged(owner, name, calls, error, after, monkeypatch):
     model, x = hooked(), torch.ones(1, 3, 8)
     before, expected = picture(model), model(x)
     for at in range(1, calls + 1):
@@ -107,7 +107,7 @@ def test_a_failure_leaves_the_model_as_it_was(owner, name, calls, error, after, 
     assert list(install(model, SPECS)) == list(SPECS)
 
 
-def test_a_spec_that_does_not_go_with_its_module_changes_nothing():
+def test_a_spec_that_does_not_fit_its_module_changes_nothing():
     model = hooked()
     before = picture(model)
     with pytest.raises(ValueError, match=r"variant must be one of .* on a Foreign"):
@@ -132,7 +132,7 @@ def test_parameters_are_filled_before_the_model_gets_them():
     assert trained == {f"{name}.lora_{x}" for name in SPECS for x in "ab"} | {"encoder.norm1.weight"}
 
 
-def test_each_spec_counts():
+def test_each_layer_gets_its_own_spec():
     specs = {"first": AdapterSpec(3, 7.0, 0.25, True, "dora"), "last": AdapterSpec(2, variant="hira")}
     model = Net()
     install(model, specs)
@@ -140,9 +140,9 @@ def test_each_spec_counts():
 
 
 @pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
-def test_a_key_that_takes_no_target_is_named_in_a_warning(pattern, caplog):
+def test_a_key_without_effect_is_named_in_a_warning(pattern, caplog):
     with caplog.at_level(logging.WARNING, "cotolora"):
-        inject(Net(), ["first", "last"], **{pattern: {"last": 3, "l.*": 4}})  # a key that another comes before takes it
+        inject(Net(), ["first", "last"], **{pattern: {"last": 3, "l.*": 4}})  # the first key matches first
         assert not caplog.records
         inject(Net(), ["first", "last"], **{pattern: {"last": 3, "attn.*": 2, "qkv": 1}})
     assert [record.getMessage() for record in caplog.records] == [
@@ -151,7 +151,7 @@ def test_a_key_that_takes_no_target_is_named_in_a_warning(pattern, caplog):
 
 
 class Breaks(nn.Module):
-    """Of two parameters, of which the second cannot be frozen."""
+    """A module with two parameters, of which the second cannot be frozen."""
 
     in_features = out_features = 4
 
@@ -194,7 +194,7 @@ def test_an_init_that_cannot_read_w_freezes_nothing(init):
     assert module.bias.requires_grad
 
 
-def test_a_base_is_frozen_whole_or_not_at_all():
+def test_a_base_is_frozen_completely_or_not_at_all():
     module = Breaks()
     with pytest.raises(RuntimeError, match="not this one"):
         CoToLoRALinear.from_linear(module, rank=2)

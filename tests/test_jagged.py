@@ -1,4 +1,4 @@
-"""Jagged nested tensors: rows of samples of different lengths, by every variant, backend and kind of base."""
+"""Jagged nested tensors (samples of different lengths), with every variant, backend and kind of base."""
 
 import os
 
@@ -43,7 +43,7 @@ def jagged(parts, **options):
 
 
 def one_by_one(layer, gate, parts):
-    """What the layer makes of each sample alone."""
+    """The layer's result for each sample separately."""
     rows = []
     for i, part in enumerate(parts):
         layer.gate = gate[i] if isinstance(gate, torch.Tensor) and gate.dim() else gate
@@ -61,7 +61,7 @@ def gradients(y, leaves):
 def test_a_jagged_tensor_is_computed_sample_by_sample(variant, gate):
     layer, gate = layer_of(variant), GATES[gate]
     for backend in backends_of(variant):
-        for seen in (False, True):  # once before and once after a plan for such calls is known
+        for seen in (False, True):  # without and with a cached plan for such calls
             x, parts = jagged(samples(), requires_grad=True), [part.requires_grad_() for part in samples()]
             with set_backend(backend):
                 if seen:
@@ -78,7 +78,7 @@ def test_a_jagged_tensor_is_computed_sample_by_sample(variant, gate):
 
 @pytest.mark.parametrize("backend", ["reference", "addmm"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_dropout_drops_what_it_would_of_the_rows(variant, backend):
+def test_dropout_draws_the_same_mask_as_for_dense_rows(variant, backend):
     layer, x = layer_of(variant, dropout=0.5), jagged(samples())
     with set_backend(backend):
         torch.manual_seed(3)
@@ -88,7 +88,7 @@ def test_dropout_drops_what_it_would_of_the_rows(variant, backend):
     assert not torch.equal(y.values(), layer.eval()(x.values()))
 
 
-def test_the_structure_of_the_input_is_that_of_the_output():
+def test_the_output_has_the_structure_of_the_input():
     layer, x = layer_of(), jagged(samples())
     x._get_max_seqlen()
     y = layer(x)
@@ -138,7 +138,7 @@ def test_a_base_that_is_called_with_a_jagged_tensor(variant, gate):
 
 
 @torch.no_grad()
-def test_jagged_further_inside():
+def test_jagged_in_a_later_dimension():
     layer, x = layer_of(), jagged(samples())
     deeper = jagged([part[:, None].expand(-1, 3, -1) for part in samples()])
     for nested in (deeper, deeper.transpose(1, 2)):
@@ -152,7 +152,7 @@ def test_jagged_further_inside():
 
 
 @pytest.mark.parametrize("backend", [None, "reference", "addmm"])
-def test_what_no_backend_takes_is_said(backend):
+def test_unsupported_nested_tensors_are_refused(backend):
     layer = layer_of()
     strided = torch.nested.nested_tensor(samples())
     calls = (

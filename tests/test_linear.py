@@ -1,4 +1,4 @@
-"""The layer: what it computes, its switches, merging, and everything that is done to modules."""
+"""The layer: results, switches, merging, and module operations such as copying, casting and loading."""
 
 import copy
 import io
@@ -16,7 +16,7 @@ from cotolora import CoToLoRALinear, coto_lora_linear, inject
 
 
 def trained(layer: CoToLoRALinear, seed: int = 0) -> CoToLoRALinear:
-    """The layer with a B that is not zero any more."""
+    """The layer with a nonzero B."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         layer.lora_b.copy_(torch.randn(layer.lora_b.shape, generator=g))
@@ -47,7 +47,7 @@ def saved(obj) -> io.BytesIO:
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_the_layer_is_its_formula(use_rslora):
+def test_the_layer_computes_its_formula(use_rslora):
     layer, x = layer_of(torch.float64, use_rslora=use_rslora), inputs(torch.float64)
     scale = 6 / math.sqrt(4) if use_rslora else 6 / 4
     assert layer.scale == scale
@@ -94,7 +94,7 @@ def test_shapes_and_starting_values():
     layer = CoToLoRALinear(64, 48, rank=16)
     assert (layer.lora_a.shape, layer.lora_b.shape) == ((16, 64), (48, 16))
     assert not layer.lora_b.any()
-    bound = 1 / math.sqrt(64)  # what a = √5 makes of kaiming's bound
+    bound = 1 / math.sqrt(64)  # kaiming's bound with a = √5
     assert layer.lora_a.abs().max() <= bound
     assert layer.lora_a.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
     gaussian = CoToLoRALinear(64, 48, rank=16, init="gaussian").lora_a
@@ -149,7 +149,7 @@ def test_bad_arguments_are_named(argument, value, message):
 
 
 @pytest.mark.parametrize("name", ["lora_a", "lora_b", "lora_magnitude"])
-def test_a_parametrisation_of_one_tensor_counts(name):
+def test_a_parametrisation_of_one_tensor_is_applied(name):
     layer = CoToLoRALinear(12, 10, rank=3, variant="dora")
     nn.init.normal_(layer.lora_b)
     doubled = copy.deepcopy(layer)
@@ -172,7 +172,7 @@ def test_the_dtype_is_floating(dtype):
 
 
 @pytest.mark.parametrize(("rank", "sizes"), [(1, (12, 10)), (30, (12, 10)), (3, (1, 1))], ids=str)
-def test_any_positive_rank(rank, sizes):
+def test_any_positive_rank_is_accepted(rank, sizes):
     layer = trained(CoToLoRALinear(*sizes, rank=rank))
     x = torch.randn(3, sizes[0])
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight + layer.delta_weight(), layer.bias))
@@ -186,7 +186,7 @@ ON = {True: True, False: False, "dev-on": torch.tensor(1), "dev-off": torch.tens
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("enabled", ON, ids=str)
 @pytest.mark.parametrize("gate", ON, ids=str)
-def test_what_counts_is_enabled_and_gate_or_not_training(gate, enabled, training):
+def test_active_is_enabled_and_gate_or_not_training(gate, enabled, training):
     layer, x = layer_of().train(training), inputs()
     on, off = layer(x), base_of(layer, x)
     layer.gate, layer.enabled = ON[gate], ON[enabled]
@@ -196,7 +196,7 @@ def test_what_counts_is_enabled_and_gate_or_not_training(gate, enabled, training
     assert torch.equal(layer(x), off) == (not counts)
 
 
-def test_a_host_switch_that_is_off_makes_the_whole_a_host_gate():
+def test_one_host_switch_off_gives_a_host_gate():
     layer = layer_of()
     layer.gate, layer.enabled = torch.tensor(1), False
     assert layer.active is False
@@ -208,7 +208,7 @@ def test_a_host_switch_that_is_off_makes_the_whole_a_host_gate():
 
 @pytest.mark.parametrize("other", [True, torch.tensor(1), torch.tensor([1, 1, 0])], ids=["bool", "0-dim", "rows"])
 @pytest.mark.parametrize("switch", ["gate", "enabled"])
-def test_row_switches_meet_other_switches(switch, other):
+def test_row_switches_combine_with_other_switches(switch, other):
     layer, x = layer_of(), inputs()
     on, off = layer(x), base_of(layer, x)
     rows = torch.tensor([1, 0, 1])
@@ -240,7 +240,7 @@ def test_eval_ignores_row_gates_and_train_brings_them_back():
     ],
     ids=["int", "none", "list", "float", "float-tensor", "complex-tensor", "two-dimensions"],
 )
-def test_switches_refuse_everything_else_and_keep_what_they_had(switch, value, error, message):
+def test_switches_refuse_other_values_and_keep_their_state(switch, value, error, message):
     refuses(switch, value, error, message)
 
 
@@ -274,7 +274,7 @@ def test_assigning_a_bool_fills_a_device_gate():
         assert (layer.gate.data_ptr(), layer.gate.dtype, bool(layer.gate)) == (address, torch.int32, value)
         torch.testing.assert_close(layer(x), on if value else base_of(layer, x))
     layer.gate = torch.tensor([1, 0, 1])
-    layer.gate = True  # a row gate is for one batch and is replaced
+    layer.gate = True  # replaces a row gate, which is only for one batch
     assert layer.gate is True
 
 
@@ -330,7 +330,7 @@ def test_from_linear_shares_the_objects_and_freezes_them(bias):
     assert CoToLoRALinear.from_linear(linear.train()).training
 
 
-def test_from_linear_draws_only_for_a():
+def test_from_linear_draws_random_numbers_only_for_a():
     linear = nn.Linear(12, 10)
     torch.manual_seed(0)
     layer = CoToLoRALinear.from_linear(linear, rank=3)
@@ -440,13 +440,13 @@ def test_merged_weights_are_rounded_once(dtype, half_factors):
     if half_factors:
         layer.to(dtype)
     exact = layer.weight.double() + layer.scale * (layer.lora_b.double() @ layer.lora_a.double())
-    with torch.autocast("cpu", torch.bfloat16):  # must not round the product either
+    with torch.autocast("cpu", torch.bfloat16):  # must not round the product
         layer.merge()
     if dtype == torch.float32:
         torch.testing.assert_close(layer.weight.double(), exact, rtol=1e-6, atol=1e-6)
     else:
         once = exact.to(dtype)
-        # a sum in float32 may fall on the other side of a tie, hardly ever
+        # in rare cases a float32 sum rounds a tie the other way
         assert (layer.weight != once).sum() <= 1
         torch.testing.assert_close(layer.weight, once, rtol=torch.finfo(dtype).eps, atol=0)
 
@@ -480,7 +480,7 @@ def test_a_row_mask_cannot_be_merged():
     assert layer.weight is weight
 
 
-def test_merge_and_unmerge_twice_are_once():
+def test_merging_or_unmerging_twice_has_no_further_effect():
     layer = layer_of()
     original = layer.weight
     layer.unmerge()
@@ -509,7 +509,7 @@ def test_merging_never_writes_a_tied_weight():
     layer, before = trained(CoToLoRALinear.from_linear(head)), embedding.weight.detach().clone()
     layer.merge()
     assert torch.equal(embedding.weight, before)
-    # a copy of the whole is tied as well
+    # a copy of both is tied as well
     twin = copy.deepcopy(nn.ModuleList([embedding, layer]))
     for tied, merged in ((embedding, layer), twin):
         merged.unmerge()
@@ -517,7 +517,7 @@ def test_merging_never_writes_a_tied_weight():
         assert torch.equal(tied.weight, before)
 
 
-def test_a_merged_layers_state_dict_holds_the_original():
+def test_the_state_dict_of_a_merged_layer_holds_the_original_weight():
     layer = layer_of(torch.bfloat16)
     want = {name: t.clone() for name, t in layer.state_dict().items()}
     layer.merge()
@@ -530,7 +530,7 @@ def test_a_merged_layers_state_dict_holds_the_original():
 
 
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
-def test_loading_into_a_merged_layer_merges_what_was_loaded(assign):
+def test_loading_into_a_merged_layer_merges_the_loaded_factors(assign):
     source, layer = trained(CoToLoRALinear(12, 10, rank=4, alpha=6.0), seed=7).eval(), layer_of().eval()
     layer.merge()
     layer.load_state_dict(source.state_dict(), assign=assign)
@@ -678,7 +678,7 @@ VARIANTS_ALONE = ["lora", "dora", "hira"]
 
 
 def on_meta(variant):
-    """A model without memory, and what one with memory computes whose adapters are fresh."""
+    """A model on the meta device, and the same model with memory and new adapters."""
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 10))
     inject(model, rank=4, variant=variant)
@@ -698,11 +698,11 @@ def assert_is_fresh(model, plain):
 
 
 @pytest.mark.parametrize("variant", VARIANTS_ALONE)
-def test_a_base_checkpoint_assigned_to_a_model_on_meta_starts_its_adapters(variant):
+def test_assigning_a_base_checkpoint_to_a_meta_model_initialises_its_adapters(variant):
     model, plain = on_meta(variant)
     assert model.load_state_dict(plain.state_dict(), strict=True, assign=True) == ([], [])
     assert_is_fresh(model, plain)
-    # a shard of a checkpoint at a time
+    # loads the checkpoint shard by shard
     model, plain = on_meta(variant)
     state = plain.state_dict()
     for keys in (["0.bias"], ["0.weight"], ["1.weight", "1.bias"]):
@@ -712,7 +712,7 @@ def test_a_base_checkpoint_assigned_to_a_model_on_meta_starts_its_adapters(varia
 
 
 @pytest.mark.parametrize("variant", VARIANTS_ALONE)
-def test_a_whole_checkpoint_assigned_to_a_model_on_meta_is_what_it_computes(variant):
+def test_a_meta_model_computes_with_an_assigned_whole_checkpoint(variant):
     model, plain = on_meta(variant)
     inject(plain, rank=4, variant=variant)
     for layer in plain:
@@ -725,7 +725,7 @@ def test_a_whole_checkpoint_assigned_to_a_model_on_meta_is_what_it_computes(vari
 
 
 @pytest.mark.parametrize("variant", VARIANTS_ALONE)
-def test_reset_parameters_starts_what_lies_on_meta_beside_a_base_that_does_not(variant):
+def test_reset_parameters_initialises_meta_factors_of_a_materialised_base(variant):
     model, plain = on_meta(variant)
     for layer, linear in zip(model, plain, strict=True):
         layer.reset_parameters()
@@ -736,7 +736,7 @@ def test_reset_parameters_starts_what_lies_on_meta_beside_a_base_that_does_not(v
 
 
 @pytest.mark.parametrize("variant", VARIANTS_ALONE)
-def test_a_base_checkpoint_after_to_empty_is_all_there_is(variant, monkeypatch):
+def test_a_base_checkpoint_is_enough_after_to_empty(variant, monkeypatch):
     empty = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda t, **options: empty(t, **options).fill_(7))
     model, plain = on_meta(variant)
@@ -751,7 +751,7 @@ def test_a_base_checkpoint_after_to_empty_is_all_there_is(variant, monkeypatch):
     assert (layer.gate, layer.enabled.tolist()) == (0, [True, False, True])
 
 
-def test_a_base_on_meta_starts_its_adapter_too():
+def test_assigning_a_foreign_base_on_meta_initialises_its_adapter():
     class Own(nn.Linear):
         def forward(self, x):
             return super().forward(x)
@@ -767,7 +767,7 @@ def test_a_base_on_meta_starts_its_adapter_too():
         assert not layer.lora_b.any()
 
 
-def test_factors_that_layers_share_are_missing_where_no_layer_can_start_alone():
+def test_shared_factors_are_missing_keys_because_no_layer_can_initialise_them():
     model, plain = on_meta("vera")
     with pytest.raises(RuntimeError, match=r"Missing key.*0\.lora_a.*0\.vera_lambda_b"):
         model.load_state_dict(plain.state_dict(), assign=True)
@@ -776,7 +776,7 @@ def test_factors_that_layers_share_are_missing_where_no_layer_can_start_alone():
     assert model.load_state_dict(plain.state_dict(), assign=True) == ([], [])
 
 
-def test_reset_parameters_leaves_the_base():
+def test_reset_parameters_does_not_change_the_base():
     layer = layer_of()
     weight, bias, a = (p.detach().clone() for p in (layer.weight, layer.bias, layer.lora_a))
     layer.reset_parameters()
@@ -796,6 +796,6 @@ def test_repr_shows_the_adapter_and_its_switches():
     assert repr(layer) == text.format("tensor[], enabled=tensor[3]")
 
 
-def test_the_layer_is_no_linear():
-    # what looks for nn.Linear (PEFT, torchao, initialisers) must not take it a second time
+def test_the_layer_is_not_an_nn_linear():
+    # code that looks for nn.Linear (PEFT, torchao, initialisers) must not process it again
     assert not isinstance(CoToLoRALinear(8, 4), nn.Linear)

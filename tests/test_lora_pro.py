@@ -1,4 +1,4 @@
-"""LoRA-Pro's gradients against what defines them, and beside CoTo in an optimizer."""
+"""LoRA-Pro's gradients against their definition, and together with CoTo in an optimizer."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SCALE = 0.7
 
 
 def problem(out_features=9, rank=3, in_features=7, seed=0):
-    """Factors, the gradient of the full matrix, and the gradients that A and B have by it."""
+    """Factors, the gradient of the full matrix, and the resulting gradients of A and B."""
     draw = torch.Generator().manual_seed(seed)
     sizes = ((rank, in_features), (out_features, rank), (out_features, in_features))
     a, b, full = (torch.randn(size, generator=draw, dtype=torch.float64) for size in sizes)
@@ -25,19 +25,19 @@ def moved(a, b, g_a, g_b):
 
 
 @pytest.mark.parametrize("rank", [1, 3, 7])
-def test_moves_the_product_as_near_to_the_full_gradient_as_any_step_can(rank):
+def test_moves_the_product_as_close_to_the_full_gradient_as_possible(rank):
     a, b, full, grad_a, grad_b = problem(rank=rank)
     g_a, g_b = adjusted(a, b, grad_a, grad_b, SCALE)
-    # what steps can reach: all matrices whose columns lie in B's span or whose rows lie in A's
+    # the reachable updates are the matrices whose columns lie in B's span plus those whose rows lie in A's
     off_b = torch.eye(9, dtype=torch.float64) - b @ torch.linalg.pinv(b)
     off_a = torch.eye(7, dtype=torch.float64) - torch.linalg.pinv(a) @ a
     torch.testing.assert_close(moved(a, b, g_a, g_b), full - off_b @ full @ off_a)
 
 
-def test_is_the_nearest_such_step_to_the_plain_gradients():
+def test_is_the_closest_such_step_to_the_plain_gradients():
     a, b, _, grad_a, grad_b = problem()
     g_a, g_b = adjusted(a, b, grad_a, grad_b, SCALE)
-    # along X the product does not move, so there the distance must be stationary
+    # the product does not change along X, so the distance must be stationary there
     for direction in torch.eye(9, dtype=torch.float64).view(9, 3, 3):
         along_a, along_b = direction @ a, -b @ direction
         torch.testing.assert_close(moved(a, b, along_a, along_b), torch.zeros(9, 7, dtype=torch.float64))
@@ -46,7 +46,7 @@ def test_is_the_nearest_such_step_to_the_plain_gradients():
 
 
 @pytest.mark.parametrize("zeroed", ["b", "one column of b", "a"])
-def test_factors_without_full_rank_are_no_exception(zeroed):
+def test_factors_without_full_rank(zeroed):
     a, b, full, *_ = problem()
     if zeroed == "a":
         a.zero_()
@@ -58,7 +58,7 @@ def test_factors_without_full_rank_are_no_exception(zeroed):
     torch.testing.assert_close(moved(a, b, g_a, g_b), full - off_b @ full @ off_a)
 
 
-def test_dtypes_are_the_gradients_own():
+def test_results_have_the_dtypes_of_the_gradients():
     tensors = [t.to(torch.bfloat16) for t in problem()]
     a, b, _, grad_a, grad_b = tensors
     assert [g.dtype for g in adjusted(a, b, grad_a, grad_b, SCALE)] == [torch.bfloat16] * 2
@@ -99,7 +99,7 @@ def test_an_optimizer_steps_along_adjusted_gradients_until_the_handle_is_removed
 
 @pytest.mark.parametrize("coto_first", [True, False])
 @pytest.mark.parametrize("gates", ["host", "device"])
-def test_adapters_that_coto_has_off_stay(gates, coto_first):
+def test_adapters_that_are_off_are_unchanged(gates, coto_first):
     model = prepared()
     coto = CoTo(model, 100, gates=gates)
     optimizer = torch.optim.AdamW(cotolora.adapter_parameters(model), lr=0.1)
@@ -119,7 +119,7 @@ def test_adapters_that_coto_has_off_stay(gates, coto_first):
     assert seen == {True, False}
 
 
-def test_acts_once_a_step_or_after_each_call_of_a_closure():
+def test_acts_once_per_step_or_after_each_closure_call():
     optimizer, acts = torch.optim.SGD([nn.Parameter(torch.ones(1))]), []
     register_before_step(optimizer, lambda: acts.append("action"))
     optimizer.step()
@@ -128,7 +128,7 @@ def test_acts_once_a_step_or_after_each_call_of_a_closure():
     assert acts == ["action", *["closure", "action"] * 2]
 
 
-def test_an_adapter_with_one_frozen_factor_is_passed_over():
+def test_an_adapter_with_one_frozen_factor_is_skipped():
     model = prepared()
     layer = model[0].requires_grad_(False)
     layer.lora_a.requires_grad_(True)
@@ -141,7 +141,7 @@ def test_an_adapter_with_one_frozen_factor_is_passed_over():
     torch.testing.assert_close(layer.lora_a, before - 0.1 * plain)
 
 
-def test_an_adapter_that_alpha_makes_zero_is_passed_over():
+def test_an_adapter_with_alpha_zero_is_skipped():
     model = prepared()
     model[0].alpha = 0
     optimizer = torch.optim.SGD(cotolora.adapter_parameters(model), lr=0.1)
@@ -163,7 +163,7 @@ def test_an_adapter_that_alpha_makes_zero_is_passed_over():
     ],
     ids=["no-scale", "tiny-scale", "rank", "transposed-gradient"],
 )
-def test_what_does_not_fit_is_named(change, match):
+def test_mismatched_arguments_are_named(change, match):
     a, b, _, grad_a, grad_b = problem()
     with pytest.raises(ValueError, match=match):
         adjusted(**{"a": a, "b": b, "grad_a": grad_a, "grad_b": grad_b, "scale": SCALE, **change})

@@ -1,4 +1,4 @@
-"""What the package promises from outside: names, files, commands."""
+"""The package as seen by users: public names, files, commands."""
 
 import ast
 import os
@@ -75,7 +75,7 @@ def test_a_checkout_whose_link_to_the_kernels_became_a_text_file_runs_on_a_cpu(t
         "layers = cotolora.inject(model, 'all-linear')\n"
         "model(torch.ones(2, 4)).sum().backward()\n"
         "assert cotolora.explain(layers['0'], rows=2).backend == 'addmm'\n"
-        # an editable install beside it would find them elsewhere
+        # an editable install of the package would find the kernels elsewhere
         "assert not any(name.startswith('cotolora.kernels') for name in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)

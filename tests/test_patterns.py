@@ -1,6 +1,6 @@
-"""Regular expressions of strangers: those in use match as `re` does, those that could hang are refused.
+"""Untrusted regular expressions: common ones match as in `re`, those that could hang are refused.
 
-Bounds are of CPU time: on a busy machine a test waits for its turn.
+Time limits are CPU time, so that they hold on a busy machine.
 """
 
 import re
@@ -84,7 +84,7 @@ def test_an_expression_that_could_hang_is_refused_by_the_name_of_its_argument(ex
         prune(model, expression)
 
 
-# what makes them try the most: places where each of their repeats may end, and no match at last
+# names that cause the most backtracking: many places where each repeat may end, and no match
 WORST = {
     ".*.*.*x": "a" * 199 + "!",
     ".*?.*?.*?x": "a" * 199 + "!",
@@ -102,7 +102,7 @@ WORST = {
 
 
 @pytest.mark.parametrize("expression", WORST)
-def test_what_is_accepted_takes_bounded_time_on_the_worst_of_names(expression):
+def test_accepted_expressions_take_bounded_time_on_the_worst_names(expression):
     began = time.process_time()
     assert not taking("targets", expression)(WORST[expression])
     assert time.process_time() - began < 5
@@ -117,7 +117,7 @@ def test_expressions_of_one_argument_are_bounded_together():
         compile_patterns("rank_pattern", many)
     with pytest.raises(ValueError, match="rank_pattern must hold at most 1000 regular expressions"):
         compile_patterns("rank_pattern", {f"a{i}.*": 1 for i in range(1001)})
-    names = {f"model.layers.{i}.q_proj": 1 + i for i in range(20_000)}  # as PEFT writes them, dots and all
+    names = {f"model.layers.{i}.q_proj": 1 + i for i in range(20_000)}  # as in PEFT's files, with unescaped dots
     assert first_match(compile_patterns("rank_pattern", names), "model.layers.777.q_proj", None) == 778
 
 
@@ -136,7 +136,7 @@ HUGE = {
 
 
 @pytest.mark.parametrize("expression", HUGE.values(), ids=HUGE)
-def test_telling_takes_bounded_time_too(expression):
+def test_checking_an_expression_takes_bounded_time(expression):
     began = time.process_time()
     with suppress(ValueError):
         assert not taking("targets", expression)("model.layers.0")
@@ -161,7 +161,7 @@ def test_no_argument_makes_a_long_error(options):
     assert len(str(caught.value)) < 2000
 
 
-def test_a_name_beyond_all_measure_is_refused_by_expressions_alone():
+def test_a_very_long_name_is_refused_only_for_expressions():
     name = "a" * (LONGEST_NAME + 1)
     model = nn.ModuleDict({name: nn.Linear(2, 2)})
     with pytest.raises(
@@ -176,7 +176,7 @@ TEXT = st.text(alphabet="ab.1_\\|^-\n é$", max_size=8)
 
 @settings(max_examples=100, deadline=None)
 @given(names=st.lists(TEXT, min_size=1, max_size=4), other=TEXT, escape=st.booleans())
-def test_names_that_an_expression_spells_out_are_taken_as_re_takes_them(names, other, escape):
+def test_literal_names_in_expressions_match_as_in_re(names, other, escape):
     expression = "|".join(map(re.escape, names)) if escape else "|".join(names)
     try:
         pattern = re.compile(expression)
@@ -204,7 +204,7 @@ PIECE = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(expression=PIECE, unit=st.text(alphabet="ab._", min_size=1, max_size=4), end=st.sampled_from(["", "!", "."]))
-def test_whatever_is_accepted_ends_soon(expression, unit, end):
+def test_accepted_expressions_finish_quickly(expression, unit, end):
     try:
         pattern, _ = compiled("targets", expression)
     except ValueError:

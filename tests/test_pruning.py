@@ -1,4 +1,4 @@
-"""What pruning takes out, that it costs nothing then, and that undo brings it back to the bit."""
+"""The adapters and entries that pruning removes, the cost of pruned adapters, and undo, which is bitwise exact."""
 
 import copy
 
@@ -50,7 +50,7 @@ def same(one, two):
     return all(torch.equal(one[name], two[name]) for name in one)
 
 
-# whole adapters: what stays
+# whole adapters: the choice
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def same(one, two):
         (32, range(11), range(11, 21), range(21, 32), range(0, 32, 2)),
     ],
 )
-def test_a_label_names_the_layers_that_stay(depth, low, middle, high, other):
+def test_a_label_selects_the_layers_to_keep(depth, low, middle, high, other):
     for label, stay in {"low": low, "middle": middle, "high": high, "every-other": other}.items():
         model = adapted(depth)
         if not stay:
@@ -77,7 +77,7 @@ def test_a_label_names_the_layers_that_stay(depth, low, middle, high, other):
         assert pruning.removed == dict.fromkeys(set(adapters(model)) - set(on(model)), 24)
 
 
-def test_labels_count_any_unit():
+def test_labels_work_for_any_unit():
     model = adapted()
     with prune(model, "every-other", unit="module"):
         assert on(model) == ["blocks.0.q", "blocks.1.q", "blocks.2.q"]
@@ -106,7 +106,7 @@ SHAPLEY = Shapley(
     ],
     ids=["projection", "ends", "iterator", "regex", "callable", "best", "best-of-equals"],
 )
-def test_what_is_named_stays(keep, expected):
+def test_named_adapters_are_kept(keep, expected):
     model = adapted()
     prune(model, keep)
     assert on(model) == expected
@@ -153,7 +153,7 @@ def test_models_that_cannot_be_pruned():
             call(model)
 
 
-# whole adapters: what it costs and what is saved
+# whole adapters: cost and saved tensors
 
 
 class Operations(TorchDispatchMode):
@@ -167,7 +167,7 @@ class Operations(TorchDispatchMode):
 
 
 def costs(run):
-    """The operations of a call and the bytes that it keeps for a backward."""
+    """The operations of a call and the bytes that it saves for the backward."""
     kept = {}
 
     def pack(tensor):
@@ -179,7 +179,7 @@ def costs(run):
     return operations.names, sum(kept.values())
 
 
-def test_a_pruned_adapter_is_the_frozen_linear_in_result_operations_and_memory():
+def test_a_pruned_adapter_equals_the_frozen_linear_in_result_operations_and_memory():
     model = adapted().train()
     prune(model, ["v"])
     layer, x = adapters(model)["blocks.1.q"], torch.randn(5, 4, requires_grad=True)
@@ -214,10 +214,10 @@ def test_pruned_adapters_stay_off_while_training_goes_on():
             coto.step()
 
 
-# whole adapters: the way back
+# whole adapters: undo
 
 
-def test_undo_restores_the_switches_that_were_there():
+def test_undo_restores_the_previous_switches():
     model = adapted()
     layers = list(adapters(model).values())
     rows = torch.tensor([True, False])
@@ -229,7 +229,7 @@ def test_undo_restores_the_switches_that_were_there():
     for _ in range(2):
         pruning.undo()
         assert all(layer.enabled is value for layer, value in zip(layers, before, strict=True))
-        layers[1].enabled = before[1] = False  # what the user does afterwards is the user's
+        layers[1].enabled = before[1] = False  # undo keeps later changes by the user
 
 
 @pytest.mark.parametrize("order", [(1, 0), (0, 1)], ids=["reverse", "as-made"])
@@ -247,7 +247,7 @@ def test_nested_prunings_end_where_they_began(order):
 
 
 @pytest.mark.parametrize("call", [lambda m: prune(m, "low"), lambda m: magnitude(m, 0.4)], ids=["prune", "magnitude"])
-class TestTheWayBack:
+class TestUndo:
     def test_also_when_the_block_raises(self, call):
         model, x = adapted(), torch.randn(5, 4)
         before, expected = bits(model), model(x)
@@ -309,14 +309,14 @@ def entries(model, names=None):
 
 
 def smallest(values, count):
-    """Which go, by the plainest way: a stable sort of the magnitudes."""
+    """The entries to prune, by a stable sort of the magnitudes."""
     mask = torch.zeros(len(values), dtype=torch.bool)
     mask[values.abs().argsort(stable=True)[:count]] = True
     return mask
 
 
 def coarse(model):
-    """Few distinct magnitudes of either sign, zeros and infinities among them: ties everywhere."""
+    """Few distinct magnitudes of both signs, with zeros and infinities, so that there are many ties."""
     generator = torch.Generator().manual_seed(1)
     values = torch.tensor([0.0, -0.0, 0.5, -0.5, 1.0, -1.0, torch.inf, 2**-149])
     with torch.no_grad():
@@ -329,7 +329,7 @@ def coarse(model):
 @pytest.mark.parametrize("sparsity", [0, 0.0, 1 / 144, 0.25, 0.5, 0.731, 1, 1.0])
 @pytest.mark.parametrize("make", [adapted, lambda: coarse(adapted())], ids=["distinct", "ties"])
 @pytest.mark.parametrize("scope", ["global", "layer"])
-def test_exactly_the_smallest_entries_become_zero(scope, make, sparsity):
+def test_exactly_the_smallest_entries_are_zeroed(scope, make, sparsity):
     model = make()
     for pool in [None] if scope == "global" else [[name] for name in adapters(model)]:
         before = entries(model, pool)
@@ -403,7 +403,7 @@ def test_adapters_that_are_off_are_neither_zeroed_nor_counted():
         magnitude(model, 0.5)
 
 
-def test_undo_refuses_weights_that_were_trained_loaded_or_cast_since():
+def test_undo_refuses_weights_that_were_trained_loaded_or_cast_afterwards():
     model = adapted().train()
     pruning = magnitude(model, 0.5)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)

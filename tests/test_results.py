@@ -1,4 +1,4 @@
-"""What measurements leave in files: the form of the JSON, the pictures, and what is committed of both."""
+"""Result files of measurements: the format of the JSON, the pictures, and the committed files."""
 
 import json
 import math
@@ -25,7 +25,7 @@ CONTENT = {
 }
 
 
-def test_a_record_is_a_line_and_so_is_what_holds_none(tmp_path):
+def test_a_record_is_one_line_and_so_is_an_object_without_records(tmp_path):
     write_json(tmp_path / "r.json", CONTENT)
     assert (tmp_path / "r.json").read_text().splitlines() == [
         "{",
@@ -46,7 +46,7 @@ def test_a_record_is_a_line_and_so_is_what_holds_none(tmp_path):
     assert json.loads((tmp_path / "r.json").read_text()) == CONTENT
 
 
-def test_a_change_of_one_figure_is_a_change_of_one_line():
+def test_changing_one_figure_changes_one_line():
     rows = [{"contender": name, "seconds": seconds} for name, seconds in (("a", 1e-3), ("b", 2e-3), ("c", 3e-3))]
     before = text({"rows": rows}).splitlines()
     rows[1]["seconds"] = 2.5e-3
@@ -76,7 +76,7 @@ def test_floats_have_five_digits_and_integers_all(value, written):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_json_has_no_way_to_write_leaves_the_old_file(value, tmp_path):
+def test_a_value_that_json_cannot_represent_leaves_the_old_file(value, tmp_path):
     write_json(tmp_path / "r.json", CONTENT)
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "r.json", {"rows": [{"seconds": value}]})
@@ -84,7 +84,7 @@ def test_what_json_has_no_way_to_write_leaves_the_old_file(value, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
-def test_settings_measured_again_are_found_by_what_is_left_of_their_digits(tmp_path):
+def test_a_result_with_the_same_rounded_settings_is_replaced(tmp_path):
     path = tmp_path / "r.json"
     machine = dict.fromkeys(("device", "torch", "triton", "cotolora"), "x")
     for seconds in (1.0, 2.0):
@@ -116,7 +116,7 @@ def test_a_picture_shows_what_was_drawn(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(COMMITTED.rglob("*.json")), ids=lambda p: str(p.relative_to(COMMITTED)))
-def test_committed_results_are_as_the_writer_writes_them(path):
+def test_committed_results_have_the_format_of_the_writer(path):
     assert path.read_text() == text(json.loads(path.read_text())) + "\n"
 
 
@@ -131,6 +131,6 @@ def test_the_pictures_committed_are_those_that_a_page_shows():
     assert shown == {path.resolve() for path in COMMITTED.rglob("*.png")}
 
 
-def test_the_committed_tables_are_those_of_the_raw_results(capsys):
+def test_the_committed_tables_match_the_raw_results(capsys):
     assert show.main([str(COMMITTED / "cpu.json")]) == 0
     assert capsys.readouterr().out == (COMMITTED / "cpu.md").read_text()

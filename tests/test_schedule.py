@@ -1,4 +1,4 @@
-"""The schedule's formulas and the exact law of the masks."""
+"""The schedule's formulas and the exact distribution of the masks."""
 
 import dataclasses
 import itertools
@@ -39,7 +39,7 @@ def test_follows_its_formula(shape, ramp, initial_p):
         assert got == pytest.approx(expected, abs=1e-12)
 
 
-def test_default_is_the_authors_ramp_from_a_tenth():
+def test_the_default_is_the_authors_ramp_from_0_1():
     got = [activation_probability(step, 100) for step in (0, 15, 30, 75, 76, 100)]
     assert got == pytest.approx([0.1, 0.28, 0.46, 1, 1, 1], abs=1e-12)
 
@@ -61,8 +61,8 @@ def test_constant_is_stochastic_depth():
 
 @pytest.mark.parametrize("shape", RISING)
 @pytest.mark.parametrize("total_steps", [1, 7, 10, 100, 1000])
-def test_is_exactly_one_from_the_end_of_the_ramp_on(total_steps, shape):
-    """Also where ramp · total_steps rounds up, as 0.55 · 100 does."""
+def test_is_exactly_one_after_the_ramp(total_steps, shape):
+    """Also if ramp · total_steps rounds up, as 0.55 · 100 does."""
     for end in range(1, total_steps + 1):
         ramp = end / total_steps
         for step in (end, end + 1, total_steps, total_steps + 5):
@@ -93,7 +93,7 @@ def test_is_a_probability_that_never_falls(total_steps, data, initial_p, ramp, s
         activation_probability(step, total_steps, initial_p=initial_p, ramp=ramp, shape=shape)
         for step in (first, second)
     )
-    # one rounding of sin or expm1 may put a neighbouring step below
+    # rounding of sin or expm1 may make a neighbouring step slightly smaller
     assert initial_p <= low <= high + 4e-16
     assert high <= 1
 
@@ -134,7 +134,7 @@ def law(p: list[float], at_least_one: bool) -> dict[tuple[bool, ...], float]:
 
 
 def single(*shares: float) -> dict[tuple[bool, ...], float]:
-    """The law of one group alone, group i with probability ``shares[i]``."""
+    """The distribution with exactly one group on, group i with probability ``shares[i]``."""
     return {tuple(i == j for j in range(len(shares))): share for i, share in enumerate(shares)}
 
 
@@ -145,7 +145,7 @@ def counts(p, at_least_one, draws=3000, seed=11):
 
 
 def assert_follows(seen: Counter, expected: dict[tuple[bool, ...], float]) -> None:
-    """No impossible mask at all; the others by chi-square (the seed is fixed: it passes always or never)."""
+    """No impossible masks; the others pass a chi-square test (the seed is fixed, so the result is deterministic)."""
     possible = {mask: chance for mask, chance in expected.items() if chance > 0}
     assert set(seen) <= set(possible), f"impossible masks drawn: {set(seen) - set(possible)}"
     if len(possible) > 1:
@@ -197,12 +197,12 @@ def test_without_the_condition_masks_are_plain_bernoulli(p):
         pytest.param([5e-324, 5e-324, 5e-324], single(1 / 3, 1 / 3, 1 / 3), id="smallest-float"),
     ],
 )
-def test_the_limit_at_zero_is_one_group(p, expected):
+def test_the_limit_at_zero_has_one_group_on(p, expected):
     assert_follows(counts(p, True), expected)
 
 
 def test_many_groups_have_the_rates_of_the_condition():
-    """n = 12, p = 0.1: each group's rate is 0.1 / (1 - 0.9¹²) = 0.139, the first's as well as the last's."""
+    """n = 12, p = 0.1: every group's rate is 0.1 / (1 - 0.9¹²) = 0.139, from the first to the last."""
     n, p, draws = 12, 0.1, 6000
     on = sum(sample_mask(n, p, seed=1, step=step).double() for step in range(draws))
     rate = p / (1 - (1 - p) ** n)
@@ -211,7 +211,7 @@ def test_many_groups_have_the_rates_of_the_condition():
     assert chisquare(on.numpy(), np.full(n, on.mean())).pvalue > 1e-3
 
 
-def test_a_float_is_the_same_as_one_for_each():
+def test_a_float_equals_the_same_value_for_every_group():
     for step in range(50):
         expected = sample_mask(5, [0.3] * 5, seed=0, step=step)
         for p in (0.3, np.full(5, 0.3), torch.full((5,), 0.3, dtype=torch.float64), (0.3,) * 5):
@@ -249,7 +249,7 @@ def test_no_groups():
     ],
 )
 def test_the_stream_never_changes(n, p, seed, step, at_least_one, mask):
-    """Frozen: another version of this library, of numpy or of torch must go on with a run where this one stopped."""
+    """Fixed values: other versions of this library, of numpy and of torch must be able to resume a run."""
     got = sample_mask(n, p, seed=seed, step=step, at_least_one=at_least_one)
     assert "".join(str(int(on)) for on in got) == mask
 
@@ -301,7 +301,7 @@ def test_other_seeds_and_steps_are_uncorrelated(other):
     steps, n = range(1, 401), 32
     ours = torch.stack([sample_mask(n, 0.5, seed=0, step=step) for step in steps])
     theirs = torch.stack([sample_mask(n, 0.5, **other(step)) for step in steps])
-    for shift in (0, 1):  # also each group with its neighbour
+    for shift in (0, 1):  # each group with itself and with its neighbour
         agreeing = (ours == theirs.roll(shift, 1)).sum().item()
         assert abs(agreeing - ours.numel() / 2) < 4 * math.sqrt(ours.numel() / 4)
 
@@ -330,12 +330,12 @@ def test_bad_arguments_of_a_mask_are_named(argument, value, message):
         sample_mask(arguments.pop("n"), arguments.pop("p"), **arguments)
 
 
-# the fields of a run in one value
+# Schedule: the fields of a run in one object
 
 OTHER = {"initial_p": 0.2, "ramp": 0.5, "shape": "sine", "tilt": -0.5, "at_least_one": False, "seed": 7}
 
 
-def test_a_schedule_is_its_fields():
+def test_a_schedule_holds_its_fields():
     assert dataclasses.asdict(Schedule()) == {
         "initial_p": 0.1, "ramp": 0.75, "shape": "linear", "tilt": 0.0, "at_least_one": True, "seed": 0
     }  # fmt: skip
@@ -347,7 +347,7 @@ def test_a_schedule_is_its_fields():
         schedule.seed = 1
 
 
-def test_numpys_numbers_become_pythons():
+def test_numpy_numbers_become_python_numbers():
     given = {"initial_p": np.float32(0.5), "ramp": np.float64(0.5), "tilt": np.int8(1), "seed": np.uint64(2**64 - 1)}
     schedule = Schedule(**given)
     assert schedule == Schedule(initial_p=0.5, ramp=0.5, tilt=1.0, seed=2**64 - 1)
@@ -376,7 +376,7 @@ def test_bad_fields_are_named(field, value):
 
 @pytest.mark.parametrize("at_least_one", [True, False])
 @pytest.mark.parametrize("tilt", [0.0, 0.7])
-def test_a_mask_is_drawn_among_the_available_groups_at_the_places_they_have(tilt, at_least_one):
+def test_a_mask_is_drawn_among_available_groups_with_their_positions(tilt, at_least_one):
     schedule = Schedule(initial_p=0.3, tilt=tilt, at_least_one=at_least_one, seed=5)
     available = [True, False, True, True, False, True]
     for step in range(40):

@@ -1,4 +1,4 @@
-"""Games with known values, the identities that every game obeys, and many coalitions in one forward."""
+"""Games with known values, identities of all games, and many coalitions per forward pass."""
 
 import copy
 import itertools
@@ -19,14 +19,14 @@ SAMPLERS = ("permutation", "multilinear")
 
 
 def players(n):
-    """A model with n adapters, to play any game of sets of players."""
+    """A model with n adapters, which are the players of a game."""
     model = nn.Sequential(*(nn.Linear(1, 1, device="meta") for _ in range(n)))
     inject(model, rank=1)
     return model
 
 
 def game(worth):
-    """A score that is `worth` of the set of players that are on."""
+    """A score function: `worth` of the set of players that are on."""
     return lambda model: worth(frozenset(i for i, layer in enumerate(model) if layer.enabled))
 
 
@@ -67,13 +67,13 @@ def test_an_additive_game_is_exact_by_every_method(method):
 
 @pytest.mark.parametrize("method", SAMPLERS)
 @pytest.mark.parametrize(("score", "n"), [(GLOVES, 3), (ANY, 6)], ids=["gloves", "any"])
-def test_samplers_are_within_four_errors_and_nearer_with_more_samples(score, n, method):
+def test_samplers_are_within_four_errors_and_closer_with_more_samples(score, n, method):
     exact = shapley_values(players(n), score, method="exact").values
     few, many = (shapley_values(players(n), score, method=method, samples=s, seed=1) for s in (64, 1024))
     for result in (few, many):
         assert (result.errors > 0).all()
         assert ((result.values - exact).abs() <= 4 * result.errors).all()
-    # a sixteenth of the variance; a quarter of the error, known to some 15 %
+    # 16 times the samples give a quarter of the error, which is known to about 15 %
     assert (many.errors < 0.4 * few.errors).all()
 
 
@@ -84,7 +84,7 @@ def test_standard_errors_are_the_spread_over_seeds(method):
     runs = [shapley_values(model, ANY, method=method, samples=4, seed=seed) for seed in range(400)]
     values = torch.stack([run.values for run in runs])
     claimed = torch.stack([run.errors**2 for run in runs]).mean(0).sqrt()
-    # of 400 runs the spread is known to 4 % and the claim, of one or two pairs each, to 4 %
+    # with 400 runs the spread is known to 4 %, and so is the mean of the claimed errors (one or two pairs each)
     torch.testing.assert_close(values.std(0), claimed, rtol=0.2, atol=0)
     assert ((values.mean(0) - exact).abs() <= 4 * claimed / math.sqrt(400)).all()
 
@@ -96,14 +96,14 @@ def test_values_add_up_to_all_minus_none(method):
 
 
 def test_draws_are_stratified():
-    """A gain that rises with p: by chance alone the error would be 2 · 20 · sd(p) / √32 = 2.0, in strata it is 0.7."""
+    """The gain rises with p: without strata the error would be 2 · 20 · sd(p) / √32 = 2.0, with strata it is 0.7."""
     result = shapley_values(players(20), game(lambda on: float(len(on) ** 2)), method="multilinear", samples=32)
     assert (result.errors < 1.2).all()
     assert ((result.values - 20).abs() <= 4 * result.errors).all()
 
 
-def test_every_order_comes_with_its_reverse():
-    """Which are all orders of two players, and their mean is exact."""
+def test_every_order_is_paired_with_its_reverse():
+    """With two players these are all orders, so the mean is exact."""
     gloves = shapley_values(players(2), game(lambda on: float(len(on) == 2)), samples=4)
     assert (gloves.values.tolist(), gloves.errors.tolist()) == ([0.5, 0.5], [0, 0])
 
@@ -113,7 +113,7 @@ def test_a_useful_adapter_is_positive():
     assert values.tolist() == [1, 0]
 
 
-# how often, and how it is drawn
+# number of evaluations and random draws
 
 
 @pytest.mark.parametrize(("method", "at_most"), [("exact", 64), ("permutation", 8 * 5 + 2), ("multilinear", 8 * 7)])
@@ -129,7 +129,7 @@ def test_no_coalition_is_scored_twice(method, at_most):
 
 
 @pytest.mark.parametrize("method", SAMPLERS)
-def test_the_seed_decides_and_no_random_state_is_touched(method):
+def test_results_depend_on_the_seed_and_no_random_state_changes(method):
     states = torch.random.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     one, again, other = (shapley_values(players(6), ANY, method=method, seed=seed) for seed in (7, 7, 8))
     assert torch.equal(one.values, again.values)
@@ -140,11 +140,11 @@ def test_the_seed_decides_and_no_random_state_is_touched(method):
     assert states[2] == random.getstate()
 
 
-# who plays
+# players
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_player_and_none(method):
+def test_one_player_and_no_player(method):
     one = shapley_values(players(1), game(lambda on: 5.0 + len(on)), method=method)
     assert (one.values.tolist(), one.errors.tolist(), one.evaluations) == ([1], [0], 2)
     model = players(2)
@@ -164,7 +164,7 @@ def test_pruned_adapters_do_not_play_and_stay_off():
         assert [layer.enabled for layer in model] == [False, False, True, False, True]
 
 
-def test_groups_play_as_one():
+def test_a_group_is_one_player():
     model = nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({k: nn.Linear(1, 1) for k in "qv"}) for _ in "ab")})
     inject(model, rank=1)
 
@@ -185,7 +185,7 @@ def test_groups_play_as_one():
 
 
 class Net(nn.Module):
-    """Residual blocks over ``[batch, 5, 4]`` with dropout, which only a model in training mode would draw."""
+    """Residual blocks over ``[batch, 5, 4]`` with dropout, which is drawn only in training mode."""
 
     def __init__(self, depth=4, output=lambda y: y):
         super().__init__()
@@ -213,7 +213,7 @@ X = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(1), dtype=torch
 SHIFT = torch.randn(6, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
-def test_modes_switches_and_gates_are_restored_and_do_not_matter():
+def test_modes_switches_and_gates_are_restored_and_have_no_effect():
     model = adapted()
     expected = shapley_values(model, lambda m: m(X).square().mean(), samples=4)
     model.train()
@@ -232,7 +232,7 @@ def test_modes_switches_and_gates_are_restored_and_do_not_matter():
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_a_score_that_raises_leaves_the_model_as_it_was(per_sample):
+def test_a_score_that_raises_leaves_the_model_unchanged(per_sample):
     model = adapted().train()
 
     def fail(_):
@@ -247,19 +247,19 @@ def test_a_score_that_raises_leaves_the_model_as_it_was(per_sample):
     assert all(module.training for module in model.modules())
 
 
-def test_nothing_is_recorded_for_a_backward():
+def test_no_autograd_graph_is_recorded():
     score = lambda m: m(X).requires_grad + 0.0  # noqa: E731
     assert shapley_values(adapted(), score, samples=4).values.tolist() == [0] * 4
     assert shapley_values(adapted(), PerSample(X, lambda y: float(y.requires_grad)), samples=4).values.any().item() == 0
 
 
-# many coalitions in one forward
+# many coalitions per forward pass
 
 
 @pytest.mark.parametrize("unit", ["layer", "module"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("batch", [1, 4, 6, 13, 18, 1024])
-def test_many_coalitions_in_one_forward_are_the_same_as_one(batch, method, unit):
+def test_many_coalitions_per_forward_give_the_same_values_as_one(batch, method, unit):
     model = adapted(depth=3)
     options = {"method": method, "samples": 6, "unit": unit}
     one = shapley_values(model, lambda m: m(X).square().mean() + m(X)[0, 0, 0], **options)
@@ -319,7 +319,7 @@ def test_transformers_outputs_and_masks():
     assert one.values.abs().min() > 0
 
 
-# what goes wrong
+# errors
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, torch.tensor(torch.nan), np.float32("nan")])
@@ -359,12 +359,12 @@ def test_bad_arguments(options, error, match):
         shapley_values(**{"model": players(2), "score": ANY, **options})
 
 
-def test_exact_says_what_too_many_players_would_take():
+def test_exact_states_the_cost_of_too_many_players():
     with pytest.raises(ValueError, match=r"2\^21 = 2097152 evaluations .* more than 20 players"):
         shapley_values(players(21), ANY, method="exact")
 
 
-def test_models_that_cannot_play():
+def test_unsuitable_models_are_refused():
     with pytest.raises(ValueError, match="Linear has none"):
         shapley_values(nn.Linear(2, 2), ANY)
     model = adapted()
@@ -407,14 +407,14 @@ def test_bad_inputs(arguments, error, match):
 @pytest.mark.parametrize(
     "output", [lambda y: y.mean(), lambda y: y.transpose(0, 1), lambda y: "text"], ids=["loss", "transposed", "text"]
 )
-def test_outputs_that_cannot_be_told_apart(output):
+def test_outputs_without_a_sample_dimension_are_refused(output):
     model = adapted(output=output)
     with pytest.raises(ValueError, match=r"model must return tensors \[samples, ...\].*24 samples in one forward"):
         shapley_values(model, PerSample(X, float, batch=24), method="exact")
     assert all(layer.enabled is True for layer in adapters(model).values())
 
 
-def test_progress_is_shown_on_a_terminal_and_only_when_it_takes_long(capsys, monkeypatch):
+def test_progress_is_shown_only_on_a_terminal_and_only_if_it_takes_long(capsys, monkeypatch):
     hour = itertools.count(step=3600)
     for terminal, now, shown in [(False, hour, False), (True, itertools.repeat(0), False), (True, hour, True)]:
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)

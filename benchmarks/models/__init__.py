@@ -1,14 +1,14 @@
-"""Tries every architecture of transformers that can be built tiny from its config, and a model of every family of timm.
+"""Tests every architecture of transformers that can be built small from its config, and one model per family of timm.
 
     python -m benchmarks models [--quick | --only NAME ...] [--again] [--keep] [--out DIR]
 
-Each goes through inject, 20 steps of CoTo, save, load and merge, with PEFT beside it, in a process of its own. DIR gets
-models.json, a row for each as soon as it is made, and models.md, what is printed at the end. A row that is there
-already is not made again: what was stopped goes on where it was.
+Each model runs in its own process through inject, 20 steps of CoTo, save, load and merge, and is compared with PEFT.
+The command writes DIR/models.json, row by row as models finish, and DIR/models.md with the printed report. It skips
+models that already have a row, so an interrupted run resumes. Rows made with other versions of a package are made
+again; with --keep, rows of other commits of cotolora are kept, and the report says how many.
 Outcomes: "works"; "works, warned" (a warning says what has no effect); "refused" (an error names the layer);
-"PEFT fails as well"; "wrong" (something differs in silence, or an error names no layer); "not built" (no config that is
-small enough, or no inputs were found: nothing is known of it). Rows of other versions of anything are made again; with
---keep those of other commits stay, and it is said how many they are.
+"PEFT fails as well"; "wrong" (results differ without a warning, or an error names no layer); "not built" (no small
+enough config or no inputs were found, so nothing was tested).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from benchmarks.models.trial import NOT_BUILT, OUTCOMES, WARNED, WRONG
 from benchmarks.report import Result
 from cotolora.results import rounded
 
-SECONDS = 60  # of computing for one architecture
-PATIENCE = 5 * SECONDS  # on a machine that has other things to do
+SECONDS = 60  # limit of CPU time per architecture
+PATIENCE = 5 * SECONDS  # limit of wall-clock time, longer because the machine may be busy
 OUT = report.ROOT / "benchmarks" / "results"
-# one of each kind: Conv1D, encoders and decoders, towers, experts, a state-space model, images, speech, what reads
-# weights past its layers, what cannot be merged; and one of timm, where it is installed
+# one model of each kind: Conv1D, encoder-decoder, two towers, experts, state space, images, speech, a model that reads
+# weights without calling their layer, one that cannot be merged; and one of timm if it is installed
 QUICK = (
     "llama", "gpt2", "bert", "t5", "vit", "clip", "mixtral", "glm4_moe", "mamba", "wavlm", "whisper", "falcon",
     "vision_transformer",
@@ -46,17 +46,17 @@ QUICK = (
 
 
 def architectures() -> list[tuple[str, str, str]]:
-    """Library, model type or family, and class or model name, of everything that is tried."""
+    """Library, model type (or family) and class (or model name) of every architecture."""
     found = [("transformers", key, name) for key, name in tiny.architectures().items()]
     return found + [("timm", key, name) for key, name in families.architectures().items()]
 
 
 def child(connection: Connection, library: str, key: str, name: str) -> None:
-    """The row of one architecture, sent back."""
+    """Entry point of the child process: sends back the row of one architecture."""
     import logging
     import warnings
 
-    # SIGXCPU at the first limit, SIGKILL at the second, which a system without memory sends as well
+    # SIGXCPU at the soft limit, SIGKILL at the hard one (a system out of memory also sends SIGKILL)
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -69,7 +69,7 @@ def child(connection: Connection, library: str, key: str, name: str) -> None:
 
 
 def row_of(library: str, key: str, name: str) -> dict[str, Any]:
-    """The row of one architecture, from a process that may crash or hang."""
+    """The row of one architecture, from a child process that may crash or hang."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.models.preloaded"])
     start = time.monotonic()
@@ -98,7 +98,7 @@ def row_of(library: str, key: str, name: str) -> dict[str, Any]:
 
 
 def counts(rows: Sequence[dict[str, Any]]) -> str:
-    """How many of each library came out how."""
+    """The table of outcomes per library."""
     titles, lines = ["", "tried", *OUTCOMES], []
     for (library,), members in report.groups(rows, ("library",)).items():
         found = Counter(row["outcome"] for row in members)
@@ -107,7 +107,7 @@ def counts(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def listing(rows: Sequence[dict[str, Any]]) -> str:
-    """Every architecture by outcome, alike ones in a line, and what else was noted."""
+    """All architectures by outcome, one line per reason, then the notes."""
     parts = []
     for outcome in OUTCOMES:
         members = [row for row in rows if row["outcome"] == outcome]
@@ -127,47 +127,47 @@ def listing(rows: Sequence[dict[str, Any]]) -> str:
         for row in noted:
             told = [row["notes"], f"PEFT {row['peft']}" if row["peft"] not in (None, "equal") else ""]
             lines.append(f"- {row['architecture']}: " + "; ".join(filter(None, told)))
-        parts.append("### noted beside\n\n" + "\n".join(lines))
+        parts.append("### notes\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
 
 def text(result: Result) -> str:
-    """The counts, and the list of everything."""
+    """The printed report."""
     made = report.groups(result.rows, ("cotolora",))
     older = [f"{len(rows)} rows are of cotolora {by}" for (by,), rows in made.items() if by != version(result)]
     return "\n".join([report.head(result), counts(result.rows), "", listing(result.rows), "", *result.notes, *older])
 
 
 def version(result: Result) -> str:
-    """The version and commit of this library; whether files were changed since the commit counts for nothing."""
+    """The version and commit of this library, without the mark of uncommitted changes."""
     return result.machine["cotolora"].removesuffix("+changes")
 
 
 def kept(before: Result, result: Result, keep: bool) -> list[dict[str, Any]]:
-    """The rows of `before` that may stand under the versions of `result`, those of other commits only with `keep`."""
+    """The rows of `before` made with the versions of `result`; those of other commits only with `keep`."""
     if before.machine | {"cotolora": ""} != result.machine | {"cotolora": ""}:
         return []
     return [row for row in before.rows if keep or row["cotolora"] == version(result)]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; bad ones end the program."""
+    """Parses the arguments; exits if an option is invalid."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m benchmarks models", description=__doc__, formatter_class=formatter)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help=f"these alone: {' '.join(QUICK)}")
-    which.add_argument("--only", nargs="+", default=[], metavar="NAME", help="model types, families or classes")
-    parser.add_argument("--again", action="store_true", help="make rows that are there already anew")
-    parser.add_argument("--keep", action="store_true", help="keep rows that other commits made")
-    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="add the rows to models.json there")
+    which.add_argument("--quick", action="store_true", help=f"only these: {' '.join(QUICK)}")
+    which.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these types, families or classes")
+    parser.add_argument("--again", action="store_true", help="make existing rows again")
+    parser.add_argument("--keep", action="store_true", help="keep rows made by other commits")
+    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="folder for models.json and models.md")
     options = parser.parse_args(arguments)
     if options.out is not None and not options.out.is_dir():
-        parser.error(f"argument --out: {options.out} is no folder")
+        parser.error(f"argument --out: {options.out} is not a folder")
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the counts and the list; 1 if anything is wrong."""
+    """Prints the report; returns 1 if any outcome is "wrong"."""
     options = parse(arguments)
     chosen, wanted = architectures(), tuple(options.only)
     if options.quick:

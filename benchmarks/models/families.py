@@ -1,4 +1,4 @@
-"""A small model of every family of timm, that is, of every module that registers models."""
+"""A small model of every family of timm; a family is a module that registers models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.models.tiny import perturbed
 from benchmarks.models.trial import NotBuiltError, Subject, outputs, seed
 from benchmarks.workload import reason
 
-# parts of names of small models, the smallest first
+# parts of the names of small models, smallest first
 SMALL = (
     "test",
     "atto",
@@ -32,20 +32,20 @@ SMALL = (
     "_t",
 )
 CANDIDATES = 6
-LIMIT = 60_000_000  # parameters: their sizes are those of their names
+LIMIT = 60_000_000  # parameters; more than for transformers, because timm's sizes are fixed by the model name
 
 
 def why_not() -> str:
-    """Why timm cannot be used here; empty if it can."""
+    """The reason why timm cannot be used; an empty string if it can."""
     try:
         importlib.import_module("timm")
-    except Exception as error:  # its torchvision may be for another version of torch, which is no ImportError
+    except Exception as error:  # a torchvision for another version of torch raises other errors than ImportError
         return reason(error)
     return ""
 
 
 def families() -> dict[str, list[str]]:
-    """The models of each family, the smallest first as far as their names say."""
+    """The models of each family, smallest first as far as the names tell."""
     if why_not():
         return {}
     import timm
@@ -63,12 +63,12 @@ def families() -> dict[str, list[str]]:
 
 
 def architectures() -> dict[str, str]:
-    """The model of each family that is tried first."""
+    """The first model to try of each family."""
     return {family: names[0] for family, names in families().items()}
 
 
 def subject(family: str, name: str) -> Subject:
-    """A small model of a family, and an image for it."""
+    """A small model of a family and an image for it."""
     reasons = []
     for candidate in families()[family][:CANDIDATES]:
         try:
@@ -83,7 +83,7 @@ def _subject(name: str) -> Subject:
 
     too_large = why = ""
     sizes: list[tuple[dict[str, int], int | None]] = [({"img_size": 64}, 64), ({}, 64), ({}, None)]
-    # of two layers where as many as it has are too many and their number can be said
+    # then with two layers, for models that are too large otherwise and take a depth
     for options, side in [*sizes, *(({"depth": 2, **options}, side) for options, side in sizes)]:
         try:
             with torch.device("meta"):

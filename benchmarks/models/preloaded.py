@@ -1,4 +1,4 @@
-"""What every trial needs, imported once in the process that all others are forked from."""
+"""Imports that every trial needs, loaded once in the process from which the others are forked."""
 
 import os
 

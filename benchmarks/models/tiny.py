@@ -1,7 +1,7 @@
-"""Makes small models out of the configs of large ones, by the names of their settings, and finds inputs for them.
+"""Builds small models from the configs of large ones, judging settings by their names, and finds inputs for them.
 
-No architecture is named here: what a setting means is read off its name, and where that gives no model that runs, other
-sizes are tried. A model that none of them gives is listed with the first reason.
+No architecture is named here. The name of a setting tells what it means. If the resulting model does not run, other
+sizes are tried; if none works, the model is listed with the first reason.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from benchmarks.workload import reason
 LIMIT = 30_000_000  # parameters
 VOCABULARY, POSITIONS, EXPERTS = 512, 512, 4
 HEAD, MOST_HEADS = 16, 4
-# how the widths of a model are made smaller: by its heads, by a fixed divisor, or not at all
+# ways to reduce the widths of a model: from its number of heads, by a fixed divisor, or not at all
 WAYS: tuple[str | int, ...] = ("heads", 4, 8, 1)
 
-# what comes first is what a model type is tried with
+# the heads (task classes) to try for a model type, in this order
 HEADS = (
     "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM", "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "CTC",
     "ZERO_SHOT_IMAGE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "OBJECT_DETECTION", "SEMANTIC_SEGMENTATION",
@@ -52,7 +52,7 @@ NOT_WIDTHS = re.compile(
     r"num_channels|audio_channels|image_channels|^in_channels$|kernel|stride|layers?$|type|act|ratio|num_|^n_(?!embd|inner)"
     r"|codebook_size|d_state|d_conv|d_rel|axes|vocab|position|time_dim|input_dim|mel|_expansion|multiplier|dilation|groups|bias"
 )
-# what some configs leave open by default, though no model can be made without it
+# values for settings that are None by default in some configs, but without which no model can be built
 OPEN = {
     "num_experts_per_tok": 2,
     "n_routed_experts": EXPERTS,
@@ -73,7 +73,7 @@ def smaller_heads(count: int) -> int:
 
 
 def configs_in(config: Any) -> Iterator[Any]:
-    """`config` and those inside of it."""
+    """`config` and the configs nested in it."""
     yield config
     for value in list(vars(config).values()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
@@ -81,11 +81,11 @@ def configs_in(config: Any) -> Iterator[Any]:
 
 
 def first_of(config: Any, *names: str) -> Any:
-    """The first setting of such a name that is a positive integer; None if there is none."""
+    """The first setting with one of these names that is a positive integer; None if there is none."""
     for name in names:
         try:
             value = getattr(config, name, None)
-        except Exception:  # of some configs each layer has its own
+        except Exception:  # in some configs the setting exists only per layer
             continue
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
@@ -93,7 +93,7 @@ def first_of(config: Any, *names: str) -> Any:
 
 
 class Shrinking:
-    """Makes the settings of a config and of those inside of it smaller, equal ones alike."""
+    """Reduces the settings of a config and of its nested configs; equal values stay equal."""
 
     def __init__(self, config: Any, way: str | int) -> None:
         self.way = way
@@ -111,7 +111,7 @@ class Shrinking:
 
     @staticmethod
     def main_sizes(config: Any) -> tuple[Any, Any]:
-        """The width of a config's blocks and the number of their heads."""
+        """The width and the number of heads of a config's blocks."""
         hidden = first_of(
             config, "hidden_size", "d_model", "n_embd", "embed_dim", "hidden_dim", "dim", "encoder_hidden_size"
         )
@@ -120,7 +120,7 @@ class Shrinking:
         return hidden, heads
 
     def shrink(self, config: Any) -> None:
-        """Changes the config's own settings."""
+        """Changes the settings of one config, without its nested configs."""
         hidden, heads = self.main_sizes(config)
         smaller = self.widths.get(hidden) if hidden else None
         divisor = hidden / smaller if smaller else (self.way if isinstance(self.way, int) else 8)
@@ -137,13 +137,13 @@ class Shrinking:
                 changed = self.changed(config, name, value, divisor, heads, hidden, count, kept)
                 if changed is not value and changed != value:
                     setattr(config, name, changed)
-            except Exception:  # a setting that its config keeps as it is
+            except Exception:  # a setting that cannot be changed
                 continue
         self.settle(config, count, len(kept))
 
     @staticmethod
     def settle(config: Any, count: int, kept: int) -> None:
-        """Makes settings fit that follow from others."""
+        """Adjusts settings that depend on others."""
         hidden, heads = Shrinking.main_sizes(config)
         for name, value in OPEN.items():
             if vars(config).get(name, value) is None:
@@ -158,7 +158,7 @@ class Shrinking:
         image, patch = first_of(config, "image_size"), first_of(config, "patch_size")
         if image and patch and first_of(config, "image_embedding_size"):
             config.image_embedding_size = image // patch
-        # of a backbone whose stages are its layers
+        # a backbone whose stages are its layers
         if (stages := getattr(config, "stage_names", None)) and count > kept and len(stages) == count + 1:
             outs = getattr(config, "_out_indices", None)
             config.stage_names = list(stages[: kept + 1])
@@ -168,16 +168,16 @@ class Shrinking:
 
     @staticmethod
     def kept_layers(settings: dict[str, Any], count: int) -> list[int]:
-        """The numbers of the layers that stay: two, or of every kind one."""
+        """The indices of the layers to keep: the first two, or one of every kind."""
         lists = [v for v in settings.values() if isinstance(v, (list, tuple)) and len(v) == count and count > 4]
         kinds = list(zip(*(map(str, v) for v in lists), strict=True)) if lists else []
         first = sorted({kinds.index(kind) for kind in kinds})[:4]
-        # what is read after several layers is read after as many, up to four
+        # a setting that lists n layers by index (as outputs, for example) needs n layers; at most four are kept
         named = [len(v) for name, v in settings.items() if isinstance(v, (list, tuple)) and INDICES.search(name)]
         return first if len(first) > 1 else list(range(min(count, max([2, *(n for n in named if n <= 4)]))))
 
     def width(self, value: int, divisor: float) -> int:
-        """A smaller width: the same one for the same."""
+        """A smaller width; equal widths give equal results."""
         if value < 32:
             return value
         if value not in self.widths:
@@ -188,7 +188,7 @@ class Shrinking:
     def changed(
         self, config: Any, name: str, value: Any, divisor: float, heads: Any, hidden: Any, count: int, kept: list[int]
     ) -> Any:
-        """What a setting becomes."""
+        """The new value of a setting."""
         whole = isinstance(value, int) and not isinstance(value, bool)
         if isinstance(value, (list, tuple)) and value:
             return self.changed_list(name, value, divisor, count, kept)
@@ -220,11 +220,11 @@ class Shrinking:
             return min(value, 8)
         if name == "window_size" and (first_of(config, "patch_size") or 8) <= 4:
             return 2
-        if name in ("n_groups", "mamba_n_groups"):  # of heads
+        if name in ("n_groups", "mamba_n_groups"):  # groups of heads
             return 1
         if name in ("num_groups", "norm_num_groups"):
             return min(value, 4)
-        if name == "num_pos_feats":  # half as many as the width that they are added to
+        if name == "num_pos_feats":  # half the width that they are added to
             return self.width(2 * value, divisor) // 2
         if name == "upsample_groups":
             return self.width(value, divisor)
@@ -236,7 +236,7 @@ class Shrinking:
             patch = first_of(config, "patch_size") or 8
             return min(value, 4 * patch if patch > 4 else 64)
         if _is_layers(name, value):
-            # of stages, whose settings are lists of that length, all stay
+            # keep all stages: other settings are lists of that length
             lists = (v for v in self.original.values() if isinstance(v, (list, tuple)))
             stages = value <= 4 and any(len(v) == value for v in lists)
             return value if stages else len(kept) if value == count else min(value, 2)
@@ -251,7 +251,7 @@ class Shrinking:
         return value
 
     def heads_of(self, name: str, value: int, heads: Any) -> int:
-        """A smaller number of heads."""
+        """The new number of heads."""
         if self.way != "heads":
             return value
         if heads and value != heads and ("kv" in name or "key_value" in name):
@@ -260,7 +260,7 @@ class Shrinking:
         return smaller_heads(value)
 
     def head_size(self, value: int, heads: Any, hidden: Any) -> int:
-        """A smaller size of a head."""
+        """The new size of a head."""
         if self.way != "heads":
             return max(4, value // int(self.way)) if value % int(self.way) == 0 else value
         expand = self.original.get("mamba_expand", self.original.get("expand", 1))
@@ -272,7 +272,7 @@ class Shrinking:
         return value // 8 if value % 8 == 0 and value > 16 else value
 
     def changed_list(self, name: str, value: Sequence[Any], divisor: float, count: int, kept: list[int]) -> Any:
-        """What a list of settings becomes."""
+        """The new value of a setting that is a list."""
         kind: Any = type(value)
         numbers = all(isinstance(item, int) and not isinstance(item, bool) for item in value)
         if count > 4 and len(value) == count and not name.endswith("token_id"):
@@ -281,7 +281,7 @@ class Shrinking:
         if not numbers:
             return value
         if name == "axial_pos_shape":
-            return kind((3, 4))  # positions as a grid, of which a batch in training must fill every one
+            return kind((3, 4))  # a grid of positions; a training batch must fill all of them
         if TOKENS.search(name):
             return kind(
                 v if v < VOCABULARY else self.tokens.setdefault(v, VOCABULARY - 1 - len(self.tokens)) for v in value
@@ -302,18 +302,18 @@ class Shrinking:
         return value
 
     def list_width(self, value: int, by: float) -> int:
-        """A width that stands in a list: divided without regard to heads, which are in another list."""
+        """The new value of a width in a list, regardless of heads, which are in another list."""
         return self.widths.get(value) or (value if value <= 32 else max(8, round(value / 4)))
 
 
 def _fit_sections(rope: Any, head: int, partial: float | None) -> None:
-    """Shares the frequencies of rotary embeddings out to axes as before."""
+    """Divides the rotary frequencies among the axes in the same proportions as before."""
     if not isinstance(rope, dict):
         return
     for value in rope.values():
         _fit_sections(value, head, partial)
     if "rope_type" in rope:
-        # models that have axes take large sections where the config does not say; others do not look
+        # without this setting, multi-axis models would use large default sections; other models ignore it
         sections = rope.get("mrope_section") or [1, 1, 1]
         total = int(head * (rope.get("partial_rotary_factor") or partial or 1)) // 2
         made = [max(1, total * section // sum(sections)) for section in sections]
@@ -326,25 +326,25 @@ def _is_layers(name: str, value: Any) -> bool:
 
 
 def made(config: Any, kind: Any) -> nn.Module:
-    """A model of its own random weights; NotBuiltError where it would be too large."""
+    """A model with random weights; raises NotBuiltError if it is too large."""
     with torch.device("meta"):
         try:
             size = sum(p.numel() for p in kind._from_config(copy.deepcopy(config)).parameters())
         except Exception:
-            size = 0  # what cannot be made there may be made in memory
+            size = 0  # a model that cannot be built on the meta device may still be built on the CPU
     if size > LIMIT:
-        raise NotBuiltError(f"too large: {size:,d} parameters as small as it was made")
+        raise NotBuiltError(f"too large: {size:,d} parameters after all reductions")
     seed()
     model = kind._from_config(config).float().eval()
     size = sum(p.numel() for p in model.parameters())
     if size > LIMIT:
-        raise NotBuiltError(f"too large: {size:,d} parameters as small as it was made")
+        raise NotBuiltError(f"too large: {size:,d} parameters after all reductions")
     return perturbed(model)
 
 
 @torch.no_grad()
 def perturbed(model: nn.Module) -> nn.Module:
-    """`model` with a little noise on every weight: some start as zeros, behind which nothing could be seen."""
+    """Adds a little noise to every weight, because weights that start as zeros would hide differences."""
     seed()
     for p in model.parameters():
         if p.is_floating_point():
@@ -353,7 +353,7 @@ def perturbed(model: nn.Module) -> nn.Module:
 
 
 def ids(config: Any, length: int = 12) -> Tensor:
-    """Token ids that stand for nothing special."""
+    """Random token ids without special tokens."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     sizes = [v for n, v in vars(text).items() if "vocab_size" in n and isinstance(v, int) and v > 8]
     special: set[int] = set()
@@ -382,13 +382,13 @@ def image_shape(config: Any) -> tuple[int, int, int]:
 
 
 def value_for(name: str, config: Any, form: int, flat: bool) -> Any:
-    """An input of such a name, or None where it is not known what it would be.
+    """An input for an argument of this name; None if its form is unknown.
 
     Args:
-        name: of the argument.
-        config: of the model.
-        form: which of the shapes that such an input is known to have.
-        flat: whether images are given as the patches of all of them, with a grid for each.
+        name: the name of the argument.
+        config: the model's config.
+        form: index of the shape to use, if such an input can have several.
+        flat: whether images are passed as one list of patches, with a grid for each image.
     """
     every = list(configs_in(config))
 
@@ -401,7 +401,7 @@ def value_for(name: str, config: Any, form: int, flat: bool) -> Any:
     frames, source = setting(2, "num_frames", "frames_per_clip"), setting(0, "max_source_positions")
     past = setting(32, "context_length") + max(getattr(config, "lags_sequence", None) or [0])
     variables = setting(0, "num_input_channels") or setting(1, "input_size")
-    # of one variable there is an axis only where it is a channel
+    # a single variable has an axis only if the model treats it as a channel
     series = (2, past, variables) if variables > 1 or setting(0, "num_input_channels") else (2, past)
     length, pixels = 2 * source or 128, channels * setting(1, "temporal_patch_size") * patch**2
     image = channels, height, width
@@ -452,7 +452,7 @@ OFTEN = ("input_ids", "pixel_values", "input_features", "input_values", "pixel_v
 
 
 def guesses(model: nn.Module, config: Any) -> Iterator[list[str]]:
-    """Names of inputs to try, the likeliest first."""
+    """Lists of input names to try, the likeliest first."""
     signature = inspect.signature(model.forward).parameters
     needed = [
         n for n, p in signature.items() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
@@ -468,7 +468,7 @@ def guesses(model: nn.Module, config: Any) -> Iterator[list[str]]:
         if name in signature and [name] != first:
             yield list(dict.fromkeys([name, *needed, *decoder]))
     yield [name for name in OFTEN if name in signature]
-    # everything that is known, of what stands for the same thing the plainest
+    # all known inputs; of several that mean the same, only the simplest
     known = [name for name in signature if value_for(name, config, 0, flat=False) is not None]
     yield [name for name in known if not name.endswith(("embeds", "hidden_states", "position_ids", "mask"))]
     yield [name for name in known if not name.endswith(("embeds", "hidden_states"))]
@@ -478,7 +478,7 @@ FORMS = 4
 
 
 def fed(model: nn.Module, config: Any) -> dict[str, Any]:
-    """Inputs that the model takes; NotBuiltError with the first reason where none are found."""
+    """Inputs that the model accepts; raises NotBuiltError with the first reason if none are found."""
     signature = inspect.signature(model.forward).parameters
     fixed = {"use_cache": False} if "use_cache" in signature else {}
     reasons: list[str] = []
@@ -490,20 +490,20 @@ def fed(model: nn.Module, config: Any) -> dict[str, Any]:
             flat = not {"grid_thw", "image_grid_thw"}.isdisjoint(names)
             inputs = {name: value_for(name, config, form, flat) for name in names} | fixed
             if missing := [name for name, value in inputs.items() if value is None]:
-                reasons.append(f"it is not known what {', '.join(missing)} would be")
+                reasons.append(f"no inputs are known for {', '.join(missing)}")
                 return None
             try:
                 if outputs(model, inputs):
                     return inputs
-                reasons.append("its outputs hold no floating tensor")
+                reasons.append("its outputs contain no floating-point tensor")
                 return None
             except Exception as error:
                 reasons.append(reason(error))
-                # a message often names what is missing
+                # the error message often names the missing argument
                 words = re.findall(r"\w+", str(error).lower())
                 named = [n for n in signature if n.lower() in words and n not in (*names, *asked)]
                 named = [n for n in named if value_for(n, config, form, flat) is not None]
-                # of names for the same thing the plainest
+                # of several inputs that mean the same, take the simplest
                 named = [n for n in named if not n.endswith("embeds")] or named
                 if not named:
                     return None
@@ -520,17 +520,17 @@ def fed(model: nn.Module, config: Any) -> dict[str, Any]:
 
 
 def config_of(model_type: str) -> Any:
-    """The config of a model type as it is by default; NotBuiltError where there is none."""
+    """The default config of a model type; raises NotBuiltError if there is none."""
     from transformers import CONFIG_MAPPING
 
     try:
         return CONFIG_MAPPING[model_type]()
     except Exception as error:
-        raise NotBuiltError(f"no config by default: {reason(error)}") from None
+        raise NotBuiltError(f"no default config: {reason(error)}") from None
 
 
 def subject(model_type: str, name: str) -> Subject:
-    """A small model of transformers, and what to call it with."""
+    """A small model of transformers and its inputs."""
     import transformers
 
     try:
@@ -541,7 +541,7 @@ def subject(model_type: str, name: str) -> Subject:
     for way in WAYS:
         config = config_of(model_type)
         Shrinking(config, way)
-        # some models are made of a part of the config that their type has
+        # some models are built from a part of their type's config
         for part in configs_in(config):
             try:
                 model = made(part, kind)
@@ -560,7 +560,7 @@ def subject(model_type: str, name: str) -> Subject:
 
 
 def architectures() -> dict[str, str]:
-    """One class for each model type that has any, by the type; each class once."""
+    """One class per model type, by the type; each class appears once."""
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -572,7 +572,7 @@ def architectures() -> dict[str, str]:
     order = [*HEADS, "MODEL", *mappings]
     mappings["MODEL"] = mappings.pop("MODEL_MAPPING_NAMES", mappings.get("MODEL", {}))
     found: dict[str, str] = {}
-    for model_type in sorted(CONFIG_MAPPING_NAMES, key=len):  # of types that share a class the plainest name
+    for model_type in sorted(CONFIG_MAPPING_NAMES, key=len):  # of types that share a class, the shortest name
         for head in order:
             named = mappings.get(head, {}).get(model_type)
             if named:

@@ -1,4 +1,4 @@
-"""What is asked of one model: inject, train with CoTo, save, load and merge, with PEFT beside it."""
+"""The test of one model: inject, train with CoTo, save, load and merge, in comparison with PEFT."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ WORKS, WARNED, REFUSED, PEFT_FAILS, WRONG, NOT_BUILT = (
 OUTCOMES = (WORKS, WARNED, REFUSED, PEFT_FAILS, WRONG, NOT_BUILT)
 
 RANK, ALPHA, STEPS = 4, 8.0, 20
-# of the largest output: rounding in float32 through a few blocks, which attention and norms amplify
+# relative to the largest output: float32 rounding through a few blocks, amplified by attention and norms
 TOLERANCE = 1e-4
-EXCLUSIONS = 4  # how often the advice of a refusal is followed
+EXCLUSIONS = 4  # how often to follow the advice of an error message and exclude a layer
 
 
 @dataclass
@@ -41,22 +41,22 @@ class Subject:
 
 
 class FindingError(Exception):
-    """Something that must not happen."""
+    """A wrong result."""
 
 
 class NotBuiltError(Exception):
-    """A model cannot be made or called, or not so that anything could be compared."""
+    """A model cannot be built or called, or its outputs cannot be compared."""
 
 
 def seed() -> None:
-    """The same random numbers again, of every generator that models draw from."""
+    """Seeds every random generator that models use."""
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The floating tensors of outputs, however they are nested; caches and whatever else are passed over."""
+    """The floating-point tensors in nested outputs; skips caches and other objects."""
     if isinstance(value, Tensor):
         if value.is_floating_point() and value.numel():
             yield value
@@ -72,21 +72,21 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def outputs(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
-    """What a model computes without gradients, with the same random numbers each time."""
+    """The outputs of a model without gradients, with the same random numbers each time."""
     seed()
     with torch.no_grad():
         return [t.clone() for t in tensors_in(model(**copy.deepcopy(inputs)))]
 
 
 def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    """Whether outputs are equal bit for bit, NaN to NaN."""
+    """Whether outputs are bitwise equal; NaN equals NaN."""
     return len(one) == len(other) and all(
         a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in zip(one, other, strict=True)
     )
 
 
 def distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """The largest difference over the largest output of the same tensor; infinite where shapes or NaN differ."""
+    """The largest difference relative to the largest output of the same tensor; infinite if shapes or NaN differ."""
     if [t.shape for t in one] != [t.shape for t in other]:
         return float("inf")
     worst = 0.0
@@ -111,7 +111,7 @@ class _Records(logging.Handler):
 
 @contextmanager
 def told() -> Iterator[list[str]]:
-    """What this library logs meanwhile, from warnings on."""
+    """Collects the warnings and errors that this library logs inside the block."""
     logger, handler = logging.getLogger("cotolora"), _Records()
     logger.addHandler(handler)
     propagates, logger.propagate = logger.propagate, False
@@ -123,7 +123,7 @@ def told() -> Iterator[list[str]]:
 
 
 class Trial:
-    """One model through all of it. `row` holds what was found so far."""
+    """Runs one model through all stages. `row` holds the results so far."""
 
     def __init__(self, subject: Subject, folder: Path) -> None:
         self.base, self.inputs, self.folder = subject.model, subject.inputs, folder
@@ -132,21 +132,21 @@ class Trial:
             "difference": None,
         }  # fmt: skip
         self.exclude: list[str] = []
-        self.notes: list[str] = []  # of what is no fault
+        self.notes: list[str] = []  # remarks that do not affect the outcome
         self.told: list[str] = []
         self.targets: list[str] = []
         self.peft_own: list[Tensor] = []
 
     def fresh(self) -> nn.Module:
-        """The model as it was made."""
+        """A copy of the original model."""
         return copy.deepcopy(self.base)
 
     def of(self, model: nn.Module) -> list[Tensor]:
-        """Its outputs."""
+        """The model's outputs."""
         return outputs(model, self.inputs)
 
     def run(self) -> dict[str, Any]:
-        """The row of this model: outcome, stage and reason beside what was counted."""
+        """Runs all stages; returns the row of this model with outcome, stage and reason."""
         outcome, stage, why = WORKS, "", ""
         steps = {
             "forward": self.forward, "inject": self.inject, "off": self.off, "peft": self.peft, "train": self.train,
@@ -175,8 +175,8 @@ class Trial:
                 }  # fmt: skip
 
     def _raised(self, error: Exception) -> str:
-        """Whether an error is a refusal in words of this library, or a fault."""
-        # a model without linear modules has none to name
+        """The outcome for an error: "refused" if it names a layer, otherwise a fault."""
+        # also the model's class: a model without linear modules has no layer to name
         names = [type(self.base).__name__, *(name for name, _ in self.base.named_parameters())]
         names += [name for name, module in self.base.named_modules() if name and list(module.parameters(recurse=False))]
         told = any(re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", str(error)) for name in names)
@@ -185,23 +185,23 @@ class Trial:
         return WRONG if self.row["peft"] in (None, "equal") else PEFT_FAILS
 
     def forward(self) -> None:
-        """The model gives outputs, the same each time."""
-        # frozen, as adapters find it: torch may compute otherwise with weights that could get gradients
+        """Checks that the model gives the same outputs at every call."""
+        # frozen, as under adapters, because torch may use other kernels for weights that require gradients
         self.base.eval().requires_grad_(False)
         self.plain = self.of(self.base)
         if not self.plain:
-            raise NotBuiltError("its outputs hold no floating tensor")
+            raise NotBuiltError("its outputs contain no floating-point tensor")
         if not same(self.plain, self.of(self.base)):
-            raise NotBuiltError("it computes something else at each call")
+            raise NotBuiltError("its outputs differ from call to call")
         if not all(t.isfinite().any() for t in self.plain):
-            raise NotBuiltError("an output holds no finite number")
+            raise NotBuiltError("an output contains no finite number")
         self.keys = list(self.base.state_dict())
         self.trains = self._computed_in_training(self.base)
         if self.trains is None:
             self.notes.append("cannot be called in train mode; trained in eval mode")
         self.repeats = self.trains is not None and same(self.trains, self._computed_in_training(self.base) or [])
         if self.trains is not None and not self.repeats:
-            self.notes.append("in train mode it computes something else at each call")
+            self.notes.append("its outputs in train mode differ from call to call")
 
     def _computed_in_training(self, model: nn.Module) -> list[Tensor] | None:
         twin = copy.deepcopy(model).train()
@@ -211,7 +211,7 @@ class Trial:
             return None
 
     def inject(self) -> None:
-        """`inject` takes every linear module, or says which not; what it advises is followed."""
+        """Checks that `inject` adapts every linear module or names those it refuses, which are then excluded."""
         self.refusal = ""
         for _ in range(EXCLUSIONS):
             try:
@@ -221,26 +221,26 @@ class Trial:
                 break
             except ValueError as error:
                 if list(self.model.state_dict()) != before or not same(self.of(self.model), self.plain):
-                    raise FindingError("inject raised and has changed the model") from error
+                    raise FindingError("inject raised an error but changed the model") from error
                 advice = re.search(r"exclude=\['([^']+)'\]", str(error))
                 if advice is None or advice[1] in self.exclude:
                     raise
                 self.exclude.append(advice[1])
                 self.refusal = self.refusal or reason(error)
         else:
-            raise FindingError(f"still refused without {self.exclude}: {self.refusal}")
+            raise FindingError(f"still refused after excluding {self.exclude}: {self.refusal}")
         self.row["adapters"] = len(self.layers)
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         own = {f"{name}.{key}" for name in self.layers for key in ("lora_a", "lora_b")}
         if trained != own:
-            raise FindingError(f"what requires grad is not A and B alone: {sorted(trained ^ own)[:4]}")
+            raise FindingError(f"the parameters that require grad are not exactly A and B: {sorted(trained ^ own)[:4]}")
         if list(cotolora.adapters(self.model)) != list(self.layers):
-            raise FindingError("adapters() finds other names than inject gave")
+            raise FindingError("adapters() returns other names than inject")
 
     def off(self) -> None:
-        """Fresh adapters, and adapters that are off, change no bit, in eval and train mode."""
+        """Checks that new adapters and adapters that are off leave outputs bitwise equal, in eval and train mode."""
         if not same(self.of(self.model), self.plain):
-            raise FindingError("outputs of fresh adapters differ from the plain model's")
+            raise FindingError("outputs with new adapters differ from the plain model's")
         self._start()
         for layer in self.layers.values():
             layer.enabled = False
@@ -261,7 +261,7 @@ class Trial:
             nn.init.normal_(layer.lora_b, std=0.1)
 
     def peft(self) -> None:
-        """PEFT's own adapters on the same modules; from here on `row["peft"]` says whether PEFT can."""
+        """Runs PEFT's adapters on the same modules and records in `row["peft"]` whether PEFT supports the model."""
         from peft import PeftModel
         from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -275,20 +275,20 @@ class Trial:
                     model = self._by_peft(modules, [f"{name}.weight" for name in by_weight] or None)
                 self.peft_own = self.of(model.base_model.model)
                 model.save_pretrained(self.folder / "peft")
-                torch.manual_seed(1)  # what it does not load starts otherwise
+                torch.manual_seed(1)  # another seed, so that parameters that are not loaded differ
                 again = PeftModel.from_pretrained(self.fresh(), self.folder / "peft").eval()
                 reloaded = self.of(again.base_model.model)
         except Exception as error:
             self.row["peft"] = f"raises {reason(error)}"
             return
         if distance(reloaded, self.peft_own) > max(TOLERANCE, 10 * self.sensitivity()):
-            self.row["peft"] = "loads its own file to other outputs"
+            self.row["peft"] = "gives other outputs after loading its own file"
             return
         found = model.base_model.model.named_modules()
         names = {name for name, module in found if isinstance(module, BaseTunerLayer)}
         for whose, only in (("PEFT", names - set(self.layers)), ("ours", set(self.layers) - names)):
             if only:
-                self.notes.append(f"{whose} alone takes {sorted(only)[0]} and {len(only) - 1} more")
+                self.notes.append(f"only {whose} adapts {sorted(only)[0]} and {len(only) - 1} more")
         self.row["peft"] = "equal"
 
     def _by_peft(self, targets: Any, parameters: list[str] | None = None) -> Any:
@@ -302,7 +302,7 @@ class Trial:
         return get_peft_model(self.fresh(), config).eval()
 
     def _by_peft_alone(self) -> Any:
-        """PEFT's model by its own all-linear; None where it has none or takes more than modules, which is noted."""
+        """PEFT's model with its own "all-linear"; None (with a note) if that fails or targets parameters as well."""
         if not any(kind.__name__ == "PreTrainedModel" for kind in type(self.base).__mro__):
             return None
         try:
@@ -312,13 +312,13 @@ class Trial:
             self.notes.append(f"PEFT's all-linear raises {reason(error)}")
             return None
         if parameters := model.peft_config["default"].target_parameters:
-            # of experts that are one parameter together: inject has said that they stay frozen
-            self.notes.append(f"PEFT's all-linear takes parameters too: {', '.join(sorted(parameters))}")
+            # experts stored as one parameter; inject has warned that they stay frozen
+            self.notes.append(f"PEFT's all-linear also adapts parameters: {', '.join(sorted(parameters))}")
             return None
         return model
 
     def train(self) -> None:
-        """Steps of CoTo: off adapters stay, others move, nothing else does."""
+        """Trains with CoTo; checks that adapters that are off stay unchanged, others change, and nothing else does."""
         model, buffers = self.model, {name: b.clone() for name, b in self.model.named_buffers()}
         if self.trains is not None:
             model.train()
@@ -335,43 +335,43 @@ class Trial:
         for _ in range(STEPS):
             before = self._factors()
             found = [t for t in tensors_in(model(**copy.deepcopy(self.inputs))) if t.requires_grad]
-            if found:  # else every adapter that the outputs depend on is off
+            if found:  # empty if every adapter that the outputs depend on is off
                 torch.stack([t[t.isfinite()].square().mean() for t in found]).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
             after = self._factors()
             for name, layer in self.layers.items():
                 if layer.gate is False and not same(after[name], before[name]):
-                    raise FindingError(f"{name} was off and has moved")
+                    raise FindingError(f"{name} changed although it was off")
             coto.step()
         coto.finish()
         model.eval()
         moved = [name for name, factors in self._factors().items() if not same(factors, start[name])]
         if not moved:
-            raise FindingError("no adapter has moved")
+            raise FindingError("no adapter changed")
         for name, p in model.named_parameters():
             if name in frozen and not same([p], [frozen[name]]):
-                raise FindingError(f"{name} is frozen and has moved")
+                raise FindingError(f"{name} changed although it is frozen")
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 if name in buffers and buffer.shape == buffers[name].shape:
                     buffer.copy_(buffers[name])
         self.trained = self.of(model)
         if not all(t.isfinite().any() for t in self.trained):
-            raise FindingError("training has made every number of an output not finite")
+            raise FindingError("after training, an output contains no finite number")
         self.unmoved = sorted(set(self.layers) - set(moved))
         text = " ".join(self.told)
         said, counted = set(re.findall(r"[\w.-]+", text)), sum(map(int, re.findall(r"and (\d+) more\]", text)))
         silent = [name for name in self.unmoved if name not in said]
-        if len(silent) > counted:  # a long list ends in how many more there are
-            raise FindingError(f"{len(silent)} adapters have not learned, and no warning names {silent[0]}")
+        if len(silent) > counted:  # a long list in a warning ends with "and N more"
+            raise FindingError(f"{len(silent)} adapters did not change, and no warning names {silent[0]}")
 
     def _let_gradients_in(self) -> None:
-        """Where no output requires grad, as through reversible layers, makes the embeddings' outputs require it."""
+        """If no output requires grad (as with reversible layers), makes the outputs of the embeddings require it."""
         seed()
         if any(t.requires_grad for t in tensors_in(self.model(**copy.deepcopy(self.inputs)))):
             return
-        with suppress(AttributeError, NotImplementedError):  # not of transformers, or without embeddings
+        with suppress(AttributeError, NotImplementedError):  # not a transformers model, or one without embeddings
             self.model.enable_input_require_grads()
             self.notes.append("no output requires grad without enable_input_require_grads()")
 
@@ -386,7 +386,7 @@ class Trial:
             raise FindingError(f"{what}: a difference of {error:.1e} of the largest output")
 
     def sensitivity(self) -> float:
-        """How far the plain outputs move when every weight is rounded otherwise, as sums in another order do."""
+        """The change of the plain outputs when every weight has a rounding error, as with another summation order."""
         model = self.fresh()
         torch.manual_seed(1)
         with torch.no_grad():
@@ -396,7 +396,7 @@ class Trial:
         return distance(self.of(model), self.plain)
 
     def save(self) -> None:
-        """What we write PEFT reads."""
+        """Checks that PEFT reads our files."""
         import peft
 
         cotolora.save_adapter(self.model, self.folder / "ours")
@@ -404,38 +404,38 @@ class Trial:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 read = peft.PeftModel.from_pretrained(self.fresh(), self.folder / "ours").eval()
-            self._near(self.of(read.base_model.model), self.trained, "PEFT with our file computes something else")
+            self._near(self.of(read.base_model.model), self.trained, "PEFT's outputs with our file differ")
 
     def load(self) -> None:
-        """What we write we read, bit for bit; ejected unmerged, the model is the plain one."""
+        """Checks that a loaded adapter is bitwise equal, and that ejecting without merging restores the plain model."""
         model = self.fresh()
         cotolora.load_adapter(model, self.folder / "ours")
         if not same(self.of(model), self.trained):
-            raise FindingError("outputs of a loaded adapter differ from the saved one's")
+            raise FindingError("outputs with a loaded adapter differ from those with the saved one")
         cotolora.eject(model, merge=False)
         if not same(self.of(model), self.plain):
             raise FindingError("outputs of an ejected model differ from the plain model's")
         if list(model.state_dict()) != self.keys:
-            raise FindingError("the state dict of an ejected model has other keys than the plain model's")
+            raise FindingError("the state dict keys of an ejected model differ from the plain model's")
 
     def from_peft(self) -> None:
-        """What PEFT writes we read."""
+        """Checks that we read PEFT's files."""
         if self.row["peft"] == "equal":
             model = self.fresh()
             cotolora.load_adapter(model, self.folder / "peft")
-            self._near(self.of(model), self.peft_own, "we compute something else with PEFT's file")
+            self._near(self.of(model), self.peft_own, "our outputs with PEFT's file differ")
 
     def merge(self) -> None:
-        """Merged, the model computes the same, or a warning has named what does not."""
+        """Checks that the merged model gives the same outputs, or that a warning named what differs."""
         before = len(self.told)
         cotolora.eject(self.model)
         if list(self.model.state_dict()) != self.keys:
-            raise FindingError("the state dict of a merged model has other keys than the plain model's")
+            raise FindingError("the state dict keys of a merged model differ from the plain model's")
         error = distance(self.of(self.model), self.trained)
         if error > max(TOLERANCE, 10 * self.sensitivity()) and len(self.told) > before:
-            self.notes.append(f"merged, it computes something else, as warned ({error:.1e} of the largest output)")
+            self.notes.append(f"outputs differ after merging, as warned ({error:.1e} of the largest output)")
             return
-        self._near(self.of(self.model), self.trained, "merged, the model computes something else")
+        self._near(self.of(self.model), self.trained, "outputs differ after merging")
 
 
 KINDS: dict[str, str] = {
@@ -453,10 +453,10 @@ def _kind(line: str) -> str:
 
 
 def tried(make: Callable[[], Subject], folder: Path) -> dict[str, Any]:
-    """The row of the model that `make` makes."""
+    """The row of the model that `make` returns."""
     try:
         subject = make()
     except Exception as error:
-        why = str(error) if isinstance(error, NotBuiltError) else f"the search for it raises {reason(error)}"
+        why = str(error) if isinstance(error, NotBuiltError) else f"building it raises {reason(error)}"
         return {"outcome": NOT_BUILT, "stage": "build", "reason": why}
     return Trial(subject, folder).run()

@@ -1,20 +1,20 @@
-"""Checks the CoTo paper's claims: on a pretrained model from the disk, and on two small tasks that every machine has.
+"""Tests the claims of the CoTo paper on a pretrained model from disk and on two small tasks that need no download.
 
     python -m benchmarks study --settings sentiment news --model DIR --data DIR [--quick] [--out DIR]
     python -m benchmarks study [--settings digits text] [--quick] [--out DIR] [--methods LoRA CoTo]
 
-Settings "sentiment" and "news": a pretrained text encoder, adapted to rated sentences of several domains, and to few
-headlines of each topic (`benchmarks/study/README.md` says where to get both). A screen on one domain's validation
-split chooses each method's learning rate, its schedule and what belongs to CoTo alone; fresh seeds then confirm it on
-the test splits. Every finished job is kept in the folder of --out, and the same command goes on after the last one.
+Settings "sentiment" and "news": a pretrained text encoder is adapted to rated sentences of several domains, or to a few
+headlines per topic (see `benchmarks/study/README.md` for model and data). First, a screen on the validation split of
+one domain chooses each method's learning rate and schedule, and CoTo's own settings. Then new seeds confirm the choice
+on the test splits. Finished jobs are saved in the --out folder; the same command resumes an interrupted run.
 
-Setting "digits": a vision transformer that knows the handwritten digits 0 to 4, adapted to all ten. Setting "text": a
-small Llama over characters that has read Python's library, adapted to English prose, to names of Unicode characters and
-to code pages. Each method gets the same batches, steps and adapters, and the best of the same learning rates by its
-own validation score. Scores are larger for the better: accuracy in percent, or bits per character, negated.
-Settings, or jobs of a pretrained one, run side by side, a process and a thread each, where there is a core for each.
-A claim holds if the 95 % interval of the paired differences over the seeds lies on its side, does not hold if it
-lies on the other, and is not decidable here otherwise.
+Setting "digits": a vision transformer pretrained on the handwritten digits 0 to 4 is adapted to all ten. Setting
+"text": a small character-level Llama pretrained on the source code of Python's standard library is adapted to English
+prose, to names of Unicode characters and to code pages. All methods use the same batches, steps and adapters, and each
+uses the learning rate with its best validation score. Scores are accuracy in percent or negated bits per character;
+larger is better. Settings (or jobs of a pretrained setting) run in parallel, one single-threaded process per core.
+A claim holds if the 95 % confidence interval of the paired differences over the seeds lies on its side, does not hold
+if it lies on the other side, and is not decidable here otherwise.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SETTINGS: dict[str, Callable[[], Setting]] = {"digits": tasks.digits, "text": ta
 
 @dataclass(frozen=True)
 class Size:
-    """How much of the study to run."""
+    """How much of the study to run: methods, seeds and steps."""
 
     seeds: int
     steps: int
@@ -86,7 +86,7 @@ QUICK_PRETRAINED = {
 
 
 def study(setting: Setting, size: Size, line: int = 0) -> list[dict[str, Any]]:
-    """All rows of one setting; progress is shown on that line of the terminal."""
+    """All rows of one setting; `line` is the terminal line of its progress bar."""
     base = setting.pretrained(size.pretrain)
     each = size.steps * len(size.methods) * len(setting.domains)
     with progress(setting, "sweep", each * size.sweep_seeds * len(size.rates), line) as bar:
@@ -108,7 +108,7 @@ def study(setting: Setting, size: Size, line: int = 0) -> list[dict[str, Any]]:
 
     trained: dict[str, list[list[Run]]] = {
         name: [] for name in setting.domains
-    }  # by domain and seed: one run for each method
+    }  # by domain, then by seed: one run per method
     with progress(setting, "runs", each * size.seeds, line) as bar:
         for seed in range(size.seeds):
             for name, domain in setting.domains.items():
@@ -117,12 +117,12 @@ def study(setting: Setting, size: Size, line: int = 0) -> list[dict[str, Any]]:
 
 
 def progress(setting: Setting, part: str, total: int, line: int) -> tqdm:
-    """A bar, where there is a terminal to see it."""
+    """A progress bar, disabled if there is no terminal."""
     return tqdm(total=total, disable=None, desc=f"{setting.name}: {part}", position=line, leave=False)
 
 
 def measured(setting: Setting, size: Size, trained: dict[str, list[list[Run]]], line: int) -> list[dict[str, Any]]:
-    """Everything that is measured of trained runs."""
+    """All measures of trained runs."""
     rows: list[dict[str, Any]] = []
 
     def keep(run: Run, found: Iterable[Value], domain: str = "all") -> None:
@@ -146,7 +146,7 @@ def measured(setting: Setting, size: Size, trained: dict[str, list[list[Run]]], 
                 for run, ratio in measures.times(side_by_side, over="LoRA"):
                     keep(run, [("time", None, ratio)], name)
     if len(trained) > 1:
-        for of_domains in zip(*trained.values(), strict=True):  # of one seed
+        for of_domains in zip(*trained.values(), strict=True):  # the runs of one seed
             for of_method in zip(*of_domains, strict=True):
                 if measures.is_product(of_method[0]):
                     runs_by_domain = dict(zip(trained, of_method, strict=True))
@@ -155,7 +155,7 @@ def measured(setting: Setting, size: Size, trained: dict[str, list[list[Run]]], 
 
 
 def tables(results: Sequence[Result]) -> str:
-    """The whole report: what was chosen, the claims, and the measures behind them."""
+    """The whole report: the chosen settings, the claims, and the measures behind them."""
     parts = []
     for result in results:
         setting, rows = result.settings["setting"], result.rows
@@ -175,23 +175,23 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=Path("study-out"), help="folder for results (default: %(default)s)")
     made.add_argument(
         "--settings", nargs="+", choices=[*SETTINGS, *PRETRAINED], default=list(SETTINGS),
-        help="which of them (default: digits text)",
+        help="settings to run (default: digits text)",
     )  # fmt: skip
-    made.add_argument("--model", type=Path, metavar="DIR", help="of sentiment and news: a transformers checkpoint")
+    made.add_argument("--model", type=Path, metavar="DIR", help="transformers checkpoint for sentiment and news")
     made.add_argument(
-        "--data", type=Path, metavar="DIR", help="of sentiment and news: what benchmarks.study.corpora has written"
+        "--data", type=Path, metavar="DIR", help="data for sentiment and news, written by benchmarks.study.corpora"
     )
     made.add_argument(
-        "--report", action="store_true", help="of sentiment and news: no more jobs, tell what those in --out have found"
+        "--report", action="store_true", help="for sentiment and news: run no jobs, only report the results in --out"
     )
-    made.add_argument("--processes", type=number(int), help="of sentiment and news (default: a core each)")
+    made.add_argument("--processes", type=number(int), help="for sentiment and news (default: one per core)")
     names = [method.name for method in runs.METHODS]
     made.add_argument(
         "--methods", nargs="+", choices=names, metavar="METHOD",
-        help=f"LoRA and which others of {', '.join(map(repr, names[1:]))} (default: all; LoRA and CoTo with --quick)",
+        help=f"LoRA and any of {', '.join(map(repr, names[1:]))} (default: all; LoRA and CoTo with --quick)",
     )  # fmt: skip
-    made.add_argument("--seeds", type=number(int), help="of each method, at least 2 (default: 5 and 4; 2 with --quick)")
-    made.add_argument("--steps", type=number(int), help="of each run (default: 400 and 200; 100 and 30 with --quick)")
+    made.add_argument("--seeds", type=number(int), help="per method, at least 2 (default: 5 and 4; 2 with --quick)")
+    made.add_argument("--steps", type=number(int), help="per run (default: 400 and 200; 100 and 30 with --quick)")
     return made
 
 
@@ -199,11 +199,11 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command; see ``--help``."""
     options = parser().parse_args(arguments)
     if options.seeds is not None and options.seeds < 2:
-        parser().error(f"--seeds must be at least 2, to fuse two of them; got {options.seeds}")
+        parser().error(f"--seeds must be at least 2, because two seeds are fused; got {options.seeds}")
     if options.steps is not None and options.steps < 20:
-        parser().error(f"--steps must be at least 20, for the rate to warm up; got {options.steps}")
+        parser().error(f"--steps must be at least 20 for the learning-rate warm-up; got {options.steps}")
     if options.methods is not None and "LoRA" not in options.methods:
-        parser().error(f"--methods must hold LoRA, which the others are timed against; got {' '.join(options.methods)}")
+        parser().error(f"--methods must include LoRA, the baseline of the times; got {' '.join(options.methods)}")
     pretrained = [name for name in dict.fromkeys(options.settings) if name in PRETRAINED]
     if pretrained and (options.model is None or options.data is None):
         parser().error(f"--model and --data must be given for {' and '.join(pretrained)}")
@@ -236,14 +236,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def changed(size: T, changes: dict[str, Any]) -> T:
-    """`size` with those of the changes that were asked for."""
+    """`size` with the requested changes."""
     return replace(size, **{name: value for name, value in changes.items() if value is not None})  # type: ignore[type-var]
 
 
 def result_of(job: tuple[str, Size, int]) -> Result:
-    """The study of one setting, with what it was asked."""
+    """The study of one setting, with its settings."""
     name, size, line = job
-    # matrices this small gain nothing from a second thread
+    # a second thread does not speed up matrices this small
     torch.set_num_threads(1)
     began = time.perf_counter()
     setting = SETTINGS[name]()
@@ -258,7 +258,7 @@ def result_of(job: tuple[str, Size, int]) -> Result:
 
 
 def pretrained_result(course: stages.Course, options: argparse.Namespace) -> Result:
-    """The study of a pretrained model; resumes what the folder of results holds."""
+    """The study of a pretrained model; resumes from the jobs saved in the results folder."""
     setting = course.setting()
     domains = sorted(setting.domains, key=lambda name: -len(setting.domains[name].train[1]))
     asked = {
@@ -270,7 +270,7 @@ def pretrained_result(course: stages.Course, options: argparse.Namespace) -> Res
     if not options.report:
         stages.study(course, book, options.processes or cores(), domains)
     elif not (domains := stages.finished(course.plan, domains, book)):
-        raise ValueError(f"--report needs a domain that is confirmed; {book.path} has {len(book.done)} jobs and none")
+        raise ValueError(f"--report needs a confirmed domain; {book.path} has {len(book.done)} jobs, but confirms none")
     asked["confirmed"] = domains
     asked["chosen"] = [f"{name}: {recipe};" for name, recipe in stages.recipes(book.rows()).items()]
     order = [stages.LORA, stages.PEFT, *stages.METHODS]
@@ -282,11 +282,11 @@ def pretrained_result(course: stages.Course, options: argparse.Namespace) -> Res
 
 
 def in_processes(function: Callable[[T], S], arguments: Sequence[T]) -> Iterator[S]:
-    """Yields the function's results in order of completion, from parallel processes; raises errors at the end."""
+    """Yields the results of `function` from parallel processes as they complete; raises errors at the end."""
     if len(arguments) == 1:
         yield function(arguments[0])
         return
-    # forked, a child would inherit torch's threads without their having been forked
+    # spawn, because forking after torch has started its threads can hang
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(cores(), len(arguments)), context) as pool:
         errors = []
@@ -301,7 +301,7 @@ def in_processes(function: Callable[[T], S], arguments: Sequence[T]) -> Iterator
 
 
 def publish(folder: Path) -> None:
-    """Prints and writes what the results in `folder` say, and draws them."""
+    """Prints and writes the report of the results in `folder`, and draws the pictures."""
     order = [*PRETRAINED, *SETTINGS]
     results = sorted(report.read(folder / "study.json"), key=lambda result: order.index(result.settings["setting"]))
     told = tables(results)

@@ -1,4 +1,4 @@
-"""The claims of the CoTo paper, each with what the study measured of it."""
+"""The claims of the CoTo paper, and how the study's measures decide them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ CURVES = ("sweep", "fused", "dropped", "shapley")
 
 @dataclass(frozen=True)
 class Claim:
-    """One measure of `method` beside the same of `baseline`, the same seeds; `sign` says which way is better.
+    """Compares one measure of `method` and `baseline` on the same seeds; `sign` is 1 if larger is better, else -1.
 
     Attributes:
-        says: the claim.
-        measure, at: which rows show it.
+        says: the claim in words.
+        measure, at: the rows that decide it.
         paper: the paper's own figures, "without → with".
     """
 
@@ -40,45 +40,45 @@ class Claim:
 
 SEVERAL = ("text", "sentiment")  # settings of several tasks
 PAPERS = (
-    Claim("a single task is learned better", "score", paper="ViT 82.95 → 83.48; commonsense 80.79 → 85.02"),
-    Claim("two seeds fused 1:1 are better", "fused", 0.5, paper="commonsense 39 → 79"),
-    Claim("three seeds fused 1:1:1 are better", "fused, seeds", 3),
+    Claim("the score on a single task is higher", "score", paper="ViT 82.95 → 83.48; commonsense 80.79 → 85.02"),
+    Claim("two seeds fused 1:1 score higher", "fused", 0.5, paper="commonsense 39 → 79"),
+    Claim("three seeds fused 1:1:1 score higher", "fused, seeds", 3),
     Claim("the barrier between two seeds is lower", "barrier", sign=-1),
-    Claim("several tasks fused by factors are better", "merged", "fuse", paper="47.2 → 58.5", settings=SEVERAL),
-    Claim("… by LoRA-LEGO", "merged", "lego", paper="62.2 → 67.2", settings=SEVERAL),
+    Claim("several tasks fused by factors score higher", "merged", "fuse", paper="47.2 → 58.5", settings=SEVERAL),
+    Claim("… merged by LoRA-LEGO", "merged", "lego", paper="62.2 → 67.2", settings=SEVERAL),
     Claim("… as an ensemble of outputs", "merged", "ensemble", paper="56.8 → 56.7", settings=SEVERAL),
-    Claim("every other layer pruned, more is left", "kept", "every-other", paper="77.0 → 81.3"),
-    Claim("the low third kept", "kept", "low", paper="72.0 → 75.9"),
-    Claim("the middle third kept", "kept", "middle", paper="71.0 → 76.8"),
-    Claim("the high third kept", "kept", "high", paper="73.2 → 78.4"),
-    Claim("half of the entries pruned, more is left", "sparsity", 0.5, paper="about +10 points"),
-    Claim("random layers dropped, more is left", "dropped, mean", paper="theorem 3.1"),
-    Claim("… half of them", "dropped, half", settings=("sentiment", "news")),
+    Claim("the score with every other layer pruned is higher", "kept", "every-other", paper="77.0 → 81.3"),
+    Claim("… with only the low third of the layers", "kept", "low", paper="72.0 → 75.9"),
+    Claim("… with only the middle third", "kept", "middle", paper="71.0 → 76.8"),
+    Claim("… with only the high third", "kept", "high", paper="73.2 → 78.4"),
+    Claim("… with half of the entries pruned", "sparsity", 0.5, paper="about +10 points"),
+    Claim("… with random layers dropped", "dropped, mean", paper="theorem 3.1"),
+    Claim("… with half of the layers dropped", "dropped, half", settings=("sentiment", "news")),
     Claim("layers contribute more evenly (spread of Shapley values)", "imbalance", sign=-1),
     Claim("training takes less time", "time", sign=-1, paper="-7.2 %"),
-    Claim("a rising p is better than a constant one: task", "score", baseline="LoRA, constant p", paper="71.4 → 72.7"),
-    Claim("… fused", "fused", 0.5, baseline="LoRA, constant p", paper="68.9 → 72.0"),
-    Claim("… pruned", "kept", "every-other", baseline="LoRA, constant p", paper="70.1 → 71.1"),
+    Claim("a rising p scores higher than a constant p", "score", baseline="LoRA, constant p", paper="71.4 → 72.7"),
+    Claim("… two seeds fused", "fused", 0.5, baseline="LoRA, constant p", paper="68.9 → 72.0"),
+    Claim("… every other layer pruned", "kept", "every-other", baseline="LoRA, constant p", paper="70.1 → 71.1"),
     Claim("an exponential ramp fuses better than a linear", "fused", 0.5, "CoTo, exponential", "CoTo", paper="+0.5"),
     Claim("… and prunes better", "kept", "every-other", "CoTo, exponential", "CoTo", paper="+1.7"),
-    Claim("DoRA learns better with CoTo", "score", None, "DoRA, CoTo", "DoRA", 1, "83.45 → 83.93"),
-    Claim("HiRA learns better with CoTo", "score", None, "HiRA, CoTo", "HiRA", 1, "83.98 → 84.34"),
+    Claim("DoRA scores higher with CoTo", "score", None, "DoRA, CoTo", "DoRA", 1, "83.45 → 83.93"),
+    Claim("HiRA scores higher with CoTo", "score", None, "HiRA, CoTo", "HiRA", 1, "83.98 → 84.34"),
     Claim("DoRA trains faster with CoTo", "time", None, "DoRA, CoTo", "DoRA", -1, "-23.7 %"),
     Claim("HiRA trains faster with CoTo", "time", None, "HiRA, CoTo", "HiRA", -1, "-24.2 %"),
     Claim("our LoRA takes less time than PEFT's", "time", None, "LoRA", "PEFT's LoRA", -1),
 )
-# of CoTo as a screen chose it, whose rows no other setting has
+# claims about CoTo with the settings that the screen chose; other settings have no such rows
 CHOSEN = (
     *(replace(claim, method="CoTo, chosen") for claim in PAPERS if claim.method == "CoTo"),
-    Claim("what the screen chose is better than the paper's settings: task", "score", None, "CoTo, chosen", "CoTo"),
-    Claim("… fused", "fused", 0.5, "CoTo, chosen", "CoTo"),
-    Claim("… layers dropped", "dropped, mean", None, "CoTo, chosen", "CoTo"),
+    Claim("the chosen settings score higher than the paper's", "score", None, "CoTo, chosen", "CoTo"),
+    Claim("… two seeds fused", "fused", 0.5, "CoTo, chosen", "CoTo"),
+    Claim("… random layers dropped", "dropped, mean", None, "CoTo, chosen", "CoTo"),
 )
 CLAIMS = PAPERS + CHOSEN
 
 
 def values(rows: Rows, setting: str, method: str, measure: str, at: str | float | None = None) -> dict[int, float]:
-    """For each seed the mean over the domains; without rows that have no number, as a spread over a mean of 0."""
+    """The mean over the domains for each seed; skips rows without a number, such as a spread over a mean of 0."""
     found: dict[int, list[float]] = {}
     for row in rows:
         place = (row["setting"], row["method"], row["measure"], row["at"])
@@ -88,7 +88,7 @@ def values(rows: Rows, setting: str, method: str, measure: str, at: str | float 
 
 
 def pairs(rows: Rows, setting: str, claim: Claim) -> dict[int, tuple[float, float]]:
-    """For each seed the baseline's and the method's value, both the mean over the domains in which both have one."""
+    """(baseline, method) values for each seed, averaged over the domains in which both have one."""
     found: dict[int, list[tuple[float, float]]] = {}
     for domain in dict.fromkeys(row["domain"] for row in rows):
         own = [row for row in rows if row["domain"] == domain]
@@ -106,7 +106,7 @@ def mean_sd(found: dict[int, float]) -> tuple[float, float]:
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean by Student's t; infinite if there is only one number."""
+    """The 95 % confidence interval of the mean by Student's t; infinite if there is only one number."""
     from scipy.stats import t
 
     middle = statistics.fmean(differences)
@@ -119,9 +119,10 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def verdict(differences: Sequence[float], sign: int) -> str:
-    """What the interval of the paired differences says: all on the claimed side, all on the other, or neither.
+    """Whether the interval of the paired differences lies on the claimed side, on the other side, or on both.
 
-    Of fewer than `LEAST` pairs nothing: scores that count right answers differ by the same number often enough.
+    Fewer than `LEAST` pairs decide nothing: scores that count right answers are discrete, and a few equal differences
+    would give an interval of zero width.
     """
     if len(differences) < LEAST:
         return OPEN
@@ -130,7 +131,7 @@ def verdict(differences: Sequence[float], sign: int) -> str:
 
 
 def judged(rows: Rows, setting: str) -> list[dict[str, Any]]:
-    """Every claim that the setting has rows for, with both means, the paired difference and the verdict."""
+    """Every claim for which the setting has rows, with both means, the paired difference and the verdict."""
     found = []
     for claim in CLAIMS:
         both = pairs(rows, setting, claim)
@@ -163,17 +164,17 @@ def table(rows: Rows, setting: str) -> str:
         told = [shown(found["without"]), shown(found["with"]), span, str(found["seeds"]), found["verdict"]]
         lines.append([claim.says, beside, claim.paper, *told])
     titles = ["claim", "with / without", "paper", "without", "with", "difference (95 %)", "pairs", "verdict"]
-    return markdown(titles, lines) + f"\n\n{len(lines)} comparisons, each with an interval of its own."
+    return markdown(titles, lines) + f"\n\n{len(lines)} comparisons; the intervals are not corrected for their number."
 
 
 def overview(rows: Rows, setting: str) -> str:
-    """Every measure of every method except long curves, in Markdown."""
+    """A Markdown table of every measure of every method except long curves."""
     rows = [row for row in rows if row["measure"] != "screen"]
     methods = [name for name in dict.fromkeys(row["method"] for row in rows) if name != "base"]
     lines = [["learning rate chosen", *(chosen_rate(rows, setting, method) for method in methods)]]
     base = values(rows, setting, "base", "score")
     places = dict.fromkeys((row["measure"], row["at"]) for row in rows)
-    # curves are for the pictures
+    # curves are shown in the pictures
     for measure, at in (place for place in places if place[0] not in CURVES or place == ("fused", 0.5)):
         cells = []
         for method in methods:
@@ -190,7 +191,7 @@ def overview(rows: Rows, setting: str) -> str:
 
 
 def chosen_rate(rows: Rows, setting: str, method: str) -> str:
-    """The best of the rates that the sweep tried, if it did."""
+    """The best learning rate of the sweep; empty without a sweep."""
     rates = rates_of(rows, method)
     scores = {at: statistics.fmean(values(rows, setting, method, "sweep", at).values()) for at in rates}
     if not scores:
@@ -200,7 +201,7 @@ def chosen_rate(rows: Rows, setting: str, method: str) -> str:
 
 
 def screened(rows: Rows) -> str:
-    """Every recipe of the screen with its validation score, the best first, in Markdown."""
+    """A Markdown table of the screen's recipes and their validation scores, best first."""
     found: dict[str, dict[int, float]] = {}
     for row in rows:
         if row["measure"] == "screen":

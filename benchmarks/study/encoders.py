@@ -1,4 +1,4 @@
-"""Settings whose base is a pretrained text encoder from the disk: labelled texts of one or several domains."""
+"""Settings with a pretrained text encoder from disk and labelled texts of one or several domains."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from benchmarks.study import corpora
 from benchmarks.study.corpora import Sentence
 from benchmarks.study.tasks import Domain, Setting, Split
 
-CHUNK = 64  # texts of one forward when scoring
-PAD = -1  # token ids are not negative, whatever a tokenizer pads with
+CHUNK = 64  # texts per forward when scoring
+PAD = -1  # no valid token id is negative, whatever id the tokenizer uses for padding
 
 
 class Encoder(nn.Module):
-    """A transformers classifier of padded token ids ``[texts, length]`` → logits ``[texts, labels]``."""
+    """A transformers classifier: padded token ids ``[texts, length]`` → logits ``[texts, labels]``."""
 
     def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
         self.model = classifier
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Pads no further than the longest text of the batch."""
+        """Computes the logits, with padding only up to the longest text of the batch."""
         tokens = tokens[:, : int(lengths(tokens).max())]
         there = tokens != PAD
         return self.model(input_ids=tokens.where(there, 0), attention_mask=there.long()).logits
 
 
 def lengths(tokens: Tensor) -> Tensor:
-    """How many tokens each text has."""
+    """The number of tokens of each text."""
     return (tokens != PAD).sum(1)
 
 
 def by_length(split: Split) -> Split:
-    """The same texts, the longest first, so that neighbours need little padding."""
+    """The texts sorted by length, longest first, so that neighbours need little padding."""
     order = lengths(split[0]).argsort(descending=True, stable=True)
     return split[0][order], split[1][order]
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, split: Split) -> float:
-    """Share of correct labels in percent."""
+    """Accuracy in percent."""
     was_training = model.training
     model.eval()
     parts = zip(split[0].split(CHUNK), split[1].split(CHUNK), strict=True)
@@ -63,18 +63,18 @@ def encoder(
     held_out: tuple[int, int],
     **options: Any,
 ) -> Setting:
-    """A setting of the texts in ``data/name`` and the checkpoint in `model`.
+    """A setting with the texts in ``data/name`` and the checkpoint in `model`.
 
     Args:
-        name: of the setting, and of the folder in `data`.
-        model: a folder that AutoModelForSequenceClassification and AutoTokenizer read.
-        data: see `corpora.read`.
-        longest: texts of more tokens are left out.
-        held_out: texts for validation and for test in each domain; all others are for training.
-        options: of `Setting`.
+        name: name of the setting, and of the folder in `data`.
+        model: a folder that AutoModelForSequenceClassification and AutoTokenizer can load.
+        data: folder of the texts; see `corpora.read`.
+        longest: texts with more tokens are omitted.
+        held_out: numbers of validation and test texts in each domain; all others are for training.
+        options: further arguments of `Setting`.
 
     Raises:
-        ValueError: a folder or a file is not as it must be, or a domain has too few texts.
+        ValueError: A folder or file has the wrong form, or a domain has too few texts.
     """
     from transformers import AutoTokenizer
 
@@ -104,7 +104,7 @@ def encoder(
 
 
 def digest(model: Path) -> str:
-    """Twelve digits that change with the checkpoint's weights."""
+    """A hash of the checkpoint's weights, twelve hexadecimal digits."""
     made = hashlib.sha256()
     for path in sorted([*model.glob("*.safetensors"), *model.glob("*.bin")]):
         made.update(path.read_bytes())
@@ -112,7 +112,7 @@ def digest(model: Path) -> str:
 
 
 def load(model: Path, labels: int) -> tuple[nn.Module, list[str]]:
-    """The checkpoint without its dropout and with a new head, always the same; and the names of the head's modules."""
+    """The checkpoint without dropout and with a new head (fixed seed), and the names of the head's modules."""
     from transformers import AutoModelForSequenceClassification, logging
 
     logging.set_verbosity_error()
@@ -123,7 +123,7 @@ def load(model: Path, labels: int) -> tuple[nn.Module, list[str]]:
     )
     for module in made.modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0  # drawing it takes an eighth of a step on a CPU
+            module.p = 0.0  # drawing dropout masks takes an eighth of a step on a CPU
     head = sorted({f"model.{key.rpartition('.')[0]}" for key in told["missing_keys"]})
     return Encoder(made).eval(), head
 
@@ -135,7 +135,7 @@ def _tensors(sentences: Sequence[Sentence], tokens: dict[Sentence, list[int]], l
 
 
 def few(split: Split, shots: int, seed: int) -> Split:
-    """`shots` texts of every label, drawn by `seed`."""
+    """A random choice of `shots` texts per label."""
     order = torch.randperm(len(split[1]), generator=torch.Generator().manual_seed(seed))
     chosen = torch.cat([order[split[1][order] == label][:shots] for label in split[1].unique()])
     return split[0][chosen], split[1][chosen]

@@ -1,4 +1,4 @@
-"""The study's pictures, one file for each setting and subject."""
+"""The study's pictures, one file per subject with a panel for each setting."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ CURVES = (
     ("shapley", "Shapley value of each layer", "shapley", "layer", False),
     ("rates", "sensitivity to the learning rate (validation)", "sweep", "learning rate", True),
 )
-# (file, title, measure, unit where it is not the setting's)
+# (file, title, measure, unit if it differs from the setting's)
 POINTS = (
     ("score", "one task, all layers", "score", ""),
     ("kept", "layers kept", "kept", ""),
     ("merged", "tasks merged by", "merged", ""),
-    ("time", "training time", "time", "of LoRA's, side by side"),
+    ("time", "training time", "time", "relative to LoRA"),
     ("skipped", "adapter work skipped", "skipped", "% of the multiplications"),
 )
 
 
 def draw(rows: Rows, units: dict[str, str], folder: Path) -> list[Path]:
-    """Writes every picture there are rows for."""
+    """Writes every picture for which there are rows."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -76,7 +76,7 @@ def color_of(method: str) -> str:
 
 
 def methods_of(rows: Rows, setting: str, measure: str) -> list[str]:
-    """The methods of a measure in the order of their first row, without the base."""
+    """The methods that have a measure, in order of their first row, without the base."""
     return [
         method
         for method in dict.fromkeys(r["method"] for r in rows if (r["setting"], r["measure"]) == (setting, measure))
@@ -85,7 +85,7 @@ def methods_of(rows: Rows, setting: str, measure: str) -> list[str]:
 
 
 def places_of(rows: Rows, setting: str, measure: str) -> list[Any]:
-    """The values of "at" in the order of their first row."""
+    """The values of "at" for a measure, in order of their first row."""
     return list(dict.fromkeys(r["at"] for r in rows if (r["setting"], r["measure"]) == (setting, measure)))
 
 

@@ -1,4 +1,4 @@
-"""Jobs whose rows are kept in a file as they are finished, so that a run that was stopped goes on where it was."""
+"""Runs jobs and appends their rows to a file as they finish, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Row = dict[str, Any]
 
 
 class Journal:
-    """A file with a line for each finished job: its name and its rows. The first line says what was asked.
+    """A file with one line per finished job (its name and rows). The first line holds the options of the run.
 
     Raises:
-        ValueError: the file is of a run that was asked something else.
+        ValueError: The file belongs to a run with other options.
     """
 
     def __init__(self, path: Path, asked: dict[str, Any]) -> None:
@@ -27,7 +27,7 @@ class Journal:
         self.done: dict[str, list[Row]] = {}
         self.seconds = 0.0
         lines = path.read_text().splitlines() if path.exists() else []
-        # a line that was being written when the run was stopped has no end
+        # a line that was being written when the run stopped is incomplete
         whole = [json.loads(line) for line in lines if line.endswith("}")]
         if not whole:
             path.write_text(json.dumps({"asked": asked}) + "\n")
@@ -35,7 +35,7 @@ class Journal:
         if (found := whole[0]["asked"]) != json.loads(json.dumps(asked)):
             differs = [key for key in {**found, **asked} if found.get(key) != json.loads(json.dumps(asked.get(key)))]
             raise ValueError(
-                f"{path} is of a run with another {', '.join(differs)}; give another --out, or the same options"
+                f"{path} belongs to a run with another {', '.join(differs)}; use another --out or the same options"
             )
         for line in whole[1:]:
             self.done[line["job"]] = line["rows"]
@@ -48,7 +48,7 @@ class Journal:
         return [row for rows in self.done.values() for row in rows]
 
     def add(self, job: str, rows: list[Row], seconds: float) -> None:
-        """Keeps the rows of a finished job."""
+        """Appends the rows of a finished job."""
         with self.path.open("a") as file:
             file.write(json.dumps({"job": job, "seconds": round(seconds, 2), "rows": rows}) + "\n")
         self.done[job] = rows
@@ -56,7 +56,7 @@ class Journal:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -67,9 +67,10 @@ def work_off(
     processes: int,
     title: str,
 ) -> None:
-    """Does the jobs that the journal has not, in order, side by side; `work` gives the rows and the seconds of one.
+    """Runs the jobs that are not in the journal, in order, in parallel processes.
 
-    An error of one job is raised after the others that had begun, whose rows are kept.
+    `work` returns the rows and the seconds of a job. If a job raises an error, the jobs that have started finish and
+    their rows are kept; then the error is raised.
     """
     todo = [job for job in jobs if job not in journal.done]
     with tqdm(total=len(todo), disable=None, desc=title, leave=False) as bar:
@@ -78,7 +79,7 @@ def work_off(
                 journal.add(job, *work(job))
                 bar.update()
             return
-        # forked, a child would inherit torch's threads without their having been forked
+        # spawn, because forking after torch has started its threads can hang
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(processes, context) as pool:
             futures = {pool.submit(work, job): job for job in todo}
@@ -92,10 +93,10 @@ def work_off(
 
 
 def named(*parts: object) -> str:
-    """A job's name."""
+    """The name of a job from its parts."""
     return " | ".join(map(str, parts))
 
 
 def parts_of(job: str) -> Sequence[str]:
-    """What `named` was given."""
+    """The parts of a job's name: the inverse of `named`."""
     return job.split(" | ")

@@ -1,4 +1,4 @@
-"""Measures of trained adapters: of one run, two seeds, several tasks. All yield (measure, at, value)."""
+"""Measures of trained adapters: for one run, for two seeds, for several tasks. All yield (measure, at, value)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LAMBDAS = 11
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
 KEPT = ("every-other", "low", "middle", "high")
 HALF = 0.5
-SAMPLES = 8  # subsets of dropped layers drawn for each number of them
+SAMPLES = 8  # random subsets of layers to drop, for each number of dropped layers
 
 
 def is_product(run: Trained) -> bool:
-    """Whether the update is a product of two factors, which is what can be merged."""
+    """Whether the update is a product of two factors, as merging requires."""
     return run.method.variant == "lora"
 
 
@@ -59,7 +59,7 @@ def of_entries(setting: Setting, domain: Domain, run: Trained, sparsities: Itera
 
 
 def contributions(setting: Setting, domain: Domain, run: Trained) -> Iterator[Value]:
-    """Exact Shapley values of the layers, and how unequal they are."""
+    """Exact Shapley values of the layers, and their imbalance."""
     values = shapley.shapley_values(run.model, lambda model: setting.score(model, domain.test), method="exact").values
     for layer, value in enumerate(values.tolist()):
         yield "shapley", layer, value
@@ -69,7 +69,10 @@ def contributions(setting: Setting, domain: Domain, run: Trained) -> Iterator[Va
 def of_pair(
     setting: Setting, domain: Domain, run: Trained, other: Trained, points: int = LAMBDAS, aligned: bool = True
 ) -> Iterator[Value]:
-    """Measures of two seeds of one task: scores along the line between them, also where it is `aligned` (slow)."""
+    """Measures of two seeds of one task: scores along the line between them, and with `aligned` also after aligning.
+
+    Aligning is slow.
+    """
 
     def score(model: torch.nn.Module) -> float:
         return setting.score(model, domain.test)
@@ -87,14 +90,14 @@ def of_pair(
 
 
 def of_several(setting: Setting, domain: Domain, runs: Sequence[Trained]) -> Iterator[Value]:
-    """The score of more seeds than two of one task, fused by their factors with equal weights."""
+    """The score of three or more seeds of one task, fused by their factors with equal weights."""
     fused = merging.fuse([AdapterState.from_model(run.model) for run in runs])
     with fused.applied_to(runs[0].model):
         yield "fused, seeds", len(runs), setting.score(runs[0].model, domain.test)
 
 
 def of_tasks(setting: Setting, runs: Mapping[str, Trained], aligned: bool = True) -> Iterator[Value]:
-    """Measures of one seed's adapters to all tasks, merged by each operator: the mean score over the tasks."""
+    """The mean score over the tasks of one seed's adapters, merged with each operator."""
     states = [AdapterState.from_model(run.model) for run in runs.values()]
     rank = next(iter(states[0].factors.values())).rank
     model = next(iter(runs.values())).model
@@ -123,12 +126,12 @@ def mean_over(setting: Setting, model: torch.nn.Module) -> float:
 
 
 def times(runs: list[Run], over: str) -> Iterator[tuple[Run, float]]:
-    """Seconds of each run over those of the method `over`, the runs having taken turns in every step."""
+    """The seconds of each run relative to those of the method `over`; the runs took turns in every step."""
     (reference,) = (sum(run.seconds) for run in runs if run.method.name == over)
     for run in runs:
         yield run, sum(run.seconds) / reference
 
 
 def pairs(runs: list[Run]) -> list[tuple[Run, Run]]:
-    """Each seed with the next one, the last with the first."""
+    """Each run paired with the next seed's, and the last with the first."""
     return list(pairwise([*runs, runs[0]])) if len(runs) > 2 else [(runs[0], runs[1])]

@@ -1,4 +1,4 @@
-"""The methods that the study compares, and how each is trained: on the same batches, at its own best learning rate."""
+"""The methods that the study compares, and their training on the same batches, each at its best learning rate."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ import cotolora
 from benchmarks.study.tasks import Setting, Split, batches
 
 RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)
-SWEEP_SEED = 1000  # seeds from here on are used only to choose the rate
+SWEEP_SEED = 1000  # seeds from here on are used only to choose the learning rate
 
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """A variant, how CoTo switches it (None: always on), and how the learning rate goes.
+    """A variant, its CoTo settings (None: always on), and its learning-rate schedule.
 
     Attributes:
         coto: arguments of `cotolora.CoTo`.
-        schedule: of the learning rate: a key of `SCHEDULES`.
-        library: whose layers: "cotolora" or "peft".
+        schedule: learning-rate schedule, a key of `SCHEDULES`.
+        library: "cotolora" or "peft", whose layers are used.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Method:
     library: str = "cotolora"
 
 
-# p of the constant schedule is CoTo's mean over a run, so that both skip the same work
+# the constant p equals CoTo's mean over a run, so that both skip the same amount of work
 METHODS = (
     Method("LoRA"),
     Method("LoRA, constant p", {"shape": "constant", "initial_p": 0.6625}),
@@ -50,20 +50,20 @@ METHODS = (
 )
 
 
-# share of the run done after the warm-up → learning rate over its peak
+# share of the run completed after the warm-up → learning rate relative to its peak
 DECAYS: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1 - done,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "constant": lambda done: 1.0,
 }
-WARM_UP = 0.1  # of the steps
+WARM_UP = 0.1  # share of the steps
 SCHEDULES = ("one cycle", *DECAYS)
 
 
 def scheduler_of(
     optimizer: torch.optim.Optimizer, schedule: str, rate: float, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate of each step: a tenth of them to warm up, then one of `SCHEDULES`."""
+    """The learning-rate scheduler: warm-up over a tenth of the steps, then one of `SCHEDULES`."""
     if schedule == "one cycle":
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=WARM_UP)
     warm = WARM_UP * steps
@@ -84,7 +84,7 @@ class Trained:
 
 @dataclass
 class Run(Trained):
-    """One training run, and what was measured during it; seconds are those of the processor."""
+    """One training run and its measurements; `seconds` is CPU time."""
 
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -95,7 +95,7 @@ class Run(Trained):
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """One timed optimizer step."""
-        # of the processor: other processes may take their turns meanwhile, and a step uses one thread
+        # CPU time, because other processes may run in between and a step uses one thread
         start = time.process_time()
         F.cross_entropy(self.model(x), y).backward()
         self.optimizer.step()
@@ -106,7 +106,7 @@ class Run(Trained):
         self.seconds.append(time.process_time() - start)
 
     def count(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Forward pre-hook: adds the adapter's multiplications to what ran or to what was skipped."""
+        """Forward pre-hook: counts the adapter's multiplications as executed or as skipped."""
         if layer.training:
             products = layer.rank * (layer.in_features + layer.out_features) * args[0].shape[:-1].numel()
             self.multiplied += products
@@ -114,7 +114,7 @@ class Run(Trained):
 
 
 def adapted(setting: Setting, base: nn.Module, variant: str = "lora") -> nn.Module:
-    """A copy of the base with fresh adapters."""
+    """A copy of the base with new adapters."""
     model = deepcopy(base)
     cotolora.inject(
         model, setting.targets, rank=setting.rank, alpha=setting.alpha, variant=variant,
@@ -124,7 +124,7 @@ def adapted(setting: Setting, base: nn.Module, variant: str = "lora") -> nn.Modu
 
 
 def start(setting: Setting, base: nn.Module, method: Method, seed: int, rate: float, steps: int) -> Run:
-    """A run that has not made a step yet."""
+    """A run before its first step."""
     torch.manual_seed(seed)
     model = adapted(setting, base, method.variant)
     layers = cotolora.adapters(model)
@@ -143,7 +143,7 @@ def start(setting: Setting, base: nn.Module, method: Method, seed: int, rate: fl
 
 
 def in_peft(setting: Setting, base: nn.Module, targets: list[str]) -> nn.Module:
-    """The base with PEFT's adapters in the same places."""
+    """The base with PEFT's adapters on the same modules."""
     import peft
 
     config = peft.LoraConfig(
@@ -161,7 +161,7 @@ def train(
     steps: int,
     advance: Callable[[], object],
 ) -> list[Run]:
-    """One run of each method, step by step side by side on the same batches, so that their times compare."""
+    """Trains one run per method on the same batches; they take turns in every step, so that times are comparable."""
     runs = [start(setting, base, method, seed, rate, steps) for method, rate in rates.items()]
     for i, (x, y) in enumerate(batches(split, setting.batch, steps, seed, setting.lengths)):
         first = i % len(runs)
@@ -184,7 +184,7 @@ def sweep(
     steps: int,
     advance: Callable[[], object],
 ) -> list[dict[str, Any]]:
-    """Each method's validation score at each learning rate, a row for each seed: the mean over the domains."""
+    """One row per method, learning rate and seed: the validation score averaged over the domains."""
     rows = []
     for rate in rates:
         for seed in range(SWEEP_SEED, SWEEP_SEED + seeds):
@@ -202,7 +202,7 @@ def sweep(
 
 
 def best_rates(rows: list[dict[str, Any]], methods: Iterable[Method]) -> dict[Method, float]:
-    """The rate of each method whose mean score over the sweep's seeds is highest."""
+    """For each method, the rate with the highest mean score over the sweep's seeds."""
     chosen = {}
     for method in methods:
         scores: dict[float, list[float]] = {}

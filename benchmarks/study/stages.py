@@ -1,9 +1,9 @@
-"""The study of a pretrained model in two stages: a screen chooses how each method is trained, then it is confirmed.
+"""The study of a pretrained model in two stages: a screen chooses how each method is trained, then new seeds confirm.
 
-The screen looks at the validation split of one domain, a setting at a time: first each method's learning rate, then the
-schedule of the rate, then what belongs to CoTo alone. The confirmation trains what was chosen on seeds of its own, in
-every domain, and measures on the test split. Every job is a line of a journal, and trained adapters are kept on the
-disk, so that a run that was stopped goes on where it was.
+The screen uses the validation split of one domain and chooses one setting at a time: first each method's learning rate,
+then the schedule of the rate, then CoTo's own settings. The confirmation trains the chosen settings with other seeds in
+every domain and measures on the test split. Every job is a line of a journal, and trained adapters are saved, so that
+an interrupted run can resume.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cotolora.merging import AdapterState
 
 LORA, PAPER, CHOSEN, CONSTANT, PEFT = "LoRA", "CoTo", "CoTo, chosen", "LoRA, constant p", "PEFT's LoRA"
 METHODS = (LORA, PAPER, CHOSEN, CONSTANT)
-# of the schedule, by the name that a row gives it; the paper's are the defaults
+# CoTo's arguments by their names in the rows; the defaults are the paper's settings
 COTO: dict[str, dict[str, Any] | None] = {
     "none": None,
     "ramp 0.75, p 0.1": {},
@@ -54,12 +54,12 @@ class Recipe:
 
     @staticmethod
     def of(text: str) -> Recipe:
-        """The recipe that was written so."""
+        """Parses a recipe from its text."""
         coto, rate, schedule = text.split(" @ ")
         return Recipe(coto, float(rate), schedule)
 
     def method(self, name: str, library: str = "cotolora") -> Method:
-        """What `runs` trains."""
+        """The `runs.Method` of this recipe."""
         return Method(name, COTO[self.coto], schedule=self.schedule, library=library)
 
 
@@ -68,9 +68,9 @@ class Plan:
     """How much to run.
 
     Attributes:
-        shots: training texts of every label, drawn anew for each two seeds; None: all there are.
-        layer_seeds, merge_seeds, time_seeds: seeds whose layers are dropped, whose tasks are merged, that are timed.
-        probe: test texts on which layers, fusing and merging are scored; the task is scored on all.
+        shots: training texts per label, drawn again for every pair of seeds; None: all texts.
+        layer_seeds, merge_seeds, time_seeds: number of seeds for dropping layers, for merging tasks and for timing.
+        probe: number of test texts for scoring dropped layers, fusing and merging; the task is scored on all.
     """
 
     steps: int
@@ -89,7 +89,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Course:
-    """A plan for one setting, and where its files are: what a process needs to do any of its jobs."""
+    """A plan for one setting and the paths of its files: everything a process needs to run its jobs."""
 
     name: str
     model: Path
@@ -98,7 +98,7 @@ class Course:
     plan: Plan
 
     def setting(self) -> Setting:
-        """The setting, read from the disk."""
+        """The setting, read from disk."""
         plan = self.plan
         common = {"longest": plan.longest, "held_out": plan.held_out, "exclude": r".*pooler.*"}
         if self.name == "news":
@@ -112,17 +112,17 @@ class Course:
 
 
 class Bench:
-    """Does the jobs of a course in one process."""
+    """Runs the jobs of a course in one process."""
 
     def __init__(self, course: Course) -> None:
-        # matrices this small gain nothing from a second thread
+        # a second thread does not speed up matrices this small
         torch.set_num_threads(1)
         self.course, self.plan = course, course.plan
         self.setting = course.setting()
         self.base = self.setting.pretrained(0)
 
     def do(self, job: str) -> tuple[list[Row], float]:
-        """The rows of a job and the processor's seconds it took."""
+        """The rows of a job and the CPU seconds it took."""
         began = time.process_time()
         kind, *parts = parts_of(job)
         rows = list(getattr(self, kind)(*parts))
@@ -141,7 +141,7 @@ class Bench:
         yield self._row(domain, "base", 0, ("score", None, value))
 
     def train(self, domain: str, name: str, recipe: str, seed: str) -> Iterator[Row]:
-        """Trains and keeps the adapters; their test score."""
+        """Trains and saves the adapters; yields their test score."""
         how = Recipe.of(recipe)
         run = self._train(domain, how.method(name), how.rate, int(seed))
         AdapterState.from_model(run.model).save(self._kept(domain, name, seed))
@@ -150,12 +150,12 @@ class Bench:
         yield self._row(domain, name, int(seed), ("skipped", None, 100 * run.skipped / run.multiplied))
 
     def layers(self, domain: str, name: str, recipe: str, seed: str) -> Iterator[Row]:
-        """Scores with the adapters of layers, or small entries, removed."""
+        """Scores after removing the adapters of layers, or the smallest entries."""
         run = self._trained(domain, name, recipe, seed)
         probe = self._probe(domain)
         table = subsets.accuracies(run.model, probe.test)
         known = replace(self.setting, score=subsets.looked_up(table))
-        # the table has them all, so that every subset is as cheap as one
+        # all subsets, not a sample: the table already has their scores
         yield from self._rows(domain, run, measures.of_layers(known, probe, run, samples=2 ** len(next(iter(table)))))
         yield from self._rows(domain, run, measures.contributions(known, probe, run))
         yield from self._rows(domain, run, measures.of_entries(self.setting, probe, run, [measures.HALF]))
@@ -172,13 +172,13 @@ class Bench:
         yield from self._rows(domain, trained[0], measures.of_several(self.setting, self._probe(domain), trained))
 
     def merge(self, name: str, recipe: str, seed: str) -> Iterator[Row]:
-        """Scores of all domains' adapters merged."""
+        """Scores of the merged adapters of all domains."""
         setting = replace(self.setting, domains={domain: self._probe(domain) for domain in self.setting.domains})
         trained = {domain: self._trained(domain, name, recipe, seed) for domain in setting.domains}
         yield from self._rows("all", next(iter(trained.values())), measures.of_tasks(setting, trained, aligned=False))
 
     def times(self, domain: str, seed: str, *recipes: str) -> Iterator[Row]:
-        """Seconds of each method's training over LoRA's, step by step side by side."""
+        """Training time of each method relative to LoRA's; they take turns in every step."""
         rates = {}
         for recipe, name in zip(recipes, (LORA, PEFT, PAPER, CHOSEN, CONSTANT), strict=True):
             how = Recipe.of(recipe)
@@ -191,13 +191,13 @@ class Bench:
     def _train(self, domain: str, method: Method, rate: float, seed: int) -> runs.Run:
         split = self.setting.domains[domain].train
         if self.plan.shots is not None:
-            # two seeds that are fused have learned from the same texts
+            # the two seeds of a pair, which are fused, train on the same texts
             split = encoders.few(split, self.plan.shots, seed // 2)
         (run,) = runs.train(self.setting, self.base, split, {method: rate}, seed, self.plan.steps, lambda: None)
         return run
 
     def _trained(self, domain: str, name: str, recipe: str, seed: str) -> Trained:
-        """What `train` has kept, or else trains it again."""
+        """Loads what `train` saved, or trains it again if that is missing."""
         kept = self._kept(domain, name, seed)
         if not (kept / "adapter_model.safetensors").is_file():
             list(self.train(domain, name, recipe, seed))
@@ -223,7 +223,7 @@ class Bench:
 
 
 def thinned(split: Split, size: int) -> Split:
-    """`size` samples evenly spread over the split, which is in order of length."""
+    """`size` samples spread evenly over the split, which is sorted by length."""
     rows = torch.linspace(0, len(split[1]) - 1, min(size, len(split[1]))).round().long()
     return split[0][rows], split[1][rows]
 
@@ -233,7 +233,7 @@ _benches: dict[Course, Bench] = {}  # of this process
 
 @dataclass(frozen=True)
 class Work:
-    """Does a job in whatever process it is called in."""
+    """Runs a job, in any process."""
 
     course: Course
 
@@ -245,7 +245,7 @@ class Work:
 
 
 def study(course: Course, book: Journal, processes: int, domains: list[str]) -> None:
-    """Both stages, as far as the journal has not got them yet."""
+    """Runs the jobs of both stages that are not in the journal yet."""
 
     def do(title: str, jobs: Iterable[str]) -> None:
         journal.work_off(book, jobs, Work(course), processes, f"{course.name}: {title}")
@@ -258,13 +258,13 @@ def study(course: Course, book: Journal, processes: int, domains: list[str]) -> 
 
 
 def screening(plan: Plan, domain: str, candidates: Iterable[Recipe]) -> list[str]:
-    """A job for each candidate and seed."""
+    """One job per candidate and seed."""
     seeds = range(SWEEP_SEED, SWEEP_SEED + plan.screen_seeds)
     return [named("screen", domain, recipe, seed) for seed in seeds for recipe in candidates]
 
 
 def rounds(plan: Plan, book: Journal, domain: str) -> Iterator[list[Recipe]]:
-    """What the screen tries, a round at a time; each round starts from the best of those before."""
+    """The candidates of each round of the screen; a round starts from the best recipe of the earlier ones."""
     plain = ("none", OF_PAPER)
     yield [Recipe(coto, rate, "linear") for rate in plan.rates for coto in plain]
     found = means(book.rows())
@@ -274,7 +274,7 @@ def rounds(plan: Plan, book: Journal, domain: str) -> Iterator[list[Recipe]]:
 
 
 def means(rows: Rows) -> dict[Recipe, float]:
-    """Each screened recipe's mean validation score over the seeds."""
+    """The mean validation score over the seeds of each screened recipe."""
     scores: dict[str, list[float]] = {}
     for row in rows:
         if row["measure"] == "screen":
@@ -283,12 +283,12 @@ def means(rows: Rows) -> dict[Recipe, float]:
 
 
 def best(found: dict[Recipe, float], *coto: str) -> Recipe:
-    """The best recipe among those with one of these settings of CoTo."""
+    """The best recipe among those with one of the given CoTo settings."""
     return max((recipe for recipe in found if recipe.coto in coto), key=lambda recipe: found[recipe])
 
 
 def recipes(rows: Rows) -> dict[str, Recipe]:
-    """What the screen chose for each method; a constant p is trained as CoTo with the paper's settings is."""
+    """The recipe chosen for each method; constant p uses the rate and schedule of CoTo with the paper's settings."""
     found = means(rows)
     paper = best(found, OF_PAPER)
     return {
@@ -298,7 +298,7 @@ def recipes(rows: Rows) -> dict[str, Recipe]:
 
 
 def confirming(plan: Plan, domains: list[str], chosen: dict[str, Recipe]) -> Iterator[str]:
-    """The jobs of the confirmation, domain by domain, so that a part of them is a study of fewer domains."""
+    """The jobs of the confirmation, one domain after the other, so that a partial run covers whole domains."""
     timed = (chosen[LORA], chosen[LORA], chosen[PAPER], chosen[CHOSEN], chosen[CONSTANT])
     seeds = range(plan.seeds)
     constant = {CONSTANT: chosen[CONSTANT]}
@@ -314,7 +314,7 @@ def confirming(plan: Plan, domains: list[str], chosen: dict[str, Recipe]) -> Ite
 
 
 def finished(plan: Plan, domains: list[str], book: Journal) -> list[str]:
-    """The domains in which LoRA and both kinds of CoTo have all their seeds."""
+    """The domains in which all seeds of LoRA and of both kinds of CoTo are finished."""
     needed = {(name, seed) for name in (LORA, PAPER, CHOSEN) for seed in range(plan.seeds)}
     there: dict[str, set[tuple[str, int]]] = {}
     for kind, domain, *rest in map(parts_of, book.done):
@@ -324,7 +324,7 @@ def finished(plan: Plan, domains: list[str], book: Journal) -> list[str]:
 
 
 def of_domain(plan: Plan, domain: str, methods: dict[str, Recipe], layers: bool) -> Iterator[str]:
-    """The jobs of some methods in one domain; with `layers`, those also that remove adapters."""
+    """The jobs of the given methods in one domain; with `layers`, also those that remove adapters."""
     seeds = range(plan.seeds)
     for seed in seeds:
         yield from (named("train", domain, *method, seed) for method in methods.items())

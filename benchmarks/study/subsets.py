@@ -1,4 +1,4 @@
-"""The score of a model under every subset of its layers' adapters, a layer run once for each beginning of a subset."""
+"""The score of a model for every subset of its layers' adapters, reusing the outputs of unchanged layers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Subset = tuple[bool, ...]
 
 @torch.no_grad()
 def accuracies(model: nn.Module, split: Split) -> dict[Subset, float]:
-    """Share of correct labels in percent, for every subset of the layers whose adapters are on.
+    """Accuracy in percent for every subset of layers whose adapters are on.
 
-    The layers must be called one after another, once in a forward: what a layer returned is taken again as long as the
-    adapters of no layer up to it have changed. With n layers that is 2ⁿ⁺¹ - 2 calls of layers instead of n 2ⁿ.
+    The layers must be called in sequence, once per forward. A layer's output is reused as long as no adapter of it or
+    of an earlier layer has been switched. With n layers this takes 2ⁿ⁺¹ - 2 layer calls per batch instead of n 2ⁿ.
     """
     layers = [modules_of(model)[str(name)] for name in groups_of(model)]
     right: dict[Subset, int] = {}
@@ -32,10 +32,10 @@ def accuracies(model: nn.Module, split: Split) -> dict[Subset, float]:
         subset: Subset = ()
 
         def beginning(count: int) -> Subset:
-            return subset[:count]  # noqa: B023 (read while the loop's own value stands)
+            return subset[:count]  # noqa: B023 (called only within the same iteration)
 
         with remembering(layers, beginning):
-            # the last layer changes fastest
+            # product() varies the last layer fastest, so that most outputs are reused
             for subset in itertools.product((False, True), repeat=len(layers)):
                 with adapter_mask(model, subset, unit="layer"):
                     right[subset] = right.get(subset, 0) + int((model(x).argmax(1) == y).sum())
@@ -43,7 +43,7 @@ def accuracies(model: nn.Module, split: Split) -> dict[Subset, float]:
 
 
 def looked_up(table: dict[Subset, float]) -> Callable[[nn.Module, Split], float]:
-    """A score that reads off which layers' adapters are on, and takes their subset's from the table."""
+    """A score function that looks up the subset of layers whose adapters are on in the table."""
 
     def score(model: nn.Module, split: Split) -> float:
         layers = adapters(model)
@@ -53,13 +53,13 @@ def looked_up(table: dict[Subset, float]) -> Callable[[nn.Module, Split], float]
 
 
 def groups_of(model: nn.Module) -> dict[Any, list[str]]:
-    """The adapters of each layer, as CoTo switches them."""
+    """The names of the adapters of each layer, grouped as CoTo switches them."""
     return group_names(adapters(model), "layer", modules_of(model))
 
 
 @contextmanager
 def remembering(layers: list[nn.Module], beginning: Callable[[int], Subset]) -> Iterator[None]:
-    """Inside the block, layer i runs only where ``beginning(i + 1)`` is not what it was at its last call."""
+    """Inside the block, layer i runs only if ``beginning(i + 1)`` has changed since its last call."""
     with ExitStack() as undo:
         for i, layer in enumerate(layers):
             layer.forward = _Remembering(layer.forward, i, beginning)  # type: ignore[method-assign,assignment]

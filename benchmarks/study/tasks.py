@@ -1,4 +1,4 @@
-"""What the study trains on: handwritten digits, and text that comes with every Python."""
+"""Tasks of the study that need no download: handwritten digits, and text that comes with Python."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from cotolora import demo
 Split = tuple[Tensor, Tensor]  # inputs and targets; a row is a sample
 
 CHARACTERS, LENGTH = 128, 64
-TRAIN, HELD_OUT = 150_000, 6_400  # characters of a domain
-POOL = 10  # batches that share their rows out by length
-# modules of the standard library, whose sources a base learns from
+TRAIN, HELD_OUT = 150_000, 6_400  # characters per domain
+POOL = 10  # batches whose rows are sorted by length together
+# modules of the standard library on whose source code the base model is pretrained
 CODE = (
     "argparse", "ast", "asyncio.base_events", "calendar", "collections", "configparser", "csv", "dataclasses",
     "difflib", "email.message", "fractions", "ftplib", "gettext", "http.client", "inspect", "json.decoder", "locale",
@@ -32,25 +32,25 @@ CODE = (
 
 @dataclass(frozen=True)
 class Domain:
-    """One task: data to train on, to choose a learning rate by, and to report."""
+    """The training, validation and test data of one task."""
 
     train: Split
     validation: Split
     test: Split
-    digest: str = ""  # of the data, which may differ between versions of Python
+    digest: str = ""  # hash of the data, which may differ between versions of Python
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A base model and what it is adapted to.
+    """A base model and the tasks to which it is adapted.
 
     Attributes:
-        unit: of the score, for people.
-        pretrained: steps of pretraining → the base.
-        score: the model and a split → a number, larger is better.
-        targets, exclude, trainable, rank, alpha: of `cotolora.inject`.
-        batch: samples of a step.
-        lengths: inputs → how long each sample is without padding; batches are then of samples of similar length.
+        unit: unit of the score, shown in tables.
+        pretrained: number of pretraining steps → the base model.
+        score: (model, split) → score, larger is better.
+        targets, exclude, trainable, rank, alpha: arguments of `cotolora.inject`.
+        batch: batch size.
+        lengths: inputs → length of each sample without padding; if given, batches hold samples of similar length.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Setting:
 def batches(
     split: Split, size: int, steps: int, seed: int, lengths: Callable[[Tensor], Tensor] | None = None
 ) -> Iterator[Split]:
-    """`steps` batches of random rows, the same for the same seed; with `lengths`, rows of similar length together."""
+    """`steps` batches of random rows, reproducible by `seed`; with `lengths`, each of rows of similar length."""
     generator = torch.Generator().manual_seed(seed)
     at_once = 1 if lengths is None else POOL
     for step in range(steps):
@@ -86,7 +86,7 @@ def batches(
 
 
 def learn(model: nn.Module, split: Split, size: int, steps: int, rate: float) -> nn.Module:
-    """Trains every parameter."""
+    """Trains all parameters of the model."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     for x, y in batches(split, size, steps, seed=0):
@@ -98,7 +98,7 @@ def learn(model: nn.Module, split: Split, size: int, steps: int, rate: float) ->
 
 
 def digits() -> Setting:
-    """The demo's vision transformer, which knows the digits 0 to 4, adapted to all ten."""
+    """The demo's vision transformer, pretrained on the digits 0 to 4 and adapted to all ten."""
     data = demo.load_data(torch.device("cpu"))
     known = data.train[1] < 5
 
@@ -113,7 +113,7 @@ def digits() -> Setting:
 
 
 class CharacterModel(nn.Module):
-    """A small Llama over ASCII characters; logits as `F.cross_entropy` takes them."""
+    """A small character-level Llama over ASCII; its logits have the shape that `F.cross_entropy` expects."""
 
     def __init__(self, hidden: int = 64, layers: int = 6) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -132,7 +132,7 @@ class CharacterModel(nn.Module):
 
 
 def text() -> Setting:
-    """A small Llama that has read Python's library, adapted to English, to names of characters, and to tables."""
+    """A small Llama pretrained on Python source code, adapted to English prose, character names and code tables."""
 
     def pretrained(steps: int) -> nn.Module:
         torch.manual_seed(0)
@@ -157,41 +157,41 @@ def minus_bits(model: nn.Module, split: Split) -> float:
 
 
 def domain_of(name: str, told: str) -> Domain:
-    """A text, cut into training, validation and test."""
+    """A domain from a text, cut into training, validation and test parts."""
     if len(told) < TRAIN + 2 * HELD_OUT:
-        raise ValueError(f"{name} must have {TRAIN + 2 * HELD_OUT} characters on this machine; it has {len(told)}")
+        raise ValueError(f"{name} must have at least {TRAIN + 2 * HELD_OUT} characters; this Python's has {len(told)}")
     cuts = TRAIN, TRAIN + HELD_OUT, TRAIN + 2 * HELD_OUT
     parts = [told[start:end] for start, end in zip((0, *cuts), cuts, strict=False)]
     return Domain(*(rows_of(part) for part in parts), digest=hashlib.sha256(told[: cuts[-1]].encode()).hexdigest()[:12])
 
 
 def rows_of(told: str) -> Split:
-    """Characters and their successors ``[rows, LENGTH]``; what is not ASCII becomes a question mark."""
+    """Characters and next characters, each ``[rows, LENGTH]``; non-ASCII characters become question marks."""
     codes = torch.frombuffer(bytearray(told.encode("ascii", "replace")), dtype=torch.uint8).long()
     rows = (len(codes) - 1) // LENGTH
     return codes[: rows * LENGTH].view(rows, LENGTH), codes[1 : rows * LENGTH + 1].view(rows, LENGTH)
 
 
 def library_code() -> str:
-    """Sources of the standard library."""
+    """Source code of modules of the standard library."""
     found = []
     for name in CODE:
         try:
             found.append(inspect.getsource(__import__(name, fromlist=["_"])))
-        except (ImportError, OSError):  # some are missing in older or newer versions of Python
+        except (ImportError, OSError):  # older and newer versions of Python lack some of them
             continue
     return "".join(found)
 
 
 def prose() -> str:
-    """The language reference, as Python's help system contains it."""
+    """The language reference as contained in Python's help system."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics[name] for name in sorted(topics))
 
 
 def character_names() -> str:
-    """Names of Unicode characters, one a line, shuffled by a fixed seed."""
+    """Names of Unicode characters, one per line, shuffled with a fixed seed."""
     names = [unicodedata.name(chr(code), "") for code in range(0x20, 0x3000)]
     lines = [name for name in names if name]
     random.Random(0).shuffle(lines)
@@ -199,11 +199,11 @@ def character_names() -> str:
 
 
 def code_pages() -> str:
-    """The tables of old character sets."""
+    """Source code of the tables of old character sets."""
     import encodings
     import pkgutil
 
     names = sorted(module.name for module in pkgutil.iter_modules(encodings.__path__))
     chosen = [name for name in names if name.startswith(("cp", "iso8859", "koi8", "mac_"))]
-    random.Random(0).shuffle(chosen)  # or the held-out part would hold one family of tables only
+    random.Random(0).shuffle(chosen)  # otherwise the held-out part would have tables of only one family
     return "".join(inspect.getsource(__import__(f"encodings.{name}", fromlist=["_"])) for name in chosen)

@@ -1,4 +1,4 @@
-"""The faster way of a backend for calls without a gate: bit for bit the usual one, and taken only where it may be."""
+"""The fast path for calls without a gate: bitwise equal to the general path, and used only when it applies."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ HAVE = [
     for name, b in kind.backends.items()
     if hasattr(b, "always_on")
 ]
-SCALE = 0.7  # no power of two: an order of products that differs shows
+SCALE = 0.7  # not a power of two, so that another order of multiplications changes the result
 
 
 def operands(shape, rank=4, out_features=24, bias=True, dtype=torch.float32):
@@ -27,7 +27,7 @@ def operands(shape, rank=4, out_features=24, bias=True, dtype=torch.float32):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The names of the plans that have gone the faster way."""
+    """The names of the plans that used the fast path."""
     seen = []
     forward = autograd.AlwaysOnLowRankLinear.forward
 
@@ -46,7 +46,7 @@ def taken(monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("variant", "name"), HAVE)
-def test_it_equals_the_usual_way_bit_for_bit(variant, name, dtype, shape, rank, bias):
+def test_it_equals_the_general_path_bitwise(variant, name, dtype, shape, rank, bias):
     x, weight, bias, a, b = operands(shape, rank, bias=bias, dtype=dtype)
     plan = planned(VARIANTS[variant], x, rank, shape[-1], weight.shape[0], SCALE, 0.0, name)
     ours = autograd.apply_always_on(plan, x, weight, bias, a, b)
@@ -68,7 +68,7 @@ def test_a_plain_call_takes_it(taken):
 
 
 @pytest.mark.parametrize("of", [torch.float32, torch.bfloat16], ids=str)
-def test_so_does_one_in_bfloat16_with_a_and_b_of_any_dtype(taken, of):
+def test_a_bfloat16_call_takes_it_with_a_and_b_of_any_dtype(taken, of):
     x, weight, bias, a, b = operands((3, 16), dtype=torch.bfloat16)
     a, b = (t.detach().to(of).requires_grad_() for t in (a, b))
     call(x, weight, bias, a, b).sum().backward()
@@ -76,7 +76,7 @@ def test_so_does_one_in_bfloat16_with_a_and_b_of_any_dtype(taken, of):
     assert a.grad.dtype == b.grad.dtype == of
 
 
-def test_so_does_one_under_autocast_with_the_same_bits(taken):
+def test_a_call_under_autocast_takes_it_with_the_same_bits(taken):
     x, weight, bias, a, b = operands((3, 16))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = call(x, weight, bias, a, b)
@@ -100,7 +100,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_any_other_call_does_not(case, taken):
+def test_other_calls_do_not_take_it(case, taken):
     CASES[case](*operands((3, 16))).float().sum().backward()
     with torch.no_grad():
         call(*operands((3, 16)))
@@ -109,13 +109,13 @@ def test_any_other_call_does_not(case, taken):
     assert not taken
 
 
-def test_without_a_gradient_of_x_the_weight_is_not_kept(taken):
+def test_without_a_gradient_of_x_the_weight_is_not_saved(taken):
     x, weight, bias, a, b = operands((3, 16))
     y = call(x.detach(), weight, bias, a, b)
     assert taken
     kept = [t for t in y.grad_fn.saved_tensors if t is not None]
     assert all(t.data_ptr() != weight.data_ptr() for t in kept)
-    weight.zero_()  # which may be written now
+    weight.zero_()  # must not raise in backward: the weight is not saved
     y.sum().backward()
 
 

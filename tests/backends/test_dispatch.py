@@ -1,4 +1,4 @@
-"""Which backend runs, what is imported for it, and the fused backend under Triton's interpreter."""
+"""The choice of a backend, the imports it causes, and the fused backend under Triton's interpreter."""
 
 import ast
 import os
@@ -26,13 +26,13 @@ LORA = VARIANTS["lora"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreter = pytest.mark.skipif(
     not (INTERPRETED and has_triton()),
-    reason="needs triton and TRITON_INTERPRET=1 (set where there is no GPU)",
+    reason="needs triton and TRITON_INTERPRET=1 (set if there is no GPU)",
 )
 
 
 @pytest.fixture(autouse=True)
 def nothing_chosen(monkeypatch):
-    """As in a fresh process, whatever the environment of this one."""
+    """Resets the choice of a backend to that of a new process without environment variables."""
     monkeypatch.setattr(dispatch, "_environment", None)
     monkeypatch.setattr(dispatch, "plans", {})
     before = dispatch._set_here()
@@ -42,7 +42,7 @@ def nothing_chosen(monkeypatch):
 
 
 class Forgetful(dict):
-    """Plans that are made anew for each call."""
+    """A cache of plans that keeps nothing, so that every call makes its plan again."""
 
     def __setitem__(self, kind, plan):
         pass
@@ -50,7 +50,7 @@ class Forgetful(dict):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Collects the names of the backends that calls take."""
+    """Collects the names of the backends that run."""
     names, choose = [], dispatch.choose
 
     def recorded(*args):
@@ -77,7 +77,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 # precedence
 
 
-def test_the_argument_goes_before_set_backend_before_the_environment_before_auto(monkeypatch, ran):
+def test_precedence_is_argument_then_set_backend_then_environment_then_auto(monkeypatch, ran):
     call()
     monkeypatch.setattr(dispatch, "_environment", "reference")
     call()
@@ -89,7 +89,7 @@ def test_the_argument_goes_before_set_backend_before_the_environment_before_auto
     assert ran == ["addmm", "reference", "addmm", "reference", "addmm", "addmm"]
 
 
-def test_auto_by_name_overrides_what_was_set(monkeypatch, ran):
+def test_auto_as_argument_overrides_set_backend(monkeypatch, ran):
     monkeypatch.setattr(dispatch, "_environment", "reference")
     with set_backend("auto"):
         call()
@@ -109,7 +109,7 @@ def test_the_layer_follows_set_backend(ran):
 def test_the_environment_variable_is_read():
     backends = {"reference": "reference", "auto": "addmm", "": "addmm"}
     done = python(
-        "import os, torch\n"  # once for all
+        "import os, torch\n"  # once for all children
         f"for value in {list(backends)}:\n"
         "    os.environ['COTOLORA_BACKEND'] = value\n"
         "    if not (child := os.fork()):\n"
@@ -127,7 +127,7 @@ def test_a_wrong_environment_variable_is_named(monkeypatch):
         ValueError, match=r"environment variable COTOLORA_BACKEND must be one of 'auto', .*; got 'cuda'"
     ):
         call()
-    call(backend="addmm")  # nobody asks it then
+    call(backend="addmm")  # the variable is not read if a backend is given
 
 
 # set_backend
@@ -174,7 +174,7 @@ def test_set_backend_holds_in_the_threads_of_autograd():
     assert seen == ["reference"]
 
 
-def test_an_object_entered_twice_restores_what_was_in_force_each_time():
+def test_an_object_entered_twice_restores_the_outer_backend_each_time():
     choice = set_backend("reference")
     with choice:
         with set_backend("addmm"):
@@ -185,7 +185,7 @@ def test_an_object_entered_twice_restores_what_was_in_force_each_time():
     assert dispatch.requested(None) == ("auto", "default")
 
 
-def test_a_block_ends_in_its_own_thread_when_blocks_overlap():
+def test_overlapping_blocks_in_threads_end_separately():
     entered, left, seen = threading.Event(), threading.Event(), {}
 
     def other():
@@ -209,7 +209,7 @@ def test_a_block_ends_in_its_own_thread_when_blocks_overlap():
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_recomputation_takes_the_backend_in_force_where_backward_is_called(ran, use_reentrant):
+def test_recomputation_uses_the_backend_set_where_backward_is_called(ran, use_reentrant):
     layer, x = CoToLoRALinear(6, 4, rank=2), torch.ones(3, 6, requires_grad=True)
     with set_backend("reference"):
         checkpoint(layer, x, use_reentrant=use_reentrant).sum().backward()
@@ -217,7 +217,7 @@ def test_recomputation_takes_the_backend_in_force_where_backward_is_called(ran, 
 
 
 class Nested(torch.autograd.Function):
-    """Calls backward in its backward, `depth` times over: deep down the engine goes on in threads of its own."""
+    """Calls backward in its backward, nested `depth` times; deeply nested, the engine continues in its own threads."""
 
     @staticmethod
     def forward(ctx, x, depth, seen):
@@ -254,7 +254,7 @@ def test_unknown_names_are_refused_and_change_nothing(name):
         assert dispatch.requested(None)[0] == "reference"
 
 
-# what is chosen
+# the choice of auto
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -266,14 +266,14 @@ def test_auto_takes_addmm(device, dtype):
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("arch", cost.MACHINES)
-def test_auto_fuses_no_float32_that_was_not_measured(arch, variant, captured):
+def test_auto_uses_no_fused_kernel_for_unmeasured_float32(arch, variant, captured):
     for sizes in (Sizes(m, n, k, r, 4) for m in (1, 512, 8192) for n, k in ((768, 768), (4096, 4096)) for r in (8, 64)):
         call = sizes.call(VARIANTS[variant])
         rows = [sizes._replace(element_size=size)._asdict() for size in (2, 4)]
         form = next(iter(LORA.fused))
         bfloat16, float32 = ({**row, "captured": captured, "seconds": {"addmm": 2.0, form: 1.0}} for row in rows)
         assert dispatch.fastest(call, arch, captured=captured, table=(bfloat16,))[0] == "addmm"
-        fused = variant == "lora"  # the only one that tune measures
+        fused = variant == "lora"  # the only variant that tune measures
         name, _ = dispatch.fastest(call, arch, captured=captured, table=(bfloat16, float32))
         assert name == (f"triton:{form}" if fused else "addmm")
 
@@ -353,7 +353,7 @@ def test_explain_agrees_with_what_runs(ran):
             assert ran[-1] == explain((3, 6, 4, 2), dtype=dtype, backend=name).backend
 
 
-def test_explain_of_what_cannot_run(monkeypatch):
+def test_explain_of_a_call_that_cannot_run(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     plan = explain((7, 6, 4, 300), backend="triton")
     assert plan.backend is None
@@ -371,7 +371,7 @@ def test_explain_takes_a_layer():
     assert "6 -> 4, rank 2, float64 on cpu" in str(plan)
     assert plan.saved_bytes is None
     layer = layer.float()
-    # h, and a mask of one byte an entry
+    # h, and a dropout mask of one byte per entry
     assert explain(layer, rows=5).saved_bytes == 5 * 2 * 4 + 5 * 6
     assert explain(layer.eval(), rows=5).saved_bytes == 5 * 2 * 4
     assert explain(layer).saved_bytes is None
@@ -381,7 +381,7 @@ def test_explain_takes_a_layer():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks about a machine without CUDA")
-def test_explain_of_a_gpu_that_is_not_there():
+def test_explain_for_a_missing_gpu():
     plan = explain((8192, 768, 768, 16), dtype=torch.bfloat16, device="cuda")
     assert plan.backend == "addmm"
     assert "this machine has no CUDA device" in plan.reason
@@ -403,7 +403,7 @@ def test_explain_of_a_fused_form():
 
 
 @pytest.mark.parametrize("bad", [(1, 2, 3), (1.5, 2, 3, 4), "1234", None, 5, torch.nn.Linear(2, 3)], ids=str)
-def test_explain_refuses_what_is_no_shape(bad):
+def test_explain_refuses_wrong_types(bad):
     with pytest.raises(TypeError, match="layer_or_shapes must be a CoToLoRALinear or"):
         explain(bad)
 
@@ -418,8 +418,8 @@ def test_explain_refuses_impossible_sizes(bad):
 
 
 @pytest.mark.parametrize("name", ["addmm", None])
-def test_setting_a_backend_gives_up_no_reference_to_its_name(name):
-    """Torch 2.11 takes one over that it was not given; names that are freed while in use crash the process."""
+def test_setting_a_backend_keeps_its_reference_to_the_name(name):
+    """Torch 2.11 releases a reference that it does not own; a name freed while in use crashes the process."""
     before = sys.getrefcount(name)
     for _ in range(1000):
         set_backend(name)
@@ -430,13 +430,13 @@ def test_setting_a_backend_gives_up_no_reference_to_its_name(name):
 def test_importing_cotolora_loads_nothing_heavy():
     done = python(
         "import sys, torch\n"
-        "torchs = set(sys.modules)\n"  # its hub takes tqdm where there is one
+        "torchs = set(sys.modules)\n"  # torch.hub imports tqdm if it is installed
         "heavy = {'triton', 'transformers', 'matplotlib', 'sklearn', 'tqdm', 'peft', 'lightning'}\n"
         "heavy.add('cotolora.backends.fused.ops')\n"
         "import cotolora\n"
         "loaded = set(sys.modules) - torchs\n"
         "assert not loaded & heavy, loaded & heavy\n"
-        # a checkout where the symlink became a text file still imports
+        # so that a checkout in which the symlink became a text file can still be imported
         "kernels = {name for name in loaded if name.startswith('cotolora.kernels.')}\n"
         "assert not kernels, kernels\n"
         "x, a, b = torch.ones(3, 4), torch.ones(2, 4), torch.ones(5, 2)\n"
@@ -448,7 +448,7 @@ def test_importing_cotolora_loads_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
-# lower levels first; a module may import from its own level and below
+# lowest level first; a module may import only from lower levels
 FLOORS = [
     {"wording", "syntax", "training.callers"},
     {
@@ -511,7 +511,7 @@ def imported(path: Path) -> set[str]:
     found: set[str] = set()
     tree = ast.parse(path.read_text())
     blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    for_types = {inner for block in blocks for inner in ast.walk(block)}  # which no program runs
+    for_types = {inner for block in blocks for inner in ast.walk(block)}  # under TYPE_CHECKING, never executed
     for node in ast.walk(tree):
         if node in for_types:
             continue
@@ -543,11 +543,11 @@ def name_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_run_one_way(path):
+def test_modules_import_only_from_lower_levels(path):
     name, names = name_of(path), own(imported(path))
     for other in names - {name}:
         if other.split(".")[0] == "kernels":
-            # what chooses asks for the architecture, by an import in a function
+            # the choice asks for the architecture, by an import inside a function
             assert name.startswith("backends.fused.") or name == "backends.choice", f"{name} imports {other}"
         elif (name, other) != ("backends.fused.common", "backends.fused.ops"):  # in a function, too
             assert floor(other) < floor(name), f"{name} imports {other}"
@@ -567,7 +567,7 @@ def test_kernels_import_only_torch_and_triton(path):
     assert {name for name in foreign if not name.startswith("cotolora.kernels")} == set()
 
 
-def test_kernels_are_no_top_level_package():
+def test_kernels_is_not_a_top_level_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert (ROOT / "cotolora" / "kernels").is_symlink()
     assert os.readlink(ROOT / "cotolora" / "kernels") == "../kernels"
@@ -580,7 +580,7 @@ def test_kernels_are_no_top_level_package():
 
 
 @interpreter
-def test_triton_runs_the_layer_and_what_it_saves_is_small():
+def test_triton_runs_the_layer_and_saves_little():
     layer = CoToLoRALinear(24, 20, rank=4)
     torch.nn.init.normal_(layer.lora_b)
     x = torch.randn(3, 5, 24)

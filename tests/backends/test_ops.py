@@ -1,4 +1,4 @@
-"""The fused kernels as torch sees them: operators, autograd, dropout, torch.compile, and when one fails."""
+"""The fused kernels as operators of torch: autograd, dropout, torch.compile, and fallback when a kernel fails."""
 
 import json
 import logging
@@ -105,7 +105,7 @@ def test_checkpointing_draws_the_same_mask_again(backend, use_reentrant):
     assert all(map(torch.equal, *found))
 
 
-# what is checked by tracing depends on neither gate nor dropout, which are tensors or not there, and takes most time
+# tracing takes most of the time and does not depend on the kind of gate or on dropout, so only some cases trace
 AS_REGISTERED = ("test_schema", "test_autograd_registration", "test_faketensor")
 TRACED = (*AS_REGISTERED, "test_aot_dispatch_dynamic")
 
@@ -150,7 +150,7 @@ def test_opcheck(gate, dropout, checks):
 
 
 class Counter:
-    """A compiler that counts the graphs it is given."""
+    """A torch.compile backend that counts its graphs."""
 
     def __init__(self):
         self.graphs = 0
@@ -205,7 +205,7 @@ def test_a_layer_compiles_to_one_graph(backend, dropout):
     torch.compiler.reset()
 
 
-# many layers by vendors' products: in the interpreter each launch of each layer takes its time
+# many layers only with addmm, because the interpreter takes long for every launch
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "depth"), [("triton", 6), ("addmm", 32)])
 def test_layers_under_50_masks_are_one_graph(backend, depth):
@@ -282,8 +282,8 @@ def test_torch_func_takes_the_reference():
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("backend", FUSED)
-def test_gradients_of_many_at_once(backend):
-    """By vmap, under which a tensor has no memory of its own."""
+def test_gradients_under_vmap(backend):
+    """Under vmap, tensors have no memory of their own."""
     x, weight, bias, a, b = operands()
     leaves = [t.requires_grad_() for t in (x, a, b)]
     y = coto_lora_linear(x, weight, bias, a, b, scale=SCALE, backend=backend)
@@ -302,18 +302,18 @@ def test_a_trace_is_refused(backend):
 
 
 @pytest.mark.parametrize("backend", FUSED)
-def test_a_layer_reads_nothing_past_its_weight(backend):
-    """A launcher takes the number of columns from x."""
+def test_a_layer_does_not_read_beyond_its_weight(backend):
+    """Launchers take the number of columns from x, so x must be checked against the weight."""
     with set_backend(backend), pytest.raises(ValueError, match=r"x must be \[\.\.\., 6\]"):
         CoToLoRALinear(6, 4, rank=2)(torch.randn(5, 7))
 
 
-# what auto would do on a GPU
+# the choices of auto on a GPU
 
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """Makes auto choose a fused form for a CPU, as on a GPU whose model says so."""
+    """Makes auto choose a fused kernel on a CPU, as the cost model might on a GPU."""
     monkeypatch.setattr(dispatch, "_failed", {})
     monkeypatch.setattr(dispatch, "_unprepared", set())
     monkeypatch.setattr(dispatch, "plans", {})
@@ -329,7 +329,7 @@ def on_gpu(monkeypatch):
 @pytest.mark.parametrize("dropout", [0.0, DROPOUT])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.usefixtures("on_gpu")
-def test_a_kernel_that_cannot_run_is_replaced_once_and_logged(where, dropout, monkeypatch, caplog):
+def test_a_kernel_that_cannot_run_is_replaced_and_logged_once(where, dropout, monkeypatch, caplog):
     leaves = [t.requires_grad_() for t in operands()]
     dy = random((20, 24), seed=1)[0]
     torch.manual_seed(2)
@@ -345,7 +345,7 @@ def test_a_kernel_that_cannot_run_is_replaced_once_and_logged(where, dropout, mo
             torch.manual_seed(2)
             y = coto_lora_linear(*leaves, scale=SCALE, dropout=dropout)
             found = (y, *gradients(y, leaves, dy))
-            if where == "backward" or not dropout:  # the mask of a forward by addmm is another
+            if where == "backward" or not dropout:  # a forward that fell back to addmm draws another mask
                 for one, other in zip(found, expected, strict=True):
                     torch.testing.assert_close(one, other)
             if where == "backward":
@@ -359,7 +359,7 @@ def test_a_kernel_that_cannot_run_is_replaced_once_and_logged(where, dropout, mo
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.usefixtures("on_gpu")
-def test_a_capture_takes_vendor_gemms_where_kernels_were_not_launched_before(where, monkeypatch, caplog):
+def test_a_capture_falls_back_to_addmm_for_kernels_not_launched_before(where, monkeypatch, caplog):
     leaves = [t.requires_grad_() for t in operands()]
     dy = random((20, 24), seed=1)[0]
     launched, launch = [], getattr(fused_lora, f"launch_{where}")
@@ -385,7 +385,7 @@ def test_a_capture_takes_vendor_gemms_where_kernels_were_not_launched_before(whe
     assert len(caplog.records) == 1
     assert "was not launched before this capture" in caplog.text
     assert not launched
-    # what was launched before, as in a warm-up, is captured; nothing was taken for a failure
+    # kernels launched before, as in a warm-up, are captured; nothing counts as a failure
     monkeypatch.setattr(dispatch, "capturing", lambda call: False)
     dispatch.plans.clear()
     both()
@@ -396,7 +396,7 @@ def test_a_capture_takes_vendor_gemms_where_kernels_were_not_launched_before(whe
     assert len(launched) == 2
 
 
-def test_auto_as_captured_is_what_a_capture_would_take(monkeypatch):
+def test_auto_captured_makes_the_choice_of_a_capture(monkeypatch):
     monkeypatch.setattr(dispatch, "why_not", lambda name, call: [])
     monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(dispatch, "_measured", lambda device: ())
@@ -411,7 +411,7 @@ def test_auto_as_captured_is_what_a_capture_would_take(monkeypatch):
     dispatch._cached_fastest.cache_clear()
 
 
-def test_drawn_mask_is_what_the_kernels_draw():
+def test_drawn_mask_equals_the_mask_of_the_kernels():
     seed = torch.tensor(-(2**61) + 12345)
     x = torch.eye(32, 50).repeat(3, 1) + 1
     keep = drawn_mask(seed, 96, 50, DROPOUT)
@@ -423,7 +423,7 @@ def test_drawn_mask_is_what_the_kernels_draw():
 # forms
 
 
-def test_the_model_takes_a_fused_form_only_for_a_clear_win():
+def test_the_cost_model_chooses_a_fused_kernel_only_for_a_clear_win():
     for captured in (True, False):
         for m in (1, 64, 2048, 8192):
             for n, k in ((4096, 4096), (768, 768), (1024, 4096), (14336, 4096)):
@@ -464,7 +464,7 @@ def fastest(*sizes, arch="sm_90", captured=False, **options):
 @pytest.mark.parametrize("captured", [True, False])
 @pytest.mark.parametrize("m", [1, 16, 64, 512, 8192])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_model_takes_no_float32_and_no_main_loop_that_draws_a_mask(variant, m, captured):
+def test_the_cost_model_fuses_neither_float32_nor_dropout_in_the_main_loop(variant, m, captured):
     sizes = Sizes(m, 4096, 4096, 16)
     float32, dropped = (sizes._replace(element_size=size).call(VARIANTS[variant]) for size in (4, 2))
     assert dispatch.fastest(float32, "sm_90", captured=captured)[0] == "addmm"
@@ -477,7 +477,7 @@ def test_the_model_takes_no_float32_and_no_main_loop_that_draws_a_mask(variant, 
 ROW = {"m": 100, "n": 64, "k": 64, "rank": 8, "element_size": 2, "captured": False}
 
 
-def test_a_measured_row_goes_before_the_model():
+def test_a_measured_row_overrides_the_cost_model():
     table = ({**ROW, "seconds": {"addmm": 2.0, "pre_expand": 1.0}}, {**ROW, "m": 150, "seconds": {"addmm": 1.0}})
     name, reason = fastest(110, 64, 64, 8, table=table)
     assert name == "triton:pre_expand"
@@ -503,7 +503,7 @@ def test_a_measured_row_goes_before_the_model():
         json.dumps({"rows": [{**ROW, "seconds": {}}]}),
     ],
 )
-def test_a_damaged_table_is_ignored_with_one_line(text, tmp_path, caplog):
+def test_a_damaged_table_is_ignored_with_one_log_line(text, tmp_path, caplog):
     path = tmp_path / "table.json"
     path.write_text(text)
     assert measured.load_table(path, {"addmm", *LORA.fused}) == ()
@@ -511,7 +511,7 @@ def test_a_damaged_table_is_ignored_with_one_line(text, tmp_path, caplog):
     assert str(path) in caplog.text
 
 
-def test_a_table_that_is_not_there_is_no_news(tmp_path, caplog, monkeypatch):
+def test_a_missing_table_is_not_logged(tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = measured.cache_path("NVIDIA H200/../x")
     assert path.parent == tmp_path / "cotolora"
@@ -522,11 +522,11 @@ def test_a_table_that_is_not_there_is_no_news(tmp_path, caplog, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("m", [16, 96])
 @pytest.mark.parametrize("backend", FUSED)
-def test_error_is_that_of_the_linear_alone(backend, m, dtype):
-    """Relative Frobenius error at most 1.05 of F.linear's own, the update being a tenth of the base's output."""
+def test_error_is_close_to_that_of_the_linear_alone(backend, m, dtype):
+    """The relative Frobenius error is at most 1.05 times F.linear's, with an update a tenth the size of the base."""
     x, weight, bias = random((m, 64), (96, 64), (96,), dtype=dtype)
     if backend == "triton:pre_expand":
-        bias = torch.zeros_like(bias)  # it rounds bias and update together before it adds the product
+        bias = torch.zeros_like(bias)  # this backend rounds bias plus update before it adds the product
     a, b = random((8, 64), (96, 8), dtype=dtype, seed=1)
     base = nn.functional.linear(x.double(), weight.double(), bias.double())
     update = x.double() @ a.double().T @ b.double().T

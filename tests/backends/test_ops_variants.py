@@ -1,4 +1,4 @@
-"""DoRA and HiRA by the fused kernels: numbers, gates, gradients, and which calls they take."""
+"""DoRA and HiRA with the fused kernels: results, gates, gradients, and the calls that they support."""
 
 import logging
 
@@ -30,7 +30,7 @@ def dy_of(named):
     return dy_for(operands(shape, out, rank, dtype=named["x"].dtype))
 
 
-def test_a_norm_that_is_given_is_used():
+def test_a_given_norm_is_used():
     named = draw("dora", (3, 2, 9), 7, 3, torch.float32)
     factors = [named[k] for k in ("weight", "lora_a", "lora_b")]
     for form in ("one_pass", "low_rank_gemm"):
@@ -49,13 +49,13 @@ def test_a_row_of_zeros_has_no_direction():
     assert torch.equal(made["y"][..., 2], named["bias"][2].expand(3, 2))
     assert made["magnitude"][2] == 0
     assert made["magnitude"].count_nonzero() == 6
-    # its c is 1
+    # where the norm is zero, c is 1
     expected = run("dora", named, dy_of(named), {"lora_b"}, backend="reference")
     assert expected["lora_b"][2].all()
     torch.testing.assert_close(made["lora_b"], expected["lora_b"])
 
 
-def test_what_the_fused_forms_refuse():
+def test_calls_that_the_fused_kernels_refuse():
     named = draw("dora", (3, 2, 9), 7, 3, torch.float32)
     for backend in ("triton", "triton:one_pass"):
         with pytest.raises(RuntimeError, match="DoRA with dropout takes a second product"):
@@ -69,7 +69,7 @@ def test_what_the_fused_forms_refuse():
 
 @fused
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_vendor_gemms_take_over_from_a_kernel_that_cannot_run(where, variant, backend, monkeypatch, caplog):
+def test_addmm_replaces_a_kernel_that_cannot_run(where, variant, backend, monkeypatch, caplog):
     named = draw(variant, (3, 2, 9), 7, 3, torch.float32)
     dy, gate = dy_of(named), torch.tensor([1, 0, 1])
     expected = run(variant, named, dy, set(named), gate=gate, backend=backend)
@@ -117,7 +117,7 @@ def test_a_layer_compiles_to_one_graph(variant, backend):
     assert counter.graphs == 1
 
 
-def test_the_model_of_the_variants():
+def test_the_cost_model_of_the_variants():
     sizes = Sizes(8192, 4096, 4096, 16)
     for variant in VARIANTS.values():
         call = sizes.call(variant)
@@ -127,7 +127,7 @@ def test_the_model_of_the_variants():
                 variant.addmm.launches(call), 2, cost.MACHINES["sm_90"], captured=captured
             )
             assert time.keys() == {"addmm", *(f"triton:{form}" for form in variant.fused)}
-            # a variant without fused kernels has addmm alone
+            # a variant without fused kernels has only addmm
             best = min(time.keys() - {"addmm"}, key=time.get, default="addmm")
             name, _ = dispatch.fastest(call, "sm_90", captured=captured)
             assert name == (best if time["addmm"] >= 1.1 * time[best] else "addmm")
@@ -136,7 +136,7 @@ def test_the_model_of_the_variants():
     assert [launch.kernel for launch in forward] == ["row_norm", "shrink", "low_rank_gemm"]
     plain_forward, plain_backward, _ = lora.fused["low_rank_gemm"].launches(sizes.call(lora))
     moved = [sum(launch.bytes for launch in of) for of in (forward, plain_forward, backward, plain_backward)]
-    # W once more for its norm, and u once in each direction
+    # W is read once more for its norm; u is written once and read once
     assert moved[0] - moved[1] == sizes.bytes("w", "a", "b", "u")
     assert moved[2] - moved[3] == sizes.bytes("u")
 

@@ -1,9 +1,10 @@
-"""Every kernel compiles for every GPU it has tiles for, and keeps its budget. Needs no GPU.
+"""Every kernel compiles within its budget for every GPU that has tiles. Needs no GPU.
 
-What is compiled here is `python -m benchmarks aot --quick`: each row of each table, in bfloat16 and in float32 of each
-precision, for sm_90 in every kind, for the others in the kind that takes most registers as a rule. CI has two versions
-of Triton: it compiles for sm_90 with the older one, which machines of that GPU have, and for the others with the newer.
-Without --quick there are three times as many cases, for a change to kernels or tiles, under each version.
+The tests run `python -m benchmarks aot --quick`. It compiles each row of each table in bfloat16 and in float32 with
+each precision: every kind of case for sm_90, and for other targets only the kind that usually takes the most registers.
+CI has two versions of Triton. It compiles for sm_90 with the older one, which machines with that GPU have, and for the
+other targets with the newer one. After a change to kernels or tiles, run it without --quick under each version; that
+compiles three times as many cases.
 """
 
 import importlib.metadata
@@ -24,21 +25,21 @@ pytestmark = [
     pytest.mark.skipif(VERSION is None, reason="triton is not installed"),
 ]
 
-# the versions that the tables are fitted to; CI has both
+# the versions for which the tables were tuned; CI has both
 FITTED = ("3.6.", "3.9.")
 TARGETS = ("sm_90",) if (VERSION or "").startswith("3.6.") else ("sm_80", "sm_100", "gfx942")
 SHARED_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 
 
 def run(*arguments):
-    """A Python that compiles, whether or not this one interprets."""
+    """Runs a Python that compiles kernels, even if this one interprets them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
 def aot(tmp_path_factory):
-    """The finished process, and what it wrote."""
+    """The finished process and the JSON that it wrote."""
     path = tmp_path_factory.mktemp("aot") / "aot.json"
     targets = (f"--target={target}" for target in TARGETS)
     process = run("-m", "benchmarks", "aot", "--quick", *targets, "--json", str(path))
@@ -49,7 +50,7 @@ def aot(tmp_path_factory):
 @pytest.fixture
 def fitted():
     if not VERSION.startswith(FITTED):
-        pytest.skip(f"the tables are fitted to Triton {FITTED}; {VERSION} may spill a few bytes or serialise wgmma")
+        pytest.skip(f"the tables were tuned for Triton {FITTED}; {VERSION} may spill a few bytes or serialise wgmma")
 
 
 @pytest.fixture(params=TARGETS)
@@ -62,7 +63,7 @@ def results(aot, target):
     return [result for result in aot[1]["results"] if result["target"] == target]
 
 
-def test_nothing_breaks_its_budget(aot, fitted):
+def test_no_kernel_exceeds_its_budget(aot, fitted):
     process, written = aot
     assert [result for result in written["results"] if result["broken"]] == []
     assert process.returncode == 0, process.stderr
@@ -106,7 +107,7 @@ def test_shared_memory_fits(results, target):
 
 def test_tensor_cores(results, target):
     instruction = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}[target]
-    # finish has 16 rows, too few for any but mma; the narrow tiles of sm_100 likewise
+    # finish has 16 rows and the narrow tiles of sm_100 have few too, which only mma supports
     gemms = ("one_pass", "low_rank_gemm", "stacked")
     halves = [r for r in results if r["dtype"] in ("bfloat16", "float16") and r["kernel"] in gemms]
     assert [result for result in halves if not result["instructions"][instruction]] == []
@@ -119,9 +120,9 @@ def test_wgmmas_overlap(results, fitted):
     assert not any(result["serialized"] for result in halves)
 
 
-@pytest.mark.skipif("sm_90" not in TARGETS, reason="sm_90 is compiled for with Triton 3.6")
-def test_off_multiplies_by_the_weight_alone(aot):
-    """On sm_90 a wgmma takes 16 of K, so the loop for a gate that is off has BLOCK_K / 16 of them and no more."""
+@pytest.mark.skipif("sm_90" not in TARGETS, reason="CI compiles for sm_90 with Triton 3.6")
+def test_a_gate_that_is_off_multiplies_only_by_the_weight(aot):
+    """On sm_90 one wgmma covers 16 values of K, so the loop for a gate that is off must have exactly BLOCK_K / 16."""
     results = [r for r in aot[1]["results"] if r["target"] == "sm_90" and r["dtype"] == "bfloat16"]
     results = [r for r in results if r["kernel"] == "one_pass" and not r["dropout"] and not r["scaled"]]
     counts = {(r["rows"], r["tile"], r["rank"], r["layout"], r["gate"]): r["instructions"]["wgmma"] for r in results}

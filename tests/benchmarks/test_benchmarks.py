@@ -1,4 +1,4 @@
-"""The benchmark runner: its clock, its judge, its tables and files, and what it says when ours loses."""
+"""The benchmark runner: timers, checks of results, tables, files, and the remarks when ours is slower."""
 
 import itertools
 import json
@@ -32,10 +32,10 @@ def workload(**changes):
     return Workload(**{"linears": ONE, "rows": 8, "rank": 4, "dtype": torch.float32, "device": CPU} | changes)
 
 
-# the clock
+# timers
 
 
-def test_sleeps_are_timed_as_long_as_they_are():
+def test_the_timer_measures_sleeps():
     clocks = {ms: clock.eager([partial(time.sleep, ms / 1e3)], CPU) for ms in (20, 60)}
     medians = {ms: clock.median(seconds).median for ms, seconds in clock.take_turns(clocks, 3).items()}
     for ms, took in medians.items():
@@ -43,15 +43,15 @@ def test_sleeps_are_timed_as_long_as_they_are():
     assert 2 < medians[60] / medians[20] < 4
 
 
-def test_a_short_call_is_repeated_and_its_copies_take_turns():
+def test_a_short_call_is_repeated_over_all_copies():
     seen = []
     took = clock.eager([partial(seen.append, copy) for copy in range(3)], CPU)()
-    assert 100 < len(seen) <= 1002  # two to find out how long one takes
+    assert 100 < len(seen) <= 1002  # including two calls to estimate the time of one
     assert seen[:6] == [0, 1, 2, 0, 1, 2]
     assert 0 < took < 1e-4
 
 
-def test_clocks_that_share_their_turns_never_run_on_what_another_left():
+def test_clocks_that_share_turns_never_reuse_each_others_copy():
     seen, turns = [], itertools.cycle(range(3))
     calls = [partial(seen.append, copy) for copy in range(3)]
     for clock_of in [clock.eager(calls, CPU, turns) for _ in range(2)]:
@@ -74,7 +74,7 @@ def test_copies_fill_the_largest_cache_three_times(sizes, holds, tmp_path, monke
     assert len(workload().copies) == MAX_COPIES
 
 
-def test_everyone_has_a_turn_in_every_round_and_nobody_always_follows_the_same():
+def test_every_contender_runs_once_per_round_in_varying_order():
     order = []
 
     def clock_of(name):
@@ -82,7 +82,7 @@ def test_everyone_has_a_turn_in_every_round_and_nobody_always_follows_the_same()
 
     seconds = clock.take_turns({name: clock_of(name) for name in "abc"}, 12)
     assert {name: len(times) for name, times in seconds.items()} == dict.fromkeys("abc", 12)
-    rounds = ["".join(order[i : i + 3]) for i in range(3, len(order), 3)]  # the first warms up
+    rounds = ["".join(order[i : i + 3]) for i in range(3, len(order), 3)]  # without the first, a warm-up
     assert [sorted(r) for r in rounds] == [["a", "b", "c"]] * 12
     assert len({r[r.index("b") - 1 : r.index("b")] for r in rounds}) == 3  # after a, after c, first
 
@@ -101,13 +101,13 @@ def test_median_and_percentiles():
 
 
 def test_ratios_are_of_the_same_round():
-    # the machine slows down tenfold halfway: medians of each would say 1, the pairs say 2
+    # the machine slows down tenfold halfway through: the ratio of the medians would be 1, the paired ratio is 2
     slow = Comparison("eager", {"frozen": {"both": [1, 1, 10, 10]}, "ours": {"both": [2, 2, 20, 20]}})
     assert slow.ratio("ours") == 2
     assert math.isnan(Comparison("eager", {"frozen": {"both": [-1.0]}, "ours": {"both": [1.0]}}).ratio("ours"))
 
 
-# the judge
+# checks of results
 
 
 def right(base, adapter):
@@ -140,7 +140,7 @@ class Wrong(nn.Module):
         ("raises", "RuntimeError: out of shared memory"),
     ],
 )
-def test_a_wrong_contender_is_refused_before_the_clock(fault, says, monkeypatch):
+def test_a_wrong_contender_is_refused_before_timing(fault, says, monkeypatch):
     wrong = contenders.Contender("wrong", lambda base, adapter: Wrong(base, adapter, fault))
     (found,) = compare.compare(workload(), [contenders.FROZEN, wrong, contenders.AUTO], ["eager"], 1)
     assert set(found.seconds) == {"frozen", "ours"}
@@ -148,13 +148,13 @@ def test_a_wrong_contender_is_refused_before_the_clock(fault, says, monkeypatch)
 
 
 @pytest.mark.parametrize("adapter", [True, False])
-def test_one_that_ignores_the_gate_is_refused(adapter):
+def test_a_contender_that_ignores_the_gate_is_refused(adapter):
     ignores = contenders.Contender("ignores", partial(contenders.ours, gate=not adapter), adapter=adapter)
     with pytest.raises(RefusedError, match=r"is off by|gives no"):
         Judge(load := workload()).check(load.runner(ignores))
 
 
-def test_what_cannot_be_made_is_refused_with_the_reason():
+def test_a_contender_that_cannot_be_built_is_refused_with_the_reason():
     def build(base, adapter):
         raise ImportError("No module named 'lorafusion'")
 
@@ -165,7 +165,7 @@ def test_what_cannot_be_made_is_refused_with_the_reason():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", sweep.COMPARED)
-def test_every_peer_and_every_gate_of_ours_is_right(variant, dtype):
+def test_every_peer_and_every_gate_of_ours_is_correct(variant, dtype):
     pytest.importorskip("peft")
     peers = contenders.chosen(["peft", "unsloth", "torchtune"], str(dtype)[6:], variant)
     ours = [contenders.AUTO, contenders.NARROW, contenders.OUR_LORA, contenders.OFF_BY_HOST, contenders.ON_BY_DEVICE]
@@ -201,7 +201,7 @@ def test_inputs_that_linears_share_are_shared():
     assert load.copies[0].bases[0].weight is not load.copies[1].bases[0].weight
 
 
-def test_a_chain_is_computed_as_one():
+def test_chained_linears_match_a_sequential_model():
     load = workload(linears=BLOCKS["three-64"])
     copy = load.copies[0]
     assert set(copy.inputs) == {"x"}
@@ -215,7 +215,7 @@ def test_a_chain_is_computed_as_one():
     torch.testing.assert_close(found["dx"], [x.grad])
 
 
-# what is printed and written
+# printed and written results
 
 
 def result(**changes):
@@ -264,7 +264,7 @@ def test_a_file_keeps_other_results_and_replaces_the_same(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_was_not_measured_is_null_and_printed_as_a_dash(tmp_path):
+def test_missing_values_are_null_and_printed_as_a_dash(tmp_path):
     rows = [row | {"over_frozen": math.nan} for row in result().rows]
     report.write(tmp_path / "r.json", result(rows=rows))
     assert json.loads((tmp_path / "r.json").read_text())["results"][0]["rows"][0]["over_frozen"] is None
@@ -277,10 +277,10 @@ def test_what_was_not_measured_is_null_and_printed_as_a_dash(tmp_path):
     [
         ({"command": 3}, "command must be a str; got 3"),
         ({"machine": {}}, "machine must name its device"),
-        ({"rows": [{"a": [1]}]}, r"rows: a must be a text, a number, a boolean or null; got \[1\]"),
+        ({"rows": [{"a": [1]}]}, r"rows: a must be a string, a number, a boolean or null; got \[1\]"),
         ({"rows": [7]}, "rows must hold objects; got 7"),
         ({"refused": [{"contender": "x"}]}, "refused must name a contender and a reason"),
-        ({"rows": []}, "rows and refused are both empty"),
+        ({"rows": []}, "rows or refused must not be empty; both are"),
     ],
 )
 def test_a_result_of_another_schema_is_refused(changes, says, tmp_path):
@@ -291,7 +291,7 @@ def test_a_result_of_another_schema_is_refused(changes, says, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[1]", "nonsense", '{"schema": 2, "results": []}'])
-def test_a_file_of_something_else_stays(content, tmp_path, capsys):
+def test_a_file_that_holds_no_results_is_not_overwritten(content, tmp_path, capsys):
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(SystemExit):
         linear.main(["--shapes", "4,8,6", "--json", str(tmp_path / "r.json")])
@@ -313,7 +313,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
-# where ours loses
+# remarks when ours is slower
 
 
 def times(**both):
@@ -330,14 +330,14 @@ def test_a_loss_is_printed_and_a_bad_choice_fails():
     assert sweep.finish(result(notes=[loses]), options, print) == 0
 
 
-def test_what_wins_is_not_printed():
+def test_a_win_is_not_printed():
     assert not sweep.losses(times(frozen=1.0, ours=1.02, ours_addmm=1.0, **{"Unsloth's order": 1.5}), "here")
 
 
 def test_a_busy_machine_is_named():
     assert not sweep.noise(Comparison("eager", {"frozen": {"both": [1.0, 1.1, 1.0, 1.1]}}), "here")
     (line,) = sweep.noise(Comparison("eager", {"frozen": {"both": [1.0, 2.0, 1.0, 2.0]}}), "here")
-    assert line.startswith("here: not to be relied on, the machine was busy")
+    assert line.startswith("here: unreliable, the machine was busy")
 
 
 # the commands
@@ -372,7 +372,7 @@ def test_graphs_of_changing_gates():
     counted = {what: gates.graphs(what) for what in gates.COMPILED}
     assert counted["the model, device gates"] == 1
     assert counted["every block, host gates"] <= 4
-    assert counted["the model, host gates"] == 8  # torch's limit, after which it stays eager
+    assert counted["the model, host gates"] == 8  # torch's recompile limit, after which it runs eagerly
 
 
 def test_every_command_can_be_called():
@@ -394,7 +394,7 @@ def test_minutes_stop_new_shapes_and_say_so(monkeypatch, capsys):
     assert "stopped before 8 → 6, 3 rows, rank 8: 1 minutes are over" in out
 
 
-def test_a_killed_run_keeps_what_it_had(tmp_path, monkeypatch):
+def test_a_killed_run_keeps_its_results(tmp_path, monkeypatch):
     made = sweep.compare
 
     def killed(load, *rest):
@@ -411,7 +411,7 @@ def test_a_killed_run_keeps_what_it_had(tmp_path, monkeypatch):
     assert {row["rows"] for row in found.rows} == {2}
 
 
-def test_running_out_of_memory_leaves_a_shape_out(monkeypatch, capsys):
+def test_running_out_of_memory_skips_a_shape(monkeypatch, capsys):
     def full(*_):
         raise torch.OutOfMemoryError("no more")
 
@@ -425,12 +425,12 @@ def test_running_out_of_memory_leaves_a_shape_out(monkeypatch, capsys):
     [
         (["--device", "abacus"], "--device", "must be cpu, cuda or cuda:N; got 'abacus'"),
         (["--mode", "graph", "--device", "cpu"], "--mode", "a CPU has no CUDA graphs"),
-        (["--peers", "none", "peft"], "--peers", "none goes with no other; got none peft"),
+        (["--peers", "none", "peft"], "--peers", "none excludes all others; got none peft"),
         (["--peers", "nobody"], "--peers", "'nobody'"),
         (["--rank", "0"], "--rank", "positive integer; got '0'"),
         (["--shapes", "1,2"], "--shapes", "got '1,2'"),
-        (["--json", "no/such/folder.json"], "--json", "no/such is no folder"),
-        (["--plot", "no/such/folder.png"], "--plot", "no/such is no folder"),
+        (["--json", "no/such/folder.json"], "--json", "no/such is not a folder"),
+        (["--plot", "no/such/folder.png"], "--plot", "no/such is not a folder"),
         (["--plot", "p.nope"], "--plot", "must be a file that ends in .png, .pdf, .svg; got 'p.nope'"),
         (["--plot", "tests"], "--plot", "must be a file that ends in .png, .pdf, .svg; got 'tests'"),
     ],
@@ -448,7 +448,7 @@ def test_bad_arguments_are_named(arguments, named, says, capsys):
 def test_without_a_gpu_cuda_is_refused(capsys):
     with pytest.raises(SystemExit):
         linear.main(["--device", "cuda"])
-    assert "finds 0 GPUs" in capsys.readouterr().err
+    assert "finds 0 usable GPUs" in capsys.readouterr().err
 
 
 def test_contenders_of_ours_are_chosen_by_name(capsys):
@@ -464,7 +464,7 @@ def test_contenders_of_ours_are_chosen_by_name(capsys):
     assert message.rstrip().endswith("got theirs")
 
 
-def test_a_plot_without_matplotlib_is_refused_before_the_clock(monkeypatch, capsys):
+def test_a_plot_without_matplotlib_is_refused_before_timing(monkeypatch, capsys):
     monkeypatch.setattr(report, "version_of", lambda module: "absent")
     for command, arguments in ((linear, ["--plot", "p.png"]), (show, ["f.json", "--plot", str(ROOT)])):
         with pytest.raises(SystemExit):
@@ -472,7 +472,7 @@ def test_a_plot_without_matplotlib_is_refused_before_the_clock(monkeypatch, caps
         assert "argument --plot: matplotlib is not installed" in capsys.readouterr().err
 
 
-def test_gates_compare_with_whoever_has_a_switch(capsys):
+def test_gates_compare_only_with_peers_that_can_switch_off(capsys):
     with pytest.raises(SystemExit):
         gates.main(["--peers", "unsloth"])
     assert "argument --peers: invalid choice: 'unsloth'" in capsys.readouterr().err
@@ -499,7 +499,7 @@ def test_every_committed_result_is_shown_in_brief_and_drawn(tmp_path, capsys):
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in tmp_path.iterdir())
 
 
-def test_a_picture_of_ranks_has_ranks_along_it(tmp_path, monkeypatch):
+def test_a_picture_of_ranks_has_ranks_on_its_axis(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     made, figure = [], report.figure
     monkeypatch.setattr(report, "figure", lambda *given, **named: made.append(figure(*given, **named)) or made[-1])
@@ -521,13 +521,13 @@ def test_no_picture_is_wider_than_a_page(panels, columns):
     plt.close(made)
 
 
-def test_blocks_are_titled_by_what_they_are():
+def test_titles_of_blocks():
     assert title("three-64") == "three-64 (64 → 64 → 256 → 64)"
     assert title("llama3-8b") == "llama3-8b (7 linears)"
     assert title("256 → 64") == "256 → 64"
 
 
-def test_show_names_a_file_that_is_none(tmp_path, capsys):
+def test_show_names_a_file_without_results(tmp_path, capsys):
     (tmp_path / "r.json").write_text("{}")
     with pytest.raises(SystemExit):
         show.main([str(tmp_path / "r.json")])
@@ -535,7 +535,8 @@ def test_show_names_a_file_that_is_none(tmp_path, capsys):
     report.write(tmp_path / "o.json", result(command="dance"))
     with pytest.raises(SystemExit):
         show.main([str(tmp_path / "o.json")])
-    assert "no command makes results of 'dance'" in capsys.readouterr().err
+    assert "command must be one of aot, block, gates" in (err := capsys.readouterr().err)
+    assert "got 'dance'" in err
 
 
 @pytest.mark.parametrize(
@@ -545,10 +546,10 @@ def test_show_names_a_file_that_is_none(tmp_path, capsys):
         (("--minutes",), "--minutes must be a positive number; got ''"),
         (("--only", "lunch"), "--only must be one of correctness tuning benchmarks gemm tests tune"),
         (("--fast",), "unknown option --fast"),
-        (("again",), "one OUT at most; got"),
+        (("again",), "at most one OUT is allowed; got"),
         pytest.param(
             (),
-            "torch finds no GPU here; --dry-run tries",
+            "torch finds no GPU; --dry-run tests the script",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason=""),
         ),
     ],
@@ -562,7 +563,7 @@ def test_the_gpu_script_names_bad_arguments(arguments, says, tmp_path):
 
 
 def test_blocks_have_the_published_parameters():
-    # of the linears of one block, from the models' configurations
+    # parameters of the linears of one block, from the models' configurations
     counts = {name: sum(x.in_features * x.out_features for x in block) for name, block in BLOCKS.items()}
     assert counts["llama3-8b"] == 218_103_808
     assert counts["llama2-7b"] == 202_375_168
@@ -571,7 +572,7 @@ def test_blocks_have_the_published_parameters():
     assert distinct("llama3-8b") == ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
 
 
-# a python3 that lacks the packages in ABSENT, fails at the part in FAILS and writes down what else it was asked for
+# a fake python3 that lacks the packages in ABSENT, fails at the part in FAILS and logs its other arguments to ASKED
 PRETENDER = """#!/bin/bash
 case "$*" in
     -c*find_spec*) for name in $ABSENT; do [[ "$*" != *"'$name'"* ]] || exit 1; done; exit 0 ;;
@@ -589,7 +590,7 @@ echo "last line of $*"
 
 @pytest.fixture
 def on_gpu(tmp_path):
-    """Runs the script with a python3 that only says what it was asked for: its output, exit status and those lines."""
+    """Runs the script with the fake python3; returns its output lines, its exit status and the logged arguments."""
     (python := tmp_path / "bin" / "python3").parent.mkdir()
     python.write_text(PRETENDER)
     python.chmod(0o755)
@@ -609,7 +610,7 @@ PARTS = ("gemm", "tests", "tune", "linear", "block", "stack", "gates", "memory",
 
 
 @pytest.mark.parametrize("dry", [True, False], ids=["dry", "on a GPU"])
-def test_the_gpu_script_goes_on_where_a_part_fails(dry, on_gpu, tmp_path):
+def test_the_gpu_script_continues_after_a_part_fails(dry, on_gpu, tmp_path):
     lines, status, asked = on_gpu(*(["--dry-run"] if dry else []), fails="block")
     assert status == 1
     expected = list(PARTS) if dry else [*PARTS, "compiled"]
@@ -621,13 +622,11 @@ def test_the_gpu_script_goes_on_where_a_part_fails(dry, on_gpu, tmp_path):
     summary = (tmp_path / "out" / "summary.txt").read_text().splitlines()
     assert summary == lines[-len(summary) :]
     assert "in brief" in summary
-    assert (
-        len(list((tmp_path / "out").iterdir())) <= 4
-    )  # beside the four pictures: eight files come back from a machine
+    assert len(list((tmp_path / "out").iterdir())) <= 4  # and four pictures: the eight files of a run
 
 
 @pytest.mark.parametrize("arguments", [(), ("--only", "tune")])
-def test_the_gpu_script_keeps_the_table_that_tune_has_written(arguments, on_gpu, tmp_path):
+def test_the_gpu_script_keeps_the_table_of_tune(arguments, on_gpu, tmp_path):
     on_gpu(*arguments)
     assert (tmp_path / "out" / "tune.json").read_text() == "measured"
 
@@ -646,12 +645,12 @@ def test_the_gpu_script_runs_a_group_of_parts(group, parts, on_gpu):
     assert status == 0
     assert run == (parts if group != "benchmarks" else [*parts, "train", "compiled"])
     limits = [int(found[1]) for line in lines if (found := re.match(r"=== \w+ \(at most (\d+)s\)", line))]
-    assert limits[-1] > 500, "the last part of nine minutes has all that is left"
+    assert limits[-1] > 500, "the last part must get all of the remaining time"
 
 
 @pytest.mark.slow
-def test_the_gpu_script_interrupts_what_takes_too_long(tmp_path):
-    # as pytest does, which then prints what has failed
+def test_the_gpu_script_interrupts_a_part_that_times_out(tmp_path):
+    # stands for pytest, which reports its failures when interrupted
     (python := tmp_path / "bin" / "python3").parent.mkdir()
     python.write_text("#!/bin/bash\n[[ $1 != -m ]] || { trap 'echo what has failed; exit 2' INT; sleep 60 & wait; }\n")
     python.chmod(0o755)
@@ -675,7 +674,7 @@ def test_the_gpu_script_runs_one_part(part, on_gpu):
         assert f"/out/{part}.png" in asked[0]
 
 
-def test_the_gpu_script_first_compares_our_gemm_with_the_vendors(on_gpu):
+def test_the_gpu_script_first_compares_our_gemm_with_cublas(on_gpu):
     _, _, (first, *others) = on_gpu()
     plain, fused = "ours triton:low_rank_gemm off by device gate", "ours triton:low_rank_gemm"
     assert first.startswith("-m benchmarks linear ")
@@ -712,7 +711,7 @@ def test_variants_are_timed_beside_pefts(tmp_path, monkeypatch, capsys):
     assert show.main([str(path), "--brief"]) == 0
     assert "hira, 16 → 16 → 64 → 16, 8 rows, rank 8: frozen 1.00 · ours lora " in capsys.readouterr().out
 
-    # one that computes something else is not timed
+    # a contender with wrong results is not timed
     right = variants.ours
 
     def wrong(width, variant):

@@ -1,4 +1,4 @@
-"""The host's time for a layer, as `python -m benchmarks host` measures it without a GPU."""
+"""The host overhead of a layer, measured without a GPU by `python -m benchmarks host`."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def test_every_contender_is_timed_and_launched(tmp_path):
     assert list(rows) == ["frozen", host.PEFT, "ours off", *ours]
     assert all(name in text for name in rows)
     assert all(0 < row["forward"] < row["both"] for row in rows.values())
-    # forward one_pass; backward project, gram, what sums the parts of both, and low_rank_gemm
+    # forward one_pass; backward project, gram, the sum of partials of each, and low_rank_gemm
     assert [row["launches"] for row in rows.values()] == [0, 0, 0, 0, 6, 0, 6]
 
 
@@ -67,7 +67,7 @@ def test_every_kind_that_is_fitted_is_timed():
         (("CC", ""), "needs a C compiler"),
     ],
 )
-def test_what_it_needs_is_named(setting, message, capsys, monkeypatch):
+def test_missing_requirements_are_named(setting, message, capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv(*setting)
     monkeypatch.setattr(host.shutil, "which", lambda name: None if setting[0] == "CC" else "cc")

@@ -1,4 +1,4 @@
-"""What a layer launches, moves and saves, as `python -m benchmarks launches` counts it."""
+"""Launches, bytes moved and bytes saved of a layer, counted by `python -m benchmarks launches`."""
 
 import json
 import os
@@ -29,10 +29,10 @@ def run(*command):
 
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory):
-    """By variant and rows of x, what every contender does at the default sizes."""
+    """The counts of every contender at the default sizes, by variant and rows of x."""
     folder = tmp_path_factory.mktemp("launches")
     paths = {(v, rows): folder / f"{v}-{rows}.json" for v, rows in (("lora", 16), *((v, 8192) for v in COMPARED))}
-    # in one process, which imports everything once
+    # one process for all, which imports everything only once
     every = [["--variant", v, "--rows", str(rows), "--json", str(path)] for (v, rows), path in paths.items()]
     process = run("-c", f"from benchmarks.launches import main\nfor arguments in {every}: assert main(arguments) == 0")
     assert process.returncode == 0, process.stderr
@@ -44,7 +44,7 @@ def moved(count):
 
 
 @pytest.mark.parametrize("variant", COMPARED)
-def test_frozen_and_off_are_one_product_each_way(variant, counts):
+def test_frozen_and_off_launch_one_gemm_per_pass(variant, counts):
     frozen, off = counts[variant, 8192]["frozen"], counts[variant, 8192]["ours off"]
     assert len(frozen["forward"]) == len(frozen["backward"]) == 1
     # x, W, bias and y; dy, W and dx
@@ -64,7 +64,8 @@ def test_fused_forms_launch_and_move_less_than_peft(variant, form, counts):
         assert len(ours["backward"]) <= len(theirs["backward"])
         assert moved(ours) < moved(theirs)
     h, u = 2 * 8192 * 16, 2 * 8192 * 4096
-    assert ours["saved_bytes"] == {"lora": h, "dora": h + u + 2 * 4 * 4096, "hira": 0}[variant]  # with c and the norm
+    # DoRA also saves c and the norm, in float32
+    assert ours["saved_bytes"] == {"lora": h, "dora": h + u + 2 * 4 * 4096, "hira": 0}[variant]
     assert ours["x_saved_as"] is None
     assert found["PEFT as shipped"]["x_saved_as"] == "float32"
 
@@ -78,27 +79,27 @@ def test_one_pass_is_one_launch_or_split_two(counts):
 
 
 @pytest.mark.parametrize(("variant", "form"), [("lora", "addmm"), *FUSED])
-def test_the_model_launches_what_is_launched(variant, form, counts):
+def test_the_cost_model_has_the_counted_launches(variant, form, counts):
     name = form if form == "addmm" else f"triton:{form}"
     modelled = VARIANTS[variant].backends[name].launches(SIZES.call(VARIANTS[variant]))[:2]
     counted = counts[variant, 8192][f"ours {name}"]
     for model, kernels in zip(modelled, (counted["forward"], counted["backward"]), strict=True):
         assert len(model) == len(kernels)
-        # the model leaves out what splits write and read again, and counts what a product in place reads as well
+        # the cost model omits the partial sums of splits, and counts the operand that an in-place product also reads
         big = [(m.bytes, k["bytes"]) for m, k in zip(model, kernels, strict=True) if k["bytes"] > 50e6]
         assert all(0.7 < ours / theirs < 1.02 for ours, theirs in big), big
 
 
 @pytest.mark.parametrize("variant", ["dora", "hira"])
-def test_the_model_of_a_variants_vendor_gemms_moves_what_is_moved(variant, counts):
-    """Of which it leaves out the launches that move little, and takes those of W by blocks for one."""
+def test_the_cost_model_of_addmm_has_the_counted_bytes(variant, counts):
+    """The cost model omits launches that move few bytes and counts the launches over blocks of W as one."""
     modelled = VARIANTS[variant].addmm.launches(SIZES.call(VARIANTS[variant]))
     counted = counts[variant, 8192]["ours addmm"]
     for model, kernels in zip(modelled[:2], (counted["forward"], counted["backward"]), strict=True):
         assert 0.9 < sum(m.bytes for m in model) / sum(k["bytes"] for k in kernels) < 1.02
 
 
-def test_sizes_that_cannot_be_are_refused(capsys, monkeypatch):
+def test_impossible_sizes_are_refused(capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     from benchmarks.__main__ import main
 

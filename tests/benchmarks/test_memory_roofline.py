@@ -1,4 +1,4 @@
-"""What a layer keeps and holds, and how far its time is from what the machine allows."""
+"""Saved and peak memory of a layer, and its time relative to the machine's roofline."""
 
 import math
 import shutil
@@ -32,7 +32,7 @@ def measured(*contenders, dtype=torch.float32, linears=LINEARS, rank=RANK):
 
 
 class Keeps(torch.autograd.Function):
-    """A low-rank linear that keeps x in float64 as well, where `how` says."""
+    """A low-rank linear that also keeps x in float64, in the place that `how` gives."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scale, how):
@@ -59,7 +59,7 @@ def keeps(how):
 
 
 @pytest.mark.slow
-def test_frozen_and_off_by_host_keep_nothing():
+def test_frozen_and_off_by_host_save_nothing():
     found = measured(FROZEN, OFF_BY_HOST)
     assert found[FROZEN.name] == found[OFF_BY_HOST.name]
     assert (found[FROZEN.name].saved, found[FROZEN.name].unseen, found[FROZEN.name].kinds) == (0, 0, "")
@@ -70,7 +70,7 @@ def test_the_peak_of_one_frozen_linear_is_y_and_dx():
     assert measured(FROZEN, linears=linear).peak == 4 * M * (48 + 32)
 
 
-def test_addmm_keeps_h_and_nothing_else():
+def test_addmm_saves_only_h():
     found = measured(ADDMM)
     assert found.saved == len(LINEARS) * M * RANK * 4
     assert found.unseen == 0
@@ -78,7 +78,7 @@ def test_addmm_keeps_h_and_nothing_else():
     assert found.peak >= measured(FROZEN).peak + found.saved
 
 
-def test_what_is_saved_twice_counts_once_and_views_of_operands_are_free():
+def test_shared_memory_counts_once_and_views_of_operands_do_not_count():
     class Views(Keeps):
         @staticmethod
         def forward(ctx, x, weight, bias, a, b, scale):
@@ -107,12 +107,12 @@ def test_a_copy_of_x_in_another_dtype_is_named():
 
 
 @pytest.mark.slow
-def test_peft_as_shipped_keeps_x_again_in_float32():
+def test_peft_as_shipped_saves_a_float32_copy_of_x():
     pytest.importorskip("peft")
     from benchmarks.contenders import PEERS
 
     found = measured(FROZEN, PEERS[0], dtype=torch.bfloat16)["PEFT as shipped"]
-    # two of the linears read the same x, and PEFT casts it for each
+    # two of the linears read the same x, and PEFT casts it once for each
     assert found.kinds.startswith(f"1 of x again in float32 [{M}, 64], 3 of x again in float32 [{M}, 16], ")
     assert found.saved >= 4 * M * (3 * 16 + 64)
 
@@ -125,18 +125,18 @@ def test_factors_in_the_dtype_of_x_are_named_though_transposed():
     assert found.saved == 2 * RANK * (M + 32 + 96)
 
 
-def test_what_hides_from_the_hooks_is_found_and_told():
+def test_memory_hidden_from_the_hooks_is_reported():
     linear = (Linear("one", 64, 16, "x"),)
     found = measured(keeps("attribute"), linears=linear)
     assert (found.saved, found.unseen) == (0, 8 * M * 64)
     rows = memory.rows_of({"sly": found}, shape="one", rows=M, rank=RANK)
-    assert memory.doubts(rows, "one") == ["one: sly keeps 12.3 kB that it does not hand to autograd's hooks"]
+    assert memory.doubts(rows, "one") == ["one: sly keeps 12.3 kB that autograd's hooks do not see"]
     assert "0 B + 12.3 kB unseen" in memory.table(rows)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor has no C++ compiler here")
-def test_compiled_code_is_seen_by_the_hooks_and_the_allocator():
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+def test_memory_of_compiled_code_is_counted():
     linear = (Linear("one", 64, 32, "x"),)
     compiled = torch.compile(lambda x, w, bias, a, b, scale: F.linear(x, w, bias) + scale * (x @ a.T) @ b.T)
     found = measured(
@@ -147,7 +147,7 @@ def test_compiled_code_is_seen_by_the_hooks_and_the_allocator():
     assert found["compiled"].peak > found[FROZEN.name].peak
 
 
-def test_whoever_is_wrong_is_refused_and_measured_by_none():
+def test_wrong_contenders_are_refused_and_not_measured():
     wrong = Contender(
         "wrong", lambda base, adapter: Adapted(base, adapter, lambda x, w, bias, *_: F.linear(x, w, bias))
     )
@@ -157,7 +157,7 @@ def test_whoever_is_wrong_is_refused_and_measured_by_none():
 
 
 @pytest.mark.slow
-def test_off_by_host_that_saves_something_fails(monkeypatch, capsys):
+def test_saving_memory_when_off_by_host_fails(monkeypatch, capsys):
     off = Contender(OFF_BY_HOST.name, ADDMM.build, context=ADDMM.context)
     arguments = ["--shapes", "three-64", "--rows", "8", "--rank", "2", "--device", "cpu"]
     monkeypatch.setattr(memory, "contenders_of", lambda options: [FROZEN, OFF_BY_HOST])
@@ -180,21 +180,21 @@ def test_amounts_have_three_digits(count, shown):
 RATES = Rates(bandwidth=1e9, flops=1e12)
 
 
-def test_the_floor_is_what_is_read_and_written_once():
+def test_the_floor_reads_and_writes_everything_once():
     sizes = Sizes(m=2, n=3, k=5, rank=1, element_size=2)
     x, w, y, a, b = 10, 15, 6, 5, 3
-    # so small that products do not count
+    # so small that only bytes count
     assert roofline.floor(sizes, RATES) == pytest.approx(
         2 * ((x + w + a + b + y) + (y + w + a + b + x + x + a + b)) / 1e9
     )
     slow = Rates(bandwidth=1e15, flops=1e6)
-    # forward: 30 products of the base, 10 of h and 6 of h B; backward: 30 of the base, two each of A's and B's sizes
+    # multiply-adds, forward: 30 for x Wᵀ, 10 for h, 6 for h Bᵀ; backward: 30 for dy W, 2 × 10 and 2 × 6 for A and B
     assert roofline.floor(sizes, slow) == pytest.approx(2 * ((30 + 10 + 6) + (30 + 2 * 10 + 2 * 6)) / 1e6)
 
 
-def test_the_floor_takes_the_slower_of_bytes_and_products_in_each_pass():
+def test_the_floor_takes_the_slower_of_bytes_and_flops_in_each_pass():
     sizes = Sizes(m=2, n=3, k=5, rank=1, element_size=2)
-    even = Rates(bandwidth=78, flops=2 * 46)  # the forward's bytes and products take a second each
+    even = Rates(bandwidth=78, flops=2 * 46)  # the forward's bytes and its FLOPs take one second each
     backward = max(2 * 57 / even.bandwidth, 2 * 62 / even.flops)
     assert roofline.floor(sizes, even) == pytest.approx(1 + backward)
 
@@ -206,7 +206,7 @@ def test_no_model_goes_below_the_floor(name):
         for m in (1, 64, 512, 8192):
             for n, k in ((4096, 4096), (768, 3072)):
                 sizes = Sizes(m, n, k, 16, dtype.itemsize)
-                # a rank's products are too few for the model to count
+                # the cost model neglects the FLOPs of so small a rank
                 launches = roofline.launches_of(f"ours {name}", sizes)
                 took = cost.seconds(launches, sizes.element_size, machine, captured=True)
                 assert took > 0.95 * roofline.floor(sizes, Rates(4e12, 8e14))
@@ -220,7 +220,7 @@ def test_the_model_has_the_rate_of_the_dtype():
         assert took == pytest.approx(2 * 2 * 64 * 128 * 256 / 1e9, rel=0.01)
 
 
-def test_rates_are_positive_and_finite_and_count_both_ways():
+def test_rates_are_positive_and_finite_and_count_reads_and_writes():
     rates = roofline.rates(CPU, torch.float32, rounds=3, copied=1 << 24, square=128)
     assert 0 < rates.bandwidth < math.inf
     assert 0 < rates.flops < math.inf
@@ -230,7 +230,7 @@ def test_rates_are_positive_and_finite_and_count_both_ways():
         start = time.perf_counter()
         target.copy_(source)
         took.append(time.perf_counter() - start)
-    # a busy machine may be slower than at its best, and no machine is four times as fast
+    # a busy machine may be slower than its best round, but not four times as fast
     assert rates.bandwidth < 4 * 2 * (1 << 24) / min(took)
 
 
@@ -253,7 +253,7 @@ def test_rows_hold_the_ratios_and_a_wrong_model_is_named():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Rates of small operands, so that a test does not take long."""
+    """Measures rates on small operands, to keep the test short."""
     monkeypatch.setattr(roofline, "COPIED", {"cpu": 1 << 20})
     monkeypatch.setattr(roofline, "SQUARE", {"cpu": 64})
 
@@ -274,10 +274,10 @@ def small(monkeypatch):
         ),
     ],
 )
-def test_what_is_written_reads_as_it_was_printed(module, arguments, told, small, tmp_path, capsys, monkeypatch):
+def test_a_written_result_is_shown_as_it_was_printed(module, arguments, told, small, tmp_path, capsys, monkeypatch):
     path, drawn = tmp_path / "results.json", tmp_path / "results.png"
     all_of_them = memory.contenders_of
-    # the interpreter takes its time
+    # without the Triton backends, because the interpreter is slow
     monkeypatch.setattr(memory, "contenders_of", lambda o: [c for c in all_of_them(o) if "triton" not in c.name])
     arguments = [*arguments, "--rows", "8", "--rank", "2", "--device", "cpu", "--json", str(path), "--plot", str(drawn)]
     assert module.main(arguments) == 0
@@ -299,14 +299,14 @@ def test_what_is_written_reads_as_it_was_printed(module, arguments, told, small,
     [
         (memory, ["--rows", "0"], "argument --rows: must be a positive integer; got '0'"),
         (memory, ["--shapes", "three-65"], "argument --shapes: invalid choice: 'three-65'"),
-        (memory, ["--peers", "none", "peft"], "argument --peers: none goes with no other"),
+        (memory, ["--peers", "none", "peft"], "argument --peers: none excludes all others"),
         (memory, ["--mode", "eager"], "unrecognized arguments: --mode eager"),
         (memory, ["--device", "tpu"], "argument --device: must be cpu, cuda or cuda:N; got 'tpu'"),
         (memory, ["--json", "no/such/folder.json"], "argument --json: "),
         (roofline, ["--shapes", "1,2"], "argument --shapes: must be llama3-8b"),
         (roofline, ["--rank", "x"], "argument --rank: must be a positive integer; got 'x'"),
         (roofline, ["--device", "cpu", "--mode", "graph"], "argument --mode: graph needs --device cuda"),
-        (roofline, ["--peers", "none", "peft"], "argument --peers: none goes with no other"),
+        (roofline, ["--peers", "none", "peft"], "argument --peers: none excludes all others"),
         (roofline, ["--plot", "no/such/folder.png"], "argument --plot: "),
     ],
 )

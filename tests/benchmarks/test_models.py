@@ -1,4 +1,4 @@
-"""What `python -m benchmarks models` says of a model, and of a library that is at fault; and its whole course."""
+"""The outcomes of `python -m benchmarks models` for working models and for faults of the library, and a whole run."""
 
 import json
 import os
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 
 
 class Net(nn.Module):
-    """Blocks of one linear each; `reads` takes one's weight past its forward."""
+    """Blocks of one linear each; with `reads`, one weight is used without calling its linear."""
 
     def __init__(self, reads=False):
         super().__init__()
@@ -49,12 +49,12 @@ def test_a_model_that_works(tmp_path):
     assert row["difference"] < 1e-6
 
 
-def test_a_model_that_reads_a_weight_past_its_adapter(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "_traced", False)  # as in a process that has compiled nothing
+def test_a_model_that_reads_a_weight_without_calling_its_layer(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "_traced", False)  # as in a process that has not compiled anything
     row = tried(tmp_path, lambda: Net(reads=True))
     assert (row["outcome"], row["told"]) == (WARNED, "unreached | merged uncalled")
     assert "blocks.1.0" in row["reason"]
-    assert "merged, it computes something else, as warned" in row["notes"]
+    assert "outputs differ after merging, as warned" in row["notes"]
 
 
 class Attention(nn.Module):
@@ -70,13 +70,13 @@ class Attention(nn.Module):
         return self.down(self.up[0](self.attention(x, x, x, need_weights=False)[0]))
 
 
-def test_what_is_refused_is_left_out_as_advised(tmp_path):
+def test_a_refused_layer_is_excluded_as_the_error_advises(tmp_path):
     row = tried(tmp_path, Attention)
     assert (row["outcome"], row["stage"], row["adapters"]) == (REFUSED, "inject", 2)
     assert "attention.out_proj must not be adapted" in row["reason"]
 
 
-def test_what_cannot_be_compared_is_not_built(tmp_path):
+def test_a_model_that_cannot_be_compared_is_not_built(tmp_path):
     class Random(Net):
         def forward(self, x):
             return super().forward(x)["x"] + torch.rand(6, generator=self.generator)
@@ -86,7 +86,7 @@ def test_what_cannot_be_compared_is_not_built(tmp_path):
         model.generator = torch.Generator()
         return model
 
-    assert tried(tmp_path, random)["reason"].startswith("it computes something else at each call")
+    assert tried(tmp_path, random)["reason"].startswith("its outputs differ from call to call")
 
     def fail():
         raise NotBuiltError("too large")
@@ -94,10 +94,10 @@ def test_what_cannot_be_compared_is_not_built(tmp_path):
     row = trial.tried(fail, tmp_path)
     assert (row["outcome"], row["reason"]) == (NOT_BUILT, "too large")
     row = trial.tried(lambda: {}["config"], tmp_path)
-    assert (row["outcome"], row["reason"]) == (NOT_BUILT, "the search for it raises KeyError: 'config'")
+    assert (row["outcome"], row["reason"]) == (NOT_BUILT, "building it raises KeyError: 'config'")
 
 
-def test_a_model_that_is_random_in_training_alone(tmp_path):
+def test_a_model_that_is_random_only_in_train_mode(tmp_path):
     class Random(Net):
         def forward(self, x):
             return super().forward(x)["x"] + (next(self.numbers) if self.training else 0)
@@ -115,11 +115,11 @@ def test_a_model_that_is_random_in_training_alone(tmp_path):
             return Numbers.count
 
     row = tried(tmp_path, random)
-    assert (row["outcome"], row["notes"]) == (WORKS, "in train mode it computes something else at each call")
+    assert (row["outcome"], row["notes"]) == (WORKS, "its outputs in train mode differ from call to call")
 
 
 class Reversible(torch.autograd.Function):
-    """Knows of gradients for its inputs alone, as the layers of Reformer do."""
+    """Like Reformer's layers, runs a backward only if its input requires grad."""
 
     @staticmethod
     def forward(ctx, x, layer):
@@ -156,7 +156,7 @@ def test_a_model_whose_inputs_must_require_grad(tmp_path):
 
 
 class Drifting(cotolora.CoTo):
-    """Changes what is frozen."""
+    """Changes a frozen parameter."""
 
     def __init__(self, model, steps):
         super().__init__(model, steps)
@@ -186,10 +186,10 @@ def at_fault(monkeypatch, fault):
 
 FAULTS = {
     "off": "outputs with adapters disabled differ",
-    "train": "blocks.2.0.bias is frozen and has moved",
-    "save": "PEFT with our file computes something else",
-    "load": "outputs of a loaded adapter differ",
-    "merge": "merged, the model computes something else",
+    "train": "blocks.2.0.bias changed although it is frozen",
+    "save": "PEFT's outputs with our file differ",
+    "load": "outputs with a loaded adapter differ",
+    "merge": "outputs differ after merging",
     "inject": "ZeroDivisionError",
 }
 
@@ -233,7 +233,7 @@ def test_a_config_is_made_smaller_by_the_names_of_its_settings():
     assert before == 128
 
 
-def test_layers_of_every_kind_stay():
+def test_layers_of_every_kind_are_kept():
     config = transformers.Qwen3NextConfig()
     kinds = set(config.layer_types)
     tiny.Shrinking(config, "heads")
@@ -241,14 +241,14 @@ def test_layers_of_every_kind_stay():
     assert len(config.layer_types) == config.num_hidden_layers <= 4
 
 
-def test_what_is_read_after_several_layers_is_read_after_as_many():
+def test_settings_that_list_n_layers_keep_n_layers():
     config = transformers.DPTConfig()
     assert list(config.backbone_out_indices) == [2, 5, 8, 11]
     tiny.Shrinking(config, "heads")
     assert (config.num_hidden_layers, list(config.backbone_out_indices)) == (4, [0, 1, 2, 3])
 
 
-def test_stages_stay():
+def test_stages_are_kept():
     config = transformers.GLPNConfig()
     tiny.Shrinking(config, "heads")
     assert config.num_encoder_blocks == len(config.depths) == len(config.hidden_sizes) == 4
@@ -256,7 +256,7 @@ def test_stages_stay():
 
 @pytest.fixture
 def three(monkeypatch):
-    """Three architectures, and what of them was tried."""
+    """Three architectures, and the list of those that were tried."""
     done = []
 
     def row_of(library, key, name):
@@ -271,7 +271,7 @@ def three(monkeypatch):
     return done
 
 
-def test_rows_that_are_there_are_not_made_again(three, monkeypatch, tmp_path, capsys):
+def test_existing_rows_are_not_made_again(three, monkeypatch, tmp_path, capsys):
     assert models.main(["--only", "a", "--out", str(tmp_path)]) == 0
     assert models.main(["--out", str(tmp_path)]) == 1
     assert three == ["A", "B", "C"]
@@ -285,7 +285,7 @@ def test_rows_that_are_there_are_not_made_again(three, monkeypatch, tmp_path, ca
     assert three == ["A", "B", "C", "B", "A"]
 
 
-def test_rows_of_another_commit_stay_if_asked(three, monkeypatch, tmp_path, capsys):
+def test_rows_of_another_commit_are_kept_on_request(three, monkeypatch, tmp_path, capsys):
     models.main(["--out", str(tmp_path)])
     machine = report.machine
     monkeypatch.setattr(report, "machine", lambda device: machine(device) | {"cotolora": "0 other+changes"})
@@ -299,7 +299,7 @@ def test_rows_of_another_commit_stay_if_asked(three, monkeypatch, tmp_path, caps
     assert "rows are of" not in (tmp_path / "models.md").read_text()
 
 
-def test_what_is_no_architecture(three, capsys):
+def test_unknown_architectures_are_named(three, capsys):
     assert models.main(["--only", "d"]) == 2
     assert "no architecture is named d" in capsys.readouterr().out
 
@@ -319,7 +319,7 @@ def dies(*args):
 
 
 @pytest.mark.slow
-def test_the_quick_course(tmp_path):
+def test_the_quick_run(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "models", "--quick", "--out", str(tmp_path)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr

@@ -1,4 +1,4 @@
-"""`python -m benchmarks stack`: a table of whole blocks, and what groups launch and move."""
+"""`python -m benchmarks stack`: a table of whole blocks, and the launches and bytes of groups."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.support.repository import ROOT
 def test_a_group_launches_and_moves_less_when_it_is_stacked():
     for name, layers in (("q, k and v", 3), ("gate and up", 2)):
         frozen, single, together, *others = stack.counted(name)
-        # a sum of the gradients of x for each layer but the first
+        # two GEMMs per layer, and an addition to the gradient of x for each layer but the first
         assert frozen["launches"] == 3 * layers - 1
         assert single["launches"] == 9 * layers - 1
         # 6 for each layer, two products for all, of which a third is dx's, and two concatenations

@@ -1,4 +1,4 @@
-"""The study: its verdicts on numbers that are known, and its whole course on a model that takes no time."""
+"""The study: its verdicts on known numbers, and a whole run with a tiny model."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def test_a_verdict_needs_the_whole_interval(differences, sign, expected):
 
 
 def test_the_interval_is_students():
-    # mean 1, standard deviation 1 of 4: t(0.975, 3) = 3.18245 by the tables
+    # four numbers with mean 1 and standard deviation 1; t(0.975, 3) = 3.18245 from tables
     low, high = claims.interval([0.0, 2.0, 1 - math.sqrt(0.5), 1 + math.sqrt(0.5)])
     assert (low, high) == pytest.approx((1 - 3.18245 / 2, 1 + 3.18245 / 2), abs=1e-5)
 
@@ -46,18 +46,18 @@ def test_claims_pair_the_seeds_and_average_the_domains():
     rows = [
         row("LoRA", "score", 10.0 * seed + shift, seed, domain=d)
         for seed in (0, 1, 2)
-        for d, shift in (("a", 0), ("b", 2), ("c", 999))  # no CoTo has learned c
+        for d, shift in (("a", 0), ("b", 2), ("c", 999))  # CoTo has no rows for c
     ]
-    # no LoRA has seed 7
+    # LoRA has no rows for seed 7
     rows += [row("CoTo", "score", 10.0 * seed + 4, seed, domain=d) for seed in (1, 0, 7, 2) for d in ("a", "b")]
     (found,) = claims.judged(rows, "digits")
-    assert found["claim"].says == "a single task is learned better"
+    assert found["claim"].says == "the score on a single task is higher"
     assert (found["difference"], found["low"], found["high"]) == (3.0, 3.0, 3.0)
     assert found["verdict"] == claims.HOLDS
     assert found["without"] == (11.0, 10.0)
 
 
-def test_the_rate_of_the_best_mean_is_taken():
+def test_the_rate_with_the_best_mean_score_is_chosen():
     method = runs.METHODS[0]
     rows = [
         row(method.name, "sweep", value, seed, at) for at, seed, value in ((1, 0, 9), (1, 1, 0), (2, 0, 5), (2, 1, 5))
@@ -65,7 +65,7 @@ def test_the_rate_of_the_best_mean_is_taken():
     assert runs.best_rates([*rows, row("other", "sweep", 99, at=3)], [method]) == {method: 2}
 
 
-def test_rows_are_characters_and_their_successors():
+def test_rows_are_characters_and_the_next_characters():
     x, y = tasks.rows_of("abc€" + "d" * tasks.LENGTH * 2)
     assert x.shape == y.shape == (2, tasks.LENGTH)
     assert x[0, :5].tolist() == [*b"abc?d"]
@@ -81,7 +81,7 @@ def test_this_machine_has_the_text(make):
 
 
 def test_too_little_text_is_named():
-    with pytest.raises(ValueError, match="prose must have 162800 characters on this machine; it has 5"):
+    with pytest.raises(ValueError, match="prose must have at least 162800 characters; this Python's has 5"):
         tasks.domain_of("prose", "short")
 
 
@@ -112,7 +112,7 @@ def tiny():
     )
 
 
-def test_settings_run_side_by_side_and_one_that_fails_loses_no_other():
+def test_settings_run_in_parallel_and_a_failure_keeps_the_others():
     found = study.in_processes(math.sqrt, [4.0, -1.0, 9.0])
     assert {next(found), next(found)} == {2.0, 3.0}
     with pytest.raises(ValueError, match=r"math domain|nonnegative"):
@@ -120,7 +120,7 @@ def test_settings_run_side_by_side_and_one_that_fails_loses_no_other():
 
 
 @pytest.mark.slow
-def test_the_whole_course_on_a_tiny_model(tmp_path, monkeypatch, capsys):
+def test_a_whole_run_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     methods = (runs.METHODS[0], runs.METHODS[2])
     monkeypatch.setitem(study.SETTINGS, "text", tiny)
     monkeypatch.setitem(study.QUICK, "text", study.Size(2, 20, 20, (1e-2, 2e-2), 1, runs.METHODS, 1))
@@ -130,7 +130,7 @@ def test_the_whole_course_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     assert study.main(["--quick", "--settings", "text", "--out", str(tmp_path), *chosen]) == 0
     told = capsys.readouterr().out
     assert told.startswith((tmp_path / "study.md").read_text())
-    assert "| a single task is learned better" in told
+    assert "| the score on a single task is higher" in told
     assert {path.name for path in tmp_path.iterdir()} == {
         "study.md", "study.json", "fused.png", "sparsity.png", "dropped.png", "shapley.png", "rates.png", "kept.png",
         "merged.png", "score.png", "time.png", "skipped.png",
@@ -147,7 +147,7 @@ def test_the_whole_course_on_a_tiny_model(tmp_path, monkeypatch, capsys):
         ("shapley", 2),
         ("time", None),
     } <= ours
-    # what the numbers must satisfy, whatever was learned
+    # relations that hold regardless of what was learned
     of = {(r["method"], r["domain"], r["seed"], r["measure"], r["at"]): r["value"] for r in rows}
     for name in ("LoRA", "CoTo"):
         assert of[name, "one", 0, "dropped", 0] == of[name, "one", 0, "score", None]
@@ -162,7 +162,7 @@ def test_the_whole_course_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     [
         (["--seeds", "1"], "--seeds must be at least 2"),
         (["--steps", "5"], "--steps must be at least 20"),
-        (["--methods", "CoTo"], "--methods must hold LoRA, which the others are timed against; got CoTo"),
+        (["--methods", "CoTo"], "--methods must include LoRA, the baseline of the times; got CoTo"),
     ],
 )
 def test_bad_options_are_named(arguments, says, capsys):

@@ -1,4 +1,4 @@
-"""The study of a pretrained encoder: its whole course on a tiny random BERT and generated sentences."""
+"""The study of a pretrained encoder: a whole run on a tiny random BERT and generated sentences."""
 
 import io
 import json
@@ -63,13 +63,13 @@ def course(checkpoint, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_course_and_its_resumption(checkpoint, data, tmp_path, monkeypatch, capsys):
+def test_a_whole_run_and_its_resumption(checkpoint, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(study.QUICK_PRETRAINED, "sentiment", PLAN)
     command = ["--settings", "sentiment", "--quick", "--model", str(checkpoint), "--data", str(data)]
     command += ["--processes", "1", "--out", str(tmp_path)]
     assert study.main(command) == 0
     told = capsys.readouterr().out
-    assert "| a single task is learned better" in told
+    assert "| the score on a single task is higher" in told
     lines = (tmp_path / "sentiment.jsonl").read_text().splitlines()
     rows = [row for line in lines[1:] for row in json.loads(line)["rows"]]
     places = {(r["method"], r["measure"], r["at"]) for r in rows}
@@ -80,10 +80,10 @@ def test_the_whole_course_and_its_resumption(checkpoint, data, tmp_path, monkeyp
         } <= places  # fmt: skip
     assert ("PEFT's LoRA", "time", None) in places
     of = {(r["method"], r["domain"], r["measure"], r["at"]): r["value"] for r in rows if r["seed"] == 0}
-    # CoTo at a rising p trains fewer adapters
+    # CoTo's rising p skips part of the adapter work
     assert of["LoRA", "films", "skipped", None] == 0 < of["CoTo", "films", "skipped", None] < 60
 
-    # stopped after some jobs, in the middle of a line: the rest is done again, to the same numbers
+    # interrupted after some jobs, in the middle of a line: resuming gives the same numbers
     (tmp_path / "sentiment.jsonl").write_text("\n".join(lines[:20]) + '\n{"job": "train | fil')
     done = []
     do = stages.Bench.do
@@ -98,7 +98,7 @@ def test_the_whole_course_and_its_resumption(checkpoint, data, tmp_path, monkeyp
     )
     assert before == after
 
-    # a part can be told: that of the domain which is confirmed
+    # a partial run can be reported: the domain that is confirmed
     part = [line for line in lines if not line.startswith(('{"job": "train | books', '{"job": "merge'))]
     (tmp_path / "sentiment.jsonl").write_text("\n".join(part) + "\n")
     done.clear()
@@ -108,14 +108,14 @@ def test_the_whole_course_and_its_resumption(checkpoint, data, tmp_path, monkeyp
     (tmp_path / "sentiment.jsonl").write_text("\n".join(lines[:10]) + "\n")
     with pytest.raises(SystemExit):
         study.main([*command, "--report"])
-    assert "--report needs a domain that is confirmed" in capsys.readouterr().err
+    assert "--report needs a confirmed domain" in capsys.readouterr().err
 
     with pytest.raises(SystemExit):
         study.main([*command, "--steps", "21"])
-    assert "is of a run with another steps" in capsys.readouterr().err
+    assert "belongs to a run with another steps" in capsys.readouterr().err
 
 
-def test_subsets_are_scored_as_one_by_one(course):
+def test_reused_outputs_give_the_same_scores(course):
     bench = stages.Bench(course)
     run = bench._train("films", runs.Method("LoRA", schedule="linear"), 2e-2, 0)
     split = bench.setting.domains["films"].test
@@ -128,7 +128,7 @@ def test_subsets_are_scored_as_one_by_one(course):
     assert "forward" not in run.model.model.bert.encoder.layer[0].__dict__
 
 
-def test_few_shots_are_the_same_texts_for_two_seeds_that_are_fused(course, monkeypatch):
+def test_both_seeds_of_a_fused_pair_train_on_the_same_few_texts(course, monkeypatch):
     bench = stages.Bench(replace(course, name="news", plan=replace(PLAN, shots=2)))
     seen = []
     batches = tasks.batches
@@ -144,13 +144,13 @@ def test_few_shots_are_the_same_texts_for_two_seeds_that_are_fused(course, monke
     name, layer = next(iter(runs.cotolora.adapters(model).items()))
     assert name.endswith("self.query")
     assert layer.rank == 2
-    # what was kept is taken again, not trained again
+    # saved adapters are loaded, not trained again
     rows, _ = bench.do(named("pair", "headlines", stages.PAPER, recipe, 0, 1))
     assert len(seen) == 3
     assert {row["measure"] for row in rows} == {"fused", "barrier", "mixed"}
 
 
-def test_pefts_adapters_learn_the_same(course):
+def test_pefts_adapters_learn_the_same_weights(course):
     bench = stages.Bench(course)
     split = bench.setting.domains["films"].train
     ours, pefts = (runs.Method(library, schedule="cosine", library=library) for library in ("cotolora", "peft"))
@@ -201,7 +201,7 @@ def test_schedules_warm_up_and_end(schedule):
     assert rates[99] == pytest.approx(2.0 if schedule == "constant" else 0.0, abs=0.05)
 
 
-def test_documents_stay_whole():
+def test_documents_are_not_split():
     sentences = [Sentence(str(i // 5), "ab"[i % 2], str(i)) for i in range(100)]
     parts = corpora.split(sentences, (20, 30))
     assert [len(part) for part in parts] == [20, 30, 50]
@@ -239,7 +239,7 @@ def test_the_archives_become_sentences_by_domain(tmp_path, capsys):
     assert set(found) == {"movies", "tweets", "products", "editorials"}
     assert found["movies"] == [Sentence("1", "positive", "A fine film"), Sentence("3", "negative", "Bad")]
     assert [sentence.document for sentence in found["products"]] == ["1", "1"]
-    assert [sentence.text for sentence in found["tweets"]] == ["yay", "nay"]  # the repeated one is left out
+    assert [sentence.text for sentence in found["tweets"]] == ["yay", "nay"]  # without the duplicate
     (news,) = corpora.read(tmp_path / "news").values()
     assert news == [Sentence(f"{label}/001.txt", label, f"A headline of {label}") for label in ("sports", "tech")]
 
@@ -248,11 +248,11 @@ def test_bad_archives_and_files_are_named(tmp_path, capsys):
     (tmp_path / "other.zip").write_bytes(b"no archive")
     with pytest.raises(SystemExit):
         corpora.main([str(tmp_path / "other.zip"), str(tmp_path)])
-    assert "other.zip must be vaderSentiment-0.5.zip" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="it holds none"):
+    assert "ARCHIVE must be vaderSentiment-0.5.zip" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="it contains none"):
         corpora.read(tmp_path)
     (tmp_path / "a.tsv").write_text("1\tx\ttext\n2\ty\n")
-    with pytest.raises(ValueError, match=r"a\.tsv must hold a document, a label and a text in each line; line 2"):
+    with pytest.raises(ValueError, match=r"a\.tsv must have a document, a label and a text in each line; line 2"):
         corpora.read(tmp_path)
 
 
@@ -265,7 +265,7 @@ def test_a_checkpoint_and_enough_texts_are_needed(course, tmp_path):
         )
 
 
-def test_the_options_are_needed(capsys):
+def test_model_and_data_are_required(capsys):
     with pytest.raises(SystemExit):
         study.main(["--settings", "news"])
     assert "--model and --data must be given for news" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Whole training steps: who is timed, over which steps, and that nobody is who computes something else."""
+"""Timing of whole training steps: the contenders, the timed steps, and that wrong contenders are refused."""
 
 import math
 
@@ -36,7 +36,7 @@ def masks():
 
 
 @pytest.mark.slow
-def test_everyone_has_times_that_add_up(result):
+def test_phases_add_up_to_the_step(result):
     runs = train.runs_of(result)
     assert list(runs) == [PEFT, ON, COTO]
     assert not result.refused
@@ -50,25 +50,25 @@ def test_everyone_has_times_that_add_up(result):
         assert row["over_peft"] == pytest.approx(row["mean_s"] / runs[PEFT]["mean_s"])
 
 
-def test_coto_skips_what_its_masks_say_and_the_others_nothing(result):
+def test_only_coto_skips_work_as_its_masks_say(result):
     runs, on = train.runs_of(result), masks()
     assert 0 < on.float().mean() < 1
     for name in (PEFT, ON):
         assert (runs[name]["work_skipped"], runs[name]["backwards_skipped"]) == (0, 0)
     assert runs[COTO]["work_skipped"] == pytest.approx(1 - on.float().mean().item())
-    # the backward ends at the lowest block that is on
+    # the backward stops at the lowest block that is on
     lowest = on.int().argmax(1)
     assert lowest.any()
     assert runs[COTO]["backwards_skipped"] == pytest.approx(lowest.sum().item() / (STEPS * LAYERS))
 
 
-def test_p_is_that_of_the_schedule(result):
+def test_p_follows_the_schedule(result):
     p = {name: [r["p"] for r in result.rows if "step" in r and r["contender"] == name] for name in (PEFT, COTO)}
     assert p[COTO] == [cotolora.activation_probability(step, STEPS) for step in range(STEPS)]
     assert p[PEFT] == [None] * STEPS
 
 
-def test_blocks_without_backward_hold_less(result):
+def test_blocks_without_backward_need_less_memory(result):
     runs = train.runs_of(result)
     activations = 4 * LAYERS * 2 * 8 * 32
     assert runs[ON]["peak_mean_bytes"] == runs[ON]["peak_max_bytes"] > activations
@@ -78,7 +78,7 @@ def test_blocks_without_backward_hold_less(result):
 
 
 @pytest.mark.slow
-def test_what_is_written_reads_as_it_was_printed(tmp_path, capsys):
+def test_a_written_result_is_shown_as_it_was_printed(tmp_path, capsys):
     path, drawn = tmp_path / "results.json", tmp_path / "results.png"
     assert train.main([*TINY, "--json", str(path), "--plot", str(drawn)]) == 0
     printed = capsys.readouterr().out
@@ -96,10 +96,10 @@ def test_without_peers_ours_is_timed_alone(capsys):
     printed = capsys.readouterr().out
     assert f"| {PEFT}" not in printed
     assert f"| {ON}" in printed
-    assert "nothing is said about the paper's saving" in printed
+    assert "no comparison with the paper's saving" in printed
 
 
-def test_whoever_is_wrong_is_refused_and_not_timed(monkeypatch, capsys):
+def test_wrong_contenders_are_refused_and_not_timed(monkeypatch, capsys):
     right = cotolora.CoToLoRALinear.scale.fget
     monkeypatch.setattr(cotolora.CoToLoRALinear, "scale", property(lambda layer: 1.001 * right(layer)))
     assert train.main(TINY) == 1
@@ -109,7 +109,7 @@ def test_whoever_is_wrong_is_refused_and_not_timed(monkeypatch, capsys):
         assert f"| {name}" not in printed
     assert f"| {PEFT}" in printed
     assert "is off by" in printed
-    assert "nothing is said about the paper's saving" in printed
+    assert "no comparison with the paper's saving" in printed
 
 
 def test_a_single_wrong_adapter_is_refused(options):
@@ -121,7 +121,7 @@ def test_a_single_wrong_adapter_is_refused(options):
         judge.check(runner)
 
 
-def test_a_small_gradient_counts_beside_a_large_one(options):
+def test_an_error_in_a_small_gradient_is_found_beside_a_large_one(options):
     judge, large, small = llama.Judge(llama.llama(options), options), torch.full((4,), 1e9), torch.ones(4)
     judge.hold("a gradient", [large, small], [large, small], [large, small])
     with pytest.raises(RefusedError, match="a gradient is off by 1 of its norm"):
@@ -141,7 +141,7 @@ def test_gates_that_do_not_switch_are_refused(options, monkeypatch):
         judge.check(runner)
 
 
-def test_peft_itself_must_be_right(options):
+def test_peft_must_be_correct_too(options):
     base = llama.llama(options)
     judge = llama.Judge(base, options)
     judge.check(judge.own)
@@ -152,7 +152,7 @@ def test_peft_itself_must_be_right(options):
         judge.check(judge.own)
 
 
-def test_adapters_at_other_places_are_refused(options):
+def test_adapters_on_other_linears_are_refused(options):
     base = llama.llama(options)
     judge, runner = llama.Judge(base, options), llama.ours(ON, base, options)
     del runner.adapters["model.layers.0.mlp.up_proj"]
@@ -160,7 +160,7 @@ def test_adapters_at_other_places_are_refused(options):
         judge.check(runner)
 
 
-def test_everyone_holds_the_same_weights_and_equal_factors():
+def test_contenders_share_weights_and_have_equal_factors():
     options = train.parse([*TINY, "--dtype", "bfloat16"])
     made = report.Result("train", {}, {})
     runners = train.runners_of(made, options)
@@ -179,7 +179,7 @@ def test_everyone_holds_the_same_weights_and_equal_factors():
     assert len(set().union(*trained)) == sum(map(len, trained))
 
 
-def test_they_take_turns_on_the_same_tokens_and_masks_and_the_median_counts(monkeypatch):
+def test_contenders_take_turns_on_the_same_tokens_and_masks_and_steps_count_with_their_median(monkeypatch):
     options = train.parse([*TINY, "--repeats", "3"])
     base, seen = llama.llama(options), []
 
@@ -188,7 +188,7 @@ def test_they_take_turns_on_the_same_tokens_and_masks_and_the_median_counts(monk
         seen.append((runner.name, at, tokens.tolist(), [a.on() for a in runner.adapters.values()]))
         if runner.coto:
             runner.coto.step()
-        # of the three repeats the second takes longest by far
+        # the second of three repeats takes far longer
         repeat = (len(seen) - 1 - 3) // (3 * STEPS)
         return tuple(part * (1, 100, 2)[repeat] for part in (6.0, 1.0, 2.0, 3.0))
 
@@ -212,18 +212,18 @@ def test_they_take_turns_on_the_same_tokens_and_masks_and_the_median_counts(monk
     assert courses[ON].steps(2) == [4.0] * STEPS
 
 
-def test_a_run_that_is_not_faster_is_told():
+def test_a_run_that_is_not_faster_is_reported():
     def notes(peft, on, coto):
         return train.remarks({n: {"mean_s": s} for n, s in ((PEFT, peft), (ON, on), (COTO, coto))})
 
     assert len(notes(1.0, 0.95, 0.9)) == 1
     assert "-10.0 % over PEFT as shipped and -5.3 % over ours always on" in notes(1.0, 0.95, 0.9)[0]
-    assert notes(1.0, 0.98, 0.93)[1:] == ["ours with CoTo does NOT beat the paper's -7.2 % over PEFT: -7.0 %"]
+    assert notes(1.0, 0.98, 0.93)[1:] == ["ours with CoTo does NOT reach the paper's -7.2 % over PEFT: -7.0 %"]
     assert notes(1.0, 0.9, 0.91)[1:] == ["ours with CoTo is NOT faster than ours always on: +1.1 %"]
-    assert "does NOT beat" in notes(1.0, 1.0, math.nan)[1]
+    assert "does NOT reach" in notes(1.0, 1.0, math.nan)[1]
 
 
-def test_where_the_saving_comes_from_is_in_percent_of_pefts_step():
+def test_savings_are_in_percent_of_pefts_step():
     def row(*phases):
         return {"mean_s": sum(phases)} | {f"{phase}_s": s for phase, s in zip(PHASES, phases, strict=True)}
 
@@ -247,11 +247,11 @@ def test_where_the_saving_comes_from_is_in_percent_of_pefts_step():
         (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
         (["--device", "tpu"], "argument --device: must be cpu, cuda or cuda:N; got 'tpu'"),
         (["--device", "cpu", "--hidden", "20"], "argument --hidden: must be a multiple of 16; got 20"),
-        (["--tokens", "1"], "argument --tokens: must be at least 2, one to predict from the other; got 1"),
+        (["--tokens", "1"], "argument --tokens: must be at least 2 for next-token prediction; got 1"),
         (["--json", "no/such/folder.json"], "argument --json: "),
         (["--plot", "no/such/folder.png"], "argument --plot: "),
         (["--peers", "unsloth"], "argument --peers: invalid choice: 'unsloth'"),
-        (["--peers", "none", "peft"], "argument --peers: none goes with no other; got none peft"),
+        (["--peers", "none", "peft"], "argument --peers: none excludes all others; got none peft"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message, capsys):
@@ -265,4 +265,4 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setattr(report, "version_of", lambda module: "absent" if module == "peft" else "1")
     with pytest.raises(SystemExit):
         train.main(TINY)
-    assert 'peft is not installed, and train holds everyone to PEFT: pip install "peft"' in capsys.readouterr().err
+    assert 'peft is not installed, but train compares with PEFT: pip install "peft"' in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The tuner's plumbing, on the CPU: what is measured, what is left out, and the table that comes of it."""
+"""The tuner on a CPU: the contenders that it measures and refuses, and the table that it writes."""
 
 import json
 import os
@@ -25,7 +25,7 @@ FORMS = {"addmm", *LORA.fused}
 
 
 class Faulty(addmm.LoraByAddmm):
-    """The vendor's GEMMs under the name of a fused form, with a fault in one result."""
+    """The addmm backend under the name of a fused one, with a fault in one result."""
 
     def __init__(self, fault):
         self.fault = fault
@@ -48,7 +48,7 @@ class Faulty(addmm.LoraByAddmm):
 
 
 class Backends(dict):
-    """The backends of LoRA; of a fused form, one with the fault that `by_form` says."""
+    """The backends of LoRA, with fused ones replaced by `Faulty` as `by_form` says."""
 
     def __init__(self, by_form):
         super().__init__(LORA.backends)
@@ -61,7 +61,7 @@ class Backends(dict):
 
 @pytest.fixture
 def faults(monkeypatch):
-    """By form, the fault that it has; the others compute as addmm does, so that no test waits for the interpreter."""
+    """The faults by fused backend. The others use addmm, so that the tests need not wait for the interpreter."""
     by_form = {}
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(LORA, "backends", Backends(by_form))
@@ -86,7 +86,7 @@ def test_dry_run_writes_a_table_that_choose_form_follows(tmp_path):
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert "not measured" not in process.stdout
-    assert "shape" not in process.stderr, "a progress bar where there is no terminal"
+    assert "shape" not in process.stderr, "there must be no progress bar without a terminal"
     assert f"torch {torch.__version__}" in process.stdout.splitlines()[0]
     table = measured.load_table(out, FORMS)
     assert [(r["m"], r["k"], r["n"], r["rank"]) for r in table] == [(16, 32, 48, 16), (80, 48, 32, 16)]
@@ -136,7 +136,7 @@ def test_an_interrupted_write_leaves_the_old_table(error, tmp_path, monkeypatch)
 
 @needs_triton
 @pytest.mark.parametrize("fault", ["y", "dx", "dA", "dB", "raises"])
-def test_a_wrong_contender_is_left_out_with_the_reason(fault, faults, tmp_path, capsys):
+def test_a_wrong_contender_is_refused_with_the_reason(fault, faults, tmp_path, capsys):
     faults["pre_expand"] = fault
     assert tune.main([*TINY, "--out", str(tmp_path / "t.json")]) == 0
     (row_,) = measured.load_table(tmp_path / "t.json", FORMS)
@@ -146,7 +146,7 @@ def test_a_wrong_contender_is_left_out_with_the_reason(fault, faults, tmp_path, 
 
 
 @needs_triton
-def test_peers_are_timed_when_asked_for_and_never_chosen(faults, tmp_path, capsys):
+def test_peers_are_timed_on_request_and_never_chosen(faults, tmp_path, capsys):
     out, written = tmp_path / "t.json", tmp_path / "r.json"
     assert tune.main([*TINY, "--out", str(out), "--peers", "torchtune", "--json", str(written)]) == 0
     printed = capsys.readouterr().out
@@ -161,7 +161,7 @@ def test_peers_are_timed_when_asked_for_and_never_chosen(faults, tmp_path, capsy
 
 
 @needs_triton
-def test_nothing_right_writes_nothing(faults, tmp_path, monkeypatch):
+def test_no_table_is_written_if_all_contenders_are_wrong(faults, tmp_path, monkeypatch):
     faults |= dict.fromkeys(FORMS, "raises")
     for name in ("forward", "always_on"):
         monkeypatch.setattr(LORA.backends["addmm"], name, getattr(Faulty("raises"), name))
@@ -174,7 +174,7 @@ def test_minutes_stop_new_shapes_and_keep_what_was_measured(faults, tmp_path, mo
     clock = iter(range(0, 1000, 40))
     monkeypatch.setattr(sweep.time, "monotonic", lambda: next(clock))
     out = tmp_path / "t.json"
-    # begun at 0; the shapes would start at 40, 80 and 120 seconds
+    # the run begins at 0 s; the shapes would start at 40, 80 and 120 s
     assert tune.main([*TINY, "--shapes", "5,8,6", "6,8,6", "--minutes", "1", "--out", str(out)]) == 0
     assert [r["m"] for r in measured.load_table(out, FORMS)] == [4]
     assert "stopped before 8 → 6, 5 rows, rank 2: 1 minutes are over" in capsys.readouterr().out
@@ -225,7 +225,7 @@ def test_bad_arguments_are_named(arguments, named, says, capsys):
 @pytest.mark.parametrize(
     "content", ["notes", json.dumps({**MACHINE, "rows": [row()]})], ids=["no-table", "another-gpu"]
 )
-def test_a_file_that_is_no_table_of_this_device_stays(content, tmp_path, monkeypatch, capsys):
+def test_a_file_that_is_not_a_table_of_this_device_is_not_overwritten(content, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(SystemExit):
@@ -246,7 +246,7 @@ def test_without_a_gpu_the_reason_is_named(capsys):
     with pytest.raises(SystemExit):
         tune.main([])
     message = capsys.readouterr().err
-    assert "argument --device: torch" in message
+    assert "argument --device: must be a GPU" in message
     assert torch.__version__ in message
 
 
@@ -255,7 +255,7 @@ def test_without_a_gpu_the_reason_is_named(capsys):
     not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
     reason="needs a CUDA device, and TRITON_INTERPRET unset",
 )
-def test_on_a_gpu_eager_and_captured_are_measured(tmp_path):
+def test_on_a_gpu_eager_and_graph_are_measured(tmp_path):
     out = tmp_path / "t.json"
     assert tune.main(["--shapes", "64,256,128", "--rounds", "2", "--out", str(out)]) == 0
     rows = measured.load_table(out, FORMS)

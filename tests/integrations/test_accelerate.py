@@ -1,4 +1,4 @@
-"""accelerate's loop: the masks and the weights of a plain one, in one process and on two gloo ranks."""
+"""accelerate: masks and weights equal those of a plain loop, in one process and on two gloo ranks."""
 
 import contextlib
 import functools
@@ -130,7 +130,7 @@ def assert_same(ours, plain):
 
 
 @pytest.mark.parametrize("name", ODDITIES)
-def test_one_process_ends_where_a_plain_loop_ends(name, monkeypatch):
+def test_one_process_ends_with_the_weights_of_a_plain_loop(name, monkeypatch):
     for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(variable, raising=False)
     assert_same(with_accelerate(**ODDITIES[name]), plain_loop(**ODDITIES[name]))
@@ -142,7 +142,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ODDITIES)
-def test_two_ranks_end_where_a_plain_ddp_loop_ends(results, name):
+def test_two_ranks_end_with_the_weights_of_a_plain_ddp_loop(results, name):
     accelerated, plain = results[2, f"with_accelerate-{name}"], results[2, f"plain_loop-{name}"]
     for result, expected in zip(accelerated, plain, strict=True):
         assert "error" not in result, result["error"]
@@ -152,7 +152,7 @@ def test_two_ranks_end_where_a_plain_ddp_loop_ends(results, name):
 
 
 def test_accelerate_saves_a_run_and_resumes_it(tmp_path):
-    """CoTo has a state_dict, which is all that register_for_checkpointing asks for."""
+    """CoTo has a state_dict, which is all that register_for_checkpointing needs."""
 
     def run(accelerator, seed):
         model, optimizer = accelerator.prepare(*parts())

@@ -1,4 +1,4 @@
-"""CoTo in Lightning: the masks and the weights of a plain loop."""
+"""CoTo in Lightning: masks and weights equal those of a plain loop."""
 
 import copy
 
@@ -100,7 +100,7 @@ def test_masks_and_weights_equal_a_plain_loops(gates, accumulate, tmp_path):
         assert torch.equal(weight, wanted) if gates == "host" else torch.allclose(weight, wanted, rtol=1e-4, atol=1e-6)
 
 
-def test_off_adapters_count_no_step_and_all_are_on_after_training(tmp_path):
+def test_off_adapters_are_not_stepped_and_all_are_on_after_training(tmp_path):
     model = Task()
     ours = CoToLightningCallback(shape="constant", initial_p=0.3)
     trainer = trainer_of(tmp_path, ours)
@@ -115,7 +115,7 @@ def test_off_adapters_count_no_step_and_all_are_on_after_training(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["the-module", "a-part-of-it"])
-def test_an_adapter_that_the_loss_does_not_read_breaks_no_step(call, tmp_path):
+def test_an_adapter_that_the_loss_does_not_use_causes_no_error(call, tmp_path):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -155,9 +155,9 @@ def test_an_adapter_that_the_loss_does_not_read_breaks_no_step(call, tmp_path):
     assert pooler.lora_b not in optimizer.state
 
 
-def test_a_run_that_is_resumed_equals_one_that_was_not(tmp_path):
-    whole, first, again = Task(), Task(), Task(seed=1)  # the last takes everything from the checkpoint
-    # the same batch over and over: where in the data it goes on is Lightning's affair
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    whole, first, again = Task(), Task(), Task(seed=1)  # `again` must load everything from the checkpoint
+    # always the same batch, because Lightning decides where in the data it resumes
     batch = next(iter(loader()))[0].repeat(16, 1)
     same = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(batch), batch_size=BATCH)
 
@@ -178,7 +178,7 @@ def test_a_run_that_is_resumed_equals_one_that_was_not(tmp_path):
 
 @pytest.mark.parametrize(
     ("scheduling", "settings", "steps"),
-    [  # of 7 batches an epoch
+    [  # epochs of 7 batches
         ({0: 1, 1: 4}, {"max_epochs": 3}, 7 + 2 + 2),
         ({0: 4, 2: 1}, {"max_epochs": 4}, 2 + 2 + 7 + 7),
         ({1: 3, 2: 8, 9: 1}, {"max_epochs": 3}, 7 + 3 + 1),
@@ -193,14 +193,14 @@ def test_a_run_that_is_resumed_equals_one_that_was_not(tmp_path):
         (None, {"max_steps": 11}, 11),
     ],
 )
-def test_the_run_ends_where_the_schedule_does(scheduling, settings, steps, tmp_path):
+def test_the_run_ends_with_the_schedule(scheduling, settings, steps, tmp_path):
     model, ours = Task(), CoToLightningCallback(ramp=1.0)
     trainer = trainer_of(tmp_path, ours, **{"max_steps": -1} | settings)
     if scheduling:
         trainer.callbacks.append(lightning.callbacks.GradientAccumulationScheduler(scheduling))
     trainer.fit(model, loader(7 * BATCH))
     assert trainer.global_step == ours.coto.total_steps == steps
-    # the last step is the one before p is 1, and the next would have it
+    # in the last step p is still below 1; it would be 1 in the next
     assert model.seen[-1][0] == steps - 1
     assert ours.coto.schedule.probability(steps, ours.coto.total_steps) == 1
 
@@ -228,7 +228,7 @@ def test_weights_equal_a_plain_loops_while_accumulation_changes(tmp_path):
         assert torch.equal(weight, wanted)
 
 
-def test_a_resumed_run_ends_where_the_whole_one_does_while_accumulation_changes(tmp_path):
+def test_a_resumed_run_equals_the_whole_one_while_accumulation_changes(tmp_path):
     scheduling = {0: 1, 1: 2, 2: 4}
 
     class Cut(lightning.Callback):
@@ -258,7 +258,7 @@ class Normed(Task):
 
 
 @pytest.mark.parametrize("scheduling", [None, {0: 1, 2: 4}])
-def test_lightnings_swa_takes_batch_norms_statistics_with_every_adapter_on(scheduling, tmp_path):
+def test_lightnings_swa_updates_batch_norm_with_every_adapter_on(scheduling, tmp_path):
     model, ours = Normed(), CoToLightningCallback(ramp=1.0)
     trainer = trainer_of(tmp_path, ours, max_steps=-1, max_epochs=4)
     trainer.callbacks.append(lightning.callbacks.StochasticWeightAveraging(swa_lrs=1e-2))
@@ -267,7 +267,7 @@ def test_lightnings_swa_takes_batch_norms_statistics_with_every_adapter_on(sched
     trainer.fit(model, loader(4 * BATCH))
     steps = 4 + 4 + 1 + 1 if scheduling else 16
     assert ours.coto.total_steps == steps
-    # one more epoch, of the averaged weights, at whose end Lightning counts a step without gradients
+    # a further epoch with the averaged weights, after which Lightning counts a step without gradients
     passes = [on for step, on in model.seen if step == steps]
     assert len(passes) >= 4
     assert all(all(on) for on in passes)
@@ -317,7 +317,7 @@ def test_bad_settings_are_named(tmp_path):
         trainer_of(tmp_path, CoToLightningCallback(), max_steps=-1, max_epochs=-1).fit(Task(), loader())
 
 
-def test_epochs_of_unknown_length_are_no_end(tmp_path):
+def test_epochs_of_unknown_length_are_refused(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter(loader().dataset)

@@ -1,4 +1,4 @@
-"""PEFT: its LoRA layers become ours and come back."""
+"""Conversion of PEFT's LoRA layers to ours and back."""
 
 import copy
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("case", CONVERSIBLE)
-def test_there_and_back_nothing_is_copied_and_logits_are_equal(case, training, tmp_path):
+def test_converting_both_ways_copies_nothing_and_keeps_the_logits(case, training, tmp_path):
     make, targets, options = CONVERSIBLE[case]
     theirs = lora(make, targets, **options).train(training)
     flags = {parameter: parameter.requires_grad for parameter in theirs.parameters()}
@@ -49,7 +49,7 @@ def test_there_and_back_nothing_is_copied_and_logits_are_equal(case, training, t
         assert torch.equal(output(ours), expected)
     assert type(ours) is type(make())
     assert len(adapters(ours)) == count
-    assert {p: p.requires_grad for p in ours.parameters()}.items() <= flags.items(), "the same parameters, as they were"
+    assert {p: p.requires_grad for p in ours.parameters()}.items() <= flags.items(), "the same parameters and flags"
     assert all(module.training is training for module in ours.modules())
     assert not hasattr(ours, "peft_config")
 
@@ -88,7 +88,7 @@ def test_half_precision_is_as_accurate_as_pefts(autocast):
     assert set(given.values()) == {torch.float32 if autocast else torch.bfloat16}
 
 
-def test_one_adapter_of_several_is_taken():
+def test_one_adapter_of_several_is_converted():
     theirs = two_adapters()
     expected = output(theirs)
     ours = from_peft(theirs)
@@ -131,7 +131,7 @@ def test_a_rescaled_adapter_keeps_its_scale():
     torch.testing.assert_close(output(to_peft(ours)), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_a_module_under_two_names_and_its_hooks_stay_one(caplog):
+def test_a_module_under_two_names_stays_one_module_with_its_hooks(caplog):
     base = mlp()
     base.layers[2][0] = base.layers[0][0]
     plain, seen = cotolora.inject(base, rank=2), []
@@ -151,7 +151,7 @@ def test_a_module_under_two_names_and_its_hooks_stay_one(caplog):
     assert len(seen) == 6
 
 
-def test_pruned_adapters_are_left_out_and_other_trained_parameters_told_of(caplog):
+def test_pruned_adapters_are_skipped_and_other_trained_parameters_are_reported(caplog):
     model = mlp()
     cotolora.inject(model, rank=2)
     shaken(model)
@@ -169,7 +169,7 @@ def test_pruned_adapters_are_left_out_and_other_trained_parameters_told_of(caplo
 def test_models_that_hold_peft_inside():
     added = llama(2)
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"], r=2), added)
-    added._hf_peft_config_loaded = True  # as transformers' add_adapter
+    added._hf_peft_config_loaded = True  # set by transformers' add_adapter
     expected = output(shaken(added))
     assert from_peft(added) is added
     with set_backend("reference"):
@@ -193,7 +193,7 @@ def test_models_that_hold_peft_inside():
         assert torch.equal(outer(torch.ones(2, 6)), expected)
 
 
-def test_an_encoders_fast_path_is_kept_off_our_layers():
+def test_an_encoders_fast_path_is_disabled_for_our_layers():
     base = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True))
     theirs = shaken(peft.get_peft_model(base, peft.LoraConfig(target_modules=["linear1", "linear2"])))
     x = torch.randn(2, 3, 8)
@@ -204,7 +204,7 @@ def test_an_encoders_fast_path_is_kept_off_our_layers():
 
 
 class FourBit(nn.Linear):
-    """What a quantised base looks like from outside: a subclass."""
+    """Stands for a quantised base, which is a subclass of nn.Linear."""
 
 
 def quantised():
@@ -257,7 +257,7 @@ UNCONVERTIBLE = {
 
 
 @pytest.mark.parametrize("case", UNCONVERTIBLE)
-def test_what_has_no_counterpart_is_refused_and_nothing_changes(case):
+def test_unsupported_peft_models_are_refused_and_unchanged(case):
     make, says = UNCONVERTIBLE[case]
     model = make()
     before = state_of(model)
@@ -294,7 +294,7 @@ def changed(name, value):
     ],
     ids=["none", "merged", "rows", "gate", "device-gate", "variant", "init", "base-trains", "itself"],
 )
-def test_what_peft_cannot_hold_is_refused_and_nothing_changes(make, says):
+def test_adapters_that_peft_cannot_represent_are_refused_and_unchanged(make, says):
     model = make()
     before = state_of(model)
     with pytest.raises(ValueError, match=says):
@@ -302,7 +302,7 @@ def test_what_peft_cannot_hold_is_refused_and_nothing_changes(make, says):
     assert_unchanged(model, before)
 
 
-def test_a_failure_inside_peft_leaves_our_model_as_it_was(monkeypatch):
+def test_a_failure_inside_peft_leaves_our_model_unchanged(monkeypatch):
     model = injected(trainable=["layers.3"], exclude=["layers.3.0"])
     before, expected = state_of(model), output(model)
     real = peft.get_peft_model
@@ -319,7 +319,7 @@ def test_a_failure_inside_peft_leaves_our_model_as_it_was(monkeypatch):
     assert not hasattr(model, "peft_config")
 
 
-def test_a_model_that_coto_drives_is_not_given_to_peft():
+def test_a_model_driven_by_coto_is_not_converted_to_peft():
     model = injected()
     coto = CoTo(model, 10, initial_p=1.0)
     with pytest.raises(ValueError, match="must not be switched by a CoTo; call the finish"):
@@ -328,11 +328,11 @@ def test_a_model_that_coto_drives_is_not_given_to_peft():
     assert isinstance(to_peft(model), peft.PeftModel)
 
 
-# what PEFT has changed gets no adapters of ours
+# models with PEFT modules are refused
 
 
 def without_a_peft_model():
-    """As transformers' own add_adapter leaves a model."""
+    """A model after transformers' own add_adapter."""
     return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), llama(2))
 
 
@@ -363,7 +363,7 @@ OF_PEFT = {
 
 
 @pytest.mark.parametrize("case", OF_PEFT)
-def test_a_model_of_pefts_gets_no_adapters_and_does_not_change(case, tmp_path):
+def test_inject_refuses_a_peft_model_and_does_not_change_it(case, tmp_path):
     cotolora.save_adapter(injected(), tmp_path)
     make, says = OF_PEFT[case]
     model = make()
@@ -375,7 +375,7 @@ def test_a_model_of_pefts_gets_no_adapters_and_does_not_change(case, tmp_path):
     assert_unchanged(model, before)
 
 
-def test_what_the_refusal_offers_works():
+def test_the_remedies_in_the_error_work():
     assert len(adapters(from_peft(lora(mlp)))) == 4
     assert len(CoTo(lora(mlp), 10).groups) == 4
     assert len(cotolora.inject(lora(mlp).unload())) == 4

@@ -1,4 +1,4 @@
-"""CoTo on PEFT's own layers, by PEFT's own switch, and in other people's loops."""
+"""CoTo on PEFT's own layers with PEFT's own switch, and in training loops of other libraries."""
 
 import copy
 import io
@@ -46,14 +46,14 @@ def masks_of(steps=STEPS, groups=4, **options):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_any_method_with_a_switch_has_the_masks_and_the_meaning_of_ours(method):
+def test_any_method_with_a_switch_has_the_same_masks_and_semantics(method):
     torch.manual_seed(0)
     model = shaken(peft.get_peft_model(mlp(), METHODS[method]())).train()
     untouched, all_on = state_of(model), output(model)
     with model.disable_adapter():
         base = output(model)
     for parameter in trained(model):
-        parameter.grad = torch.ones_like(parameter)  # as zero_grad(set_to_none=False) leaves something there
+        parameter.grad = torch.ones_like(parameter)  # not None, as after zero_grad(set_to_none=False)
     optimizer = torch.optim.AdamW(trained(model), lr=0.1)
     coto = CoTo(model, STEPS, seed=SEED)
     coto.attach(optimizer)
@@ -96,7 +96,7 @@ def test_any_method_with_a_switch_has_the_masks_and_the_meaning_of_ours(method):
 
 
 def run(model, optimizer=None, steps=STEPS, x=None, **options):
-    """A plain loop; the final trained weights by value."""
+    """Runs a plain loop; returns copies of the trained weights."""
     optimizer = optimizer or torch.optim.AdamW(trained(model), lr=1e-2, weight_decay=0.1)
     coto = CoTo(model.train(), steps, seed=SEED, **options)
     coto.attach(optimizer)
@@ -121,7 +121,7 @@ def test_masks_and_weights_equal_those_of_our_own_layer(case, options):
     theirs = lora(make, targets, **config)
     ours = from_peft(copy.deepcopy(theirs))
     x = (3, 6) if make is mlp else None
-    torch.manual_seed(3)  # of dropout
+    torch.manual_seed(3)  # for dropout
     masks, weights = run(theirs, x=x, **options)
     torch.manual_seed(3)
     with set_backend("reference"):
@@ -158,7 +158,7 @@ def flags_of(model):
     return [module._disable_adapters for module in model.modules() if hasattr(module, "_disable_adapters")]
 
 
-def test_evaluation_sees_every_adapter_however_it_gets_there():
+def test_evaluation_uses_every_adapter_for_any_way_of_entering_it():
     model = lora(llama, ["q_proj", "v_proj"], init_lora_weights=False).eval()
     block, hidden = model.base_model.model.model.layers[1].self_attn.q_proj, torch.ones(1, 32)
     on, inner = output(model), block(hidden)
@@ -173,14 +173,14 @@ def test_evaluation_sees_every_adapter_however_it_gets_there():
     assert torch.equal(output(model.base_model.model), logits)
     assert torch.equal(model.generate(TOKENS, max_new_tokens=3, do_sample=False), text)
     assert model.get_model_status().enabled is True
-    # partly in eval: a layer answers for itself
+    # partly in eval mode: every layer follows its own mode
     model.train()
     block.eval()
     assert torch.equal(block(hidden), inner)
     assert not torch.equal(output(model), on)
 
 
-def test_pefts_own_switch_keeps_its_meaning_in_the_middle_of_a_step():
+def test_pefts_own_switch_works_during_a_step():
     model = lora(mlp)
     with model.disable_adapter():
         base = output(model)
@@ -198,14 +198,14 @@ def test_pefts_own_switch_keeps_its_meaning_in_the_middle_of_a_step():
     assert torch.equal(output(model), base)
     assert flags_of(model) == [True] * 4
     coto.step()
-    assert not coto.mask.any(), "what the user disabled cannot be the one that is on"
+    assert not coto.mask.any(), "an adapter that the user disabled must not be chosen as the one that is on"
     model.base_model.enable_adapter_layers()
     coto.step()
     assert coto.mask.any()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_forward_that_raises_leaves_no_switch_behind(error):
+def test_a_forward_that_raises_restores_the_switches(error):
     model = lora(mlp)
     on = output(model.eval())
     coto = off(model)
@@ -217,7 +217,7 @@ def test_a_forward_that_raises_leaves_no_switch_behind(error):
     with pytest.raises(error, match="stop"):
         output(model)
     handle.remove()
-    # after a KeyboardInterrupt torch calls no hook: the next forward puts it right
+    # torch calls no hook after a KeyboardInterrupt; the next forward restores the switch
     assert flags_of(model) == [False, False, error is KeyboardInterrupt, False]
     assert torch.equal(output(model.eval()), on)
     assert flags_of(model) == [False] * 4
@@ -243,7 +243,7 @@ def test_the_recomputation_of_a_checkpoint_sees_the_same_gates(reentrant):
         assert torch.equal(one, other)
 
 
-def test_modules_to_save_train_whatever_is_off():
+def test_modules_to_save_always_train():
     model = lora(mlp, ["layers.0.0", "layers.1.0", "layers.2.0"], modules_to_save=["layers.3.0"])
     coto = off(model)
     assert coto.groups == {f"layers.{i}": [f"layers.{i}.0"] for i in range(3)}
@@ -257,7 +257,7 @@ def test_modules_to_save_train_whatever_is_off():
     assert not torch.equal(model.base_model.model.layers[3][0].weight, before)
 
 
-def test_trainable_tokens_train_whatever_is_off():
+def test_trainable_tokens_always_train():
     model = with_tokens()
     coto = off(model)
     assert list(coto.groups) == [f"model.layers.{i}" for i in range(4)]
@@ -266,7 +266,7 @@ def test_trainable_tokens_train_whatever_is_off():
     assert [name.split(".")[-2:] for name in names] == [["trainable_tokens_delta", "default"]]
 
 
-def test_what_the_user_merges_on_the_way_stays_merged():
+def test_adapters_merged_during_a_run_stay_merged():
     model = lora(mlp)
     on = output(model)
     coto = off(model)
@@ -281,7 +281,7 @@ def test_what_the_user_merges_on_the_way_stays_merged():
     coto._model.base_model.model.layers[0][0].merge()
     for step in range(10):
         coto.set_step(step)
-        assert not coto.mask[0], "what is merged cannot be the one that is on"
+        assert not coto.mask[0], "a merged adapter must not be chosen as the one that is on"
 
 
 def test_only_layers_with_an_active_adapter_have_gates():
@@ -307,7 +307,7 @@ def test_attention_is_one_switch_with_its_output_projection():
 
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda m: torch.load(pickled(m), weights_only=False)])
-def test_copies_have_gates_of_their_own(way):
+def test_copies_have_their_own_gates(way):
     model = lora(mlp)
     coto = off(model)
     plain = output(model)
@@ -332,14 +332,14 @@ def test_a_second_coto_takes_over_and_the_first_can_finish_late():
     model = lora(mlp)
     base = output(model.eval())
     first = off(model)
-    second = off(model.base_model.model)  # past the module that holds the first one's hook
+    second = off(model.base_model.model)  # not on the module that has the first one's hook
     plain = output(model)
     for coto in (second, first):
         assert torch.equal(output(model), plain)
         assert not torch.equal(plain, base)
         coto.set_step(0)
     second.load_state_dict({**second.state_dict(), "initial_p": 1.0})
-    assert torch.equal(output(model), base), "the last one to set the gates decides, as with our own layers"
+    assert torch.equal(output(model), base), "the last run to set the gates applies, as with our own layers"
     second.load_state_dict({**second.state_dict(), "initial_p": 0.0})
     first.finish()
     second.step()
@@ -395,7 +395,7 @@ def prompted():
     ],
     ids=["pissa", "olora", "adalora", "xlora", "shadow", "merged", "device", "prompt"],
 )  # fmt: skip
-def test_what_coto_would_spoil_is_refused_and_nothing_changes(make, options, says):
+def test_unsupported_peft_methods_are_refused_and_unchanged(make, options, says):
     model = make()
     before, hooks = state_of(model), hooks_of(model)
     with pytest.raises(ValueError, match=says):
@@ -404,21 +404,21 @@ def test_what_coto_would_spoil_is_refused_and_nothing_changes(make, options, say
     assert hooks_of(model) == hooks
 
 
-def test_names_are_the_users_wherever_pefts_tuner_lies():
+def test_names_are_those_of_the_users_model():
     config = peft.LoraConfig(target_modules="all-linear")
     tuned = nn.ModuleDict({"tuned": peft.LoraModel(mlp(), config, "default"), "whole": lora(mlp)})
     assert list(switches.switches(tuned)) == [f"{name}.layers.{i}.0" for name in ("tuned", "whole") for i in range(4)]
     assert list(switches.switches(tuned["tuned"])) == [f"layers.{i}.0" for i in range(4)]
 
 
-def test_a_pissa_adapter_that_is_not_active_is_no_obstacle():
+def test_an_inactive_pissa_adapter_is_accepted():
     model = lora(mlp, init_lora_weights="pissa", r=2)
     model.add_adapter("other", peft.LoraConfig(target_modules="all-linear"))
     model.set_adapter("other")
     assert len(CoTo(model, 10).groups) == 4
 
 
-# in other people's loops
+# in training loops of other libraries
 
 
 def test_trainer_gives_the_weights_of_a_plain_loop_and_of_our_own_layer_and_saves_by_itself(tmp_path):
@@ -445,7 +445,7 @@ def test_trainer_gives_the_weights_of_a_plain_loop_and_of_our_own_layer_and_save
     assert not (folder / "adapter").exists()
     read = peft.PeftModel.from_pretrained(llama(), folder).eval()
     assert torch.equal(output(read), output(model.eval()))
-    again = shaken(lora(llama, ["q_proj", "v_proj"]))  # other weights: all comes from the checkpoint
+    again = shaken(lora(llama, ["q_proj", "v_proj"]))  # other weights, so that all must come from the checkpoint
     trainer = trainer_of(again, tmp_path, callbacks=[CoToCallback(seed=SEED)], **saving)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for name, weight in weights_of(again).items():

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from tests.support.peft_models import METHODS, SEED, Net, shaken, trained  # noqa: E402
 
 WORLD, PER_RANK = 2, 3
-# a method, options of DDP or what of the model is sharded, and which kind of checkpoint lies around the blocks
+# a method, DDP options or the sharded part of the model, and the kind of activation checkpoint around the blocks
 pytestmark = pytest.mark.slow
 
 CASES = {
@@ -34,7 +34,7 @@ CASES = {
 
 
 def train(case, rank, world):
-    """Eight optimizer steps on this rank's share of the joint batches."""
+    """Eight optimizer steps on this rank's share of the batches."""
     method, options, reentrant = CASES[case]
     torch.manual_seed(0)
     model = shaken(peft.get_peft_model(Net(reentrant=reentrant).double(), METHODS[method]())).train()
@@ -77,7 +77,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_two_ranks_equal_one_process_and_leave_what_is_off(case, results):
+def test_two_ranks_equal_one_process_and_off_adapters_are_unchanged(case, results):
     assert_equal_on_every_rank(results[WORLD, case])
     alone, first = train(case, 0, 1), results[WORLD, case][0]
     assert not alone["masks"].all(1).any()

@@ -1,4 +1,4 @@
-"""CoTo on quantised models in transformers' Trainer: what a plain loop makes of them, and what PEFT does."""
+"""CoTo on quantised models in transformers' Trainer: results equal those of a plain loop and of PEFT."""
 
 import copy
 import importlib
@@ -34,10 +34,10 @@ REFUSAL = "cannot perform fine-tuning on purely quantized models"
 
 @pytest.fixture(params=["nf4", "int8", pytest.param("nf4-double", marks=pytest.mark.slow)])
 def quantised(request, tmp_path):
-    """Makes the same quantised model again and again, without adapters."""
+    """A function that makes the same quantised model without adapters at every call."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     torch.manual_seed(0)
-    # of rows of less than a block of 64, bitsandbytes' evaluation fails on a CPU that multiplies bfloat16
+    # with rows shorter than its block of 64, bitsandbytes fails in eval mode on CPUs with bfloat16 matmuls
     llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
 
     def make():
@@ -60,7 +60,7 @@ def injected(model, seed=0):
     return model
 
 
-def test_trainer_takes_it_and_makes_of_it_what_a_plain_loop_does(quantised, tmp_path):
+def test_trainer_accepts_it_and_gives_the_weights_of_a_plain_loop(quantised, tmp_path):
     expected = plain_loop(injected(quantised()), seed=3)
     model = injected(quantised())
     frozen = {name: t.clone() for name, t in model.state_dict().items() if "lora_" not in name}
@@ -80,7 +80,7 @@ class Losses(TrainerCallback):
         self.losses += [logs["loss"]] if "loss" in logs else []
 
 
-def test_with_every_adapter_on_it_is_pefts_run(quantised, tmp_path):
+def test_with_every_adapter_on_it_equals_peft(quantised, tmp_path):
     peft = pytest.importorskip("peft", reason="compares with PEFT")
     ours = injected(quantised())
     theirs = peft.get_peft_model(
@@ -111,7 +111,7 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step == 3
 
 
-def test_a_run_that_is_resumed_equals_one_that_was_not(quantised, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(quantised, tmp_path):
     whole, first, again = injected(quantised()), injected(quantised()), injected(quantised(), seed=1)
     trainer_of(whole, tmp_path / "whole", callbacks=[CoToCallback()]).train()
     saving = {"save_strategy": "steps", "save_steps": 3}
@@ -135,7 +135,7 @@ def test_checkpoints_hold_the_adapter_and_a_loaded_one_trains_on(quantised, tmp_
     assert not all(torch.equal(weight, before[name]) for name, weight in weights(loaded).items())
 
 
-def test_it_saves_as_it_did(quantised, tmp_path):
+def test_saving_is_unchanged(quantised, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     plain, model = quantised(), injected(quantised())
     plain.save_pretrained(tmp_path / "plain")
@@ -147,7 +147,7 @@ def test_it_saves_as_it_did(quantised, tmp_path):
     assert configs[0] == configs[1]
 
 
-def test_eject_gives_back_a_model_that_trainer_refuses(quantised, tmp_path):
+def test_after_eject_trainer_refuses_the_model_again(quantised, tmp_path):
     model = injected(quantised())
     cotolora.eject(model, merge=False)
     with pytest.raises(ValueError, match=REFUSAL):
@@ -176,11 +176,11 @@ def test_gradient_checkpointing_changes_nothing(quantised, reentrant, prepare, t
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
-# without bitsandbytes: what Trainer asks is a quantizer, of whatever method
+# without bitsandbytes: Trainer only needs a quantizer, of any method
 
 
 class Quantizer(HfQuantizer):
-    """As those of a method that leaves the weights as they are."""
+    """The quantizer of a method that does not change the weights."""
 
     trainable = True
     requires_calibration = False
@@ -191,7 +191,7 @@ class Quantizer(HfQuantizer):
     def is_serializable(self):
         return True
 
-    # which transformers 4 wants
+    # required by transformers 4
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         return model
@@ -219,7 +219,7 @@ def said_to_be_quantised(quantizer=Quantizer):
     return model
 
 
-def test_only_a_model_with_adapters_is_said_to_train():
+def test_only_a_model_with_adapters_is_declared_trainable():
     model, other = said_to_be_quantised(), said_to_be_quantised()
     flag = HfQuantizer.is_qat_trainable
     with pytest.raises(ValueError, match=REFUSAL):
@@ -238,14 +238,14 @@ def test_only_a_model_with_adapters_is_said_to_train():
         Trainer(model)
 
 
-def test_a_method_that_cannot_train_stays_refused():
+def test_a_method_that_cannot_train_is_still_refused():
     model = said_to_be_quantised(Untrainable)
     cotolora.inject(model)
     with pytest.raises(ValueError, match="that quantization method do not support training"):
         Trainer(model)
 
 
-def test_an_injection_that_fails_leaves_the_quantizer_as_it_was(monkeypatch):
+def test_a_failed_injection_leaves_the_quantizer_unchanged(monkeypatch):
     def fail(model):
         allow_training(model)
         assert type(model.hf_quantizer) is not Quantizer
@@ -272,7 +272,7 @@ def test_copies_train_and_can_be_ejected(copied):
     assert type(twin.hf_quantizer) is Quantizer
 
 
-def test_a_model_that_comes_from_peft_trains_and_one_that_goes_to_it_is_pefts_affair():
+def test_a_model_converted_from_peft_trains_and_converting_back_restores_pefts_check():
     peft = pytest.importorskip("peft")
     from cotolora.integrations.peft import from_peft, to_peft
 

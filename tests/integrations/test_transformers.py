@@ -1,4 +1,4 @@
-"""CoTo in transformers' Trainer: the masks, the weights and the files of a plain loop."""
+"""CoTo in transformers' Trainer: masks, weights and files equal those of a plain loop."""
 
 import copy
 import functools
@@ -75,7 +75,7 @@ def clip():
 
 
 class Watch(TrainerCallback):
-    """Notes each step's mask, and that what is off stays as it is."""
+    """Records each step's mask and checks that adapters that are off do not change."""
 
     def __init__(self, ours):
         self.ours, self.masks, self.moved = ours, [], []
@@ -99,7 +99,7 @@ def prepared(make, seed=0, rank=2):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5", "vit", "clip"])
-def test_masks_are_the_steps_and_what_is_off_stays(kind, tmp_path):
+def test_masks_follow_the_steps_and_off_adapters_are_unchanged(kind, tmp_path):
     model = prepared(globals()[kind])
     ours = CoToCallback(seed=3)
     watch = Watch(ours)
@@ -125,7 +125,7 @@ def test_weights_equal_a_plain_loops(kind, tmp_path):
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["ours", "pefts"])
-def test_a_pooler_that_the_loss_does_not_read_breaks_no_step(ours, tmp_path):
+def test_a_pooler_that_the_loss_does_not_use_causes_no_error(ours, tmp_path):
     from transformers import BertConfig, BertModel
 
     class Pooled(InOrder):
@@ -159,7 +159,7 @@ def test_a_pooler_that_the_loss_does_not_read_breaks_no_step(ours, tmp_path):
 
 
 @pytest.mark.parametrize("gates", ["host", "device"])
-def test_off_adapters_neither_move_nor_count_a_step(gates, tmp_path):
+def test_off_adapters_are_neither_changed_nor_stepped(gates, tmp_path):
     model = prepared(llama)
     ours = CoToCallback(gates=gates, shape="constant", initial_p=0.3)
     watch = Watch(ours)
@@ -184,7 +184,7 @@ def test_after_training_every_adapter_is_on_for_good(tmp_path):
     assert not model._forward_hooks
 
 
-def test_gradient_accumulation_has_one_mask_a_step(tmp_path):
+def test_gradient_accumulation_has_one_mask_per_step(tmp_path):
     model = prepared(llama)
     ours = CoToCallback()
     watch = Watch(ours)
@@ -210,7 +210,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("gates", "regional"), [("device", False), ("host", True)], ids=["whole-model", "by-block"])
-def test_torch_compile_takes_few_graphs_and_changes_nothing(gates, regional, tmp_path, monkeypatch):
+def test_torch_compile_needs_few_graphs_and_changes_nothing(gates, regional, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str(regional))
     dynamo.reset()
     counted = dynamo.utils.counters["stats"]
@@ -220,7 +220,7 @@ def test_torch_compile_takes_few_graphs_and_changes_nothing(gates, regional, tmp
     trainer_of(compiled, tmp_path, callbacks=[CoToCallback(gates=gates)], **options).train()
     graphs = counted["unique_graphs"]
     trainer_of(eager, tmp_path, callbacks=[CoToCallback()], max_steps=12).train()
-    # a block is on or off, and hands a gradient down or not; around them are an embedding, a norm, a head and rope
+    # a block is on or off and passes a gradient down or not; the other graphs are embedding, norm, head and rope
     assert graphs <= 4 + 4 if regional else graphs == 1
     torch.testing.assert_close(weights(compiled), weights(eager))
 
@@ -230,9 +230,9 @@ def test_torch_compile_takes_few_graphs_and_changes_nothing(gates, regional, tmp
     ("optim", "package"),
     [("", "torch"), ("schedule_free_adamw", "schedulefree"), ("adamw_bnb_8bit", "bitsandbytes")],
 )
-def test_a_run_that_is_resumed_equals_one_that_was_not(optim, package, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(optim, package, tmp_path):
     pytest.importorskip(package, reason=f"{package} is not installed")
-    # of this rank most factors have the 4096 entries from which on bitsandbytes takes 8 bits
+    # with this rank most factors have at least the 4096 entries from which bitsandbytes uses 8-bit states
     prepared = functools.partial(globals()["prepared"], rank=128 if optim else 2)
     own = {"optim": optim, "learning_rate": 1e-2} if optim else {}
     whole = prepared(llama)
@@ -245,7 +245,7 @@ def test_a_run_that_is_resumed_equals_one_that_was_not(optim, package, tmp_path)
             control.should_training_stop = state.global_step == 3
 
     trainer_of(first, tmp_path / "cut", callbacks=[CoToCallback(), Stop()], **saving).train()
-    again = prepared(llama, seed=1)  # everything comes from the checkpoint
+    again = prepared(llama, seed=1)  # must load everything from the checkpoint
     trainer = trainer_of(again, tmp_path / "cut", callbacks=[CoToCallback()], **saving)
     trainer.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
     states = trainer.optimizer.state.values()
@@ -272,14 +272,14 @@ def test_a_checkpoint_without_its_base_resumes_the_run(shards, tmp_path, monkeyp
     assert sorted(path.name for path in checkpoint.glob("*model*")) == ["model.safetensors"]
     kept = load_file(checkpoint / "model.safetensors")
     assert set(kept) == set(weights(whole))
-    again = prepared(llama)  # the same base, and adapters that have not begun
+    again = prepared(llama)  # the same base with new adapters
     trainer = trainer_of(again, tmp_path / "again", callbacks=[CoToCallback()], **saving)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     for name, weight in weights(again).items():
         assert torch.equal(weight, weights(whole)[name]), name
 
 
-def test_a_checkpoint_of_other_files_is_left_as_it_is(tmp_path, caplog):
+def test_a_checkpoint_without_safetensors_is_unchanged(tmp_path, caplog):
     model = prepared(llama)
     (tmp_path / "pytorch_model.bin").write_bytes(b"as it is")
     leave_out_base(tmp_path, model)
@@ -314,7 +314,7 @@ def test_checkpoints_hold_the_adapter_in_pefts_format(tmp_path):
     assert not (tmp_path / "none" / f"checkpoint-{STEPS}" / "adapter").exists()
 
 
-def test_a_callback_trains_twice(tmp_path):
+def test_a_callback_can_be_used_twice(tmp_path):
     ours = CoToCallback()
     for seed in (0, 1):
         model = prepared(llama, seed)
@@ -323,7 +323,7 @@ def test_a_callback_trains_twice(tmp_path):
         assert all(torch.equal(weight, expected[name]) for name, weight in weights(model).items())
 
 
-def test_a_run_that_failed_leaves_nothing_behind(tmp_path):
+def test_a_failed_run_leaves_no_hooks_or_gates_behind(tmp_path):
     class Fail(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             raise RuntimeError("power cut")

@@ -1,4 +1,4 @@
-"""CoTo in TRL's SFTTrainer: the masks, the weights and the files of a plain loop."""
+"""CoTo in TRL's SFTTrainer: masks, weights and files equal those of a plain loop."""
 
 import copy
 import logging
@@ -41,7 +41,7 @@ def tokenizer():
 
 
 def tokens():
-    # from 3 on, past the tokens that mean something
+    # at least 3, to avoid special tokens
     return [example["input_ids"].clamp(min=3) for example in examples("llama", 32)]
 
 
@@ -69,12 +69,12 @@ def trainer_of(model, path, callbacks=(), **arguments):
 
 
 def own_loss(model, rows):
-    """That of the model, which TRL's equals up to the order of summation."""
+    """The model's own loss, which equals TRL's up to the order of summation."""
     return model(input_ids=rows, labels=rows).loss
 
 
 def plain_loop(model, loss_of=own_loss, *, seed=0):
-    """What the trainer must equal."""
+    """The training loop that the trainer must equal."""
     optimizer = optimizer_of(model)
     coto = CoTo(model, STEPS, seed=seed)
     coto.attach(optimizer)
@@ -104,7 +104,7 @@ class Masks(transformers.TrainerCallback):
 
 
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
-def test_weights_equal_a_plain_loops_and_the_run_ends_where_the_schedule_does(checkpointing, tmp_path):
+def test_weights_equal_a_plain_loops_and_the_run_ends_with_the_schedule(checkpointing, tmp_path):
     model = prepared()
     expected = plain_loop(copy.deepcopy(model), seed=5)
     ours = CoToCallback(seed=5)
@@ -119,23 +119,24 @@ def test_weights_equal_a_plain_loops_and_the_run_ends_where_the_schedule_does(ch
     assert ours.coto.mask.all()
 
 
-def test_a_run_by_epochs_ends_where_the_schedule_does(tmp_path):
+def test_a_run_by_epochs_ends_with_the_schedule(tmp_path):
     ours = CoToCallback()
     trainer = trainer_of(
         prepared(), tmp_path, [ours], max_steps=-1, num_train_epochs=1, gradient_accumulation_steps=3, packing=True,
         max_length=16,
     )  # fmt: skip
     trainer.train()
-    assert ours.coto.total_steps == trainer.state.global_step == 3  # 32 rows of 8 are 16 of 16: 8 batches, by threes
+    # 32 rows of 8 tokens are packed into 16 of 16: 8 batches, accumulated by three
+    assert ours.coto.total_steps == trainer.state.global_step == 3
 
 
 @pytest.mark.slow
-def test_a_run_that_is_resumed_equals_one_that_was_not(tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     class Stop(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             control.should_training_stop = state.global_step == 3
 
-    whole, first, again = prepared(), prepared(), prepared(seed=1)  # the last takes everything from the checkpoint
+    whole, first, again = prepared(), prepared(), prepared(seed=1)  # `again` must load everything from the checkpoint
     trainer_of(whole, tmp_path / "whole", [CoToCallback()]).train()
     saving = {"save_strategy": "steps", "save_steps": 3}
     trainer_of(first, tmp_path / "cut", [CoToCallback(), Stop()], **saving).train()
@@ -166,10 +167,10 @@ def test_a_quantised_model_trains_as_in_a_plain_loop(kind, tmp_path):
     ours = CoToCallback(seed=5)
     trainer, twin = trainer_of(model, tmp_path, [ours]), trainer_of(other, tmp_path)
     start = weights(model)
-    assert {weight.dtype for weight in start.values()} == {torch.bfloat16}, "as TRL makes PEFT's adapters"
+    assert {weight.dtype for weight in start.values()} == {torch.bfloat16}, "the dtype that TRL gives PEFT's adapters"
 
     def loss_of(model, rows):
-        # TRL's own: in bfloat16 the last bit of a loss can be one of a weight
+        # TRL's own loss, because in bfloat16 the last bit of a loss can change a weight
         batch = {"input_ids": rows, "labels": rows, "attention_mask": torch.ones_like(rows)}
         return twin.compute_loss(model, batch, num_items_in_batch=torch.tensor(rows[:, 1:].numel()))
 
@@ -180,7 +181,7 @@ def test_a_quantised_model_trains_as_in_a_plain_loop(kind, tmp_path):
     assert_close(weights(model), expected, rtol=0, atol=0)
 
 
-def test_an_adapter_on_the_head_that_trl_reads_past_is_named(tmp_path, caplog):
+def test_an_adapter_on_a_head_that_trl_bypasses_is_named(tmp_path, caplog):
     model = prepared(targets=["q_proj", "v_proj", "lm_head"])
     with caplog.at_level(logging.WARNING, logger="cotolora"):
         trainer_of(model, tmp_path, [CoToCallback(initial_p=1.0)]).train()

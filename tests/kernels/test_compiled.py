@@ -1,6 +1,6 @@
-"""Every fused form, by name, under torch.compile: it gives the result and every gradient that it gives eager.
+"""Every fused kernel, by name, under torch.compile: its result and gradients equal those of eager mode.
 
-On a CPU up to the graphs that a compiler is given, with the kernels interpreted; on a GPU whole.
+On a CPU the traced graphs run with interpreted kernels; on a GPU, inductor compiles them, except with dropout.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ GATES = {
 
 
 def operands(variant, m, device):
-    """x, weight, bias, A, B and, of DoRA, m; DoRA's and HiRA's sizes as LoRA's."""
+    """x, weight, bias, A, B and DoRA's m, of the same sizes for every variant."""
     g = torch.Generator().manual_seed(0)
     sizes = {"x": (3, m // 3, 40), "weight": (24, 40), "bias": (24,), "lora_a": (5, 40), "lora_b": (24, 5)}
     made = {name: torch.randn(*size, generator=g) / size[-1] ** 0.5 for name, size in sizes.items()}
@@ -34,7 +34,7 @@ def operands(variant, m, device):
 
 
 def grads_of(call, named, gate, leaves):
-    """What `call` gives and the gradients of `leaves`, under one seed."""
+    """The result of `call` and the gradients of `leaves`, with a fixed seed."""
     given = {name: t.clone().requires_grad_(name in leaves) for name, t in named.items()}
     torch.manual_seed(3)
     out = call(given, gate)
@@ -57,12 +57,12 @@ def check(call, named, gates, leaves, backend):
 
 
 def compiler(device, dropout):
-    # another draws dropout's seeds from a generator of its own
+    # with dropout only aot_eager, because inductor draws the seeds from another generator
     return "inductor" if device.type == "cuda" and not dropout else "aot_eager"
 
 
 def called(variant, form, dropout):
-    """A form by name, as a function of its operands and a gate."""
+    """The operation with a backend by name, as a function of its operands and a gate."""
 
     def call(given, gate):
         return coto_lora_linear(
@@ -74,41 +74,41 @@ def called(variant, form, dropout):
 
 
 def added(given, gate, dropout=0.0):
-    """The form beside a base that is called."""
+    """The low-rank update added to the output of a base."""
     return add_low_rank(**given, scale=SCALE, gate=gate, dropout=dropout, backend="triton")
 
 
 def beside(named):
-    """The operands of `added`, of those of a linear."""
+    """The operands of `added`, made from those of a linear."""
     y = torch.nn.functional.linear(named["x"], named["weight"], named["bias"])
     return {"y": y} | {name: named[name] for name in ("x", "lora_a", "lora_b")}
 
 
 def kinds():
-    """Variant, form, gates, dropout and rows."""
+    """Yields (variant, backend, gates, dropout, rows)."""
     for variant, form in FORMS:
         yield variant, form, "one gate", 0.0, 96
-        yield variant, form, "rows", 0.0 if variant == "dora" else 0.3, 96  # no fused form of DoRA takes dropout
-        if form == "one_pass":  # which takes another kernel for few rows
+        yield variant, form, "rows", 0.0 if variant == "dora" else 0.3, 96  # DoRA's kernels do not support dropout
+        if form == "one_pass":  # it uses another kernel for few rows
             yield variant, form, "always on", 0.0, 6
 
 
 @pytest.mark.parametrize(("variant", "form", "gates", "dropout", "rows"), list(kinds()))
-def test_a_form_keeps_its_gradients(variant, form, gates, dropout, rows, device):
+def test_compiling_keeps_the_gradients(variant, form, gates, dropout, rows, device):
     named = operands(variant, rows, device)
     leaves = [name for name in named if name != "weight"]
     check(called(variant, form, dropout), named, GATES[gates], leaves, compiler(device, dropout))
 
 
 @pytest.mark.parametrize(("gates", "dropout"), [("one gate", 0.0), ("rows", 0.3)])
-def test_a_sum_beside_a_base_keeps_its_gradients(gates, dropout, device):
+def test_compiling_an_added_update_keeps_the_gradients(gates, dropout, device):
     named = beside(operands("lora", 96, device))
     check(partial(added, dropout=dropout), named, GATES[gates], list(named), compiler(device, dropout))
 
 
 @pytest.mark.parametrize(("variant", "form"), [*FORMS, ("lora", "expand")])
 def test_no_product_is_written_in_place_while_tracing(variant, form, device, monkeypatch):
-    """The compiler of torch 2.11 takes the gradient of an output that is written in place for zero."""
+    """torch.compile of torch 2.11 computes zero gradients for outputs that are written in place."""
 
     def forbidden(*_, **__):
         raise AssertionError("written in place")

@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs replayed under changing gates, no wait for the device, and large sizes."""
+"""Tests that need a GPU: CUDA graphs replayed under changing gates, no synchronization, and large sizes."""
 
 import warnings
 from collections.abc import Iterator
@@ -35,8 +35,8 @@ def step(x, weight, bias, a, b, dy, **options):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("m", "n", "k", "r"), [(16, 4096, 4096, 16), (2048, 1024, 4096, 64), (777, 3072, 768, 256)])
-def test_large_sizes_by_the_table(m, n, k, r, dtype, backend):
-    """Relative error to float64 in the Frobenius norm, beside that of vendor GEMMs."""
+def test_large_sizes_with_the_tiles_of_the_tables(m, n, k, r, dtype, backend):
+    """Compares the relative Frobenius error against float64 with that of the vendor's GEMMs."""
     tensors = operands(m, n, k, r, dtype)
     dy = torch.randn(m, n, device="cuda").to(dtype)
     x, weight, bias, a, b = (t.double() for t in tensors)
@@ -44,7 +44,7 @@ def test_large_sizes_by_the_table(m, n, k, r, dtype, backend):
     ours, vendors = (step(*tensors, dy, backend=name) for name in (backend, "addmm"))
     for one, vendor, true in zip(ours, vendors, exact, strict=True):
         error, vendors_error = ((t.double() - true).norm() / true.norm() for t in (one, vendor))
-        # of few rows cuBLAS splits K, and sums float32 in an order that errs less
+        # for few rows cuBLAS splits K, and its order of summation is more accurate in float32
         assert error <= (2 if dtype == torch.float32 else 1.05) * vendors_error + 1e-7
 
 
@@ -99,7 +99,7 @@ def test_a_captured_step_trains_as_the_same_step_uncaptured(backend):
 
 @contextmanager
 def waiting_raises() -> Iterator[None]:
-    """Whatever makes the host wait for the device raises here."""
+    """Inside the block, any synchronization of host and device raises an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype feature")
         try:
@@ -111,7 +111,7 @@ def waiting_raises() -> Iterator[None]:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_waits_for_the_device(backend, dropout):
+def test_nothing_synchronizes_with_the_device(backend, dropout):
     tensors = operands(128, 256, 512, 16, torch.bfloat16)
     dy = torch.randn(128, 256, device="cuda").bfloat16()
     for gate in (True, torch.tensor(1, device="cuda"), torch.ones(128, dtype=torch.bool, device="cuda")):

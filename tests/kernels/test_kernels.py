@@ -1,4 +1,4 @@
-"""Numbers of every kernel family, in every gate form: through Triton's interpreter, or on a GPU where there is one."""
+"""Results of every kernel family with every kind of gate, on a GPU if there is one, else in Triton's interpreter."""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -29,11 +29,11 @@ from cotolora.kernels.tiles import TABLES, Stream, Tile, row_for
 from tests.support.tolerance import assert_as_accurate_as_torch
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
-# what the interpreter's numpy says of infinities
+# numpy, which the interpreter uses, warns about infinities
 invalid_values = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 SCALE, DROPOUT = -0.75, 0.3
-# several tiles in each direction, and several steps, at sizes that the interpreter gets through
+# several tiles in each direction and several steps, but small enough for the interpreter
 TILE, STREAM = Tile(16, 32, 16, group_m=2), Stream(16, 32, max_ranks=16)
 
 
@@ -67,11 +67,11 @@ class Call:
 
     @property
     def scale(self) -> Tensor:
-        """The scale of the columns as `row_norm` gives it: where one gate is off for all, 1."""
+        """The column scale that `row_norm` computes: 1 if a single gate is off."""
         return torch.where(self.on.any(), self.column_scale, 1) if self.gate is not None else self.column_scale
 
     def dropped(self, t: Tensor) -> Tensor:
-        """As torch's dropout, given the mask."""
+        """Applies dropout with the given mask, as torch does."""
         return t if self.seed is None else torch.where(torch.as_tensor(self.keep), t, 0) / (1 - self.probability)
 
     @property
@@ -80,7 +80,7 @@ class Call:
         return {} if self.seed is None else {"seed": self.seed, "dropout": self.probability}
 
 
-# What each launcher makes, and the same in torch. A function of what is on: off rows contribute nothing.
+# The results of each launcher, and the same computed in torch. Rows that are off contribute nothing.
 def off_is_zero(c, t):
     return torch.where(c.on, t, 0)
 
@@ -112,14 +112,14 @@ def scaled(c, t):
 
 
 def plain_scaled(c, h):
-    """y and u; the first from a u that was not rounded, as the kernels have it."""
+    """y and u; y is computed from u before rounding, as in the kernels."""
     u = plain_y(c, c.x @ c.weight.T, h, c.b)
     y = scaled(c, u) if c.bias is None else (torch.where(c.on, c.scale * u, u) + c.bias).to(u.dtype)
     return y, u
 
 
 def with_u(c, launch):
-    """What the launch returns, and the u that it fills."""
+    """The results of the launch, and the u that it fills."""
     u = torch.empty(c.x.shape[0], c.weight.shape[0], dtype=c.x.dtype, device=c.x.device)
     made = launch({"column_scale": c.scale, "u": u})
     return *(made if isinstance(made, tuple) else (made,)), u
@@ -130,7 +130,7 @@ def dora(c):
 
 
 def dora_sums(c, sums):
-    """Finished, the gradient of the magnitude as a vector."""
+    """The finished sums, with the gradient of the magnitude as a vector."""
     *others, dm = finished(sums)
     return *others, dm[0]
 
@@ -264,7 +264,7 @@ GEMMS = ("one_pass", "low_rank_gemm", "low_rank_gemm_dx")
 GEMMS += ("one_pass_dora", "low_rank_gemm_dora", "low_rank_gemm_dx_dora", "hira", "hira_dx", "hira_grads")
 DROPS = ("one_pass", "one_pass_swapped", "pre_expand", "expand", "expand_add", "low_rank_gemm_dx", "shrink", "gram_a")
 DROPS += ("hira", "hira_dx", "hira_grads")
-# what all rows have a share in: of rows that are off no trace is to be seen
+# kernels that sum over rows, to which rows that are off must not contribute
 SHARED = ("gram", "project", "row_norm", "hira_grads")
 
 
@@ -272,7 +272,7 @@ OPERANDS = ("x", "weight", "bias", "a", "b", "dy", "h", "p", "magnitude")
 
 
 def operands_of(name):
-    """The operands that a kernel's launch reads, as its code names them."""
+    """The names of the operands that a kernel's launch reads."""
     codes, names = [KERNELS[name][0].__code__], set()
     for code in codes:
         names |= set(code.co_names)
@@ -281,14 +281,14 @@ def operands_of(name):
 
 
 def small(name, **more):
-    """The small tile of a kernel as keyword arguments."""
+    """Keyword arguments that give a kernel its small tile."""
     if name not in GEMMS:
         return {"stream": STREAM, **more}
     return {"tile": TILE, **more, **({"tma": False} if name.startswith("low_rank") and "tma" not in more else {})}
 
 
 def operands(m, n, k, r, dtype, device, *, bias=True):
-    """A call whose low-rank part is about as large as the base, so that an error in it shows."""
+    """A call whose low-rank part is about as large as the base, so that errors in it are visible."""
     torch.manual_seed(m + 2 * n + 3 * k + 4 * r)
     sizes = {"x": (m, k), "weight": (n, k), "bias": (n,), "a": (r, k), "b": (n, r), "dy": (m, n), "h": (m, r)}
     sizes |= {"p": (m, r), "magnitude": (n,), "column_scale": (n,), "norm": (n,), "u": (m, n)}
@@ -303,12 +303,12 @@ def operands(m, n, k, r, dtype, device, *, bias=True):
 
 
 def check(name, call, **tile):
-    """Holds a kernel's results to torch's own error, and returns them."""
+    """Checks a kernel's results against torch's own error, and returns them."""
     launch, plain = KERNELS[name]
     ours = launch(call, **tile)
     double = {key: t.double() for key, t in vars(call).items() if isinstance(t, Tensor) and t.is_floating_point()}
     for one, torchs, exact in zip(ours, plain(call), plain(replace(call, **double)), strict=True):
-        # a gradient may come in float32, as accurate as that is
+        # a gradient may be float32, which is more accurate than torch's dtype
         assert_as_accurate_as_torch(one.to(torchs.dtype), torchs, exact)
     return ours
 
@@ -339,7 +339,7 @@ def test_as_accurate_as_torch(m, n, k, r, name, dtype, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(("m", "n", "k", "r"), [(1, 70, 100, 8), (50, 140, 100, 20), (40, 70, 70, 256)])
-def test_takes_a_tile_of_its_own_accord(m, n, k, r, name, dtype, device):
+def test_chooses_a_tile_itself(m, n, k, r, name, dtype, device):
     check(name, operands(m, n, k, r, dtype, device))
 
 
@@ -372,8 +372,8 @@ def test_row_gates(gates, name, device):
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("gate", [torch.tensor(0), torch.tensor([0, 1, 0, 0, 1, 0])], ids=["device", "rows"])
 @pytest.mark.parametrize("poison", [float("inf"), float("nan")], ids=str)
-def test_what_is_off_does_not_matter(poison, gate, name, device):
-    """A, B and the low-rank part of rows that are off may hold anything; so may x and dy, for what A and B get."""
+def test_values_that_are_off_have_no_effect(poison, gate, name, device):
+    """A, B and the low-rank part of rows that are off may hold inf or NaN; for dA and dB so may their x and dy."""
     call = replace(operands(48, 33, 17, 40, torch.float32, device), gate=gate.to(device))
     off = ~call.on[:, 0]
     poisoned = {key: getattr(call, key).clone() for key in ("a", "b", "h", "p", "x", "dy")}
@@ -383,10 +383,10 @@ def test_what_is_off_does_not_matter(poison, gate, name, device):
     poisoned["a"][1], poisoned["b"][:, 2] = poison, poison
     if gate.dim() and name.startswith(("one_pass", "low_rank")):
         poisoned["column_scale"] = call.column_scale.clone()
-        poisoned["column_scale"][4] = poison  # with one gate for all, it is made 1 where that is off
+        poisoned["column_scale"][4] = poison  # only for row gates: a single gate that is off makes it 1
     spoiled = replace(call, **poisoned)
     if name.startswith(SHARED) and gate.dim():
-        # A and B are shared by the rows: what is asked here is that rows that are off leave no trace
+        # all rows share A and B, so keep these; check only that rows that are off do not contribute
         spoiled = replace(spoiled, a=call.a, b=call.b)
     launch, _ = KERNELS[name]
     for ours, expected in zip(launch(spoiled, **small(name)), launch(call, **small(name)), strict=True):
@@ -417,7 +417,7 @@ def mask(seed, m, n, dropout=DROPOUT, block_m=16, block_n=64):
 
 def test_the_mask_does_not_depend_on_the_tile(device):
     seed = torch.tensor(2**40 + 12345, device=device)
-    expected = mask(seed, 20, 70)  # more than a tile of either
+    expected = mask(seed, 20, 70)  # more than one tile in each direction
     for block_m, block_n in ((32, 16), (1, 8), (64, 128)):
         assert torch.equal(mask(seed, 20, 70, block_m=block_m, block_n=block_n), expected)
     assert torch.equal(mask(seed, 9, 50), expected[:9, :50])
@@ -430,7 +430,7 @@ def test_the_mask_is_random(device):
     keep = mask(seed, rows, columns).double()
     deviation = (DROPOUT * (1 - DROPOUT)) ** 0.5
     assert abs(keep.mean() - (1 - DROPOUT)) < 4 * deviation / (rows * columns) ** 0.5
-    # of each row and column, and of neighbours, where a mistake in the offsets would show
+    # the rate in each row and column, and between neighbours, where wrong offsets would be visible
     assert (keep.mean(1) - (1 - DROPOUT)).abs().max() < 5 * deviation / columns**0.5
     assert (keep.mean(0) - (1 - DROPOUT)).abs().max() < 5 * deviation / rows**0.5
     centred = keep - keep.mean()
@@ -457,12 +457,12 @@ def test_dropout(gate, name, device):
 
 
 @pytest.mark.parametrize("name", DROPS)
-def test_dropout_of_everything_is_zero_and_of_nothing_is_nothing(name, device):
+def test_dropout_with_probability_1_is_off_and_with_0_is_identity(name, device):
     seed = torch.tensor(5, device=device)
     call = operands(20, 40, 32, 8, torch.float32, device)
     launch = KERNELS[name][0]
     off = launch(replace(call, gate=torch.tensor(0, device=device)), **small(name))
-    # HiRA sums what can be dropped apart, as it does under row gates
+    # with dropout HiRA sums the update separately, as it does with row gates
     on = replace(call, gate=torch.ones(20, dtype=torch.bool, device=device)) if name.startswith("hira") else call
     for probability, expected in ((0.0, launch(on, **small(name))), (1.0, off)):
         dropped = replace(call, seed=seed, probability=probability)
@@ -508,7 +508,7 @@ FAR = 2**30 + 16
 )
 def test_offsets_beyond_int32(name, which, dimension, device):
     call = operands(3, 3, 3, 3, torch.float16, device)
-    # four gigabytes that nothing writes but three rows: on a CPU the rest never becomes memory
+    # four gigabytes of which only three rows are written; on a CPU the rest is never committed
     storage = torch.UntypedStorage(2 * (2 * FAR + 16), device=device)
     view = torch.tensor([], dtype=torch.float16, device=device)
     view.set_(storage, 0, (3, 3), (FAR, 1) if dimension == 0 else (1, FAR))
@@ -550,7 +550,7 @@ SPLITS = ["one_pass_swapped", "shrink", "gram_a", "gram_b", "project", "gram_dor
 @pytest.mark.parametrize("name", SPLITS)
 @pytest.mark.parametrize("split", [1, 2, 3, 5])
 def test_split(split, name, device):
-    """Over K or over rows, into parts of equal and of unequal length, and into more parts than there are steps."""
+    """Splits over K or over rows: into equal parts, into unequal parts, and into more parts than steps."""
     for m, n, k in ((96, 70, 96), (45, 70, 45)):
         call = operands(min(m, 64) if name == "one_pass_swapped" else m, n, k, 8, torch.float32, device)
         check(name, call, **small(name, split=split))
@@ -561,7 +561,7 @@ def test_split(split, name, device):
 def test_the_same_bits_every_time(name, device):
     call = operands(61, 200, 150, 12, torch.float16, device)
     first = KERNELS[name][0](call)
-    for _ in range(1 if device.type == "cpu" else 3):  # the interpreter takes one program after the other
+    for _ in range(1 if device.type == "cpu" else 3):  # once in the interpreter, which runs programs sequentially
         assert all(map(torch.equal, KERNELS[name][0](call), first))
 
 
@@ -576,7 +576,7 @@ def test_leaves_its_arguments_alone(name, device):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES["low_rank_gemm"])
 @pytest.mark.parametrize("gate", [None, torch.tensor(0), torch.tensor([1, 0, 1])], ids=["none", "off", "rows"])
-# the second is wider than a half, of whose columns the rest would else lie outside
+# the second tile is stored in halves; n is larger than one half, so that the other half is partly inside
 @pytest.mark.parametrize(("block_n", "n"), [(32, 80), (256, 208)], ids=["stored-whole", "stored-in-halves"])
 def test_tma(block_n, n, gate, name, device):
     if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
@@ -585,7 +585,7 @@ def test_tma(block_n, n, gate, name, device):
         call = operands(48, n, n, r, torch.float16, device)
         call = replace(call, gate=None if gate is None else gate.to(device))
         check(name, call, **small(name, tma=True, tile=replace(TILE, block_n=block_n)))
-    # a Conv1D's weight is the transpose of a matrix whose rows lie together
+    # the weight of a Conv1D is the transpose of a row-major matrix
     check(name, replace(call, weight=transposed(call.weight)), **small(name, tma=True))
 
 
@@ -605,7 +605,7 @@ def test_fits_tma():
 
 @pytest.mark.parametrize("kernel", TABLES)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942", "generic"])
-def test_every_row_is_for_something(arch, kernel):
+def test_every_row_of_the_tables_can_be_chosen(arch, kernel):
     table = TABLES[kernel]
     bounds = {(row.max_m, row.max_n, row.max_rank, row.min_rank - 1) for row in table[arch]}
     sizes = {1, *(size for row in bounds for bound in row if bound for size in (bound, bound + 1))}

@@ -1,4 +1,4 @@
-"""What is launched again, and for what: by kernels that copy memory, and by what Triton's launcher gets of ours."""
+"""Replayed launches: which calls are replayed (tested with kernels that copy memory), and what they launch."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ from tests.support.repository import ROOT
 
 
 class Compiled:
-    """Copies `size` bytes from one address to the other, and notes the streams it is launched on."""
+    """Copies `size` bytes from one address to another and records the streams of its launches."""
 
     function, packed_metadata = 3, (1, 1, 0)
 
@@ -32,7 +32,7 @@ class Compiled:
 
 
 class Kernel:
-    """Stands for a kernel: the call by JIT copies too."""
+    """Stands for a Triton kernel; a launch by JIT also copies."""
 
     arg_names = ("source_ptr", "to_ptr", "SIZE")
 
@@ -49,14 +49,14 @@ class Kernel:
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """As on a GPU whose current stream is 7."""
+    """A kernel on a mocked GPU whose current stream is 7."""
     active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 7)
     monkeypatch.setattr(launching, "driver", SimpleNamespace(active=active))
     return Kernel()
 
 
 class Copier:
-    """A launcher that copies by way of a temporary, and counts its calls."""
+    """A launcher that copies through a temporary and counts its calls."""
 
     def __init__(self, kernel):
         self.kernel, self.calls, self.replays = kernel, 0, {}
@@ -78,7 +78,7 @@ def copier(kernel):
     return Copier(kernel)
 
 
-def test_what_was_launched_is_launched_again_on_other_tensors(copier):
+def test_launches_are_replayed_on_other_tensors(copier):
     for calls in range(3):
         x = torch.randn(6, 8)
         out, nothing = copier.run(x)
@@ -107,7 +107,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_another_kind_of_call_is_launched_anew(copier, change):
+def test_another_kind_of_call_is_not_replayed(copier, change):
     others = [(X,), *(arguments for name, arguments in CHANGES.items() if name != change)]
     for arguments in others:
         copier.run(*arguments)
@@ -120,7 +120,7 @@ def test_another_kind_of_call_is_launched_anew(copier, change):
     assert copier.calls == before + 1
 
 
-def test_how_float32_is_multiplied_is_part_of_the_kind(copier):
+def test_float32_precision_is_part_of_the_kind(copier):
     before = torch.get_float32_matmul_precision()
     try:
         for precision, calls in (("highest", 1), ("high", 2), ("highest", 2)):
@@ -135,7 +135,7 @@ def test_how_float32_is_multiplied_is_part_of_the_kind(copier):
     ("knobs", "switch", "value"),
     [("runtime", "debug", True), ("compilation", "instrumentation_mode", "fpsan")],
 )
-def test_how_triton_compiles_is_part_of_the_kind(copier, monkeypatch, knobs, switch, value):
+def test_tritons_compile_options_are_part_of_the_kind(copier, monkeypatch, knobs, switch, value):
     copier.run(X)
     with monkeypatch.context() as patch:
         patch.setattr(getattr(launching.knobs, knobs), switch, value)
@@ -145,7 +145,7 @@ def test_how_triton_compiles_is_part_of_the_kind(copier, monkeypatch, knobs, swi
     assert copier.calls == 2
 
 
-def test_what_decides_at_each_launch_how_it_is_compiled_is_asked(copier, monkeypatch):
+def test_hooks_that_decide_compilation_are_called_at_each_launch(copier, monkeypatch):
     copier.run(X)
     with monkeypatch.context() as patch:
         patch.setattr(launching.knobs.runtime, "add_stages_inspection_hook", lambda: ("key", "hash"))
@@ -169,8 +169,8 @@ def test_tensors_may_overlap_at_a_later_call(kernel):
     assert len(kernel.compiled.streams) == 4
 
 
-def test_a_launcher_that_raises_is_launched_anew(copier):
-    """Nothing of the call that failed is left: neither what it noted nor what watches torch."""
+def test_a_launcher_that_raises_is_not_replayed(copier):
+    """A failed call leaves no recording and no dispatch mode behind."""
     fails = [True]
 
     def failing(x):
@@ -193,7 +193,7 @@ def test_a_launcher_that_raises_is_launched_anew(copier):
     assert len(copier.kernel.compiled.streams) == 2
 
 
-def test_what_is_kept_holds_no_memory_of_a_call(copier):
+def test_recordings_keep_no_tensor_alive(copier):
     held = weakref.ref(made := torch.randn(8, 8)), weakref.ref(copier.run(made)[0].untyped_storage())
     del made
     assert copier.replays
@@ -224,22 +224,22 @@ def launches_on_a_part(copier, x):
 @pytest.mark.parametrize(
     "body", [computes_by_torch, writes_by_torch, returns_its_input, returns_a_part, launches_on_a_part]
 )
-def test_a_launcher_that_does_more_is_called_every_time(copier, body):
+def test_a_launcher_that_does_more_than_launch_is_called_every_time(copier, body):
     run = replayed(lambda x: body(copier, x), {}, elsewhere=None)
     for calls in (1, 2, 3):
         run(torch.randn(8, 8))
         assert copier.calls == calls
 
 
-def test_two_tensors_at_one_address_are_not_told_apart(kernel):
+def test_two_tensors_at_one_address_are_not_replayed(kernel):
     copier = Copier(kernel)
     for calls in (1, 2):
         copier.run(X, X)
         assert copier.calls == calls
 
 
-def test_a_kernel_that_nothing_was_compiled_for_is_called_every_time(copier, monkeypatch):
-    """As under what intercepts Triton's launches, where no driver need be."""
+def test_a_kernel_that_was_not_compiled_is_called_every_time(copier, monkeypatch):
+    """This is the case when Triton's launches are intercepted, for which no driver is needed."""
     copier.kernel.compiled = None
     monkeypatch.setattr(launching, "driver", None)
     for calls in (1, 2):
@@ -260,14 +260,14 @@ def test_a_profiler_sees_the_launches(copier):
     assert copier.calls == 2
 
 
-def test_memory_that_is_not_aligned_is_not_given_to_a_kernel_for_aligned(copier, monkeypatch):
+def test_unaligned_memory_is_not_passed_to_a_kernel_compiled_for_aligned_memory(copier, monkeypatch):
     copier.run(X)
     monkeypatch.setattr(torch, "empty_strided", lambda *args, **kwargs: torch.empty(65)[1:].view(8, 8))
     assert torch.equal(copier.run(X)[0], X)
     assert copier.calls == 2
 
 
-def test_what_is_more_than_numbers_at_an_address_goes_elsewhere(copier):
+def test_tensors_that_are_not_plain_memory_use_the_fallback(copier):
     copier.run(X)
     negated = torch.complex(X, -X).conj().imag
     assert torch.equal(negated, X)
@@ -275,7 +275,7 @@ def test_what_is_more_than_numbers_at_an_address_goes_elsewhere(copier):
         assert copier.run(t) == "elsewhere"
 
 
-def test_what_is_missing_is_said_before_anything_is_launched(copier):
+def test_missing_is_called_before_any_launch(copier):
     def missing():
         raise LookupError
 
@@ -296,7 +296,7 @@ def test_a_launcher_that_launches_nothing_is_called_every_time(copier):
 @pytest.mark.slow
 @pytest.mark.skipif(host.compiler() is None, reason="needs a C compiler")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the driver of a GPU cannot be replaced")
-def test_the_launcher_of_triton_gets_the_same_again_as_by_jit():
+def test_replayed_launches_have_the_arguments_of_jit_launches():
     pytest.importorskip("triton.backends.nvidia", reason="needs Triton with its backend for NVIDIA")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.support.replays"]

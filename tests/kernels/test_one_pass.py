@@ -1,4 +1,4 @@
-"""What the one-pass kernel has beside what tests/kernels/test_kernels.py asks of every kernel, itself among them."""
+"""Tests of the one-pass kernel beyond those that tests/kernels/test_kernels.py runs for every kernel."""
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ from cotolora.kernels.tiles import ONE_PASS, Tile, architecture, dot_precision, 
 from tests.support.tolerance import assert_as_accurate_as_torch
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
-# what the interpreter's numpy says of infinities
+# numpy, which the interpreter uses, warns about infinities
 invalid_values = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
-# several tiles in each direction, and several steps, at sizes that the interpreter gets through
+# several tiles in each direction and several steps, but small enough for the interpreter
 SMALL = Tile(16, 32, 16, group_m=2)
 SCALE = -0.75
 
@@ -38,7 +38,7 @@ EMPTY = [
 
 
 def operands(m, n, k, r, dtype, device):
-    """x, weight, bias, a, b with a low-rank part about as large as the base, so that an error in it shows."""
+    """x, weight, bias, a, b; the low-rank part is about as large as the base, so that errors in it are visible."""
     torch.manual_seed(m + 2 * n + 3 * k + 4 * r)
     x, weight, a = torch.randn(m, k), torch.randn(n, k), torch.randn(r, k)
     bias, b = torch.randn(n), torch.randn(n, r) / r**0.5
@@ -46,7 +46,7 @@ def operands(m, n, k, r, dtype, device):
 
 
 def plain(x, weight, bias, a, b, rows_on, scale):
-    """y and h by torch in the operands' dtype; `rows_on` is a bool or a mask of rows."""
+    """y and h computed by torch in the operands' dtype; `rows_on` is a bool or a mask of rows."""
     on = torch.as_tensor(rows_on, device=x.device).expand(x.shape[0])[:, None]
     h = torch.where(on, scale * (x @ a.T), 0)
     base = torch.nn.functional.linear(x, weight, bias)
@@ -54,7 +54,7 @@ def plain(x, weight, bias, a, b, rows_on, scale):
 
 
 def check(tensors, gate=None, rows_on=True, scale=SCALE, **options):
-    """Holds y and h to torch's own error, and returns them."""
+    """Checks y and h against torch's own error, and returns them."""
     y, h = one_pass(*tensors, gate, scale, **options)
     y_torch, h_torch = plain(*tensors, rows_on, scale)
     y_exact, h_exact = plain(*[None if t is None else t.double() for t in tensors], rows_on, scale)
@@ -113,7 +113,7 @@ def test_row_gates(gates, dtype, device):
     check(tensors, gate.bool(), rows_on, tile=SMALL)
 
 
-def test_row_gates_over_rows_that_no_tile_divides(device):
+def test_row_gates_with_groups_that_do_not_match_tiles(device):
     gate = torch.tensor([1, 0, 1, 1, 0], dtype=torch.int32, device=device)
     tensors = operands(35, 40, 32, 8, torch.float32, device)
     check(tensors, gate, gate.bool().repeat_interleave(7), tile=SMALL)
@@ -128,7 +128,7 @@ def test_row_gates_over_rows_that_no_tile_divides(device):
 )
 @pytest.mark.parametrize("where", ["a", "b"])
 @pytest.mark.parametrize("rank", [8, 40])
-def test_off_is_the_base_whatever_a_and_b_hold(rank, where, gate, poison, dtype, device):
+def test_off_gives_the_base_for_any_a_and_b(rank, where, gate, poison, dtype, device):
     x, weight, bias, a, b = operands(48, 33, 17, rank, dtype, device)
     base, _ = one_pass(x, weight, bias, torch.zeros_like(a), torch.zeros_like(b), None, SCALE, tile=SMALL)
     (a[1] if where == "a" else b[:, 2]).fill_(poison)
@@ -140,8 +140,8 @@ def test_off_is_the_base_whatever_a_and_b_hold(rank, where, gate, poison, dtype,
 
 
 @invalid_values
-def test_an_infinite_x_stays_in_its_row_and_is_as_in_torch(device):
-    tensors = operands(48, 70, 45, 1, torch.float32, device)  # rank 1: the 15 that pad it must not turn inf into NaN
+def test_an_infinite_x_affects_only_its_row_as_in_torch(device):
+    tensors = operands(48, 70, 45, 1, torch.float32, device)  # rank 1: its 15 padding rows must not turn inf into NaN
     clean, _ = one_pass(*tensors, None, SCALE, tile=SMALL)
     tensors[0][20, 3] = float("inf")
     y, h = one_pass(*tensors, None, SCALE, tile=SMALL)
@@ -166,7 +166,7 @@ def sliced(t):
 
 
 def reversed_storage(t):
-    """Strides in descending order of the transposed tensor's, between two rows of which others lie."""
+    """The values of t as the transpose of a strided slice, so that the first dimension has the smallest stride."""
     return sliced(t.mT).mT if t.dim() == 2 else sliced(t)
 
 
@@ -205,7 +205,7 @@ def test_output_beyond_int32():
     assert torch.equal(y[-100:], y_tail)
 
 
-def test_a_cpu_has_the_generic_rows():
+def test_a_cpu_uses_the_generic_rows():
     assert architecture(torch.device("cpu")) == "generic"
 
 
@@ -220,7 +220,7 @@ def test_aligned_means_wide_loads_fit():
 
 @pytest.fixture
 def restored_switch():
-    """torch's float32 switch, put back as it was."""
+    """torch's float32 precision settings, restored after the test."""
     switch = torch.backends.cuda.matmul
     before = switch.fp32_precision
     yield switch
@@ -237,5 +237,5 @@ def test_float32_follows_torch(restored_switch):
         restored_switch.allow_tf32 = allowed
         assert dot_precision(torch.float32, cpu) == ("tf32" if allowed else "ieee")
     for setting in ("tf32", "ieee"):
-        restored_switch.fp32_precision = setting  # after which torch refuses to read allow_tf32
+        restored_switch.fp32_precision = setting  # from now on torch refuses to read allow_tf32
         assert dot_precision(torch.float32, cpu) == setting

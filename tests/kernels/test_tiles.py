@@ -1,4 +1,4 @@
-"""Which tile a launch takes on which GPU: by the waves that its tiles make on as many multiprocessors as there are."""
+"""The tile that a launch uses on each GPU, chosen by the waves of tiles on its multiprocessors."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ from tests.support.repository import ROOT
 
 TABLES = {"one_pass": ONE_PASS, "low_rank_gemm": LOW_RANK_GEMM, "hira": HIRA}
 BF16 = {"element_size": 2, "precision": "ieee"}
-# rows of y; columns of y of a vision transformer's and of Llamas' linears
+# rows of y, and columns of y in the linears of vision transformers and Llamas
 SIZES = list(itertools.product((65, 128, 256, 512, 777, 1024, 2048, 8192, 12608), (768, 1024, 3072, 4096, 14336)))
 
 
@@ -49,11 +49,11 @@ def test_fill_is_the_share_of_whole_waves():
     assert fill(2048, 1024, 128, 256, 132) == 64 / 132
     assert fill(2048, 1024, 128, 128, 132) == 128 / 132
     assert fill(133 * 64, 64, 64, 64, 132) == 133 / 264
-    assert fill(100, 64, 128, 64, 1) == 100 / 128  # rows beyond the edge are computed for nothing
+    assert fill(100, 64, 128, 64, 1) == 100 / 128  # the rows beyond the edge are wasted
     assert fill(0, 0, 64, 64, 132) == 0
 
 
-# of bfloat16 at rank 16, without gates: on an A100, an H100 or H200, and a B200
+# chosen for bfloat16 at rank 16 without gates, on an A100, an H100 or H200, and a B200
 CHOSEN = {
     ("low_rank_gemm", 8192, 4096): ((128, 128), (128, 256), (128, 256)),
     ("low_rank_gemm", 2048, 4096): ((128, 128), (128, 256), (128, 256)),
@@ -72,7 +72,7 @@ CHOSEN = {
 
 
 @pytest.mark.parametrize(("kernel", "m", "n"), CHOSEN)
-def test_the_tile_of_well_known_sizes(kernel, m, n):
+def test_tiles_of_well_known_sizes(kernel, m, n):
     archs = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
     assert archs.items() <= MULTIPROCESSORS.items()
     found = tuple(
@@ -133,7 +133,7 @@ def test_the_launchers_ask_for_the_tile_of_their_gpu():
 
 @pytest.mark.parametrize("kernel", TABLES)
 def test_every_tile_gives_the_same_numbers(kernel, device):
-    """Of whole numbers, whose sums are exact in any order."""
+    """The operands are integers, whose sums are exact in any order."""
     pytest.importorskip("triton")
     from cotolora.kernels.hira import hira
     from cotolora.kernels.low_rank_gemm import low_rank_gemm
@@ -161,14 +161,14 @@ def test_every_tile_gives_the_same_numbers(kernel, device):
                 assert torch.equal(made[kernel](tile), expected), tile
 
 
-def test_of_equals_the_largest_tile_is_taken():
+def test_of_equally_good_tiles_the_largest_is_chosen():
     row = Row(Tile(128, 128, 64), (Tile(64, 128, 64), Tile(64, 64, 64)))
     assert tile_by_waves(row, 128 * 132, 128, 132) is row.tile
     assert tile_by_waves(Row(Tile(64, 64, 64)), 1, 1, 132) == Tile(64, 64, 64)
 
 
 @pytest.mark.parametrize("kernel", [*TABLES, "hira_grads"])
-def test_every_smaller_tile_is_taken_somewhere_and_is_smaller(kernel):
+def test_every_smaller_tile_is_smaller_and_chosen_for_some_size(kernel):
     table = {**TABLES, "hira_grads": HIRA_GRADS}[kernel]
     blocks = ("block_n", "block_k") if kernel == "hira_grads" else ("block_m", "block_n")
     for row in {row for rows in table.values() for row in rows}:
@@ -179,7 +179,7 @@ def test_every_smaller_tile_is_taken_somewhere_and_is_smaller(kernel):
         assert taken == set(row.tiles)
 
 
-def test_hira_grads_splits_m_before_it_takes_a_smaller_tile():
+def test_hira_grads_prefers_splitting_m_to_a_smaller_tile():
     (*_, row) = HIRA_GRADS["sm_90"]
     large, small = row.tiles
     assert tile_of_weight(row, 8192, 768, 768, 132) is large  # 36 tiles, each in 7 splits

@@ -1,4 +1,4 @@
-"""Merging: each operator against its definition in float64, against PEFT, and what is refused."""
+"""Merging: each operator against its definition in float64 and against PEFT, and errors."""
 
 import copy
 import itertools
@@ -36,7 +36,7 @@ def random_state(seed, rank=3, alpha=6.0, use_rslora=False, sizes=SIZES, **other
 
 
 def delta(state, name, dtype=torch.float64):
-    """The update, by hand."""
+    """The update, computed directly."""
     part = state.factors[name]
     rank = part.lora_a.shape[0]
     scale = part.alpha / (rank**0.5 if part.use_rslora else rank)
@@ -128,7 +128,7 @@ def same(one, two):
     ],
     ids=["head", "patterns", "rslora", "adapters-alone"],
 )
-def test_a_state_is_what_is_saved(options, tmp_path):
+def test_a_state_equals_the_saved_files(options, tmp_path):
     model = tuned(**options)
     state = AdapterState.from_model(model)
     save_adapter(model, tmp_path / "ours")
@@ -136,7 +136,7 @@ def test_a_state_is_what_is_saved(options, tmp_path):
     assert same(AdapterState.from_directory(tmp_path / "ours"), state)
     assert same(AdapterState.from_directory(tmp_path / "state"), state)
     ours, theirs = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "state"))
-    del ours["target_modules"], theirs["target_modules"]  # a list; an expression
+    del ours["target_modules"], theirs["target_modules"]  # a list in one, an expression in the other
     assert ours == theirs
 
     loaded, placed, onto = base(), base(), tuned(seed=9, **options)
@@ -150,7 +150,7 @@ def test_a_state_is_what_is_saved(options, tmp_path):
     }
 
 
-def test_a_state_is_a_copy_and_travels():
+def test_a_state_is_a_copy_and_can_be_loaded_elsewhere():
     model = tuned()
     expected = out(model)
     state = AdapterState.from_model(model)
@@ -229,7 +229,7 @@ def test_bad_scales_are_refused():
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_applied_to_puts_everything_back(merged):
+def test_applied_to_restores_everything(merged):
     model, other = tuned(), tuned(seed=2, rank=3, alpha=1.0)
     expected, after = out(other), None
     if merged:
@@ -245,7 +245,7 @@ def test_applied_to_puts_everything_back(merged):
     assert torch.equal(after, expected)
     assert torch.equal(out(model), before)
     assert all(layer.merged is merged and layer.rank == 2 for layer in adapters(model).values())
-    if not merged:  # a merged weight is made anew
+    if not merged:  # a merged weight is computed again, with rounding
         assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == parameters
     assert all(torch.equal(tensor, values[key]) for key, tensor in model.state_dict().items())
 
@@ -302,14 +302,14 @@ def test_mix_is_exact(weights):
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
-def test_a_mix_is_cut_to_the_nearest_of_its_rank(rank):
+def test_a_mix_is_truncated_to_the_best_approximation_of_its_rank(rank):
     cut = mix(ANY, [1.0, 0.5, -1.0], rank=rank)
     for name in SIZES:
         exact = mixture(ANY, [1.0, 0.5, -1.0], name)
         tail = torch.linalg.svdvals(exact)[rank:].square().sum().sqrt()
         assert cut.factors[name].rank == min(rank, *SIZES[name])
         error = (cut.factors[name].delta().double() - exact).norm()
-        assert error <= tail + 1e-6 * exact.norm()  # Eckart and Young: none is nearer
+        assert error <= tail + 1e-6 * exact.norm()  # the optimum by the Eckart-Young theorem
 
 
 class Largest(TorchDispatchMode):
@@ -333,7 +333,7 @@ def test_no_product_is_formed(merge):
     assert 0 < largest.numel < 300 * 200 / 5
 
 
-def test_what_was_trained_besides_is_averaged(tmp_path):
+def test_other_trained_tensors_are_averaged(tmp_path):
     models = [tuned(seed=1), tuned(seed=2)]
     save_adapter(models[1], tmp_path)
     for merge in (fuse, mix):
@@ -389,14 +389,14 @@ def test_align_finds_the_basis(case, rng_untouched):
 
 
 @pytest.mark.parametrize(("case", "exact"), [("permuted", [1, 2, 3]), ("any", [1, 2])])
-def test_where_align_begins(case, exact):
+def test_the_initial_basis_of_align(case, exact):
     one, two = random_state(0).factors["q"], turned(random_state(0), BASES[case]).factors["q"]
     found = Misfit(one.lora_a, one.lora_b, two.lora_a, two.lora_b)
     untouched, *others = (found(p) for p in found.starts())
     assert [i for i, value in enumerate(others, 1) if value < 1e-9 * untouched] == exact
 
 
-def test_align_keeps_the_product_and_comes_nearer(rng_untouched):
+def test_align_keeps_the_product_and_reduces_the_distance(rng_untouched):
     state, other = random_state(0), random_state(1, head=torch.ones(2))
     with torch.inference_mode():
         aligned = align(other, AdapterState(state.factors, {"head": torch.zeros(2)}))
@@ -405,7 +405,7 @@ def test_align_keeps_the_product_and_comes_nearer(rng_untouched):
     aligned = AdapterState(aligned.factors)
     for name in SIZES:
         assert misfit(state, aligned, name) < 0.9 * misfit(state, other, name)
-        # what is minimised is how far fusing is from mixing, at any λ
+        # align minimises the distance between fusing and mixing, for any λ
         for weight in (0.5, 0.2):
             pair, weights = [state, aligned], [weight, 1 - weight]
             apart = (delta(fuse(pair, weights), name) - mixture(pair, weights, name)).norm().item()
@@ -442,7 +442,7 @@ def test_the_misfit_and_its_gradient():
     torch.testing.assert_close(value, exact.detach())
     assert math.isclose(f(p.detach()), exact.item(), rel_tol=1e-9)
     torch.testing.assert_close(gradient, p.grad)
-    # no descent is left at what L-BFGS returns
+    # L-BFGS returns a stationary point
     best = best_basis(f, 500, 1e6)
     assert f.gradient(best)[1].norm() < 1e-3 * gradient.norm()
 
@@ -458,7 +458,7 @@ def test_lego_with_every_unit_is_the_concatenation(rng_untouched):
     assert_same_update(lego(ANY, 7), ANY, [math.sqrt(7 / 3 / 7)] * 3)
 
 
-def test_lego_knows_no_order_of_units():
+def test_lego_does_not_depend_on_the_order_of_units():
     state = random_state(0, rank=3)
     copies = [state, turned(state, PERMUTATION), turned(state, PERMUTATION.T)]
     for seed in range(5):
@@ -467,7 +467,7 @@ def test_lego_knows_no_order_of_units():
 
 
 def test_lego_stretches_its_centres():
-    # two pairs of units, apart: (1, 0) and (0.6, 0.8) in both B and A, and a far one with its copy
+    # two separate pairs of units: (1, 0) and (0.6, 0.8) in both B and A, and a distant one with its copy
     states = [
         AdapterState({"q": Factors(torch.tensor([[1.0, 0.0], [0.0, 9.0]]), torch.tensor([[1.0, 9], [0, 0]]), 2.0)}),
         AdapterState({"q": Factors(torch.tensor([[0.6, 0.8], [0.0, 9.0]]), torch.tensor([[0.6, 9], [0.8, 0]]), 2.0)}),
@@ -486,11 +486,11 @@ def test_lego_is_determined_by_its_seed(rng_untouched):
     assert any(not torch.equal(others[0], other) for other in others[1:])
     assert all(part.rank == 5 for part in lego(states, 5).factors.values())
     opposite = AdapterState({n: Factors(-p.lora_a, -p.lora_b, p.alpha) for n, p in states[0].factors.items()})
-    lego([states[0], opposite], 1)  # the one centre is zero, and no NaN comes of it
+    lego([states[0], opposite], 1)  # the only centre is zero and must not give NaN
 
 
 @pytest.mark.parametrize("copies", [1, 3])
-def test_kmeans_settles_with_every_cluster_inhabited(copies):
+def test_kmeans_converges_without_empty_clusters(copies):
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(6, 2, generator=generator).double().repeat(copies, 1)
     for clusters in range(1, len(points) + 2):
@@ -499,7 +499,7 @@ def test_kmeans_settles_with_every_cluster_inhabited(copies):
         assert sorted(set(labels.tolist())) == list(range(clusters))
         centres = torch.stack([points[labels == i].mean(0) for i in range(clusters)])
         distances = torch.cdist(points, centres)
-        if clusters <= 6:  # beyond, copies of a point must part
+        if clusters <= 6:  # with more clusters, copies of a point must be separated
             own = distances.gather(1, labels[:, None])[:, 0]
             assert (own <= distances.min(1).values + 1e-12).all()
 
@@ -509,7 +509,7 @@ def test_kmeans_settles_with_every_cluster_inhabited(copies):
 
 WEIGHTS = [0.7, -0.4]
 PEFTS = {
-    # PEFT gives the root of each weight to A and to B
+    # PEFT multiplies A and B by the square root of each weight
     "linear": (lambda s: fuse(s, [0.7, 0.4]), {"weights": [0.7**2, 0.4**2]}),
     "cat": (lambda s: mix(s, WEIGHTS), {}),
     "svd": (lambda s: mix(s, WEIGHTS, rank=2), {"svd_rank": 2}),
@@ -525,7 +525,7 @@ PEFTS = {
 
 @pytest.mark.parametrize("kind", PEFTS)
 @pytest.mark.filterwarnings("ignore")
-def test_as_peft(kind, peft, monkeypatch):
+def test_equals_peft(kind, peft, monkeypatch):
     merge, options = PEFTS[kind]
     model = nn.ModuleDict({name: nn.Linear(n_in, n_out) for name, (n_out, n_in) in {"q": (7, 9), "k": (5, 6)}.items()})
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q", "k"])
@@ -535,7 +535,7 @@ def test_as_peft(kind, peft, monkeypatch):
     for i, state in enumerate(states):
         tensors = {f"base_model.model.{key}": tensor for key, tensor in state._saved().tensors.items()}
         peft.set_peft_model_state_dict(wrapped, tensors, adapter_name=str(i))
-    if kind.startswith("dare"):  # the same draws: one stream over modules, factors and adapters, in this order
+    if kind.startswith("dare"):  # makes PEFT draw in our order: one stream over modules, factors and adapters
         from peft.tuners.lora import model as lora_model
 
         draws = torch.Generator().manual_seed(5)
@@ -682,7 +682,7 @@ def test_ensemble_averages_outputs(kind, request):
     elif kind != "tensor":
         assert output.loss is None
     assert torch.equal(ensemble([nn.Identity(), nn.Identity()])(X), X)
-    # in bfloat16, 256 + 1 is 256
+    # in bfloat16, 256 + 1 rounds to 256
     many = ensemble([Returns(factor, makes["tensor"]) for factor in (256.0, 1.0, 1.0)], [1, 1, 1])
     assert many(torch.ones(1, dtype=torch.bfloat16)) == 258
 
@@ -701,7 +701,7 @@ def test_ensemble_refuses():
         ensemble([Returns(1, lambda x: [x])])(X)
 
 
-# what is refused
+# errors
 
 ONE, TWO = random_state(0), random_state(1)
 REFUSED = {

@@ -1,6 +1,6 @@
-"""What the emulator runs: small kernels, rows of the tile tables, whole layers, and kernels that were made wrong.
+"""Cases for the emulator: small kernels, rows of the tile tables, whole layers, and kernels with injected faults.
 
-A case is a function of an `Emulator` that gives a line of figures and a list of what is wrong; `outcome` runs it.
+A case is a function of an `Emulator` that returns a line of figures and a list of errors; `outcome` runs it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ SIZES = (  # m, n, k, rank: odd, aligned, few rows, ranks above those of one pro
 
 
 def outcome(work: Work, *, staggered: bool = False, change: Callable[[str], str] = str) -> Outcome:
-    """A case's figures and everything that is wrong with it; `change` is applied to the PTX."""
+    """Runs a case; returns its figures and all errors. `change` is applied to the PTX."""
     emulator = Emulator(staggered, change)
     try:
         text, wrong = work(emulator)
-    except Exception:  # Triton, the launchers and the emulator all raise what they like: a case ends, the rest go on
+    except Exception:  # any error of Triton, the launchers or the emulator ends this case, but not the others
         text, wrong = "", [traceback.format_exc(limit=-3)]
     return text, wrong + emulator.errors[:3]
 
@@ -48,12 +48,12 @@ def simple_case(name: str, arch: str) -> Work:
 
 
 def row_case(case: RowCase) -> Work:
-    """A row of a table, by its launcher."""
+    """A row of a table, run by its launcher."""
     return lambda emulator: judged(run_row(case, emulator))
 
 
 def kernel_case(kernel: str, arch: str, dtype: str = "bf16", **kind) -> Work:
-    """The row that a kernel takes for operands of a kind, see `case_for`."""
+    """The row that a kernel uses for operands of a kind, see `case_for`."""
     return row_case(case_for(kernel, arch, dtype, **kind))
 
 
@@ -87,18 +87,18 @@ def layer_case(case: Case, arch: str) -> Work:
 
 
 def judged(error: float) -> Outcome:
-    """Units are of a bound that is rough for cancelling sums: two are right."""
+    """The error in units of a bound that is rough for cancelling sums; up to two units are accepted."""
     return f"{error:.2f}", [] if error <= 2 else [f"error of {error:.3g} units"]
 
 
 def layer_cases(everything: bool) -> Iterator[Case]:
-    """Whole layers, forward and backward: every form and dtype, the rest in turn; or every combination."""
+    """Whole layers, forward and backward: every kernel and dtype, other options in turn; or all combinations."""
     for turn, (form, dtype) in enumerate(product(FORMS, ("bf16", "fp16", "fp32", "tf32"))):
         drops = 0.0 if form.startswith("dora") else 0.3
         m, n, k, rank = SIZES[turn % len(SIZES)]
         layout, bias = ("plain", "strided")[turn % 5 == 4], turn % 3 != 2
         yield Case(form, dtype, GATES[turn % 5 if turn % 7 else 3], m, n, k, rank, drops * (turn % 2), bias, layout)
-    for form in FORMS:  # where off must not be a product with zero, and one gate for several rows
+    for form in FORMS:  # off must not be a product with zero; and one gate per several rows
         yield Case(form, "bf16", "off", 70, 144, 80, 16, poison=True)
         yield Case(form, "bf16", "rows", 70, 136, 72, 5, batch=10, poison=True)
     if everything:
@@ -118,11 +118,11 @@ RETURNS = (
 
 
 def without_barriers(match: re.Match[str]) -> str:
-    """What matched, all its barriers taken out."""
+    """The matched text without its barriers."""
     return re.sub(BARRIER, "", match[0])
 
 
-# name → case, what of its PTX is changed, how often (0: wherever it is), into what, and on which GPUs
+# name → case, pattern in its PTX, number of replacements (0: all), replacement, GPUs
 FAULTS = {
     "a missing barrier of a reduction": ("sum bfloat16", BARRIER, 1, "", ARCHITECTURES),
     "the missing barriers of a product": (MATMUL, BARRIER, 0, "", ARCHITECTURES),
@@ -142,7 +142,7 @@ FAULTS = {
 
 
 def fault_case(name: str, arch: str) -> Work:
-    """That a fault put into the PTX is noticed: wrong is that it is not, or that there is nothing to change."""
+    """Checks that a fault injected into the PTX is detected; a missed fault or an unmatched pattern is an error."""
     kernel, pattern, count, to, _ = FAULTS[name]
     changed = 0
 
@@ -163,9 +163,9 @@ def fault_case(name: str, arch: str) -> Work:
 
 
 def barriers(work: Work) -> Iterator[tuple[str, int, list[int], list[int]]]:
-    """Of each kernel of a case its barriers: how many, which nothing notices if taken out, which of those are reached.
+    """For each kernel of a case: the number of barriers, those whose removal is not detected, and which of these run.
 
-    One by one: two that stand for one another are both unnoticed.
+    Barriers are removed one at a time, so if two make each other redundant, both removals are undetected.
     """
     emulator = Emulator()
     work(emulator)
@@ -182,7 +182,7 @@ def barriers(work: Work) -> Iterator[tuple[str, int, list[int], list[int]]]:
 
 
 def all_cases(arch: str, everything: bool) -> Iterator[tuple[str, Work]]:
-    """All of one GPU, by name."""
+    """All cases of one GPU, by name."""
     for name, (*_, archs) in FAULTS.items():
         if arch in archs:
             yield f"detects {arch} {name}", fault_case(name, arch)

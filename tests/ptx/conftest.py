@@ -1,3 +1,3 @@
-"""What doctests may import: without triton, and where it interprets, nothing here but the tests themselves."""
+"""Modules to ignore for doctests: without triton, or when it interprets, only the tests here can be imported."""
 
 collect_ignore_glob = ["[!t]*.py", "tr*.py"]

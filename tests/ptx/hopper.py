@@ -1,7 +1,7 @@
-"""What sm_90 adds: wgmma on shared memory, mbarriers, copies by TMA, and the fences between the two proxies.
+"""Features of sm_90: wgmma on shared memory, mbarriers, TMA copies, and the fences between the two memory proxies.
 
-Also reported: a result of wgmma used before its wait (it holds NaN until then), shared memory written while wgmma or a
-TMA store still reads it, or read by them with no fence.proxy.async after an ordinary store.
+It also reports wgmma results that are used before the wait (they hold NaN until then), and shared memory that is
+written while wgmma or a TMA store still reads it, or that they read without a fence.proxy.async after a store.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy import where
 from tests.ptx.machine import ONES, UNSIGNED, Arena, Machine, f4, from_bf16, halves, i8, u1, u4
 from tests.ptx.translate import UnknownError
 
-SPAN = {0: 0, 1: 128, 2: 64, 3: 32}  # of the swizzle, by the two top bits of a matrix descriptor
+SPAN = {0: 0, 1: 128, 2: 64, 3: 32}  # bytes of the swizzle span, by the two top bits of a matrix descriptor
 TMA_SPAN = {0: 0, 1: 32, 2: 64, 3: 128}
 
 
@@ -25,7 +25,7 @@ def swizzled(address, span):
 
 @dataclass
 class TensorMap:
-    """What a TMA descriptor holds; sizes outermost first, strides in elements."""
+    """The contents of a TMA descriptor; sizes outermost first, strides in elements."""
 
     base: int
     shape: list[int]
@@ -44,14 +44,14 @@ class Barrier:
 
 class Hopper(Machine):
     def special_init(self) -> None:
-        self.tensor_maps: dict[int, TensorMap] = {}  # by address of the descriptor
+        self.tensor_maps: dict[int, TensorMap] = {}  # by the address of the descriptor
         size = len(self.shared)
         self.unfenced, self.busy = np.zeros(size, u1), np.zeros(size, u1)
         self.barriers: dict[tuple[int, int], Barrier] = {}
-        self.accumulators: dict[int, list] = {}  # register → value, for which threads, of which group
-        self.reads = []  # of wgmma: threads, groups, elements of shared memory and their size
+        self.accumulators: dict[int, list] = {}  # register → value, threads, group
+        self.reads = []  # reads by wgmma: threads, groups, elements of shared memory and their size
         self.wgmma_group = np.zeros(self.n, int)
-        self.deferred = []  # wgmma of staggered warp groups, which read memory as late as they may
+        self.deferred = []  # wgmma of staggered warp groups, which read memory as late as allowed
         self.stores, self.bulk_group = [], np.zeros(self.n, int)  # TMA stores: thread, group, elements, size
 
     def finish(self) -> None:
@@ -69,7 +69,7 @@ class Hopper(Machine):
         self.unfenced.view(UNSIGNED[size])[index[on]] = self.writers.view(UNSIGNED[size])[index[on]]
 
     def _arrived(self, bytes_) -> None:
-        self.unfenced[bytes_] = 0  # cp.async is taken, as by Triton, to need no fence
+        self.unfenced[bytes_] = 0  # like Triton, assumes that cp.async needs no fence
 
     def in_use(self, bytes_) -> bool:
         return self.busy[bytes_].any()
@@ -91,7 +91,7 @@ class Hopper(Machine):
             self.report(f"{what} reads shared memory that nothing has written", None)
 
     def fence(self, kind, mask) -> None:
-        """wgmma and TMA may then read what the warps that fence have written, and what was before the last barrier."""
+        """Lets wgmma and TMA read what the fencing warps have written and what was written before the last barrier."""
         if kind.startswith("proxy.async"):
             fenced = (np.ones(self.n, bool) if mask is None else mask).reshape(self.blocks, -1, 32).all(2)
             arrays = (self.unfenced, self.writers)
@@ -129,7 +129,7 @@ class Hopper(Machine):
         rest = []
         for threads, group, elements, size in self.reads:
             done = on[threads] & (group < self.wgmma_group[threads] - left)
-            # complete for all four warps of a group, as Triton takes it too; of another group only a barrier tells
+            # complete for all four warps of a group, as Triton also assumes; other groups need a barrier
             if self.warps > 4:
                 self.readers.view(UNSIGNED[size])[elements[done]] = ONES[size]
             if not done.all():
@@ -138,7 +138,7 @@ class Hopper(Machine):
         self._mark_busy()
 
     def _matrix(self, descriptor, rows, k, size, transposed, groups, on):
-        """A [groups, rows, k] operand that a descriptor points to, K being the columns."""
+        """The [groups, rows, k] operand that a descriptor points to, with K as columns."""
         d = descriptor.reshape(groups, 128)
         if (d[on] != d[on, :1]).any():
             self.report("wgmma whose threads give different descriptors", None)
@@ -249,7 +249,7 @@ class Hopper(Machine):
             barrier.expected += 0 if expected is None else int(expected[i])
 
     def _settle(self, barrier) -> None:
-        """Ends the phase if all have arrived; then what was copied is there."""
+        """Ends the phase if all have arrived; then the copied data is visible."""
         if barrier.left == 0 and barrier.expected == barrier.got:
             for index, size, data in barrier.copies:
                 for array, value in ((self.pending, 0), (self.written, ONES[size]), (self.shared, data)):

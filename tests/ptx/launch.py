@@ -1,4 +1,4 @@
-"""Compiles what a Triton launch would start, for a GPU that is not here, and emulates it."""
+"""Compiles the kernels of Triton launches for a GPU that need not be present, and emulates them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tests.ptx.machine import Arena, Machine, Program
 from tests.ptx.translate import PARAMETER_BASE, parse
 
 PACK = {"u64": "<q", "u32": "<i", "f32": "<f", "f64": "<d", "u16": "<h", "u8": "<b", "b64": "<q", "b32": "<i"}
-MOST_THREADS = 4096  # at once
+MOST_THREADS = 4096  # emulated at the same time
 
 
 def compile_launch(gpu: GPUTarget, kernel: JITFunction, args: tuple, kwargs: dict):
-    """The compiled kernel and the arguments by position that are left of it."""
+    """The compiled kernel and its remaining positional arguments, without constants."""
     backend = make_backend(gpu)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*args, **kwargs)
@@ -41,11 +41,11 @@ def compile_launch(gpu: GPUTarget, kernel: JITFunction, args: tuple, kwargs: dic
 
 @contextmanager
 def launches(run: Callable, capability: int) -> Iterator[None]:
-    """Within it, `run(compiled, grid, args)` is called for every Triton launch."""
+    """Inside the block, every Triton launch calls `run(compiled, grid, args)`."""
     gpu = GPUTarget("cuda", capability, 32)
 
     def intercepted(kernel, *args, grid, warmup, **kwargs):
-        # ptxas is left out, so the cache must not be that of other programs
+        # without ptxas, so the cache must not be shared with other programs
         with mock.patch.object(CUDABackend, "make_cubin", return_value=b"left out"), knobs.cache.scope():
             knobs.cache.dir += "-ptx"
             compiled, left = compile_launch(gpu, kernel, args, kwargs)
@@ -58,9 +58,9 @@ def launches(run: Callable, capability: int) -> Iterator[None]:
 
 
 class Emulator:
-    """What `launches` runs: `errors` collects what no result would show.
+    """Runs the launches that `launches` intercepts; `errors` collects faults that the results do not show.
 
-    `staggered`: see `Machine`. `change`: what is done to the PTX before it runs.
+    `staggered`: see `Machine`. `change`: a function applied to the PTX before it runs.
     """
 
     def __init__(self, staggered: bool = False, change: Callable[[str], str] = str) -> None:
@@ -93,7 +93,7 @@ class Emulator:
                 values += [b"", *a.shape, *a.strides]
             else:
                 values.append(arena.address(a) if isinstance(a, torch.Tensor) else a)
-        values += [0] * (len(kernel.params) - len(values))  # scratch memory that nothing uses
+        values += [0] * (len(kernel.params) - len(values))  # unused scratch memory
         parameters = {
             name: packed(kind, value)
             for (name, kind, _), value in zip(kernel.params, values, strict=True)
@@ -113,7 +113,7 @@ class Emulator:
 
 
 def packed(kind: str, value: float) -> bytes:
-    """A parameter's bytes; integers wrap."""
+    """The bytes of a parameter; integers wrap around."""
     if PACK[kind] in ("<q", "<i") and isinstance(value, int):
         bits = 64 if kind.endswith("64") else 32
         value = (value + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1)

@@ -35,7 +35,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 @contextmanager
 def matmul_precision(dtype: str) -> Iterator[None]:
-    """TF32 where it is asked for."""
+    """Sets torch's matmul precision: TF32 if `dtype` asks for it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     try:
@@ -46,7 +46,7 @@ def matmul_precision(dtype: str) -> Iterator[None]:
 
 @contextmanager
 def on(emulator, capability: int) -> Iterator[None]:
-    """Launches go to the emulator, with the tiles that a GPU of this capability takes; empty tensors hold NaN."""
+    """Inside the block, launches run in the emulator with the tiles of this GPU; empty tensors hold NaN."""
     with ExitStack() as stack:
         torch.use_deterministic_algorithms(True, warn_only=True)
         stack.callback(torch.use_deterministic_algorithms, False)
@@ -60,18 +60,18 @@ def on(emulator, capability: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    form: str  # of lora; "expand" for add_low_rank; or "dora:" or "hira:" and a form
+    form: str  # a fused kernel of LoRA; "expand" for add_low_rank; or "dora:" or "hira:" and a kernel
     dtype: str
-    gate: str = "none"  # "on" and "off" of the device, "rows", "rows off"
+    gate: str = "none"  # "on" and "off" are device gates; "rows", "rows off"
     m: int = 70
     n: int = 136
     k: int = 72
     rank: int = 5
     dropout: float = 0.0
     bias: bool = True
-    layout: str = "plain"  # or "strided": no tensor is contiguous
-    batch: int = 0  # of x, whose rows are then m // batch each
-    poison: bool = False  # A and B hold infinities and NaN
+    layout: str = "plain"  # or "strided": all tensors are non-contiguous
+    batch: int = 0  # batch size of x, with m // batch rows each; 0: no batch
+    poison: bool = False  # whether A and B hold infinities and NaN
 
     def __str__(self) -> str:
         extra = f" dropout {self.dropout}" * bool(self.dropout) + " no bias" * (not self.bias)
@@ -82,7 +82,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """Per tensor: largest error, the same of plain PyTorch in this dtype, and what is allowed."""
+    """Per tensor: largest error, largest error of plain PyTorch in this dtype, and allowed error."""
 
     errors: dict[str, tuple[float, float, float]]
 
@@ -103,7 +103,7 @@ def operands(case: Case):
 
     def made(*size, scale=1.0):
         t = (torch.randn(*size) * scale).to(dtype)
-        if case.layout == "strided" and len(size) == 2:  # a view inside something larger, columns together or not
+        if case.layout == "strided" and len(size) == 2:  # a view of a larger tensor, with contiguous columns or not
             outer = torch.full((size[1] + 3, size[0] + 5), float("nan"), dtype=dtype)
             view = outer[1 : 1 + size[1], 2 : 2 + size[0]].t()
             view.copy_(t)
@@ -128,7 +128,7 @@ def operands(case: Case):
 
 
 def step(case: Case, tensors, backend: str, mask=None, dtype=None):
-    """y and every gradient; `mask` replaces the draw of the dropout."""
+    """y and every gradient; `mask` replaces the random dropout mask."""
     x, weight, bias, a, b, magnitude, gate, dy = tensors
     variant, _, form = case.form.rpartition(":")
     variant = variant or "lora"
@@ -152,7 +152,7 @@ def step(case: Case, tensors, backend: str, mask=None, dtype=None):
 
 
 def run(case: Case, emulator, capability: int = 80) -> Outcome:
-    """One case, against float64 of the same rounded operands."""
+    """Runs one case and compares it with float64 on the same rounded operands."""
     tensors = operands(case)
     seeds = []
 
@@ -174,7 +174,7 @@ def run(case: Case, emulator, capability: int = 80) -> Outcome:
         mask = drawn_mask(seeds[0], case.m, case.k, case.dropout)
     exact = step(case, tensors, "reference", mask, torch.float64)
     plain = step(case, tensors, "reference", mask)
-    # what sums in float32 may lose where their terms cancel
+    # the sums of absolute values, which bound the float32 error of cancelling sums
     sizes = step(
         case,
         [t.abs() if getattr(t, "is_floating_point", bool)() else t for t in tensors],
@@ -184,12 +184,12 @@ def run(case: Case, emulator, capability: int = 80) -> Outcome:
     )
     errors = {}
     for name, true in exact.items():
-        finite = true.isfinite() & sizes[name].isfinite()  # all, unless A or B is not
+        finite = true.isfinite() & sizes[name].isfinite()  # all entries, unless A or B is not finite
         largest = lambda t: t[finite].abs().max().item() if finite.any() else 0.0  # noqa: B023, E731
         ours, torchs = (largest(t[name].double() - true) for t in (got, plain))
         eps = 2.0**-10 if case.dtype == "tf32" else torch.finfo(got[name].dtype).eps
         floor = eps * largest(true)
-        if case.dtype == "tf32":  # whose products are rounded to 10 bits and sums are not
+        if case.dtype == "tf32":  # operands are rounded to 10 bits, sums are not
             torchs = floor
         lost = (2.0**-11 if case.dtype == "tf32" else 2.0**-24) * largest(sizes[name])
         errors[name] = ours, torchs, 2 * torchs + floor + lost

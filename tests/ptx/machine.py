@@ -1,8 +1,8 @@
-"""Executes a kernel: all threads of a batch of thread blocks at once, with memory that notices what hardware does not.
+"""Executes a kernel: all threads of a batch of thread blocks at once, with checks of memory accesses.
 
-Reported (`Machine.errors`), besides wrong numbers: accesses outside the tensors or unaligned; reads of shared memory
-that nothing has written, or that a cp.async or TMA copy is still to write; and races: two warps of a block, or two
-blocks, that touch the same byte, one of them writing, with no barrier between them.
+Errors are collected in `Machine.errors`: accesses outside the tensors or unaligned ones; reads of shared memory that
+was not written, or that a cp.async or TMA copy has yet to write; and races, in which two warps of a block, or two
+blocks, access the same byte without a barrier between them and at least one of them writes.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ def to_integer(f, dtype):
 
 
 class Arena:
-    """Global memory: the storages of the tensors that a launch is given, with gaps between, at addresses of its own.
+    """Global memory: the storages of a launch's tensors, at emulated addresses with gaps between them.
 
-    Only the elements of the tensors may be touched, not the rest of their storages.
+    Only the elements of the tensors may be accessed, not the rest of their storages.
     """
 
     BASE = 1 << 40
@@ -130,11 +130,11 @@ class Arena:
         for t in tensors:
             storage = t.untyped_storage()
             if storage.data_ptr() not in self.storages:
-                size += storage.data_ptr() % 128  # as aligned as the tensor is
+                size += storage.data_ptr() % 128  # keeps the alignment of the tensor
                 self.storages[storage.data_ptr()] = (size, storage)
                 size = -(-(size + storage.nbytes() + GUARD) // 128) * 128
         self.bytes, self.valid = np.zeros(size, u1), np.zeros(size, u1)
-        self.writer = np.zeros(size // 2, np.int64)  # block, count of its barriers and warp, per 2 bytes
+        self.writer = np.zeros(size // 2, np.int64)  # block, its barrier count and warp of the last write, per 2 bytes
         for start, storage in self.storages.values():
             self.bytes[start : start + storage.nbytes()] = _view(storage)
         for t in tensors:
@@ -162,7 +162,7 @@ def _view(storage):
 
 
 class Program:
-    """A kernel whose blocks are compiled as they are reached."""
+    """A kernel whose basic blocks are compiled when they are first reached."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel, self.generator, self.functions = kernel, Generator(kernel), {}
@@ -182,9 +182,9 @@ class HangError(RuntimeError):
 
 
 class Machine:
-    """`blocks` thread blocks, `ctaids` [blocks, 3], of `threads` threads each, at once.
+    """Runs several thread blocks (`ctaids` [blocks, 3]) of `threads` threads each at the same time.
 
-    If `staggered`, the groups of four warps of a block go one after the other from barrier to barrier.
+    If `staggered`, the groups of four warps of a block run one after the other between barriers.
     """
 
     staggered = False
@@ -206,7 +206,7 @@ class Machine:
             self.special[f"%ntid.{axis}"] = np.full(n, threads if d == 0 else 1)
             self.special.setdefault(f"%tid.{axis}", np.zeros(n, int))
         self.bools = (np.zeros(n, bool), np.ones(n, bool))
-        # shared memory, of each block with a gap after it; tags per byte since the last barrier: 0 nobody, else a warp
+        # shared memory of each block, followed by a gap; tag per byte since the last barrier: 0 for none, else the warp
         self.shared_bytes = shared_bytes
         self.pitch = -(-(shared_bytes + 16) // 1024) * 1024
         size = blocks * self.pitch
@@ -305,7 +305,7 @@ class Machine:
                     else:
                         pc[mask] = where(taken, target, current + 1)[mask]
                     continue
-                # who waits may go on once all of its block that live do
+                # waiting threads continue once all live threads of their block have arrived
                 if waiting.any():
                     alive = (pc < last).reshape(self.blocks, -1)
                     w = waiting.reshape(self.blocks, -1)
@@ -347,7 +347,7 @@ class Machine:
         return np.full(self.n, np.frombuffer(self.parameters[name], dtype, 1, offset)[0])
 
     def param_at(self, addresses, offset, dtype):
-        """As `param`, of parameters that the kernel selects among by their addresses."""
+        """As `param`, for parameters that the kernel accesses by address."""
         numbers, of = np.unique((addresses - PARAMETER_BASE) // 256, return_inverse=True)
         names = [self.program.kernel.params[number][0] for number in numbers]
         return np.array([np.frombuffer(self.parameters[name], dtype, 1, offset)[0] for name in names])[of]
@@ -465,7 +465,7 @@ class Machine:
         readers[index[several]] = ONES[size]
 
     def _by_others(self, by, mine, size):
-        """Whether any byte of a tag is of another warp."""
+        """Whether any byte of a tag belongs to another warp."""
         a, b = (np.ascontiguousarray(t).view(u1).reshape(*t.shape, size) for t in (by, mine))
         return ((a != 0) & (a != b)).any(-1)
 
@@ -490,7 +490,7 @@ class Machine:
         self.written.view(dtype)[index] = ONES[size]
 
     def _threads(self, bad):
-        """Which threads, of a mask that may have more dimensions."""
+        """The mask of threads from a mask that may have more dimensions."""
         return bad if bad.shape == (self.n,) else np.resize(bad.reshape(len(bad), -1).any(1), self.n)
 
     def load_shared(self, address, offset, size, count, mask):
@@ -541,7 +541,7 @@ class Machine:
         self.group += 1 if mask is None else mask
 
     def wait(self, left, mask) -> None:
-        """All but the `left` last groups of each thread arrive."""
+        """Completes all but the last `left` groups of each thread."""
         rest = []
         for threads, group, bytes_, data in self.copies:
             done = group < self.group[threads] - left
@@ -643,8 +643,10 @@ class Machine:
 
 
 def _differ(a, b):
-    """Where two values are not the same number but for its rounding: threads that hold the same element of a result of
-    Triton may have come to it with products fused into sums, or not."""
+    """Where two values differ by more than rounding.
+
+    Triton may compute the same element in several threads, with and without fused multiply-adds.
+    """
     if a.dtype.itemsize == 8:
         a, b = (np.ascontiguousarray(np.broadcast_to(t, np.shape(b))).view(u4).reshape(-1, 2) for t in (a, b))
         return _differ(a, b).any(1)
@@ -668,7 +670,7 @@ def _poison(n, width):
 
 
 class _Constants:
-    """K[i]: the i-th constant for every thread; more are added while blocks are compiled."""
+    """K[i] is the i-th constant for every thread; constants are added while blocks are compiled."""
 
     def __init__(self, table, n) -> None:
         self.table, self.n, self.made = table, n, {}

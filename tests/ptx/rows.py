@@ -1,4 +1,4 @@
-"""Every row of the tile tables: its launcher, its tile, small operands of the kind that it is for, against float64."""
+"""Every row of the tile tables: runs its launcher and tile on small suitable operands and compares with float64."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class RowCase:
     dropout: float = 0.0
     scaled: bool = False
     aligned: bool = True
-    rank: int = 16  # a multiple of 16; 3 less where operands are not aligned
-    most_rows: int = 150  # of those kernels whose loop is not over the rows
+    rank: int = 16  # a multiple of 16; reduced by 3 if operands are not aligned
+    most_rows: int = 150  # limit for kernels whose loop is not over the rows
 
     def __str__(self) -> str:
         tile = self.row.tile
@@ -50,7 +50,7 @@ class RowCase:
 
 
 def row_cases(arch: str) -> Iterator[RowCase]:
-    """Each tile of each row once for every precision, in turn plain, with row gates and dropout, or scaled."""
+    """Each tile of each row once per precision; in turn plain, with row gates and dropout, or scaled."""
     turn = 0
     for kernel, table in TABLES.items():
         each = (replace(row, tile=tile, smaller=()) for row in table[arch] for tile in row.tiles)
@@ -70,7 +70,7 @@ def row_cases(arch: str) -> Iterator[RowCase]:
 
 
 def case_for(kernel: str, arch: str, dtype: str = "bf16", *, rows: int = 40, rank: int = 16, **kind) -> RowCase:
-    """The row that the launcher takes for that many rows of such operands; `kind`: further fields of a `RowCase`."""
+    """The row that the launcher uses for such operands; `kind` holds further fields of a `RowCase`."""
     case = RowCase(kernel, arch, TABLES[kernel][arch][-1], dtype, rank=rank, most_rows=rows, **kind)
     row = row_for(
         TABLES[kernel], arch, rows, 144, rank,
@@ -81,29 +81,29 @@ def case_for(kernel: str, arch: str, dtype: str = "bf16", *, rows: int = 40, ran
 
 
 def run_row(case: RowCase, emulator) -> float:
-    """Largest error, in units of what one rounding of each result and of what it is made from may add up to."""
+    """The largest error, in units of the sum of the rounding errors of each result and of its inputs."""
     operands = Operands(case)
     with ExitStack() as stack:
         stack.enter_context(matmul_precision(case.dtype))
         stack.enter_context(on(emulator, int(case.arch[3:])))
-        # so few programs that each takes several tiles
+        # few programs, so that each computes several tiles
         stack.enter_context(mock.patch.dict(MULTIPROCESSORS, {case.arch: 1}))
         getattr(operands, case.kernel)()
     return operands.worst
 
 
 class Operands:
-    """Operands of a case, a method for each kernel that launches it, and the largest error of its results."""
+    """Operands of a case, one method per kernel that launches it, and the largest error of the results."""
 
     def __init__(self, case: RowCase) -> None:
         kernel, tile = case.kernel, case.row.tile
         self.case, self.tile, self.dtype, self.worst = case, tile, DTYPES[case.dtype], 0.0
-        steps = tile.num_stages + 3  # more than the ring of a pipeline has places
+        steps = tile.num_stages + 3  # more steps than the pipeline has buffers
         m, n = min(case.row.max_m or 150, case.most_rows, 40 if kernel == "one_pass_swapped" else 150), 144
         k = steps * (tile.block_k if isinstance(tile, Tile) else tile.columns) + 32
-        if kernel in ("one_pass_swapped", "shrink"):  # in two splits over K
+        if kernel in ("one_pass_swapped", "shrink"):  # two splits over K
             k = 2 * k - 32
-        if kernel in ("gram", "project", "hira_grads"):  # whose loop is over M, in two splits
+        if kernel in ("gram", "project", "hira_grads"):  # their loop is over M, in two splits
             m, k = 2 * steps * (tile.block_m if isinstance(tile, Tile) else tile.rows) - 10, 144
         rank = case.rank
         if not case.aligned:
@@ -113,7 +113,7 @@ class Operands:
         self.a, self.b = self.made(rank, k, k**-0.5), self.made(n, rank, rank**-0.5, transposed=True)
         self.bias, self.u = self.made(1, n)[0], torch.randn(m, n).to(self.dtype)
         self.h, self.p = self.made(m, rank), self.made(m, rank)
-        # where there are several tiles of rows, all of the last is off
+        # with several tiles of rows, the whole last tile is off
         block, rows = tile.block_m if isinstance(tile, Tile) else tile.rows, torch.arange(m)
         last = rows // block == (m - 1) // block if m > block else rows < 0
         self.gate = {"none": None, "rows": (rows % 3 != 1) & ~last, "rows off": rows < 0}[case.gate]
@@ -122,13 +122,13 @@ class Operands:
         self.dropped = {"seed": self.seed, "dropout": case.dropout}
         self.column = torch.rand(n) + 0.5 if case.scaled else None
         self.dora = None if self.column is None else Dora(self.column, self.column, self.u, torch.float32)
-        # in float64; c is 1 where columns are not scaled
+        # float64 copies; c is 1 if columns are not scaled
         self.xs, self.ws, self.bs, self.dys = (t.double() for t in (self.x, self.weight, self.bias, self.dy))
         self.as_, self.bb, self.hs, self.ps = (t.double() for t in (self.a, self.b, self.h, self.p))
         self.us, self.c = self.u.double(), (torch.ones(n) if self.column is None else self.column).double()
 
     def made(self, rows: int, columns: int, scale: float = 1.0, transposed: bool = False) -> Tensor:
-        """Random numbers; where a case is not aligned, transposed or between columns of NaN."""
+        """Random numbers; if the case is not aligned, transposed or with columns of NaN in between."""
         t = (torch.randn(rows, columns) * scale).to(self.dtype)
         if self.case.aligned:
             return t
@@ -138,7 +138,7 @@ class Operands:
         return wide.copy_(t)
 
     def compare(self, got: Tensor, exact: Tensor, sizes: Tensor, of_rounded: Tensor | float = 0.0) -> None:
-        """`sizes`: sums of absolute terms; `of_rounded`: the same of terms with a factor that was rounded."""
+        """`sizes`: sums of absolute terms; `of_rounded`: the same for terms with a rounded factor."""
         eps = 0.0 if self.dtype == torch.float32 else torch.finfo(self.dtype).eps / 2 * 1.01
         output_eps = 0.0 if got.dtype == torch.float32 else eps
         sum_error = 2.0**-9 if self.case.dtype == "tf32" else 2.0**-21
@@ -149,7 +149,7 @@ class Operands:
         self.worst = max(self.worst, error)
 
     def selected(self, t: Tensor) -> Tensor:
-        """Zeros in the rows that are off."""
+        """Sets the rows that are off to zero."""
         return torch.where(self.rows_on, t, 0)
 
     def scaled(self, t: Tensor) -> Tensor:
@@ -157,18 +157,18 @@ class Operands:
         return torch.where(self.rows_on, t * self.c, t)
 
     def drop(self, t: Tensor) -> Tensor:
-        """As the kernels' dropout."""
+        """Applies dropout as the kernels do."""
         if self.seed is None:
             return t
         return torch.where(drawn_mask(self.seed, *t.shape, self.case.dropout), t, 0) * keep_scale(self.case.dropout)
 
     def down(self) -> tuple[Tensor, Tensor]:
-        """H, and the sizes of its terms."""
+        """h, and the sums of its absolute terms."""
         x, a = self.drop(self.xs), self.as_.T
         return self.selected(SCALE * (x @ a)), self.selected(SCALE * (x.abs() @ a.abs()))
 
     def compare_forward(self, y: Tensor, u: Tensor | None, h: Tensor, h_sizes: Tensor, h_rounded: bool) -> None:
-        """Y and, where it is given, u."""
+        """Compares y and, if it is given, u."""
         up = self.bb.T
         exact = self.xs @ self.ws.T + self.selected(h @ up)
         sizes = self.xs.abs() @ self.ws.abs().T + h_sizes @ up.abs()
@@ -288,6 +288,6 @@ class Operands:
         dy, x = self.selected(self.dys), self.drop(self.xs)
         t, sizes = SCALE * self.ws * (dy.T @ x), SCALE * self.ws.abs() * (dy.abs().T @ x.abs())
         a, b = self.as_.abs(), self.bb.abs()
-        # each of the two splits over rows is rounded by itself
+        # each of the two splits over rows is rounded separately
         self.compare(da, self.bb.T @ t, b.T @ sizes, b.T @ sizes)
         self.compare(db, t @ self.as_.T, sizes @ a.T, sizes @ a.T)

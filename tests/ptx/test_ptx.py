@@ -1,6 +1,6 @@
-"""Kernels as Triton compiles them for sm_80 and sm_90, emulated; `python -m tests.ptx` runs many more cases.
+"""Emulates kernels as Triton compiles them for sm_80 and sm_90; `python -m tests.ptx` runs many more cases.
 
-They are compiled by a process of its own, which the tests of a session share: this one may interpret.
+A separate process compiles them for all tests of the session, because this one may interpret kernels.
 """
 
 import importlib
@@ -22,19 +22,19 @@ DROPS = {kernel: 0.0 if kernel in ("project", "row_norm") else 0.3 for kernel in
 
 
 def compiles():
-    """Makes a process one that compiles; before it imports triton."""
+    """Makes this process compile kernels; called before it imports triton."""
     os.environ.pop("TRITON_INTERPRET", None)
     torch.set_num_threads(1)
 
 
 def outcome_of(function, *arguments, staggered=False, **options):
-    """What is wrong with a case, by the name of the function in `cases` that makes it."""
+    """The errors of a case that the function of this name in `cases` makes."""
     cases = importlib.import_module("tests.ptx.cases")
     return cases.outcome(getattr(cases, function)(*arguments, **options), staggered=staggered)[1]
 
 
 def barriers_in(function, *arguments):
-    """As `outcome_of`, what `cases.barriers` finds in a case."""
+    """As `outcome_of`, but returns what `cases.barriers` finds."""
     cases = importlib.import_module("tests.ptx.cases")
     return list(cases.barriers(getattr(cases, function)(*arguments)))
 
@@ -42,20 +42,20 @@ def barriers_in(function, *arguments):
 @pytest.fixture(scope="module")
 def worker():
     """The process that compiles."""
-    # spawned: a fork would have imported triton already
+    # spawn, because a forked process would already have imported triton
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=compiles) as one:
         yield one
 
 
 @pytest.fixture
 def wrong(worker):
-    """`outcome_of`, in the process that compiles."""
+    """Runs `outcome_of` in the process that compiles."""
     return lambda *arguments, **options: worker.submit(outcome_of, *arguments, **options).result()
 
 
 @pytest.fixture
 def barriers_of(worker):
-    """`barriers_in`, in the process that compiles."""
+    """Runs `barriers_in` in the process that compiles."""
     return lambda *arguments: worker.submit(barriers_in, *arguments).result()
 
 
@@ -69,7 +69,7 @@ SIMPLE = (
 
 @pytest.mark.parametrize("name", SIMPLE)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_simple_kernels_are_right(wrong, arch, name):
+def test_simple_kernels_are_correct(wrong, arch, name):
     assert wrong("simple_case", name, arch) == []
 
 
@@ -90,14 +90,14 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("name", "arch"), [(name, arch) for name, archs in FAULTS.items() for arch in archs])
-def test_a_fault_put_into_the_ptx_is_noticed(wrong, name, arch):
+def test_an_injected_fault_is_detected(wrong, name, arch):
     assert wrong("fault_case", name, arch) == []
 
 
 @pytest.mark.parametrize(("case", "kernel"), [("kernel_case", "hira"), ("barrier_case", "row_norm")])
-def test_each_barrier_is_noticed_if_it_is_taken_out(barriers_of, case, kernel):
+def test_removing_any_barrier_is_detected(barriers_of, case, kernel):
     if kernel == "row_norm" and not importlib.metadata.version("triton").startswith("3.9."):
-        pytest.skip("read for Triton 3.9; 3.6 sets barriers in row_norm that are not noticed")
+        pytest.skip("holds for Triton 3.9; 3.6 emits redundant barriers in row_norm")
     for name, count, unnoticed, _ in barriers_of(case, kernel, "sm_80"):
         assert count, name
         assert unnoticed == [], name
@@ -125,7 +125,7 @@ def test_kernels_scale_columns(wrong, kernel):
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("rank", [16, 32])
 @pytest.mark.parametrize("kernel", ["project", "gram"])
-def test_no_copy_overtakes_a_product_that_reads(wrong, kernel, rank, scaled):
+def test_no_copy_overwrites_operands_of_a_running_product(wrong, kernel, rank, scaled):
     assert wrong("kernel_case", kernel, "sm_90", rank=rank, scaled=scaled, staggered=True) == []
 
 
@@ -136,5 +136,5 @@ def test_row_gates_of_8_bits_select_operands_of_tf32(wrong, kernel):
 
 @pytest.mark.parametrize("rank", [16, 144])
 @pytest.mark.parametrize("dtype", ["bf16", "tf32"])
-def test_no_copy_overtakes_the_dropout(wrong, dtype, rank):
+def test_no_copy_overwrites_operands_before_dropout(wrong, dtype, rank):
     assert wrong("kernel_case", "one_pass", "sm_90", dtype, rows=70, rank=rank, dropout=0.3, staggered=True) == []

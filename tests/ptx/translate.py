@@ -20,7 +20,7 @@ class Instruction:
 
 @dataclass
 class Kernel:
-    """Blocks end before a label and after a branch, a barrier or a return."""
+    """A parsed kernel. Basic blocks end before a label and after a branch, a barrier or a return."""
 
     name: str
     params: list[tuple[str, str, int]] = field(default_factory=list)  # name, type, bytes
@@ -69,7 +69,7 @@ def parse(source: str) -> Kernel:
     body = "\n".join(line for line in body.splitlines() if not line.lstrip().startswith((".loc", ".section", ".file")))
     block: list[Instruction] = []
     kernel.blocks.append(block)
-    scopes: list[dict[str, str]] = []  # names of inline assembly that are its own
+    scopes: list[dict[str, str]] = []  # local names of inline assembly
     position = scope_count = 0
 
     def rename(text: str) -> str:
@@ -134,7 +134,7 @@ COMPARE = {
 FLOATS = ("f32", "f64", "f16", "bf16", "f16x2", "bf16x2")
 
 
-PARAMETER_BASE = 0x70000000  # where kernel parameters lie that are passed by address
+PARAMETER_BASE = 0x70000000  # address of kernel parameters that are passed by address
 
 
 class UnknownError(NotImplementedError):
@@ -142,7 +142,7 @@ class UnknownError(NotImplementedError):
 
 
 class Generator:
-    """Python source of the blocks of a kernel. `masked` blocks leave the registers of inactive threads alone."""
+    """Python source of the blocks of a kernel. `masked` blocks do not change the registers of inactive threads."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -277,7 +277,7 @@ class Generator:
     # arithmetic
 
     def floats(self, t, out, args, expression):
-        """`expression` with {0}, {1}.. for the operands, as float32 for halves and by halves for pairs."""
+        """`expression` with {0}, {1}.. for the operands; 16-bit floats are computed in float32, pairs by halves."""
         if t.endswith("x2"):
             half, parts = t[:-2], []
             get = "from_bf16" if half == "bf16" else "from_f16"

@@ -1,4 +1,4 @@
-"""Adapters on disk: what is saved is what is loaded."""
+"""Adapters on disk: saving and loading gives back the same adapter."""
 
 import copy
 from pathlib import Path
@@ -42,7 +42,7 @@ ROUND_TRIPS = {
     "dropout": (Net, {"dropout": 0.25}),
     "dora": (Net, {"variant": "dora", "rank": 3, "use_rslora": True, "rank_pattern": {"^fc": 5}}),
     "dora-bf16": (lambda: Net().bfloat16(), {"variant": "dora", "rank": 2}),
-    "ambiguous-name": (Net, {"targets": "fc", "rank_pattern": {"fc": 3}}),  # which ends blocks.0.fc
+    "ambiguous-name": (Net, {"targets": "fc", "rank_pattern": {"fc": 3}}),  # blocks.0.fc also ends in fc
     "one-of-two-names": (Net, {"targets": ["blocks.0.fc"]}),
     "odd-names": (Odd, {"rank_pattern": {"b": 3, r"\^": 4}, "alpha_pattern": {r".*\$": 3}}),
     "odd-head": (Odd, {"targets": r"linears\.[aé].*", "trainable": r"linears\.(\(z\)|\$|x\|y)"}),
@@ -52,14 +52,14 @@ ROUND_TRIPS = {
     "root-parameter": (Net, {"targets": ["fc"], "trainable": ["token"]}),
     "bare-parameters": (Net, {"targets": ["fc"], "trainable": ["gamma"]}),
     "a-bare-parameter": (Net, {"targets": ["fc"], "trainable": ["blocks.1.gamma"]}),
-    "ambiguous-head": (Net, {"targets": ["fc"], "trainable": "norm"}),  # which ends blocks.0.norm
+    "ambiguous-head": (Net, {"targets": ["fc"], "trainable": "norm"}),  # blocks.0.norm also ends in norm
     "all-of-an-ambiguous-name": (Net, {"targets": ["fc"], "trainable": ["norm"]}),
     "everything-else": (Net, {"targets": ["fc"], "trainable": ["head", "gamma", "token", "norm"]}),
 }
 
 
 @pytest.mark.parametrize("case", ROUND_TRIPS)
-def test_what_is_saved_is_what_is_loaded(case, tmp_path):
+def test_loading_gives_back_the_saved_adapter(case, tmp_path):
     make, options = ROUND_TRIPS[case]
     model, other = tuned(base(make), **options), base(make)
     save_adapter(model, tmp_path)
@@ -74,13 +74,13 @@ def test_what_is_saved_is_what_is_loaded(case, tmp_path):
     ]
     assert described[0] == described[1]
 
-    again = tuned(base(make), seed=2, **options)  # onto adapters that are there
+    again = tuned(base(make), seed=2, **options)  # a model that already has adapters
     assert load_adapter(again, tmp_path) == ([], [])
     assert torch.equal(logits(again), logits(model))
     assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
 
 
-def test_a_hira_scale_of_ones_own_survives_the_file_that_has_none(tmp_path):
+def test_a_hira_scale_is_kept_though_the_file_has_none(tmp_path):
     options = {
         "variant": "hira",
         "rank": 2,
@@ -105,8 +105,8 @@ def test_a_hira_scale_of_ones_own_survives_the_file_that_has_none(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_start_away_from_zero_is_saved_as_plain_lora_of_twice_the_rank(init, dtype, tmp_path):
-    """Steps far below bfloat16's resolution of A and B come through, and the base is the one that everybody has."""
+def test_an_init_with_nonzero_update_is_saved_as_lora_of_twice_the_rank(init, dtype, tmp_path):
+    """Steps far below bfloat16's resolution of A and B are kept, and the file fits the original base model."""
     model = base().to(dtype)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     inject(model, ["fc"], rank=2, alpha=3.0, init=init)
@@ -164,7 +164,7 @@ def test_mixed_rslora(tmp_path):
     load_adapter(other, tmp_path)
     assert torch.equal(logits(other), logits(model))
     assert not any(layer.use_rslora for layer in adapters(other).values())
-    load_adapter(model, tmp_path)  # the scales agree, whatever they are called
+    load_adapter(model, tmp_path)  # the scales are equal, though they come from different settings
 
 
 def test_a_model_in_another_dtype_gets_the_same_factors(saved):
@@ -174,7 +174,7 @@ def test_a_model_in_another_dtype_gets_the_same_factors(saved):
     assert other.fc.lora_b.dtype == torch.float32
 
 
-def test_buffers_of_frozen_modules_are_left_out(tmp_path):
+def test_buffers_of_frozen_modules_are_not_saved(tmp_path):
     save_adapter(tuned(base(), ["fc"], trainable=["head.2"]), tmp_path)
     assert {key for key in keys(tmp_path) if ".lora_" not in key} == {
         PREFIX + "head.2.weight",
@@ -183,12 +183,12 @@ def test_buffers_of_frozen_modules_are_left_out(tmp_path):
     assert config_of(tmp_path)["modules_to_save"] == ["head.2"]
 
 
-def test_disabled_adapters_are_left_out(tmp_path):
+def test_disabled_adapters_are_not_saved(tmp_path):
     model, other = tuned(base(), ["fc"], rank=2), base()
     layers = adapters(model)
     layers["blocks.0.fc"].enabled = False
     layers["blocks.1.fc"].enabled = torch.zeros(5, dtype=torch.bool)
-    layers["fc"].gate = False  # of training: does not count
+    layers["fc"].gate = False  # applies only in training, so saving ignores it
     save_adapter(model, tmp_path)
     assert keys(tmp_path) == {PREFIX + f"fc.lora_{factor}.weight" for factor in "AB"}
     load_adapter(other, tmp_path)
@@ -296,13 +296,13 @@ def test_wrapped_models(wrap, tmp_path):
 
 
 def eject_copy(model):
-    """A copy without adapters or wrappers at the root, to compare by value whatever wraps what."""
+    """A copy without adapters or outer wrappers, so that models can be compared by value."""
     twin = copy.deepcopy(checkpoint.unwrap(model))
     eject(twin)
     return twin
 
 
-def test_ddp_needs_its_adapters_first(saved):
+def test_ddp_must_be_applied_after_loading(saved):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         model = base()
@@ -361,7 +361,7 @@ def test_directories_are_made(tmp_path):
     load_adapter(base(), tmp_path / "a" / "b")
 
 
-def test_saving_what_the_format_has_no_place_for(tmp_path):
+def test_models_that_the_format_cannot_hold_are_refused(tmp_path):
     with pytest.raises(ValueError, match="must have enabled adapters to save; Net has none"):
         save_adapter(base(), tmp_path)
     with pytest.raises(ValueError, match="it is one itself"):
@@ -375,7 +375,7 @@ def test_saving_what_the_format_has_no_place_for(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_models_odd_name_is_no_obstacle(tmp_path):
+def test_unusual_model_names_are_accepted(tmp_path):
     model = tuned(base(), ["fc"])
     model.name_or_path = Path("somewhere")
     save_adapter(model, tmp_path)

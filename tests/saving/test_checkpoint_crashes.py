@@ -1,4 +1,4 @@
-"""Adapters on disk when a process dies, a disk is full, or two ranks save at once."""
+"""Adapters on disk when a process is killed, a disk is full, or two processes save at the same time."""
 
 import errno
 import itertools
@@ -37,7 +37,7 @@ def variants():
 
 
 def which(directory, models):
-    """The place in `models` of the adapter that the directory holds, or None: neither of them as a whole."""
+    """The index in `models` of the adapter that the directory holds; None if it holds none of them completely."""
     model = base()
     try:
         load_adapter(model, directory)
@@ -72,7 +72,7 @@ class Steps:
 
 
 class Torn:
-    """A file whose writes come in two halves."""
+    """A file that writes in two halves, with a step between them."""
 
     def __init__(self, file, steps):
         self.file, self.steps = file, steps
@@ -107,7 +107,7 @@ def stepping(at, act):
 
 
 def forked(act):
-    """Runs `act` in a child; its exit status."""
+    """Runs `act` in a forked child; returns its exit status."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -120,7 +120,7 @@ def forked(act):
 
 
 def killed_save(model, directory, at):
-    """Saves in a child that dies at the given boundary; whether it got so far."""
+    """Saves in a child that is killed at the given boundary; returns whether it reached it."""
 
     def save():
         with stepping(at, lambda: os._exit(9)):
@@ -130,15 +130,15 @@ def killed_save(model, directory, at):
 
 
 def main_kills(directory):
-    """Kills saves at every boundary, also a second one after the first, and checks what is left."""
+    """Kills a save at every boundary, then a second save at every boundary, and checks the files."""
     old, first, second = models = variants()
-    os.fsync = lambda _: None  # matters when the power goes, not when a process does
+    os.fsync = lambda _: None  # needed for power failures, not for killed processes
     outcomes = set()
     for at in itertools.count(1):
         save_adapter(old, directory)
         reached = killed_save(first, directory, at)
         found = which(directory, models)
-        assert found in (0, 1), f"killed at {at}: neither adapter is whole"
+        assert found in (0, 1), f"killed at {at}: neither adapter is complete"
         outcomes.add(found)
         if not reached:
             break
@@ -158,7 +158,7 @@ def main_kills(directory):
 
 
 def main_signals(directory, seconds=4.0):
-    """Kills a process that saves again and again, at random times."""
+    """Kills, at random times, a process that saves repeatedly."""
     models, generator = variants(), random.Random(0)
     os.fsync = lambda _: None
     found, end = set(), time.monotonic() + seconds
@@ -167,14 +167,14 @@ def main_signals(directory, seconds=4.0):
         pid = os.fork()
         if pid == 0:
             try:
-                for count, model in enumerate(models * 1000):  # not without end: the parent may be killed too
+                for count, model in enumerate(models * 1000):  # finite, because the parent may be killed too
                     save_adapter(model, directory)
                     if count == 1:
                         os.write(writer, b".")
             finally:
                 os._exit(0)
         os.close(writer)
-        assert os.read(reader, 1), "the child could not save"  # two adapters by now, however busy the machine
+        assert os.read(reader, 1), "the child could not save"  # waits for two saved adapters, even on a busy machine
         time.sleep(generator.uniform(0, 0.02))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -185,7 +185,7 @@ def main_signals(directory, seconds=4.0):
 
 
 def main_limit(directory):
-    """A file size limit of the system, which fails the write half way through."""
+    """A file size limit makes the write fail halfway."""
     old, new, _ = models = variants()
     save_adapter(old, directory)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -201,7 +201,7 @@ def main_limit(directory):
 
 
 def in_a_process(*args):
-    """Runs a `main_…` of this file by itself: a process that forks must not have threads."""
+    """Runs a `main_…` of this file in a new process, because a process that forks must not have threads."""
     return subprocess.Popen(
         [sys.executable, "-m", module_of(__file__), *map(str, args)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
@@ -244,14 +244,14 @@ def test_an_error_leaves_the_old_pair(number, tmp_path):
         assert seen == number
         reached.append(which(tmp_path, models))
         assert reached[-1] is not None
-    # until the weights are renamed the old pair, from then on the new one
+    # the old pair until the weights are renamed, then the new one
     renamed = reached.index(1)
     assert reached == [0] * renamed + [1] * (len(reached) - renamed)
     assert renamed > 12
     assert steps.count == len(reached)
 
 
-def test_a_failed_write_leaves_no_litter(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_no_temporary_files(tmp_path, monkeypatch):
     old, new, _ = variants()
     save_adapter(old, tmp_path)
 
@@ -271,11 +271,11 @@ def test_saving_onto_a_file(tmp_path):
     assert (tmp_path / "file").read_text() == ""
 
 
-# two savers at once
+# two processes save at the same time
 
 
 def main_writers(directory, seconds=4.0):
-    """Two processes save into one folder again and again while a third reads: whole adapters, and one in the end."""
+    """Two processes save repeatedly into one folder; a third always reads complete adapters, and one remains."""
     models, directory = variants()[:2], Path(directory)
     os.fsync = lambda _: None
     end, children = time.monotonic() + seconds, []
@@ -302,17 +302,17 @@ def main_writers(directory, seconds=4.0):
     assert sorted(p.name for p in directory.iterdir()) == [CONFIG, WEIGHTS]
     last = which(directory, models)
     assert last is not None
-    assert (directory / CONFIG).read_bytes() == files._saved_config(directory / WEIGHTS)  # what PEFT reads, too
+    assert (directory / CONFIG).read_bytes() == files._saved_config(directory / WEIGHTS)  # PEFT reads this config
 
 
 @pytest.mark.slow
-def test_two_savers_at_once(tmp_path):
+def test_two_processes_save_at_the_same_time(tmp_path):
     finished(in_a_process("writers", tmp_path))
 
 
 @pytest.mark.parametrize("same", [False, True], ids=["another-config", "same-config"])
-def test_a_save_inside_another_leaves_one_whole_pair(same, tmp_path):
-    """Another saver comes at every boundary, and is done before the first goes on."""
+def test_a_save_during_another_leaves_one_complete_pair(same, tmp_path):
+    """At every boundary another process saves completely before the first one continues."""
     models = variants()
     if same:
         models[1] = tuned(base(), ["fc"], rank=2, seed=9)
@@ -339,7 +339,7 @@ def test_a_save_whose_config_did_not_change_renames_one_file(tmp_path, monkeypat
     assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
 
 
-def test_what_killed_savers_left_goes_and_what_others_write_stays(tmp_path):
+def test_files_of_killed_saves_are_removed_and_files_in_use_are_kept(tmp_path):
     save_adapter(variants()[0], tmp_path)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -348,7 +348,7 @@ def test_what_killed_savers_left_goes_and_what_others_write_stays(tmp_path):
     busy = [f".{WEIGHTS}-{host}-{os.getpid()}-00000000.new", f".{CONFIG}-{'0' * 8}-1-00000002.new", ".mine.new"]
     for name in (*left, *busy):
         (tmp_path / name).write_text("half")
-    os.utime(tmp_path / left[1], (0, 0))  # of another machine: its age tells
+    os.utime(tmp_path / left[1], (0, 0))  # from another machine, so only its age shows that it is abandoned
     save_adapter(variants()[1], tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*busy, CONFIG, WEIGHTS])
     assert which(tmp_path, variants()) == 1
@@ -359,8 +359,8 @@ def test_what_killed_savers_left_goes_and_what_others_write_stays(tmp_path):
 
 @pytest.mark.parametrize("by", ["us", "peft"])
 @pytest.mark.parametrize("step", ["deserialize", "_metadata", "_read_config", "_fields"])
-def test_a_pair_is_read_as_of_one_moment(step, by, tmp_path, monkeypatch):
-    """Another adapter is saved just before, and just after, a step of reading."""
+def test_both_files_are_read_from_the_same_save(step, by, tmp_path, monkeypatch):
+    """Another adapter is saved just before or just after a step of reading."""
     models = variants()
     for i, model in enumerate(models):
         save_adapter(model, tmp_path / str(i))
@@ -393,7 +393,7 @@ def test_a_pair_is_read_as_of_one_moment(step, by, tmp_path, monkeypatch):
         assert found is not None
 
 
-def test_a_pair_that_never_holds_still_is_an_error(tmp_path, monkeypatch):
+def test_files_that_keep_changing_are_an_error(tmp_path, monkeypatch):
     save_adapter(variants()[0], tmp_path)
     save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {"format": "pt"})
     read_config = files._read_config
@@ -411,7 +411,7 @@ def test_a_pair_that_never_holds_still_is_an_error(tmp_path, monkeypatch):
 
 
 def main_rank(rank, directory):
-    """All ranks call, one writes, an error on it reaches all, and sharded parameters come out whole."""
+    """All ranks call, rank 0 writes, its errors are raised on all ranks, and sharded parameters are gathered."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -427,7 +427,7 @@ def main_rank(rank, directory):
 
         files._write = write_elsewhere
     save_adapter(model, directory / "whole")
-    assert which(directory / "whole", [model]) == 0  # on both ranks, at once
+    assert which(directory / "whole", [model]) == 0  # on both ranks immediately
 
     (directory / "file").touch()
     with pytest.raises(OSError, match="file"):
@@ -452,7 +452,7 @@ def main_rank(rank, directory):
             setattr(layer, name, nn.Parameter(sharded))
     save_adapter(model, directory / "sharded")
     whole, gathered = (load_file(directory / name / WEIGHTS) for name in ("whole", "sharded"))
-    assert set(whole) == set(gathered)  # not the bytes: safetensors orders its metadata at random
+    assert set(whole) == set(gathered)  # not the bytes, because safetensors orders its metadata randomly
     assert all(torch.equal(whole[key], gathered[key]) for key in whole)
     expected = {name: layer.lora_b.full_tensor() for name, layer in adapters(model).items()}
     with torch.no_grad():
@@ -463,7 +463,7 @@ def main_rank(rank, directory):
         assert isinstance(layer.lora_b, DTensor)
         assert torch.equal(layer.lora_b.full_tensor(), expected[name])
     dist.barrier()
-    os._exit(0)  # gloo's threads may abort a process that shuts down in order
+    os._exit(0)  # gloo's threads may abort a process that exits normally
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")

@@ -1,4 +1,4 @@
-"""A load that fails, wherever it fails, leaves the model as it was: modules, flags, and every byte."""
+"""A load that fails at any step leaves the model unchanged: modules, flags, and every byte."""
 
 import importlib
 import itertools
@@ -35,7 +35,7 @@ def merged():
 
 
 MODELS = {"plain": base, "injected": injected, "merged": merged}
-# what a load calls, and how often at least: writes, casts, copies, and the surgery of a plain model
+# the functions that a load calls, with the least number of calls: writes, casts, copies, and module replacement
 STEPS = {
     "copy_": (torch.Tensor, {"plain": 14, "injected": 14, "merged": 14}),
     "clone": (torch.Tensor, {"plain": 14, "injected": 14, "merged": 14}),
@@ -50,7 +50,7 @@ STEPS = {
 
 
 class Fails:
-    """A function or method that raises in its nth call, before it acts or after."""
+    """Wraps a function or method; the nth call raises, before or after it has run."""
 
     def __init__(self, function, at, error, after):
         self.function, self.left, self.error, self.after = function, at, error, after
@@ -73,7 +73,7 @@ class Fails:
     "error", [torch.OutOfMemoryError("none left"), KeyboardInterrupt()], ids=["memory", "interrupt"]
 )
 @pytest.mark.parametrize(("step", "model"), [(step, model) for step in STEPS for model in STEPS[step][1]])
-def test_no_step_that_fails_changes_anything(step, model, error, after, directory, monkeypatch):
+def test_a_failure_at_any_step_changes_nothing(step, model, error, after, directory, monkeypatch):
     owner, least = STEPS[step]
     expected = logits(tuned(base(), **OPTIONS))
     model, least = MODELS[model](), least[model]
@@ -99,7 +99,7 @@ def expanded(shape):
 @pytest.mark.parametrize("make", [base, injected])
 def test_a_tensor_that_cannot_be_written_is_named(make, strict, directory):
     model = make()
-    model.token = expanded(4)  # among the last that are written
+    model.token = expanded(4)  # one of the last tensors to be written
     with refused(model, "token must be a tensor of the model that can be written; it is expanded"):
         load_adapter(model, directory, strict=strict)
     if make is injected:
@@ -131,18 +131,18 @@ def test_a_model_made_in_inference_mode(make, directory):
     assert trained(model) == trained(injected())
 
 
-def test_a_failed_load_leaves_what_autograd_has_saved(directory, monkeypatch):
+def test_a_failed_load_does_not_modify_tensors_saved_by_autograd(directory, monkeypatch):
     model = injected()
     loss = model(torch.ones(5, 4)).square().sum()
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "copy_", Fails(torch.Tensor.copy_, 12, RuntimeError("no memory"), False))
         with pytest.raises(RuntimeError, match="no memory"):
             load_adapter(model, directory)
-    loss.backward()  # raises if a tensor that it needs was written to
+    loss.backward()  # raises if a saved tensor was modified
     assert model.fc.lora_b.grad is not None
 
 
-def test_a_state_without_a_disk_is_put_in_whole_or_not_at_all(directory):
+def test_a_state_in_memory_is_loaded_completely_or_not_at_all(directory):
     state, model = AdapterState.from_directory(directory), base()
     model.token = expanded(4)
     with refused(model, "token must be a tensor of the model that can be written"):
@@ -164,7 +164,7 @@ class Tied(nn.Module):
 
 @pytest.fixture
 def partial(tmp_path):
-    """As PEFT saves a copy of the embedding, the base of an adapter, buffers, and adapters that the model has not."""
+    """A PEFT file with a copy of the embedding, the base of an adapter, buffers, and adapters missing in the model."""
     save_adapter(tuned(base(Tied), ["fc", "last"], rank=2, trainable=["embed", "norm"]), tmp_path)
     tensors = {key: t for key, t in load_file(tmp_path / WEIGHTS).items() if "head" not in key and "last" not in key}
     more = {f"{PREFIX}fc.base_layer.weight": torch.ones(4, 4), f"{PREFIX}nowhere.lora_A.weight": torch.ones(2, 4)}
@@ -198,7 +198,7 @@ FILLING = importlib.import_module("cotolora.saving.filling")
     ],
 )
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_no_step_of_a_partial_load_that_fails_changes_anything(owner, step, make, least, after, partial, monkeypatch):
+def test_a_failure_at_any_step_of_a_partial_load_changes_nothing(owner, step, make, least, after, partial, monkeypatch):
     model = make(Tied) if make is base else make()
     before = picture(model)
     for at in itertools.count(1):
@@ -228,7 +228,7 @@ def test_no_step_of_a_partial_load_that_fails_changes_anything(owner, step, make
         ("norm.running_mean", lambda: torch.zeros(1).expand(4)),
     ],
 )
-def test_no_entry_that_shares_its_place_with_another_is_written(place, view, partial):
+def test_tensors_with_overlapping_memory_are_refused(place, view, partial):
     model = base(Tied)
     module, _, key = place.rpartition(".")
     owner = model.get_submodule(module)
@@ -239,7 +239,7 @@ def test_no_entry_that_shares_its_place_with_another_is_written(place, view, par
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.float64], ids=str)
-def test_a_model_of_another_dtype_is_written_in_its_own(dtype, partial):
+def test_loading_keeps_the_dtype_of_the_model(dtype, partial):
     model = base(Tied)
     model.norm.to(dtype)
     model.fc.weight = nn.Parameter(model.fc.weight.to(dtype), requires_grad=False)

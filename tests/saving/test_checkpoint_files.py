@@ -1,4 +1,4 @@
-"""Adapters on disk: files that are damaged, hostile, incomplete, or for another model."""
+"""Adapters on disk: damaged, malicious and incomplete files, and files for another model."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ from tests.support.saving import (
     tuned,
 )
 
-# settings that are not supported, and configs that make no sense
+# unsupported settings and invalid configs
 
 
 def nested(depth):
@@ -123,7 +123,7 @@ def test_inits_that_leave_the_base_alone_are_read(init, saved):
         ("ensure_weight_tying", True, "may be set to false"),
     ],
 )
-def test_a_refusal_names_the_file_the_field_and_the_way_out(field, value, way_out, saved):
+def test_an_error_names_the_file_the_field_and_a_remedy(field, value, way_out, saved):
     rewrite(saved, **{field: value})
     model = base()
     with refused(model, rf"{CONFIG}: {field} must be .*{way_out}.*; got {value!r}"):
@@ -131,7 +131,7 @@ def test_a_refusal_names_the_file_the_field_and_the_way_out(field, value, way_ou
 
 
 @pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
-def test_a_key_that_takes_no_target_is_named_in_a_warning(pattern, saved, caplog):
+def test_a_key_without_effect_is_named_in_a_warning(pattern, saved, caplog):
     rewrite(saved, **{pattern: {"nowhere": 3, "head.*": 4}})
     with caplog.at_level(logging.WARNING, "cotolora"):
         load_adapter(base(), saved)
@@ -196,7 +196,7 @@ def test_any_config_is_read_or_refused(fields):
     ],
     ids=lambda value: repr(value)[:16],
 )
-def test_a_config_that_is_no_config(text, match, saved):
+def test_an_invalid_config_is_refused(text, match, saved):
     rewrite(saved)
     (saved / CONFIG).write_bytes(text)
     model = base()
@@ -204,7 +204,7 @@ def test_a_config_that_is_no_config(text, match, saved):
         load_adapter(model, saved)
 
 
-# files that are missing, damaged or hostile
+# missing, damaged and malicious files
 
 
 def test_missing_files(saved, tmp_path):
@@ -270,7 +270,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_what_has_no_bearing_on_the_result_may_be_edited(edit, saved):
+def test_fields_without_effect_may_be_edited(edit, saved):
     fields = config_of(saved)
     fields["target_modules"] = ["blocks.0.fc", "blocks.1.fc", "fc"]
     (saved / CONFIG).write_text(json.dumps(EDITS[edit](fields)))
@@ -280,7 +280,7 @@ def test_what_has_no_bearing_on_the_result_may_be_edited(edit, saved):
 
 
 @pytest.mark.parametrize("field", ["r", "lora_alpha"])
-def test_what_was_edited_is_named(field, saved):
+def test_an_edited_field_is_named(field, saved):
     fields = config_of(saved)
     (saved / CONFIG).write_text(json.dumps({**fields, field: 7}))
     with refused(
@@ -300,13 +300,13 @@ def test_a_config_that_cannot_be_read_says_why(saved):
         load_adapter(model, saved)
 
 
-def test_an_editor_may_put_a_mark_before_a_config(saved):
+def test_a_byte_order_mark_is_accepted(saved):
     (saved / CONFIG).write_text((saved / CONFIG).read_text(), encoding="utf-8-sig")
     assert load_adapter(base(), saved) == ([], [])
 
 
 @pytest.mark.parametrize("end", [b"\r\n", b"\r", b" \n\t"])
-def test_line_ends_may_change(end, saved):
+def test_line_endings_may_change(end, saved):
     (saved / CONFIG).write_bytes((saved / CONFIG).read_bytes().replace(b"\n", end) + end)
     assert load_adapter(base(), saved) == ([], [])
 
@@ -317,7 +317,7 @@ def test_line_ends_may_change(end, saved):
      ("alpha_pattern", {"fc": 3}), ("target_modules", ["fc"]), ("exclude_modules", ["head"]), ("lora_dropout", 0.5),
      ("modules_to_save", ["head"]), ("layers_to_transform", [1]), ("lora_bias", True), ("something_new", 1)],
 )  # fmt: skip
-def test_what_has_a_bearing_may_not(field, value, saved):
+def test_fields_with_an_effect_must_not_be_edited(field, value, saved):
     (saved / CONFIG).write_text(json.dumps({**config_of(saved), field: value}))
     with refused(model := base(), "must be the config that .* was saved with"):
         load_adapter(model, saved)
@@ -352,7 +352,7 @@ def test_random_bytes(saved):
 
 
 def test_flipped_bytes_in_the_header(saved):
-    """Each flip is refused, or harms nothing: the factors of the file are what is loaded."""
+    """Each flip is refused or harmless: if a file is loaded, its factors are correct."""
     data, generator = (saved / WEIGHTS).read_bytes(), random.Random(1)
     length = 8 + struct.unpack("<Q", data[:8])[0]
     reference, refusals = tuned(base(), ["fc"], rank=2), 0
@@ -386,7 +386,7 @@ def test_a_flipped_bit_in_the_data_is_an_error(saved):
     load_adapter(model, saved)
 
 
-def test_tensors_that_changed_places_are_an_error(saved):
+def test_swapped_tensors_are_an_error(saved):
     fields, data = header(saved / WEIGHTS)
     one, other = (PREFIX + f"blocks.{i}.fc.lora_A.weight" for i in range(2))
     write_raw(saved / WEIGHTS, {**fields, one: fields[other], other: fields[one]}, data)
@@ -504,7 +504,7 @@ def test_all_of_a_file_is_checked_before_any_of_it_is_loaded(damage, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F8_E8M0", "F8_E4M3", "F8_E5M2", "C64", "U64", "F16", "BF16"])
 def test_every_dtype_of_the_format_is_read_or_refused(dtype, saved):
-    """Whatever the file calls them, bytes that are no factors of the right shape are refused."""
+    """For any dtype in the file, tensors that are not factors of the right shape are refused."""
     fields, data = header(saved / WEIGHTS)
     first = PREFIX + "blocks.0.fc.lora_A.weight"
     write_raw(saved / WEIGHTS, {**fields, first: {**fields[first], "dtype": dtype}}, data)
@@ -528,7 +528,7 @@ SMALL_DTYPES = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfl
 @pytest.mark.parametrize("onto", ["base", "adapters"])
 @pytest.mark.parametrize("dtype", [*SMALL_DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("variant", ["lora", "dora", "hira"])
-def test_a_file_of_small_numbers_loses_no_digits(variant, dtype, onto, tmp_path):
+def test_small_numbers_are_loaded_without_loss(variant, dtype, onto, tmp_path):
     options = {"targets": ["fc"], "rank": 3, "variant": variant, "trainable": ["head.2"]}
     save_adapter(tuned(base(), **options), tmp_path)
     tensors = {key: tensor.to(dtype) for key, tensor in load_file(tmp_path / WEIGHTS).items()}
@@ -539,7 +539,7 @@ def test_a_file_of_small_numbers_loses_no_digits(variant, dtype, onto, tmp_path)
     assert load_adapter(model, tmp_path) == ([], [])
     for name, layer in adapters(model).items():
         stored = [tensors[f"{PREFIX}{name}.{part.key}"] for part in VARIANTS[variant].parts]
-        # HiRA's B is what the file says over the layer's scale, divided as float32
+        # HiRA's B is the tensor of the file divided by the layer's scale, in float32
         scale = layer.scale if variant == "hira" else 1
         expected = [t.double() if dtype == torch.float64 else t.float() for t in stored]
         expected[1] = expected[1] / scale
@@ -549,7 +549,7 @@ def test_a_file_of_small_numbers_loses_no_digits(variant, dtype, onto, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", SMALL_DTYPES, ids=str)
-def test_a_state_of_small_numbers_is_merged_as_float32(dtype, saved):
+def test_small_numbers_are_merged_in_float32(dtype, saved):
     tensors = {key: tensor.to(dtype) for key, tensor in load_file(saved / WEIGHTS).items()}
     rewrite(saved, {**tensors, PREFIX + "head.0.bias": torch.ones(4).to(dtype)})
     state = AdapterState.from_directory(saved)
@@ -580,12 +580,12 @@ def test_no_pickle_is_ever_read(name, saved, tmp_path):
     assert not mark.exists()
     with open(saved / name, "rb") as file:
         torch.load(file, weights_only=False)
-    assert mark.exists()  # it would have run
+    assert mark.exists()  # unpickling would have run the code
 
 
 def test_an_adapter_for_a_module_that_cannot_be_adapted(saved):
     model = base()
-    model.fc = nn.LazyLinear(4)  # has no shape yet
+    model.fc = nn.LazyLinear(4)  # its shape is not known yet
     with pytest.raises(ValueError, match=r"fc must be a module that maps .* LazyLinear"):
         load_adapter(model, saved)
     model = base().to("meta")
@@ -642,7 +642,7 @@ def test_adapters_missing_from_the_model(saved, caplog):
     assert torch.equal(model.blocks[1].fc.lora_b, reference.blocks[1].fc.lora_b)
 
 
-def test_more_adapters_in_the_model_than_the_config_knows(saved):
+def test_adapters_in_the_model_that_the_config_does_not_target(saved):
     model = tuned(base(), ["fc", "head.0"], rank=2, seed=3)
     with refused(model, r"missing keys \['head.0.lora_A.weight', 'head.0.lora_B.weight'\]"):
         load_adapter(model, saved)
@@ -661,7 +661,7 @@ def test_half_an_adapter_is_not_loaded(saved):
     assert all(torch.equal(before[key], value) for key, value in model.fc.state_dict().items())
 
 
-def test_strict_false_forgives_nothing_else(saved):
+def test_strict_false_allows_nothing_else(saved):
     model = base()
     without(saved, "blocks", "fc")
     with refused(model, "must hold an adapter that fits the model; it holds none"):
@@ -673,7 +673,7 @@ def test_strict_false_forgives_nothing_else(saved):
         load_adapter(model, saved, strict=False)
 
 
-def test_a_complete_load_says_nothing(saved, caplog):
+def test_a_complete_load_logs_nothing(saved, caplog):
     with caplog.at_level(logging.DEBUG, "cotolora"):
         result = load_adapter(base(), saved)
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
@@ -702,7 +702,7 @@ def test_an_injected_model_must_agree(options, match, saved):
 
 
 class Attending(nn.Module):
-    """Its attention hands the weight of `out_proj` to a functional, where PEFT adapts it and we cannot."""
+    """Its attention passes the weight of `out_proj` to a functional, which PEFT can adapt and we cannot."""
 
     def __init__(self):
         super().__init__()
@@ -715,7 +715,7 @@ class Attending(nn.Module):
 
 @pytest.mark.parametrize("targets", ["all-linear", ["fc", "out_proj"], ["fc", "self_attn"], r"fc|.*\.out_proj"])
 @pytest.mark.parametrize("onto", ["base", "adapters"])
-def test_what_peft_adapts_inside_of_attention_is_passed_over_by_name(targets, onto, peft, tmp_path, caplog):
+def test_adapters_inside_attention_are_skipped_by_name(targets, onto, peft, tmp_path, caplog):
     theirs = train(peft.get_peft_model(base(Attending), peft.LoraConfig(target_modules=targets, r=2)))
     theirs.save_pretrained(tmp_path)
     stored = {key.removeprefix(PREFIX): tensor for key, tensor in load_file(tmp_path / WEIGHTS).items()}

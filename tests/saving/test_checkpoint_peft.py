@@ -1,4 +1,4 @@
-"""Adapters on disk: PEFT's files, both ways."""
+"""Adapters on disk: reading PEFT's files, and PEFT reading ours."""
 
 import copy
 import warnings
@@ -124,7 +124,7 @@ PEFT_READS = {
 
 
 @pytest.mark.parametrize("case", PEFT_READS)
-def test_peft_reads_ours(case, peft, tf, tmp_path):
+def test_peft_reads_our_files(case, peft, tf, tmp_path):
     make, options = PEFT_READS[case]
     model, x = make_base(tf, make)
     tuned(model, **options)
@@ -136,7 +136,7 @@ def test_peft_reads_ours(case, peft, tf, tmp_path):
 
 
 def by_peft(peft, model, directory, seed=1, **config):
-    """A model that PEFT adapted, moved and saved."""
+    """A model that was adapted, changed and saved with PEFT."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's remarks on Conv1D and what it calls in transformers
         kind = peft.HiraConfig if "hira_dropout" in config else peft.LoraConfig
@@ -198,7 +198,7 @@ WE_READ = {
 
 
 @pytest.mark.parametrize("case", WE_READ)
-def test_we_read_pefts(case, peft, tf, tmp_path):
+def test_we_read_peft_files(case, peft, tf, tmp_path):
     make, options = WE_READ[case]
     model, x = make_base(tf, make)
     theirs = by_peft(peft, model, tmp_path, **options)
@@ -224,14 +224,14 @@ def test_we_read_pefts(case, peft, tf, tmp_path):
     assert torch.equal(logits(third, x), logits(ours, x))
 
 
-def test_what_peft_saved_beside_is_loaded_and_stays_frozen(peft, tf, tmp_path):
+def test_further_tensors_of_peft_are_loaded_and_stay_frozen(peft, tf, tmp_path):
     model, x = make_base(tf, llama)
     with torch.no_grad():
         model.get_input_embeddings().weight.add_(1)
     theirs = by_peft(peft, model, tmp_path, target_modules=["q_proj"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs.save_pretrained(tmp_path, save_embedding_layers=True)  # as PEFT does after a resize
+        theirs.save_pretrained(tmp_path, save_embedding_layers=True)  # PEFT's default after resizing the embeddings
     assert any("embed_tokens" in key for key in keys(tmp_path))
     ours, _ = make_base(tf, llama)
     load_adapter(ours, tmp_path)
@@ -240,7 +240,7 @@ def test_what_peft_saved_beside_is_loaded_and_stays_frozen(peft, tf, tmp_path):
 
 
 def retrained(tf, make, tied=False):
-    """A base whose embedding and head are not those of `make_base`, as after more pretraining."""
+    """A base whose embedding and head differ from those of `make_base`, as after further pretraining."""
     model, x = make_base(tf, make, tied)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         train(module.requires_grad_(True), seed=3)
@@ -257,7 +257,7 @@ BASES = {
 
 @pytest.mark.parametrize("onto", ["base", "adapters", "merged"])
 @pytest.mark.parametrize("case", BASES)
-def test_the_base_of_an_adapter_is_loaded_where_peft_saved_it(case, onto, peft, tf, tmp_path):
+def test_the_base_of_an_adapter_is_loaded_if_peft_saved_it(case, onto, peft, tf, tmp_path):
     make, tied, options = BASES[case]
     model, x = retrained(tf, make, tied)
     theirs = by_peft(peft, model, tmp_path, **options)
@@ -277,7 +277,7 @@ def test_the_base_of_an_adapter_is_loaded_where_peft_saved_it(case, onto, peft, 
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_merged_file_with_the_base_of_an_adapter_loads_here_and_there(tied, peft, tf, tmp_path):
+def test_a_merged_file_with_the_base_of_an_adapter_loads_in_both_libraries(tied, peft, tf, tmp_path):
     for number, seed in enumerate((1, 2)):
         model, x = retrained(tf, llama, tied)
         by_peft(peft, model, tmp_path / str(number), seed, target_modules=["q_proj", "lm_head"])
@@ -299,7 +299,7 @@ def test_a_merged_file_with_the_base_of_an_adapter_loads_here_and_there(tied, pe
     assert torch.equal(logits(other, x), before)
 
 
-def test_a_base_that_has_no_such_tensor_is_no_place_for_it(peft, tf, tmp_path):
+def test_base_tensors_missing_in_the_model_are_refused(peft, tf, tmp_path):
     by_peft(peft, make_base(tf, llama)[0], tmp_path, target_modules=["q_proj", "lm_head"])
     tensors, name = load_file(tmp_path / WEIGHTS), "lm_head.base_layer"
     for key, match in (
@@ -322,18 +322,18 @@ def test_a_base_that_has_no_such_tensor_is_no_place_for_it(peft, tf, tmp_path):
     ],
     ids=str,
 )
-def test_what_peft_wrote_and_we_cannot_read_is_refused(config, match, peft, tmp_path):
+def test_unsupported_peft_files_are_refused(config, match, peft, tmp_path):
     by_peft(peft, base(), tmp_path, **{"target_modules": ["fc"], **config})
     model = base()
     with refused(model, match):
         load_adapter(model, tmp_path)
 
 
-# modules in several places, of which PEFT adapts the first alone
+# modules in several places, of which PEFT adapts only the first
 
 
 class Places(nn.Module):
-    """Two linears, each in two places: of two modules, of one module, or of one block that the model holds twice."""
+    """Two linears and a second place for them: another module, the same block, copies, or another attribute."""
 
     def __init__(self, how):
         super().__init__()
@@ -355,10 +355,10 @@ class Places(nn.Module):
         return x
 
 
-# PEFT, which asks for a tensor under each of its names, says the same of its own file
+# PEFT expects a tensor under each name and warns the same for its own files
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
 @pytest.mark.parametrize("how", ["block", "copies"])
-def test_one_place_of_several_names_is_saved_and_loaded_as_pefts(how, peft, tmp_path):
+def test_a_module_with_several_names_is_saved_and_loaded_as_in_peft(how, peft, tmp_path):
     x = torch.randn(3, 4)
     for targets in ("all-linear", ["first.a"]):
         theirs = peft.get_peft_model(Places(how), peft.LoraConfig(target_modules=targets, init_lora_weights=False))
@@ -385,7 +385,7 @@ def test_several_places_are_refused_both_ways(how, peft, tmp_path):
         save_adapter(model, tmp_path)
 
 
-def test_what_is_in_one_place_is_loaded_where_other_modules_are_in_several(peft, tmp_path, caplog):
+def test_single_modules_are_loaded_beside_modules_in_several_places(peft, tmp_path, caplog):
     theirs = peft.get_peft_model(Places("attributes"), peft.LoraConfig(target_modules="all-linear"))
     theirs.base_model.model.first["b"].lora_B["default"].weight.data.normal_()
     theirs.save_pretrained(tmp_path)

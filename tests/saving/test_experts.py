@@ -1,4 +1,4 @@
-"""Files of models whose experts transformers 5 holds in one parameter, and which PEFT takes apart by old names."""
+"""Files of models whose experts are one parameter in transformers 5 but separate modules in PEFT's names."""
 
 import copy
 import json
@@ -16,9 +16,9 @@ transformers = pytest.importorskip("transformers", minversion="5")
 peft = pytest.importorskip("peft")
 
 pytestmark = [
-    # PEFT asks transformers 5.24 for what is deprecated there
+    # PEFT uses a name that transformers 5.24 deprecates
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
-    # PEFT follows patterns for parameters, and says of them that it does not
+    # PEFT applies patterns to parameters but warns that they did not match
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
 ]
 
@@ -30,7 +30,7 @@ IDS = torch.randint(1, 63, (2, 8), generator=torch.Generator().manual_seed(0))
 
 
 def qwen2_moe():
-    """Shared experts beside the experts, and a dense block."""
+    """Shared experts in addition to the experts, and a dense block."""
     config = transformers.Qwen2MoeConfig(
         **SIZES, num_experts=4, num_experts_per_tok=2, shared_expert_intermediate_size=16, mlp_only_layers=[0]
     )
@@ -38,7 +38,7 @@ def qwen2_moe():
 
 
 def deepseek_v3():
-    """A dense block before those of experts."""
+    """A dense block before the blocks with experts."""
     config = transformers.DeepseekV3Config(
         **SIZES, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1,
         q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
@@ -47,13 +47,13 @@ def deepseek_v3():
 
 
 def mixtral():
-    """No linear but of attention."""
+    """Only the attention has linears."""
     sizes = {key: value for key, value in SIZES.items() if key != "moe_intermediate_size"}
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_local_experts=4))
 
 
 def llama():
-    """No experts, though its linears have such names."""
+    """No experts, but linears with the same names."""
     sizes = {key: value for key, value in SIZES.items() if key != "moe_intermediate_size"}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
 
@@ -104,7 +104,7 @@ def test_peft_reads_linears_that_have_the_names_of_experts(base, options, tmp_pa
         (n, a.rank, a.alpha) for n, a in adapters(model).items()
     ]
     assert torch.equal(logits(again), logits(model))
-    load_adapter(model, tmp_path)  # onto adapters that are there
+    load_adapter(model, tmp_path)  # a model that already has adapters
 
 
 def test_a_merged_state_is_read_by_peft(base, tmp_path):
@@ -118,7 +118,7 @@ def test_a_merged_state_is_read_by_peft(base, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
-def test_only_where_peft_is_mistaken_weights_are_named(base, tmp_path):
+def test_weights_are_named_only_if_peft_would_mistake_the_modules(base, tmp_path):
     save_adapter(adapted(base), tmp_path)
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
     named = {name.split(".")[-2] for name in fields.get("target_parameters", ())}
@@ -126,7 +126,7 @@ def test_only_where_peft_is_mistaken_weights_are_named(base, tmp_path):
     assert named == expected
 
 
-def test_peft_model_of_ours_computes_the_same(base):
+def test_a_converted_peft_model_gives_the_same_outputs(base):
     from cotolora.integrations.peft import to_peft
 
     model = adapted(base)
@@ -145,7 +145,7 @@ def test_peft_adapters_of_linear_weights_are_read(base, tmp_path):
     ours = copy.deepcopy(base)
     load_adapter(ours, tmp_path)
     same(logits(ours), logits(model))
-    assert adapters(ours)[names[1]].rank == 3  # by the pattern
+    assert adapters(ours)[names[1]].rank == 3  # from the pattern
     eject(ours)
     same(logits(ours), logits(model))
 

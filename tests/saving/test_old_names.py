@@ -1,4 +1,4 @@
-"""Adapter files whose keys are names that a model's modules had in older versions of transformers."""
+"""Adapter files with the module names of older versions of transformers."""
 
 import warnings
 from typing import ClassVar
@@ -59,7 +59,7 @@ VERSION_4 = (
 
 
 @pytest.mark.parametrize("onto", ["base", "adapters"])
-def test_names_of_transformers_4_are_found_as_peft_finds_them(onto, peft, tf, tmp_path):
+def test_names_of_transformers_4_are_resolved_as_in_peft(onto, peft, tf, tmp_path):
     theirs = by_peft(peft, llava(tf), tmp_path, target_modules=["q_proj"], modules_to_save=["lm_head"])
     rename(tmp_path, *VERSION_4[:2])
     assert any("language_model.model.layers" in key for key in keys(tmp_path))
@@ -76,14 +76,14 @@ def test_names_of_transformers_4_are_found_as_peft_finds_them(onto, peft, tf, tm
     assert_few_ulps(logits(ours, IDS), logits(theirs, IDS))
     assert trained(ours) == {"lm_head.weight"} | {f"{name}.lora_{x}" for name in adapters(ours) for x in "ab"}
     theirs = dict(theirs.base_model.model.named_modules())
-    for name, layer in adapters(ours).items():  # those of the images too
+    for name, layer in adapters(ours).items():  # including the image tower
         assert torch.equal(layer.lora_b, theirs[name].lora_B["default"].weight)
     save_adapter(ours, tmp_path)
     assert f"{PREFIX}model.language_model.layers.0.self_attn.q_proj.lora_A.weight" in keys(tmp_path)
 
 
 class Stating(nn.Module):
-    """States its old names as classes of transformers 4.52 to 4.57 do; the first rule that finds something decides."""
+    """Declares its old names as classes of transformers 4.52 to 4.57 do; the first rule that matches applies."""
 
     _checkpoint_conversion_mapping: ClassVar = {
         r"^(old|elder)\.": "new.",
@@ -99,7 +99,7 @@ class Stating(nn.Module):
         return self.fc(self.new["fc"](x))
 
 
-def test_names_that_a_class_states_are_found_as_peft_finds_them(peft, tmp_path):
+def test_names_declared_by_a_class_are_resolved_as_in_peft(peft, tmp_path):
     theirs = by_peft(peft, base(Stating), tmp_path, target_modules=["fc"])
     rename(tmp_path, ("model.new.", "model.old."))
     again = peft.PeftModel.from_pretrained(base(Stating), tmp_path).eval()
@@ -109,7 +109,7 @@ def test_names_that_a_class_states_are_found_as_peft_finds_them(peft, tmp_path):
     assert_few_ulps(logits(ours), logits(theirs))
 
 
-def test_a_key_that_fits_keeps_its_name_and_one_that_never_does_too(tmp_path):
+def test_keys_that_match_or_have_no_rule_keep_their_names(tmp_path):
     save_adapter(tuned(base(Stating), ["fc"], rank=2), tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     strange = {f"{PREFIX}old.fc.lora_A.weight": torch.ones(2, 4), f"{PREFIX}older.lora_A.weight": torch.ones(2, 4)}

@@ -1,6 +1,6 @@
-"""Adapter files of strangers: none can hang a load, and none can flood what errors and logs show.
+"""Untrusted adapter files: they cannot make a load hang, and errors and log lines stay short.
 
-Bounds are of CPU time: on a busy machine a test waits for its turn.
+Time limits are CPU time, so that they hold on a busy machine.
 """
 
 import json
@@ -37,7 +37,7 @@ def test_a_pattern_that_could_hang_is_refused_by_the_name_of_its_field(field, pa
     assert time.process_time() - began < 5
 
 
-def test_modules_to_save_are_ends_of_names_and_no_expressions(saved):
+def test_modules_to_save_are_name_suffixes_not_expressions(saved):
     rewrite(saved, modules_to_save=[r"(\w+\.?)+!", "[", ".*"])
     began = time.process_time()
     load_adapter(base(), saved)
@@ -84,13 +84,13 @@ def test_no_error_and_no_log_line_is_long(case, saved, caplog):
     assert time.process_time() - began < 10
 
 
-def test_what_was_passed_over_is_all_in_the_result(saved):
+def test_the_result_lists_everything_that_was_skipped(saved):
     strange = {f"a{i}.lora_A.weight": torch.zeros(1) for i in range(1000)}
     rewrite(saved, load_file(saved / WEIGHTS) | {PREFIX + key: tensor for key, tensor in strange.items()})
     assert load_adapter(base(), saved, strict=False).unexpected_keys == sorted(strange)
 
 
-def test_idle_keys_are_told_of_in_short(saved, caplog):
+def test_unused_keys_are_reported_briefly(saved, caplog):
     rewrite(saved, rank_pattern={f"{i}" + "a" * 5000: 3 for i in range(200)})
     long = nn.ModuleDict({f"fc{i}": nn.Linear(4, 4) for i in range(3)})
     with caplog.at_level(logging.WARNING, "cotolora"):

@@ -1,4 +1,4 @@
-"""Saved adapters of models with tied weights: a trained copy is its module's own, as with PEFT."""
+"""Saved adapters of models with tied weights: as in PEFT, a trained copy belongs only to its module."""
 
 import importlib
 import logging
@@ -39,7 +39,7 @@ def llama(tf, tied=True):
 
 
 class Tied(nn.Module):
-    """An embedding and a head of one weight; with `by_data` of two parameters that share memory."""
+    """An embedding and a head with one weight, or with `by_data` two parameters that share memory."""
 
     def __init__(self, by_data=False):
         super().__init__()
@@ -55,7 +55,7 @@ class Tied(nn.Module):
 
 
 class Twice(nn.Module):
-    """One norm in two places, and in a third by way of the module around it."""
+    """One norm in two places, and in a third through the module around it."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +68,7 @@ class Twice(nn.Module):
 
 def by_peft(peft, model, directory, save_embedding_layers="auto", **config):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tied weights
+        warnings.simplefilter("ignore")  # warnings about tied weights
         theirs = train(peft.get_peft_model(model, peft.LoraConfig(r=2, **config))).eval()
         theirs.save_pretrained(directory, save_embedding_layers=save_embedding_layers)
     return theirs
@@ -90,7 +90,7 @@ def read_by_peft(peft, model, directory):
         (["q_proj", "lm_head"], ["embed_tokens"]),
     ],
 )
-def test_pefts_trained_copy_of_a_tied_weight_is_its_own(targets, saved, beside, peft, tf, tmp_path, caplog):
+def test_pefts_trained_copy_of_a_tied_weight_is_not_tied(targets, saved, beside, peft, tf, tmp_path, caplog):
     theirs = by_peft(peft, llama(tf), tmp_path, beside, target_modules=targets, modules_to_save=saved)
     ours = llama(tf)
     with caplog.at_level(logging.WARNING, "cotolora"):
@@ -106,7 +106,7 @@ def test_pefts_trained_copy_of_a_tied_weight_is_its_own(targets, saved, beside, 
     assert_few_ulps(logits(read_by_peft(peft, llama(tf), tmp_path / "again"), IDS), logits(ours, IDS))
 
 
-def test_a_copied_module_keeps_the_ties_inside(peft, tmp_path):
+def test_a_copied_module_keeps_its_internal_ties(peft, tmp_path):
     class Outer(nn.Sequential):
         def __init__(self):
             inner = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -121,7 +121,7 @@ def test_a_copied_module_keeps_the_ties_inside(peft, tmp_path):
 
 
 @pytest.mark.parametrize("trainable", ["embed_tokens", "lm_head"])
-def test_our_trained_tied_weight_stays_tied_and_peft_gives_it_to_both(trainable, peft, tf, tmp_path, caplog):
+def test_our_trained_tied_weight_stays_tied_and_peft_loads_it_into_both(trainable, peft, tf, tmp_path, caplog):
     model = tuned(llama(tf), ["q_proj"], rank=2, trainable=[trainable])
     save_adapter(model, tmp_path)
     theirs = read_by_peft(peft, llama(tf), tmp_path)
@@ -142,18 +142,18 @@ def tied_by_data():
 
 
 @pytest.mark.parametrize("trainable", ["embed", "head"])
-def test_a_tie_by_memory_is_a_tie(trainable, peft, tmp_path):
+def test_shared_memory_counts_as_a_tie(trainable, peft, tmp_path):
     model = tuned(tied_by_data(), ["mid"], rank=2, trainable=[trainable])
     assert torch.equal(model.embed.weight, model.head.weight)
     save_adapter(model, tmp_path)
     ours = tied_by_data()
     load_adapter(ours, tmp_path)
     assert torch.equal(logits(ours), logits(model))
-    assert len(trained(ours)) == len(trained(model))  # one of the two
+    assert len(trained(ours)) == len(trained(model))  # one of the two tied parameters
     assert_few_ulps(logits(read_by_peft(peft, tied_by_data(), tmp_path)), logits(model))
 
 
-def test_pefts_copy_leaves_a_tie_by_memory(peft, tmp_path):
+def test_pefts_copy_unties_shared_memory(peft, tmp_path):
     theirs = by_peft(peft, tied_by_data(), tmp_path, target_modules=["mid"], modules_to_save=["embed"])
     ours = tied_by_data()
     before = ours.head.weight.clone()
@@ -172,14 +172,14 @@ def test_an_adapter_whose_base_trains_through_its_memory_is_not_saved(tmp_path):
 
 
 def only_the_embedding(directory):
-    """What PEFT saves of `Tied` with ``modules_to_save=["embed"]``."""
+    """The file that PEFT saves for `Tied` with ``modules_to_save=["embed"]``."""
     save_adapter(tuned(base(Tied), ["mid"], rank=2, trainable=["embed"]), directory)
     tensors = load_file(directory / WEIGHTS)
     rewrite(directory, {k: t for k, t in tensors.items() if "head" not in k}, modules_to_save=["embed"])
     return directory
 
 
-def test_adapters_that_are_there_are_never_untied_under_an_optimizer(tmp_path):
+def test_loading_onto_adapters_never_unties_parameters_of_an_optimizer(tmp_path):
     model = tuned(base(Tied), ["mid"], rank=2, trainable=["embed"], seed=2)
     copy = "modules_to_save makes embed.weight a separate trained copy"
     match = rf"{WEIGHTS}: {copy}.* tied to 'head.weight'; load onto a model without adapters"
@@ -204,7 +204,7 @@ def test_two_values_for_one_tensor_are_refused(tmp_path):
             load_adapter(model, tmp_path)
 
 
-def test_a_load_that_fails_at_last_ties_again(tmp_path, monkeypatch):
+def test_a_load_that_fails_late_restores_ties(tmp_path, monkeypatch):
     def failing(*_):
         raise RuntimeError("no memory")
 
@@ -236,7 +236,7 @@ def test_a_copy_for_one_of_two_places_is_refused(peft, tmp_path):
             load_adapter(model, tmp_path)
 
 
-def test_ends_of_names_without_a_dot_are_copies_too(peft, tmp_path):
+def test_name_suffixes_without_a_dot_are_copied_too(peft, tmp_path):
     class Ends(nn.Module):
         def __init__(self):
             super().__init__()
@@ -256,7 +256,7 @@ def test_ends_of_names_without_a_dot_are_copies_too(peft, tmp_path):
     }  # fmt: skip
 
 
-def test_adapters_injected_by_hand_around_a_tied_head_load_what_was_trained(tmp_path):
+def test_adapters_on_a_tied_head_load_its_trained_weight(tmp_path):
     save_adapter(tuned(base(Tied), ["mid"], rank=2, trainable=["embed"]), tmp_path)
     model = base(Tied)
     inject(model, ["mid"], rank=2)

@@ -1,4 +1,4 @@
-"""Wrong arguments of every sort, what an argument may be, and whether a call that had one left all as it was."""
+"""A pool of argument values, predicates for valid ones, and checks that a refused call changed nothing."""
 
 import math
 import os
@@ -20,7 +20,7 @@ from cotolora.merging import AdapterState, Factors
 from cotolora.pruning import Pruning, magnitude
 from cotolora.shapley import Shapley, shapley_values
 
-# by name, in the words of whoever writes them; made anew for each call
+# values by their source text; created again for each call
 POOL: dict[str, Callable[[], Any]] = {
     text: (lambda text=text: eval(text))
     for text in (
@@ -40,7 +40,7 @@ POOL: dict[str, Callable[[], Any]] = {
 
 
 class Unprintable:
-    """What an error cannot show: its repr raises, and so does its truth."""
+    """An object that an error message cannot show: its repr and its truth value raise."""
 
     def __repr__(self) -> str:
         raise RuntimeError("no repr")
@@ -49,7 +49,7 @@ class Unprintable:
         raise RuntimeError("no truth")
 
 
-# what an argument may be: True for a value that must be taken, False for one that must be refused, None for neither
+# predicates: True for a value that must be accepted, False for one that must be refused, None if either is fine
 
 Kind = Callable[[Any], bool | None]
 
@@ -59,13 +59,13 @@ def whole(value: Any) -> bool:
 
 
 def real(value: Any) -> bool:
-    """Whether it is a number that a float can hold."""
+    """Whether the value is a number that a float can represent."""
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     return number and abs(value if isinstance(value, int) else float(value)) <= sys.float_info.max
 
 
 def integers(least: int, below: float = math.inf, tried: float = math.inf) -> Kind:
-    """Of those from `tried` on nothing is said: they would take too long, or more memory than there may be."""
+    """Integers in [least, below); those from `tried` on are not tested, as they take too long or too much memory."""
 
     def fits(value: Any) -> bool | None:
         right = whole(value) and least <= value < below
@@ -87,7 +87,7 @@ def flag(value: Any) -> bool:
 
 
 def nothing(value: Any) -> bool:
-    """Of an argument that nothing in the pool can be."""
+    """For an argument for which the pool has no valid value."""
     return False
 
 
@@ -96,34 +96,34 @@ def module(value: Any) -> bool:
 
 
 def other_module(value: Any) -> bool | None:
-    """A module is right if it has what else is asked for."""
+    """A module; it may still be refused for what it contains."""
     return None if module(value) else False
 
 
 def path(value: Any) -> bool | None:
-    """A path is right if there is something to read."""
+    """A path; it may still be refused if there is nothing to read."""
     return None if isinstance(value, Path) or (isinstance(value, str) and value and value.isprintable()) else False
 
 
 def function(value: Any) -> bool | None:
-    """Classes and builtins can be called, but may raise errors of their own."""
+    """A callable; classes and builtins may raise errors of their own."""
     if not callable(value) or module(value):
         return False
     return None if not hasattr(value, "__code__") or value() == [] else True
 
 
 def output_function(value: Any) -> bool | None:
-    """Also a module, for what comes out of another."""
+    """A callable, or a module that is applied to the output of another."""
     return module(value) or callable(value)
 
 
 def hashing(value: Any) -> bool | None:
-    """A function to keys of a dict."""
+    """A function that returns keys of a dict."""
     return False if hasattr(value, "__code__") and value() == [] else function(value)
 
 
 def names(value: Any) -> bool | None:
-    """Strings in any iterable, which the model must also have."""
+    """An iterable of strings, which must also be names in the model."""
     listed = (
         hasattr(value, "__iter__") and not isinstance(value, (bytes, Tensor, type, nn.Module)) and np.shape(value) != ()
     )
@@ -132,7 +132,7 @@ def names(value: Any) -> bool | None:
 
 
 def states(value: Any) -> bool | None:
-    """A list of paths, where there may be nothing to read."""
+    """A list of paths; it may still be refused if there is nothing to read."""
     listed = isinstance(value, (list, np.ndarray)) and names(value) is None and len(value)
     return None if listed else False
 
@@ -146,12 +146,12 @@ def empty_list(value: Any) -> bool:
 
 
 def float8(value: Any) -> bool | None:
-    """What is cast may be of any floating dtype."""
+    """A tensor of any floating dtype, for arguments that are cast."""
     return None if isinstance(value, Tensor) and value.dtype == torch.float8_e4m3fn else False
 
 
 def python(kind: Kind) -> Kind:
-    """Of numpy's numbers nothing is said."""
+    """As `kind`, except that numpy's numbers are not tested."""
     return lambda value: None if isinstance(value, np.generic) and kind(value) else kind(value)
 
 
@@ -170,7 +170,7 @@ def gate(value: Any) -> bool:
 
 
 def mask(value: Any) -> bool:
-    """Of three adapters: one entry or three, each zero or one."""
+    """A mask for three adapters: one entry or three, each zero or one."""
     try:
         found = np.asarray(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -179,7 +179,7 @@ def mask(value: Any) -> bool:
 
 
 def device(value: Any) -> bool | None:
-    """An integer is the number of a device, which may not be there."""
+    """A device; an integer is a device index, which may not exist."""
     return True if isinstance(value, torch.device) else None if type(value) is int and 0 <= value < 128 else False
 
 
@@ -188,20 +188,20 @@ def inputs(value: Any) -> bool:
 
 
 def weights(value: Any) -> bool:
-    """Of two states."""
+    """Weights of two states."""
     return value is None or (isinstance(value, (range, np.ndarray)) and np.shape(value) == (2,))
 
 
 def peft_name(value: Any) -> bool | None:
-    """What torch's modules can be called."""
+    """A valid name of a torch module."""
     return isinstance(value, str) and value != "" and "." not in value
 
 
-# what calls are made with
+# models and other objects for the calls
 
 
 class World:
-    """Models and what belongs to them, made when they are asked for."""
+    """Models and related objects, created on first access."""
 
     @cached_property
     def plain(self) -> nn.Module:
@@ -260,7 +260,7 @@ class World:
         return peft.get_peft_model(self.plain, peft.LoraConfig(target_modules=["0", "2"], r=2))
 
     def states(self) -> Iterator[tuple[str, Any]]:
-        """Everything that a refused call must leave as it was."""
+        """All state that a refused call must not change."""
         for which in ("plain", "model", "peft"):
             if which in vars(self):
                 for name, one in vars(self)[which].named_modules():
@@ -285,13 +285,13 @@ def at(tensor: Tensor | None) -> Any:
     return tensor if tensor is None else (id(tensor), tensor.requires_grad, tensor.detach().numpy().tobytes())
 
 
-# the verdict on a call
+# checks of a call's error
 
-CUT = 18  # characters of a long value that an error has to show
+CUT = 18  # characters of a long value that an error must show
 
 
 def outcome(call: Callable[..., Any], arguments: dict[str, Any]) -> Exception | None:
-    """The error that a call raises, also one that a context manager raises on entering."""
+    """The error that a call raises, or that a context manager raises on entering."""
     try:
         result = call(**arguments)
         if isinstance(result, AbstractContextManager):
@@ -303,7 +303,7 @@ def outcome(call: Callable[..., Any], arguments: dict[str, Any]) -> Exception | 
 
 
 def faults(error: Exception, argument: str, value: Any) -> list[str]:
-    """What an error about an argument lacks: its kind, the argument's name, the value or what it is."""
+    """The defects of an error about an argument: its class, a missing name, a missing value."""
     found = []
     if not isinstance(error, (TypeError, ValueError, RuntimeError, OSError)):
         found.append("is of another kind")
@@ -323,7 +323,7 @@ def occurs(word: str, text: str) -> bool:
 
 
 def looks(value: Any) -> Iterator[str]:
-    """Words by which one recognises the value."""
+    """Texts by which a reader recognises the value."""
     yield type(value).__name__
     if isinstance(value, Tensor):
         yield from (str(value.dtype), str(tuple(value.shape)), str(list(value.shape)), str(value.device))

@@ -1,4 +1,4 @@
-"""Calls of the operation as the registry of variants describes them: no variant and no backend is known by name."""
+"""Calls of the operation, derived from the registry of variants without naming any variant or backend."""
 
 import contextlib
 import math
@@ -15,14 +15,14 @@ from cotolora.functional import add_low_rank, planned
 from cotolora.functional import run as run_plan
 from cotolora.variants.base import Variant
 
-SCALE = 0.75  # neither 1 nor a power of two: lost, squared or inverted it shows
+SCALE = 0.75  # neither 1 nor a power of two, so that a lost, squared or inverted scale is visible
 LOW = (torch.float32, torch.float16, torch.bfloat16)
 
 Named = Mapping[str, Tensor | None]
 
 
 class Subject(NamedTuple):
-    """A backend of a variant, where there is a weight or, if it `adds`, where a base is called."""
+    """A backend of a variant, for a linear with a weight or, if it `adds`, for a base module that is called."""
 
     variant: Variant
     backend: str
@@ -33,32 +33,32 @@ class Subject(NamedTuple):
 
     @property
     def implementation(self) -> Any:
-        """The backend itself; None is the reference."""
+        """The backend object; None for the reference."""
         return (self.variant.adding_backends if self.adds else self.variant.backends).get(self.backend)
 
     @property
     def asked(self) -> str:
-        """As ``backend=`` takes it: every form of the fused kernels stands for the one that adds."""
+        """The value for ``backend=``; for a base module every fused kernel is called "triton"."""
         return "triton" if self.adds and self.fused else self.backend
 
     @property
     def fused(self) -> bool:
-        """Whether kernels of ours run, here in Triton's interpreter: slowly."""
+        """Whether it runs our kernels, which are slow in Triton's interpreter."""
         return self.backend.startswith("triton")
 
     def why_not(self, dtype: torch.dtype, dropout: float = 0.0) -> list[str]:
-        """What the backend says against such a call on a CPU."""
+        """The backend's reasons against such a call on a CPU."""
         call = Call(self.variant, torch.device("cpu"), dtype, 2, dropout, 6, 4, 3, True, dtype if self.adds else None)
         return [] if self.implementation is None else self.implementation.why_not(call)
 
     @property
     def dtypes(self) -> list[torch.dtype]:
-        """Those that it computes in here."""
+        """The dtypes that it supports on this machine."""
         return [dtype for dtype in (*LOW, torch.float64) if not self.why_not(dtype)]
 
     @property
     def drops(self) -> bool:
-        """Whether it takes dropout."""
+        """Whether it supports dropout."""
         return not self.why_not(self.dtypes[0], 0.5)
 
     @property
@@ -68,12 +68,12 @@ class Subject(NamedTuple):
 
     @property
     def adapter(self) -> tuple[str, ...]:
-        """A, B and what is extra, as `coto_lora_linear` calls them."""
+        """A, B and the extra operands, by the argument names of `coto_lora_linear`."""
         return tuple(part.argument for part in self.variant.parts)
 
 
 def subjects(variant: Variant) -> Iterator[Subject]:
-    """The reference and every backend of a variant, and the same where a base is called, if it can be added."""
+    """The reference and every backend of a variant, and, if its update can be added, the same for a base module."""
     for adds in (False, True) if variant.addition is not None else (False,):
         for name in ("reference", *(variant.adding_backends if adds else variant.backends)):
             yield Subject(variant, name, adds)
@@ -91,9 +91,9 @@ def draw(
     bias: bool = True,
     seed: int = 0,
 ) -> dict[str, Tensor | None]:
-    """Operands by name, of magnitudes at which base and update are alike in size; A and B in the dtype `factors`.
+    """Operands by name, scaled so that base and update have similar size; A and B have the dtype `factors`.
 
-    What is extra is in float32 at least, of values that no cast rounds and that no start has.
+    Extra operands are at least float32. Their values are exact in every dtype and differ from any initialisation.
     """
     g = torch.Generator().manual_seed(seed)
     sizes = {"rank": rank, "in_features": shape[-1], "out_features": out}
@@ -116,14 +116,14 @@ def draw(
 
 
 def dy_of(named: Named, seed: int = 1) -> Tensor:
-    """What comes back to the result of such operands."""
+    """A gradient of the result of such operands."""
     x, b, like = named["x"], named["lora_b"], named.get("y", named["x"])
     g = torch.Generator().manual_seed(seed)
     return torch.randn(*x.shape[:-1], b.shape[0], generator=g).to(like.dtype)
 
 
 def double(named: Named) -> dict[str, Tensor | None]:
-    """The operands in float64, A and B by way of the dtypes in which the operation takes them."""
+    """The operands in float64; A and B are first rounded to the dtype in which the operation uses them."""
     via = {"lora_a": named["x"].dtype, "lora_b": named.get("y", named["x"]).dtype}
     return {k: None if t is None else t.detach().to(via.get(k, t.dtype)).double() for k, t in named.items()}
 
@@ -137,7 +137,7 @@ def apply(
     constants: Sequence[Tensor] = (),
     backend: str | None = None,
 ) -> Tensor:
-    """The operation, with the variant's `constants` (see `constants_of`) given instead of computed."""
+    """Calls the operation with the given `constants` of the variant (see `constants_of`) if there are any."""
     variant, backend = subject.variant, backend or subject.asked
     extra = tuple(named[part.argument] for part in variant.extra)
     plain = {name: t for name, t in named.items() if name in (*subject.base, "lora_a", "lora_b")}
@@ -150,7 +150,7 @@ def apply(
 
 
 def constants_of(subject: Subject, named: Named) -> tuple[Tensor, ...]:
-    """What the variant computes of W, A and B, and hides from autograd."""
+    """The values that the variant computes from W, A and B and treats as constants for autograd."""
     if subject.adds:
         return ()
     factors = (named[name].detach() for name in ("weight", "lora_a", "lora_b"))
@@ -158,7 +158,7 @@ def constants_of(subject: Subject, named: Named) -> tuple[Tensor, ...]:
 
 
 def leaves_of(named: Named, needs: Collection[str] | None = None) -> dict[str, Tensor | None]:
-    """Fresh leaves of the same layout; those in `needs` require a gradient, or all."""
+    """New leaves of the same layout; those in `needs` (by default all) require a gradient."""
     return {
         name: None if t is None else t.detach().requires_grad_(needs is None or name in needs)
         for name, t in named.items()
@@ -175,7 +175,7 @@ def run(
     backward_in: contextlib.AbstractContextManager | None = None,
     **options: Any,
 ) -> dict[str, Tensor | None]:
-    """The result as "out", and the gradients by name, each computed in the context given."""
+    """The result as "out" and the gradients by name, computed in the given context."""
     leaves = leaves_of(named, needs)
     with forward_in or contextlib.nullcontext():
         out = apply(subject, leaves, **options)
@@ -189,12 +189,12 @@ def run(
 
 
 def base_result(named: Named) -> Tensor:
-    """What is there without the adapter."""
+    """The result without the adapter."""
     return named["y"] if "y" in named else F.linear(named["x"], named["weight"], named["bias"])
 
 
 def fits(gate: bool | Tensor, x: Tensor) -> bool | Tensor:
-    """The gate cut to the samples of x, or no row gate where x has no samples."""
+    """The gate for the samples of x: row gates cut to their number, or a single gate if x has no sample dimension."""
     if isinstance(gate, Tensor) and gate.dim() == 1:
         return gate[: x.shape[0]] if x.dim() > 1 else gate[0]
     return gate
@@ -204,7 +204,7 @@ def fits(gate: bool | Tensor, x: Tensor) -> bool | Tensor:
 
 
 def transposed(t: Tensor) -> Tensor:
-    """The last dimension varies slowest but for none."""
+    """Swaps the memory order of the last two dimensions."""
     return t.movedim(0, -1).contiguous().movedim(-1, 0)
 
 
@@ -223,31 +223,31 @@ def rows_sliced(t: Tensor) -> Tensor:
 
 
 def sliced_everywhere(t: Tensor) -> Tensor:
-    """Every other entry of every dimension, the dimensions in reverse order."""
+    """Every other entry of every dimension, with the dimensions stored in reverse order."""
     wide = torch.full([2 * size + 3 for size in reversed(t.shape)], float("nan"), dtype=t.dtype)
     view = wide[tuple(slice(1, 1 + 2 * size, 2) for size in reversed(t.shape))]
     return view.permute(*reversed(range(t.dim()))).copy_(t)
 
 
 def offset(t: Tensor) -> Tensor:
-    """Three entries into its storage."""
+    """Starts three entries into its storage."""
     padded = torch.full((t.numel() + 3,), float("nan"), dtype=t.dtype)
     padded[3:] = t.flatten()
     return padded[3:].view(t.shape)
 
 
 def expanded(t: Tensor) -> Tensor:
-    """One sample in memory for all."""
+    """One sample in memory, expanded to all."""
     return t[:1].expand(t.shape)
 
 
 def expanded_features(t: Tensor) -> Tensor:
-    """One number in memory for a row."""
+    """One number in memory per row, expanded over the features."""
     return t[..., :1].expand(t.shape)
 
 
 def leading_swapped(t: Tensor) -> Tensor:
-    """Leading dimensions that no view can flatten, where there are two."""
+    """Leading dimensions that no view can flatten, if there are at least two."""
     return t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 2 else t
 
 

@@ -1,4 +1,4 @@
-"""The captured training step of cotolora/integrations/README.md, with what captures left open."""
+"""The captured training step of cotolora/integrations/README.md, with the way of capturing as an argument."""
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ def batches(model):
 
 
 def train_captured(model, capture):
-    """Trains under device gates; `capture` makes of a function its result and what computes it anew, in place."""
+    """Trains with device gates; `capture(f)` returns the result of f and a function that recomputes it in place."""
     parameters = list(adapter_parameters(model))
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     coto = CoTo(model, STEPS, gates="device", seed=3)
@@ -48,7 +48,7 @@ def train_captured(model, capture):
 
 
 def train_eagerly(model):
-    """The same by a plain loop under host gates."""
+    """The same training in an eager loop with host gates."""
     parameters = list(adapter_parameters(model))
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     coto = CoTo(model, STEPS, seed=3)
@@ -62,7 +62,7 @@ def train_eagerly(model):
 
 
 def without_a_graph(compute):
-    """Stands for a capture where there is no GPU; with a warm-up, which makes what later calls keep."""
+    """Replaces a capture if there is no GPU. Calls f once as a warm-up, which fills the caches."""
     compute()
     results = compute()
 
@@ -74,7 +74,7 @@ def without_a_graph(compute):
 
 
 def by_a_graph(compute, backend="auto:captured"):
-    """A CUDA graph, after the warm-up that torch asks for, by `backend`."""
+    """Captures a CUDA graph with `backend`, after the warm-up that torch requires."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side), set_backend(backend):

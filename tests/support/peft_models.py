@@ -1,4 +1,4 @@
-"""Models with adapters of PEFT, by each of its methods, that the tests of PEFT share."""
+"""Models with PEFT adapters of each kind, shared by the tests of PEFT."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def gpt2():
 
 
 class Net(nn.Module):
-    """Four blocks of one linear each; `reentrant` says which kind of checkpoint lies around them, if any."""
+    """Four blocks of one linear each; `reentrant` (None: no checkpoint) is the kind of checkpoint around them."""
 
     def __init__(self, width=6, reentrant=None):
         super().__init__()
@@ -51,7 +51,7 @@ def mlp():
 
 
 def shaken(model):
-    """Moves what trains away from where it starts, for zeros hide mistakes."""
+    """Moves the trainable parameters away from their initial values, because zeros hide errors."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

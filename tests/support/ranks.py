@@ -1,6 +1,6 @@
-"""Runs the cases of a distributed test in real processes, gloo between them, and collects what each rank made of them.
+"""Runs the cases of a distributed test in real processes connected by gloo and collects the results of each rank.
 
-A test module with cases is also the program that starts the ranks: it ends with ``serve(CASES)`` under ``__main__``.
+A test module with cases is also the program that the ranks run: it ends with ``serve(CASES)`` under ``__main__``.
 """
 
 import datetime
@@ -23,14 +23,14 @@ import torch.distributed as dist
 from tests.support.repository import ROOT, module_of
 
 Result = dict[str, Any]
-# by the number of ranks and by name; called with the rank and their number
+# cases by number of ranks and by name; called with (rank, number of ranks)
 Cases = Mapping[int, Mapping[str, Callable[[int, int], Result]]]
 
 
 def results_of(file: str, cases: Cases, folder: Path, seconds: float = 240) -> dict[tuple[int, str], list[Result]]:
     """``results[world, name][rank]`` of the cases of the test module `file`, killed after `seconds`.
 
-    A case that raised leaves its traceback as "error", one whose rank died or hung what the program printed.
+    A case that raised has its traceback as "error"; if its rank died or hung, "error" is the program's output.
     """
     program = subprocess.Popen(
         [sys.executable, "-m", module_of(file), str(folder)],
@@ -52,16 +52,16 @@ def results_of(file: str, cases: Cases, folder: Path, seconds: float = 240) -> d
 
 
 def serve(cases: Cases, timeout: float = 20) -> None:
-    """Forks the ranks, one number of them after the other, which is cheaper than to import torch in each.
+    """Forks the ranks for each number of ranks in turn. Forking is cheaper than importing torch in every rank.
 
     Args:
-        cases: what `results_of` is asked about.
-        timeout: of the process groups, in seconds.
+        cases: the cases that `results_of` can run.
+        timeout: timeout of the process groups, in seconds.
     """
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     for lazily in ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"):
-        importlib.import_module(lazily)  # which every rank would otherwise do for itself
+        importlib.import_module(lazily)  # before forking, so that not every rank has to import it
     for world, named in cases.items():
         children = []
         for rank in range(world):
@@ -79,22 +79,22 @@ def serve(cases: Cases, timeout: float = 20) -> None:
 def _work(named: Mapping[str, Callable[[int, int], Result]], rank: int, world: int, folder: Path, limit: float) -> None:
     log = logging.getLogger("cotolora")
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")  # as pyproject.toml has it
-    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # dynamo's own reading
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")  # as in pyproject.toml
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # dynamo itself reads it
     for name, case in named.items():
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder}/{world}.{name}.store",
             rank=rank,
             world_size=world,
-            timeout=datetime.timedelta(seconds=limit),  # who waits for a rank that failed gives up, and goes on
+            timeout=datetime.timedelta(seconds=limit),  # ranks that wait for a failed rank give up and continue
         )
         records = logging.handlers.BufferingHandler(10**6)
         log.addHandler(records)
         began = time.monotonic()
         try:
             result = case(rank, world)
-        except BaseException:  # which torch.distributed.checkpoint's own are
+        except BaseException:  # errors of torch.distributed.checkpoint are no Exceptions
             result = {"error": traceback.format_exc()}
         log.removeHandler(records)
         result |= {"log": [record.getMessage() for record in records.buffer], "seconds": time.monotonic() - began}

@@ -1,6 +1,6 @@
-"""What Triton's launcher gets when launches are done again, beside what it gets by JIT, at a driver that runs nothing.
+"""Compares the arguments that Triton's launcher receives from replayed launches and from JIT, with a stub driver.
 
-Run as a program, because there kernels must not be interpreted; prints how many launches it compared.
+It runs as a program of its own, because its kernels must not be interpreted. Prints the number of launches compared.
 """
 
 import itertools
@@ -27,7 +27,7 @@ def tensors(dtype, aligned, gate, seed):
 
 
 def calls(t, dropout):
-    """By operator, arguments of every one."""
+    """Yields (operator, arguments) for every operator."""
     x, weight, bias, a, b, h, dy = (t[name] for name in ("x", "weight", "bias", "a", "b", "h", "dy"))
     gate, seed, floats = t["gate"], t["seed"], (torch.float32, torch.float32)
     yield "one_pass", (x, weight, bias, a, b, gate, seed, SCALE, dropout)
@@ -52,7 +52,7 @@ def calls(t, dropout):
 
 
 def named(value, names):
-    """An argument of a launch: an address by the tensor that has it, "temporary" if it is nobody's; others as is."""
+    """An argument of a launch; an address becomes the name of its tensor, or "temporary" if no named tensor has it."""
     if isinstance(value, TensorDescriptor):
         return [named(value.base, names), list(value.shape), list(value.strides), value.block_shape, value.padding]
     if isinstance(value, torch.Tensor):
@@ -61,19 +61,19 @@ def named(value, names):
 
 
 def launched(seen, function, args):
-    """What one call hands to Triton's launcher, in names."""
+    """The arguments that one call passes to Triton's launcher, with names in place of addresses."""
     seen.clear()
     results = function(False, *args)
     results = [results] if isinstance(results, torch.Tensor) else results
     names = {t.data_ptr(): f"input {i}" for i, t in enumerate(args) if isinstance(t, torch.Tensor)}
     names |= {t.data_ptr(): f"output {i}" for i, t in enumerate(results) if t is not None and t.numel()}
-    # the grid, the function and what is packed; not the stream, nor what is for hooks
+    # the grid, the function and the packed arguments, without the stream and the arguments for hooks
     found = [[*a[:3], *a[4:6], *(named(value, names) for value in a[9:])] for a in seen]
     return found, [(t.shape, t.stride(), t.dtype) for t in results if t is not None]
 
 
 def main():
-    """Raises where the two differ."""
+    """Raises AssertionError if the two differ."""
     seen, call, compared = [], CudaLauncher.__call__, 0
     CudaLauncher.__call__ = lambda self, *args: seen.append(args) or call(self, *args)
     with on_stub():
@@ -93,7 +93,7 @@ def main():
         shrink(True, x, a, None, None, SCALE, 0.0)
         try:
             shrink(True, x[1:], a, None, None, SCALE, 0.0)
-            raise AssertionError("a kind that was never launched was taken for prepared")
+            raise AssertionError("a kind that was never launched must not count as prepared")
         except NotPreparedError:
             pass
         kept = [replay is not None for replays in ops._REPLAYS.values() for replay in replays.values()]

@@ -8,7 +8,7 @@ ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.
 
 
 def module_of(file: str) -> str:
-    """What ``python -m`` calls the file, which is run from `ROOT`."""
+    """The name of a file for ``python -m``, run from `ROOT`."""
     return ".".join(Path(file).relative_to(ROOT).with_suffix("").parts)
 
 

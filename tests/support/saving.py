@@ -1,4 +1,4 @@
-"""What the tests of saved adapters share: a small model, and what a file and a model hold."""
+"""Helpers for the tests of saved adapters: small models, and the contents of files and models."""
 
 import json
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ class Block(nn.Module):
 
 
 class Inner(nn.Module):
-    """Modules that are called as PEFT calls its own."""
+    """Modules with the same names as PEFT's own."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ class Inner(nn.Module):
 
 
 class Many(nn.Module):
-    """More modules than PEFT lists before it shortens their names."""
+    """So many modules that PEFT shortens their names in its config."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ class Many(nn.Module):
 
 
 class Net(nn.Module):
-    """Two blocks and a head; `norm` and `fc` are also the ends of other names."""
+    """Two blocks and a head; other names also end in `norm` and `fc`."""
 
     def __init__(self):
         super().__init__()
@@ -68,7 +68,7 @@ class Net(nn.Module):
 
 
 class Odd(nn.Module):
-    """Names that mean something in a regular expression."""
+    """Module names with special characters of regular expressions."""
 
     def __init__(self):
         super().__init__()
@@ -90,7 +90,7 @@ def base(make=Net, seed=0):
 
 @torch.no_grad()
 def train(model, seed=1):
-    """Moves everything that trains, and the statistics that training moves with it."""
+    """Changes all trainable parameters, and the statistics that training changes too."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -120,7 +120,7 @@ def trained(model):
 
 
 def picture(model):
-    """All that a refused load could have changed: modules, parameters, their flags and every byte."""
+    """All that a refused load could have changed: modules, parameters, their flags and all bytes."""
     return (
         dict(model.named_modules()),
         {name: (id(p), p.requires_grad, p._version) for name, p in model.named_parameters()},
@@ -146,7 +146,7 @@ def config_of(directory):
 
 
 def rewrite(directory, tensors=None, **fields):
-    """Changes a saved adapter as someone else would have saved it: without our hash."""
+    """Rewrites a saved adapter as another program would save it, without our hash."""
     tensors = load_file(directory / WEIGHTS) if tensors is None else tensors
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / CONFIG).write_text(json.dumps({**config_of(directory), **fields}))

@@ -1,4 +1,4 @@
-"""A tolerance with a meaning: PyTorch's own error."""
+"""A tolerance derived from PyTorch's own error."""
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ def assert_as_accurate_as_torch(ours: Tensor, torch_same_dtype: Tensor, exact: T
     Args:
         ours: the result under test.
         torch_same_dtype: what plain PyTorch computes in the same dtype.
-        exact: the truth, in float64.
-        slack: how many times PyTorch's error is allowed.
+        exact: the exact result, in float64.
+        slack: the allowed multiple of PyTorch's error.
     """
     assert ours.dtype == torch_same_dtype.dtype, f"dtype {ours.dtype}, PyTorch's {torch_same_dtype.dtype}"
     assert ours.shape == torch_same_dtype.shape == exact.shape

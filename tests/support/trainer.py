@@ -1,4 +1,4 @@
-"""How the tests of transformers' stacks train: a small model, examples, a Trainer, and the loop that it must equal."""
+"""Helpers for the tests with transformers' Trainer: a small model, examples, a Trainer, and a plain loop."""
 
 import torch
 from transformers import Trainer, TrainingArguments
@@ -58,8 +58,8 @@ def weights(model):
 
 
 def plain_loop(model, *, seed=0, kind="llama"):
-    """What the callback must equal, the loss being the sum over the tokens by their number, as in Trainer."""
-    first = 1 if kind == "llama" else 0  # Trainer does not know gpt2's loss for one that shifts the labels
+    """The training loop that the callback must equal; as in Trainer, the loss is the mean over all tokens of a step."""
+    first = 1 if kind == "llama" else 0  # Trainer does not recognise that gpt2's loss shifts the labels
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     coto = CoTo(model, STEPS, seed=seed)
     coto.attach(optimizer)

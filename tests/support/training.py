@@ -1,4 +1,4 @@
-"""How the distributed tests train: a small model in every way that a training stack might wrap and run it."""
+"""Training for the distributed tests: a small model, wrapped and run in the ways of the training stacks."""
 
 import collections
 import contextlib
@@ -19,14 +19,15 @@ TOTAL, WIDTH, BLOCKS, BATCH = 20, 6, 4, 12
 
 @dataclass(frozen=True)
 class Case:
-    """One way to train.
+    """The settings of one training run.
 
     ddp: options of DistributedDataParallel. coto: options of CoTo, built "before" or "after" wrapping.
     output: what the model returns. checkpoint: "reentrant" or "non-reentrant", around every block.
-    compiled: "inside" or "outside" of DDP, "blocks", or "call" (Module.compile). micro: micro-batches a step, all but
-    the last without sync. forwards: forwards of one backward. off: adapters the user disabled. merged: those the user
-    merged after the start. unread: one more adapter, last, whose result nothing reads. sharded: by FSDP2 in place of
-    DDP, "root" alone or "blocks" and root. counted: whether to count what backward runs.
+    compiled: "inside" or "outside" of DDP, "blocks", or "call" (Module.compile). micro: micro-batches per step, all
+    but the last without gradient synchronization. forwards: forward passes per backward. off: adapters that the user
+    disabled. merged: adapters that the user merged after the start. unread: adds a last adapter whose result is not
+    used. sharded: by FSDP2 instead of DDP, only the "root" or "blocks" and root. counted: whether to count the nodes
+    that backward runs.
     """
 
     ddp: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +89,7 @@ class Net(nn.Module):
             "dataclass": lambda: Frozen(loss, {"hidden": [x]}),
             "model-output": lambda: model_output(loss, x),
             "partly": lambda: (x.detach(), torch.tensor([1, 2]), loss),
-            # the slope of a square root at 0 is infinite: 0 · inf poisons the gradient if zeros go this way
+            # the derivative of sqrt at 0 is infinite: sending zero gradients this way gives 0 · inf = NaN
             "unused": lambda: {"loss": loss, "norm": ((x - x.detach()) ** 2).sum().sqrt()},
             "opaque": lambda: (Opaque(Opaque(loss)), 3),
             "iterator": lambda: iter([loss]),
@@ -154,7 +155,7 @@ def whole(p: Tensor) -> Tensor:
 
 
 def train(case: Case, rank: int, world: int) -> dict[str, Any]:
-    """Some optimizer steps of this rank's share of the joint batches; what a test wants to know of them."""
+    """Runs some optimizer steps on this rank's share of the batches; returns what the tests check."""
     model = make(case)
     layers = adapters(model)
     options = {"total_steps": TOTAL, "seed": 5, **({"initial_p": 1.0} if case.coto is None else case.coto)}
@@ -181,7 +182,7 @@ def train(case: Case, rank: int, world: int) -> dict[str, Any]:
             x, y = (torch.randn(BATCH, WIDTH, generator=data, dtype=torch.double) for _ in range(2))
             if world > 1:
                 x, y = (t.chunk(world)[rank] for t in (x, y))
-            # a static graph must sync in its first step, or torch fails an assertion of its own
+            # a static graph must synchronize in its first step, otherwise an assertion of torch fails
             sync = world == 1 or micro == case.micro - 1 or (step == 0 and "static_graph" in case.ddp)
             if case.sharded and world > 1:
                 run.set_requires_gradient_sync(sync)
@@ -222,7 +223,7 @@ def train(case: Case, rank: int, world: int) -> dict[str, Any]:
 
 
 def graph_nodes(tensor: Tensor) -> list[Node]:
-    """Everything that a backward of `tensor` can reach."""
+    """All autograd nodes that a backward of `tensor` can reach."""
     seen, queue = set(), [tensor.grad_fn]
     while queue:
         node = queue.pop()
@@ -258,7 +259,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def assert_equal_on_every_rank(ranks: list[dict[str, Any]]) -> None:
-    """Masks, weights and norms bit for bit; and no adapter was touched while it was off."""
+    """Masks, weights and norms are bitwise equal, and no adapter changed while it was off."""
     for result in ranks:
         assert "error" not in result, result["error"]
         assert result["touched"] == []
@@ -267,7 +268,7 @@ def assert_equal_on_every_rank(ranks: list[dict[str, Any]]) -> None:
 
 
 def assert_equals_one_process(case: Case, ranks: list[dict[str, Any]]) -> None:
-    """Up to float64's order of summation: the ranks average their means, one process sums all."""
+    """Equal up to the order of summation in float64: the ranks average their means, one process sums everything."""
     alone = train_alone(case)
     assert torch.equal(alone["masks"], ranks[0]["masks"])
     losses = torch.stack([result["losses"] for result in ranks]).mean(0)
@@ -279,9 +280,9 @@ _ALONE: dict[str, dict[str, Any]] = {}
 
 
 def train_alone(case: Case) -> dict[str, Any]:
-    """What one process makes of the joint batches, once for all cases that are then the same."""
+    """The results of one process on all batches, computed once for all cases that give the same."""
     case = replace(case, ddp={}, sharded="", compiled="", built="before", counted=False)
     if repr(case) not in _ALONE:
-        with set_backend("addmm"):  # which float64 does not take of itself
+        with set_backend("addmm"):  # by default, float64 uses the reference
             _ALONE[repr(case)] = train(case, 0, 1)
     return _ALONE[repr(case)]

@@ -1,4 +1,4 @@
-"""Ranks that do not run the same CoTo: found, named and raised on every rank, within the group's timeout."""
+"""Ranks with different CoTo runs: every rank raises an error that names them, within the group's timeout."""
 
 import sys
 import time
@@ -26,7 +26,7 @@ def model():
 
 
 def steps(coto, count):
-    """The step at which a check raised, and what it said."""
+    """The step at which a check raised, and its message."""
     for step in range(count):
         try:
             coto.step()
@@ -39,7 +39,7 @@ def other_seed(rank, world):
     try:
         CoTo(net := model(), 20, seed=7 + (rank == ODD), check_every=1)
     except RuntimeError as error:
-        assert not net._forward_hooks, "a model is as it was"
+        assert not net._forward_hooks, "the model must be unchanged"
         return {"at": 0, "says": str(error)}
 
 
@@ -53,7 +53,7 @@ def other_settings(rank, world):
 
 def other_step(rank, world):
     coto = CoTo(model(), 20, check_every=3)
-    if rank == ODD:  # resumed alone
+    if rank == ODD:  # only this rank resumed
         coto.load_state_dict({**coto.state_dict(), "step": 5})
     return steps(coto, 6)
 
@@ -87,7 +87,7 @@ def unchecked(rank, world):
 
 
 def one_never_checks(rank, world):
-    """No mismatch to report: the others run into the timeout of the group, and raise."""
+    """There is no mismatch to report: the other ranks time out and raise."""
     dist.destroy_process_group()
     dist.init_process_group(
         "gloo",
@@ -136,7 +136,7 @@ def test_a_rank_that_differs_is_named_on_every_rank(results, world, case, at, di
         assert values[rank == ODD] in result["says"]
 
 
-def test_the_majority_is_right_and_without_one_rank_zero(results):
+def test_the_majority_is_the_reference_or_rank_zero_without_one(results):
     for rank, result in enumerate(results[4, "rank_zero_alone"]):
         assert f"rank 0 differs in seed; rank {rank} has seed = {1 if rank else 9}" in result["error"]
     for result in results[4, "half_and_half"]:
@@ -144,7 +144,7 @@ def test_the_majority_is_right_and_without_one_rank_zero(results):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_that_agree_go_on(results, world):
+def test_ranks_that_agree_continue(results, world):
     for result in results[world, "all_agree"]:
         assert "error" not in result, result["error"]
         assert result["state"]["step"] == 7
@@ -156,7 +156,7 @@ def test_without_check_every_nothing_is_compared(results):
     assert [result["at"] for result in results[2, "unchecked"]] == [None, None]
 
 
-def test_a_rank_that_never_checks_is_waited_for_no_longer_than_the_timeout(results):
+def test_waiting_for_a_rank_that_never_checks_times_out(results):
     waiting = results[2, "one_never_checks"][0]
     assert "Timed out" in waiting["says"]
     assert 2.5 < waiting["waited"] < 10
@@ -180,7 +180,7 @@ def test_a_bad_check_every_is_named_and_changes_nothing(value):
 
 @pytest.fixture
 def checks(monkeypatch):
-    """The step of every comparison."""
+    """The steps of all comparisons."""
     found = []
     monkeypatch.setattr("cotolora.coto.check_agreement", lambda _, facts: found.append(facts["step"]))
     return found
@@ -202,7 +202,7 @@ def test_the_trainers_callback_checks(checks, start):
 
 
 @pytest.mark.parametrize("start", [0, 4])
-def test_lightnings_callback_checks_as_often_wherever_a_rank_starts(checks, start):
+def test_lightnings_callback_checks_equally_often_from_any_start(checks, start):
     pytest.importorskip("lightning")
     from cotolora.integrations.lightning import CoToLightningCallback
 

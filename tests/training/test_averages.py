@@ -1,4 +1,4 @@
-"""Moving averages of a model that CoTo trains, torch's and timm's: copies that must have every adapter on."""
+"""Moving averages (torch's and timm's) of a model that CoTo trains: the averages must have every adapter on."""
 
 import copy
 import importlib.util
@@ -41,7 +41,7 @@ def timms(name, **options):
     def make_average(model):
         if (package := importlib.util.find_spec("timm")) is None:
             pytest.skip("timm is not installed")
-        # this one file of it: the package imports torchvision, of which not every build goes with every torch
+        # loads only this file, because the package imports torchvision, which may not fit the installed torch
         path = Path(package.submodule_search_locations[0], "utils", "model_ema.py")
         spec = importlib.util.spec_from_file_location("timm.utils.model_ema", path)
         module = importlib.util.module_from_spec(spec)
@@ -51,7 +51,7 @@ def timms(name, **options):
     return make_average
 
 
-# how the average is made, and what it makes of the mean so far, the number of those in it, and a new value
+# how to make the average, and its update of (mean so far, number of values in it, new value)
 AVERAGES = {
     "mean": (AveragedModel, lambda mean, n, new: mean + (new - mean) / (n + 1)),
     "mean-with-buffers": (
@@ -73,7 +73,7 @@ GATES = ["host", "device"]
 
 
 def train(model, coto, average=None, after=lambda: None):
-    """The weights of the adapters after each step, and the masks."""
+    """Trains; returns the adapter weights after each step, and the masks."""
     optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.05, weight_decay=0.1)
     coto.attach(optimizer)
     weights, masks = [], []
@@ -91,7 +91,7 @@ def train(model, coto, average=None, after=lambda: None):
 
 
 def all_on(average, weights):
-    """A model with the weights and the buffers of an average, made without any run."""
+    """A model with the weights and buffers of an average, without a CoTo run."""
     twin = make()
     twin.load_state_dict(average.module.state_dict())
     for p, weight in zip(adapter_parameters(twin), weights, strict=True):
@@ -115,14 +115,14 @@ def test_an_average_holds_the_mean_of_the_adapters_and_has_them_all_on(kind, gat
         mean = [mean_of(old, n, w) for old, w in zip(mean, new, strict=True)]
     for p, wanted in zip(adapter_parameters(average), mean, strict=True):
         torch.testing.assert_close(p.detach(), wanted)
-    # neither copy follows the other's masks
+    # the average does not follow the model's masks
     assert on == [[True] * BLOCKS] * STEPS
     alone = make()
     other, masks_alone = train(alone, CoTo(alone, STEPS, seed=1, gates=gates))
     assert masks == masks_alone
     assert not all(map(all, masks))
     assert all(torch.equal(a, b) for a, b in zip(other[-1], weights[-1], strict=True))
-    # evaluation, and what is saved
+    # evaluation and saving
     twin, x = all_on(average, [p.detach() for p in adapter_parameters(average)]), batch(99)
     assert torch.equal(average.eval()(x), twin.eval()(x))
     cotolora.save_adapter(average, tmp_path)
@@ -151,7 +151,7 @@ def norms(model):
 
 
 @pytest.mark.parametrize("gates", GATES)
-def test_an_average_is_ejected_as_any_model_and_the_run_goes_on(gates):
+def test_an_average_can_be_ejected_and_the_run_continues(gates):
     model = make()
     coto = CoTo(model, STEPS, seed=1, gates=gates)
     average = AveragedModel(model)
@@ -170,8 +170,8 @@ def test_an_average_is_ejected_as_any_model_and_the_run_goes_on(gates):
 
 
 @pytest.mark.parametrize("gates", GATES)
-def test_weights_that_are_swapped_for_an_evaluation_and_back_change_nothing(gates):
-    """As Lightning's WeightAveraging does it: parameters and buffers, device gates among them."""
+def test_swapping_weights_for_an_evaluation_changes_nothing(gates):
+    """Swaps parameters and buffers, including device gates, as Lightning's WeightAveraging does."""
 
     def swap():
         pairs = [(model.parameters(), average.module.parameters()), (model.buffers(), average.module.buffers())]
@@ -196,7 +196,7 @@ def test_weights_that_are_swapped_for_an_evaluation_and_back_change_nothing(gate
     assert all(torch.equal(*pair) for pair in zip(found[0][-1], wanted[0][-1], strict=True))
 
 
-def test_an_average_that_is_trained_after_all_gets_gates_of_its_own():
+def test_an_average_that_is_trained_gets_its_own_gates():
     model = make()
     coto = CoTo(model, STEPS, seed=1, gates="device")
     average = AveragedModel(model)

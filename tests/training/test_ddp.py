@@ -1,4 +1,4 @@
-"""CoTo under DistributedDataParallel: every case runs on two gloo processes, the chief ones also on four."""
+"""CoTo with DistributedDataParallel: every case runs on two gloo processes, the main ones also on four."""
 
 import functools
 import importlib.util
@@ -67,7 +67,7 @@ CASES = {
     "evaluation-between-steps": Case(evaluate=True),
     "evaluation-between-steps-static": Case(evaluate=True, ddp={"static_graph": True}),
     "two-forwards": Case(forwards=2),
-    # torch 2.11's broadcast of buffers writes to the gate that the first forward has saved
+    # torch 2.11's buffer broadcast overwrites the gate that the first forward has saved
     "two-forwards-device": Case(ddp={"broadcast_buffers": False} if OLD else {}, forwards=2, coto={"gates": "device"}),
     "unread": Case(unread=True, ddp={"find_unused_parameters": True}),
     "unread-default": Case(unread=True),
@@ -93,7 +93,7 @@ ON_FOUR = (
 
 
 def ddp(case, rank, world):
-    with set_backend("addmm"):  # which float64 does not take of itself
+    with set_backend("addmm"):  # by default, float64 uses the reference
         return train(case, rank, world)
 
 
@@ -120,7 +120,7 @@ WORKING = [
 
 
 @pytest.mark.parametrize(("world", "name"), WORKING)
-def test_ranks_agree_bit_for_bit_and_leave_alone_what_is_off(results, world, name):
+def test_ranks_agree_bitwise_and_off_adapters_are_unchanged(results, world, name):
     assert_equal_on_every_rank(results[world, name])
 
 
@@ -128,22 +128,22 @@ def test_ranks_agree_bit_for_bit_and_leave_alone_what_is_off(results, world, nam
 def test_equals_one_process_on_the_joint_batches(results, world, name):
     ranks = results[world, name]
     if name.startswith(("unread-default", "unread-static")):
-        # DDP gives zeros to what is never read, where it does not look for it itself, and AdamW decays it
+        # without find_unused_parameters, DDP gives unused parameters zero gradients, and AdamW decays them
         alone = train_alone(CASES[name])["parameters"]
-        unread = 2 * (WIDTH * 2) + WIDTH * WIDTH + WIDTH  # its A, B, W and bias are the last
+        unread = 2 * (WIDTH * 2) + WIDTH * WIDTH + WIDTH  # A, B, W and bias of the unused adapter come last
         ranks = [
             result | {"parameters": torch.cat([result["parameters"][:-unread], alone[-unread:]])} for result in ranks
         ]
     assert_equals_one_process(CASES[name], ranks)
 
 
-def test_an_output_that_hides_its_tensors_is_an_error_and_in_the_log(results):
+def test_an_output_that_hides_its_tensors_raises_and_is_logged(results):
     for result in results[2, "iterator"]:
         assert "Expected to have finished reduction" in result["error"]
         assert [message for message in result["log"] if "output, a list_iterator: " in message] == result["log"][:1]
 
 
-def test_masks_are_those_of_the_pure_function(results):
+def test_masks_equal_sample_mask(results):
     expected = [sample_mask(BLOCKS, activation_probability(step, TOTAL), seed=5, step=step) for step in range(TOTAL)]
     assert torch.equal(results[2, "default"][1]["masks"], torch.stack(expected))
     off = ~torch.stack(expected)
@@ -152,7 +152,7 @@ def test_masks_are_those_of_the_pure_function(results):
 
 
 def layers_in(ran):
-    """How many of our layers' nodes a backward ran, by either autograd Function."""
+    """The number of our layers' autograd nodes that a backward ran, of either Function."""
     return sum(count for name, count in ran.items() if name.endswith("LowRankLinearBackward"))
 
 
@@ -164,7 +164,7 @@ def test_backward_still_stops_below_the_lowest_active_adapter(results, world):
             lowest = mask.nonzero()[0].item()
             assert ran["TanhBackward0"] == BLOCKS - lowest
             assert layers_in(ran) == mask.sum()
-            # DDP is told of every parameter: those that are off come from the one node that joins them
+            # DDP sees every parameter; those of off adapters get their gradients from the single node that joins them
             assert ran["AccumulateGrad"] == 2 * BLOCKS
             assert ran.get("_JoinBackward", 0) == (not mask.all())
     for ran in results[2, "without-coto"][0]["ran"]:

@@ -1,4 +1,4 @@
-"""CoTo under FSDP2 (fully_shard), by block and at the root alone, on two and four gloo ranks."""
+"""CoTo with FSDP2 (fully_shard), sharded by block or only at the root, on two and four gloo ranks."""
 
 import copy
 import dataclasses
@@ -51,12 +51,12 @@ CASES = {
 
 
 def fsdp(case, rank, world):
-    with set_backend("addmm"):  # which float64 does not take of itself
+    with set_backend("addmm"):  # by default, float64 uses the reference
         return train(case, rank, world)
 
 
 def a_file(how, rank, world):
-    """What is saved is whole, and loads into shards, also while the root, fresh from an evaluation, is whole itself."""
+    """Saves full tensors and loads them into shards, also right after an evaluation, when the root is unsharded."""
     folder = Path(sys.argv[1]) / f"{world}.{how}"
     model = shard(make(Case()), how, world)
     x = torch.ones(2, WIDTH, dtype=torch.double)
@@ -70,7 +70,7 @@ def a_file(how, rank, world):
     with torch.no_grad():
         output = model(x, x)
     loaded = [whole(p).detach().clone() for p in adapter_parameters(model)]
-    # a run goes on from what was loaded
+    # training continues from the loaded weights
     optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.0)
     coto = CoTo(model.train(), TOTAL)
     coto.attach(optimizer)
@@ -86,7 +86,7 @@ def a_file(how, rank, world):
 
 
 def in_bfloat16(how, rank, world):
-    """Parameters and compute in bfloat16, masters and reduction in float32: against this rank's own two copies."""
+    """Parameters and compute in bfloat16, masters and reduction in float32; compared with two copies on this rank."""
     torch.manual_seed(0)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     plain = make(Case()).float()
@@ -136,7 +136,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("world", "name"), WORKING)
-def test_ranks_agree_bit_for_bit_and_leave_alone_what_is_off(results, world, name):
+def test_ranks_agree_bitwise_and_off_adapters_are_unchanged(results, world, name):
     assert_equal_on_every_rank(results[world, name])
 
 
@@ -147,7 +147,7 @@ def test_equals_one_process_on_the_joint_batches(results, world, name):
 
 @pytest.mark.parametrize("world", BY_WORLD)
 @pytest.mark.parametrize("how", HOW)
-def test_adapters_of_shards_are_saved_whole_and_loaded_into_shards(results, how, world):
+def test_sharded_adapters_are_saved_in_full_and_loaded_into_shards(results, how, world):
     plain = make(Case())
     x = torch.ones(2, WIDTH, dtype=torch.double)
     with torch.no_grad():
@@ -156,7 +156,7 @@ def test_adapters_of_shards_are_saved_whole_and_loaded_into_shards(results, how,
         assert "error" not in result, result["error"]
         for got in ("expected", "loaded", "kept"):
             for tensor, p in zip(result[got], adapter_parameters(plain), strict=True):
-                torch.testing.assert_close(tensor, p, rtol=0, atol=1e-7)  # the file holds float32
+                torch.testing.assert_close(tensor, p, rtol=0, atol=1e-7)  # the file has float32
         torch.testing.assert_close(result["output"], output, rtol=1e-6, atol=1e-6)
         assert result["sharded"]
         assert result["norm"] > 0

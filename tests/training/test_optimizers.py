@@ -1,4 +1,4 @@
-"""What an attached optimizer does and saves where adapters are off, for every optimizer and kind of loop."""
+"""Steps and saved state of an attached optimizer while adapters are off, for every optimizer and kind of loop."""
 
 import copy
 import functools
@@ -80,7 +80,7 @@ class Loop:
         return loss
 
     def step(self, step):
-        if self.options["closure"]:  # as Lightning does it: everything inside the step
+        if self.options["closure"]:  # as in Lightning: forward and backward run inside the step
             self.optimizer.step(lambda: self.backward(step))
         else:
             self.backward(step)
@@ -92,7 +92,7 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=self.options["set_to_none"])
 
     def run(self, steps):
-        """The adapters that moved or whose state changed, step by step."""
+        """For each step, the adapters whose weights or optimizer state changed."""
         moved = []
         for step in steps:
             before = [self.kept(layer) for layer in adapters(self.model).values()]
@@ -103,7 +103,7 @@ class Loop:
         return moved
 
     def kept(self, layer):
-        """Everything that a step could change of an adapter: weights and optimizer state, its count of steps too."""
+        """Everything that a step could change for an adapter: weights and optimizer state, including its step count."""
         factors = (layer.lora_a, layer.lora_b)
         return copy.deepcopy([(p.detach(), dict(self.optimizer.state.get(p, {}))) for p in factors])
 
@@ -131,11 +131,11 @@ def masks():
 @pytest.mark.parametrize("gates", ["host", "device"])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_adapters_that_are_off_neither_move_nor_count_a_step(optimizer, option, gates):
+def test_adapters_that_are_off_are_neither_changed_nor_stepped(optimizer, option, gates):
     loop = Loop(optimizer, gates, **OPTIONS[option])
     assert loop.run(range(STEPS)) == masks()
     counts = torch.tensor(masks()).sum(0).tolist()
-    assert min(counts) < max(counts) < STEPS, "the run must have adapters to leave alone"
+    assert min(counts) < max(counts) < STEPS, "the run must have steps with adapters that are off"
     for layer, count in zip(adapters(loop.model).values(), counts, strict=True):
         for p in (layer.lora_a, layer.lora_b):
             assert loop.optimizer.state[p].get("step", count) == count
@@ -145,18 +145,18 @@ def test_adapters_that_are_off_neither_move_nor_count_a_step(optimizer, option, 
     ("gates", "option"), [("device", "plain"), ("host", "zeroed"), ("device", "scaled-clipped-zeroed")]
 )
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_without_attach_zeros_move_what_is_off(optimizer, gates, option):
-    """Why attach is needed: device gates, zeroed gradients and DDP leave zeros, which an optimizer takes for gradients.
+def test_without_attach_zero_gradients_change_off_adapters(optimizer, gates, option):
+    """Why attach is needed: device gates, zeroed gradients and DDP leave zero gradients, not None.
 
-    Momentum and weight decay then move the weights, and Adam counts a step.
+    With zero gradients, momentum and weight decay still change the weights, and Adam counts a step.
     """
     moved = torch.tensor(Loop(optimizer, gates, attached=False, **OPTIONS[option]).run(range(STEPS)))
-    # with zeroed gradients an adapter that has not been on yet still has None
+    # with zeroed gradients, an adapter that has never been on still has None
     been_on = torch.tensor(masks()).cummax(0).values.bool()
     assert torch.equal(moved, torch.ones_like(moved) if gates == "device" else been_on)
 
 
-# what is saved
+# saved state
 
 SCHEDULE_FREE = {
     "AdamWScheduleFree": {"weight_decay": 0.1},
@@ -197,7 +197,7 @@ EVERY = OPTIMIZERS | {
 PARTS: list = list(EVERY)
 for package, kinds in {"schedulefree": SCHEDULE_FREE, "bitsandbytes.optim": EIGHT_BIT}.items():
     for name, options in kinds.items():
-        # without this, small tensors have states of 32 bits
+        # otherwise small tensors would have 32-bit states
         own = options | ({"min_8bit_size": 1} if kinds is EIGHT_BIT else {})
         EVERY[name] = functools.partial(make_optimizer, name, own, package=package)
         usual = name in ("AdamWScheduleFree", "AdamW8bit", "Lion8bit")
@@ -214,17 +214,17 @@ def through_a_file(state):
 
 def plainly(loop, again, copy_of):
     state = copy_of(loop.optimizer.state_dict())
-    # some optimizers hold an empty state for a parameter that has had no step
+    # some optimizers have an empty state for parameters without a step
     saved, held = state["state"].values(), loop.optimizer.state.values()
     assert sum(map(bool, saved)) == sum(map(bool, held))
     return lambda: again.optimizer.load_state_dict(state)
 
 
 def by_dcp(loop, again, folder):
-    """As torch.distributed.checkpoint does it, which wants states of the same parameters on both sides."""
+    """Through torch.distributed.checkpoint, which requires states of the same parameters on both sides."""
     before = {p: copy.deepcopy(dict(state)) for p, state in loop.optimizer.state.items()}
     dcp.save({"optimizer": get_optimizer_state_dict(loop.model, loop.optimizer)}, checkpoint_id=folder)
-    assert before.keys() == loop.optimizer.state.keys(), "saving changes nothing"
+    assert before.keys() == loop.optimizer.state.keys(), "saving must change nothing"
     assert all(same([(p, before[p])], [(p, state)]) for p, state in loop.optimizer.state.items())
 
     def load():
@@ -236,7 +236,7 @@ def by_dcp(loop, again, folder):
 
 
 def whole_state(loop, again):
-    """All at once, as one process that reads another's file."""
+    """The whole state at once, as when one process reads another's file."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = through_a_file(get_optimizer_state_dict(loop.model, loop.optimizer, options=options))
     return lambda: set_optimizer_state_dict(again.model, again.optimizer, state, options=options)
@@ -266,7 +266,7 @@ def test_a_resumed_run_is_bit_equal_to_one_that_was_not_interrupted(optimizer, c
     loop.coto.attach(loop.optimizer)
     uninterrupted.run(range(STEPS))
     loop.run(range(cut))
-    assert not torch.tensor(masks()[:cut] or [[False]]).any(0).all(), "no adapter is left that has not been on yet"
+    assert not torch.tensor(masks()[:cut] or [[False]]).any(0).all(), "some adapter must not have been on yet"
     again.model.load_state_dict(loop.model.state_dict())
     load = {
         "file": lambda: plainly(loop, again, through_a_file),
@@ -285,15 +285,15 @@ def test_a_resumed_run_is_bit_equal_to_one_that_was_not_interrupted(optimizer, c
 
 
 @pytest.mark.parametrize("optimizer", SCHEDULE_FREE)
-def test_a_schedule_free_run_that_is_saved_while_it_evaluates_goes_on_as_one_that_evaluated(optimizer):
+def test_a_schedule_free_run_saved_in_eval_mode_continues_correctly(optimizer):
     whole, loop, again = (Loop(optimizer) for _ in range(3))
     for run in (whole, loop):
         run.run(range(CUT))
-        run.optimizer.eval()  # the weights are the averages now, which is what is saved
+        run.optimizer.eval()  # the weights are now the averages, and these are saved
     again.model.load_state_dict(loop.model.state_dict())
     again.optimizer.load_state_dict(through_a_file(loop.optimizer.state_dict()))
     again.coto.load_state_dict(loop.coto.state_dict())
-    get_optimizer_state_dict(loop.model, loop.optimizer)  # for which the loop need not leave that mode
+    get_optimizer_state_dict(loop.model, loop.optimizer)  # works without leaving eval mode
     for run in (whole, again):
         run.optimizer.train()
         assert run.run(range(CUT, STEPS)) == masks()[CUT:]
@@ -308,7 +308,7 @@ def test_a_wrapper_of_schedule_free_is_refused_by_name():
         loop.coto.attach(schedulefree.ScheduleFreeWrapper(loop.optimizer))
 
 
-def test_a_copied_run_goes_on_as_the_original():
+def test_a_copied_run_continues_like_the_original():
     loop = Loop("sgd-momentum")
     loop.run(range(CUT))
     model, optimizer = copy.deepcopy((loop.model, loop.optimizer))
@@ -324,11 +324,11 @@ def test_a_copied_run_goes_on_as_the_original():
 
 
 @pytest.mark.parametrize("optimizer", PARTS)
-def test_any_optimizer_leaves_alone_what_is_off(optimizer):
+def test_any_optimizer_skips_off_adapters(optimizer):
     assert Loop(optimizer, "device", set_to_none=False).run(range(STEPS)) == masks()
 
 
-def test_a_scheduler_that_wraps_the_step_does_not_step_the_stand_ins():
+def test_a_scheduler_that_wraps_the_step_does_not_wrap_internal_steps():
     loop = Loop("adamw")
     scheduler = torch.optim.lr_scheduler.StepLR(loop.optimizer, 1, gamma=0.5)
     loop.run(range(2))
@@ -355,14 +355,14 @@ def test_fused_sgd_with_momentum_is_refused_because_torch_starts_all_parameters_
     first.grad = torch.ones(2)
     plain.step()
     second.grad = torch.ones(2)
-    with pytest.raises(TypeError, match="NoneType"):  # else it need not be refused
+    with pytest.raises(TypeError, match="NoneType"):  # the reason why it is refused
         plain.step()
     with pytest.raises(TypeError, match=r"optimizer must accept parameters .*; got SGD .* and fused=True.*fused=False"):
         loop.coto.attach(torch.optim.SGD(adapter_parameters(loop.model), momentum=0.9, fused=True))
     loop.coto.attach(torch.optim.SGD(adapter_parameters(loop.model), fused=True))
 
 
-def test_the_handle_takes_off_what_attach_has_put_on():
+def test_removing_the_handle_undoes_attach_completely():
     loop = Loop("adamw", attached=False)
     handle = loop.coto.attach(loop.optimizer)
     loop.run(range(2))
@@ -372,7 +372,7 @@ def test_the_handle_takes_off_what_attach_has_put_on():
     assert len(get_optimizer_state_dict(loop.model, loop.optimizer)["state"]) < whole == 2 * BLOCKS
 
 
-def test_frozen_parameters_and_fresh_optimizers_get_no_zeros():
+def test_frozen_parameters_and_new_optimizers_get_no_zero_gradients():
     model = make()
     optimizer = torch.optim.AdamW(model.parameters())
     coto = CoTo(model, STEPS, initial_p=1.0)

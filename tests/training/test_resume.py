@@ -1,4 +1,4 @@
-"""Saved by torch.distributed.checkpoint on four ranks, resumed on two: FSDP2 and DDP."""
+"""Runs saved by torch.distributed.checkpoint on four ranks and resumed on two, with FSDP2 and DDP."""
 
 import functools
 import sys
@@ -14,7 +14,7 @@ from cotolora import CoTo, adapter_parameters, set_backend
 from tests.support.ranks import results_of, serve
 from tests.support.training import BATCH, WIDTH, Case, make, shard, whole
 
-STEPS, CUT, TOTAL = 12, 5, 20  # at the cut, one adapter has never been on and has no optimizer state
+STEPS, CUT, TOTAL = 12, 5, 20  # after CUT steps, one adapter has never been on and has no optimizer state
 pytestmark = pytest.mark.slow
 
 SEED = 3
@@ -25,7 +25,7 @@ OPTIMIZERS = {
 
 
 class Run:
-    """Everything that a checkpoint must hold, as torch.distributed.checkpoint wants it: a Stateful."""
+    """Everything that a checkpoint must hold, as a Stateful of torch.distributed.checkpoint."""
 
     def __init__(self, how, world, optimizer, seed=SEED):
         self.model = make(Case())
@@ -53,7 +53,7 @@ class Run:
             if step < start:
                 continue
             self.masks.append(self.coto.mask)
-            with set_backend("addmm"):  # which float64 does not take of itself
+            with set_backend("addmm"):  # by default, float64 uses the reference
                 ((self.model(x, y) - y) ** 2).mean().backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -76,12 +76,12 @@ def save(how, optimizer, rank, world):
     run.train(rank, world, 0, CUT)
     kept = run.result()
     dcp.save({"run": run}, checkpoint_id=Path(sys.argv[1]) / f"{how}.{optimizer}")
-    assert run.result()["without state"] == kept["without state"], "saving changes nothing"
+    assert run.result()["without state"] == kept["without state"], "saving must change nothing"
     return kept
 
 
 def resume(how, optimizer, rank, world):
-    run = Run(how, world, optimizer, seed=0)  # everything comes from the checkpoint
+    run = Run(how, world, optimizer, seed=0)  # must load everything from the checkpoint
     with torch.no_grad():
         for p in run.model.parameters():
             p.zero_()
@@ -104,7 +104,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("how", "optimizer"), KINDS)
-def test_a_run_resumed_on_fewer_ranks_equals_one_that_was_not_cut(results, how, optimizer):
+def test_a_run_resumed_on_fewer_ranks_equals_an_uninterrupted_one(results, how, optimizer):
     saved, resumed = results[4, f"save-{how}-{optimizer}"], results[2, f"resume-{how}-{optimizer}"]
     for result in (*saved, *resumed):
         assert "error" not in result, result["error"]
@@ -112,7 +112,7 @@ def test_a_run_resumed_on_fewer_ranks_equals_one_that_was_not_cut(results, how, 
     run.train(0, 1, 0, STEPS)
     expected = run.result()
     never_on = saved[0]["without state"]
-    assert 0 < sum(never_on) < len(never_on), "the cut must fall where some adapter has not been on yet"
+    assert 0 < sum(never_on) < len(never_on), "the run must be interrupted before some adapter has been on"
     for result in resumed:
         assert torch.equal(result["masks"], expected["masks"][CUT:])
         assert torch.equal(result["parameters"], resumed[0]["parameters"])

@@ -1,4 +1,4 @@
-"""A mask never breaks a step: the adapters that are on may be ones that the loss does not depend on."""
+"""No mask makes a step fail, even if the loss does not depend on any adapter that is on."""
 
 import copy
 import dataclasses
@@ -23,7 +23,7 @@ Pair = namedtuple("Pair", "hidden pooled")
 
 
 class Strange:
-    """What a model may return that is no container: `slotted` has no __dict__, and it holds itself."""
+    """An output that is not a container: it has a slot beside its __dict__, and refers to itself."""
 
     __slots__ = ("__dict__", "slotted")
 
@@ -35,11 +35,11 @@ class Strange:
 
 
 class Ordered(OrderedDict):
-    """Of a class that C makes."""
+    """An output whose base class is implemented in C."""
 
 
 class Entries(dict):
-    """With attributes beside its entries, as easydict has."""
+    """A dict that also has attributes, like easydict."""
 
     def __init__(self, hidden, pooled):
         super().__init__(hidden=hidden, pooled=[pooled])
@@ -47,7 +47,7 @@ class Entries(dict):
 
 
 class Several(tuple):
-    """No namedtuple."""
+    """A tuple subclass that is not a namedtuple."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Outputs:
 
 
 class Encoder(nn.Module):
-    """Blocks and a pooler; `form` says in what the two results are returned, `drop` which blocks a step leaves out."""
+    """Blocks and a pooler; `form` makes the output from the two results, `drop` gives the blocks that a step skips."""
 
     def __init__(self, form=lambda hidden, pooled: (hidden, pooled), drop=lambda step: ()):
         super().__init__()
@@ -75,7 +75,7 @@ class Encoder(nn.Module):
 
 
 class Towers(nn.Module):
-    """Two encoders, of which a step calls one; the model itself is never called."""
+    """Two encoders, of which each step calls one; the model itself is never called."""
 
     def __init__(self):
         super().__init__()
@@ -83,7 +83,7 @@ class Towers(nn.Module):
 
 
 class Plain(nn.Module):
-    """Only names for its linears, as are the modules that it holds."""
+    """A container of linears; neither it nor its submodules are called."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +101,7 @@ def tried_twice(module, x):
 
 
 class Experts(nn.Module):
-    """Each sample goes to one expert, and all samples of a step to the same."""
+    """A mixture of experts in which all samples of a step go to the same expert."""
 
     def __init__(self):
         super().__init__()
@@ -117,7 +117,7 @@ def hidden_states(hidden, pooled):
     return {"states": [hidden, {"last": hidden, "tokens": torch.ones(2, dtype=torch.int64)}], "text": "text"}
 
 
-# a model, and the loss of a step of it
+# a model and its loss at a step
 CASES = {
     "tuple": (Encoder, lambda model, x, step: model(x)[0].square().mean()),
     "namedtuple": (lambda: Encoder(Pair), lambda model, x, step: model(x).hidden.square().mean()),
@@ -212,7 +212,7 @@ def with_adapters(make):
 
 
 def kept(optimizer, layer):
-    """Everything that a step could change of an adapter."""
+    """Everything that a step could change for an adapter."""
     values = []
     for p in (layer.lora_a, layer.lora_b):
         state = optimizer.state.get(p, {})
@@ -234,7 +234,7 @@ def same(old, new):
     ids=str,
 )
 @pytest.mark.parametrize("case", CASES)
-def test_no_mask_breaks_a_step_and_adapters_that_are_off_stay(case, how, options):
+def test_no_mask_makes_a_step_fail_and_off_adapters_are_unchanged(case, how, options):
     make, loss_of = CASES[case]
     model = with_adapters(make)
     optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.01, weight_decay=0.1)
@@ -247,7 +247,7 @@ def test_no_mask_breaks_a_step_and_adapters_that_are_off_stay(case, how, options
     for step in range(STEPS):
         x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(step))
         loss = loss_of(model, x, step)
-        if how == "device" and not loss.requires_grad:  # as with ordinary LoRA, where no layer has been called
+        if how == "device" and not loss.requires_grad:  # as with ordinary LoRA if no layer has been called
             continue
         scaler.scale(loss).backward()
         groups = zip(coto.groups.values(), coto.mask.tolist(), strict=True)
@@ -266,11 +266,11 @@ def test_no_mask_breaks_a_step_and_adapters_that_are_off_stay(case, how, options
 
 @pytest.mark.parametrize("at_least_one", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_grad_scaler_steps_several_optimizers_whatever_the_mask(case, at_least_one):
+def test_grad_scaler_steps_several_optimizers_for_any_mask(case, at_least_one):
     make, loss_of = CASES[case]
     model = with_adapters(make)
     layers = adapters(model)
-    head = nn.Parameter(torch.ones(()))  # trained by an optimizer that is not attached: every loss has a graph
+    head = nn.Parameter(torch.ones(()))  # trained by an optimizer that is not attached, so that every loss has a graph
     optimizers = [torch.optim.AdamW(layer.adapter_parameters, lr=0.01) for layer in layers.values()]
     coto = CoTo(model, 4 * STEPS, seed=3, initial_p=0.02, at_least_one=at_least_one)
     for optimizer in optimizers:
@@ -284,7 +284,7 @@ def test_grad_scaler_steps_several_optimizers_whatever_the_mask(case, at_least_o
         on = {name for names, is_on in groups if is_on for name in names}
         before = {name: kept(o, layers[name]) for name, o in zip(layers, optimizers, strict=False)}
         for name, optimizer in zip(layers, optimizers, strict=False):
-            if name not in on:  # as with ordinary LoRA, one that is on may be one that the loss does not reach
+            if name not in on:  # as with ordinary LoRA, the loss may not depend on an adapter that is on
                 scaler.step(optimizer)
                 assert same(before[name], kept(optimizer, layers[name]))
             optimizer.zero_grad()
@@ -293,7 +293,7 @@ def test_grad_scaler_steps_several_optimizers_whatever_the_mask(case, at_least_o
         coto.step()
 
 
-def test_no_mask_of_a_part_that_is_never_called_breaks_a_step():
+def test_no_mask_of_an_uncalled_part_makes_a_step_fail():
     model = with_adapters(
         lambda: Encoder(lambda hidden, pooled: hidden, lambda step: (step % BLOCKS, (step + 1) % BLOCKS))
     )
@@ -314,8 +314,8 @@ def test_no_mask_of_a_part_that_is_never_called_breaks_a_step():
     assert learned
 
 
-def test_what_needs_no_graph_has_none():
-    """Measures beside the loss, integers, and everything where all adapters are on or gradients are off."""
+def test_outputs_get_no_graph_unless_needed():
+    """Metrics beside the loss, integers, and all outputs if all adapters are on or gradients are disabled."""
 
     def form(hidden, pooled):
         return {"loss": hidden.mean(), "accuracy": (hidden > 0).float().mean(), "labels": torch.ones(2).long()}
@@ -340,7 +340,7 @@ def test_what_needs_no_graph_has_none():
 
 
 def test_backward_of_a_part_that_a_loop_calls_still_stops_below_the_lowest_active_adapter():
-    """The tie is put on the outermost call alone, not on each part of the model inside it."""
+    """Only the outermost call joins the graph, not each part of the model inside it."""
 
     class WithHead(nn.Module):
         def __init__(self):
@@ -364,7 +364,7 @@ def test_backward_of_a_part_that_a_loop_calls_still_stops_below_the_lowest_activ
     assert seen == {*range(BLOCKS), BLOCKS + 1}
 
 
-def test_nothing_is_said_of_the_output_of_a_forward_that_raised(caplog):
+def test_nothing_is_logged_for_a_forward_that_raised(caplog):
     model = with_adapters(Encoder)
     CoTo(model, 100, initial_p=0.0, shape="constant", at_least_one=False)
     with caplog.at_level(logging.INFO, logger="cotolora"):
@@ -409,7 +409,7 @@ def test_forward_mode_passes_a_mask():
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_forward_that_raised_does_not_matter_to_the_next_step(error):
+def test_a_forward_that_raised_does_not_affect_the_next_step(error):
     model = with_adapters(Towers)
     coto = CoTo(model, 100, initial_p=0.0, shape="constant", at_least_one=False)
 
@@ -430,7 +430,7 @@ def test_adapters_without_a_gradient_are_named_once(caplog):
     coto = CoTo(model, 100)
     coto.attach(optimizer)
     with caplog.at_level(logging.INFO, logger="cotolora"):
-        optimizer.step()  # nothing has been trained
+        optimizer.step()  # before any backward
         assert not caplog.records
         for _ in range(100):
             model(torch.randn(3, WIDTH))[0].square().mean().backward()
@@ -441,7 +441,7 @@ def test_adapters_without_a_gradient_are_named_once(caplog):
     assert "had no gradient, so they do not learn: ['pooler'] (" in message
 
 
-def test_where_every_adapter_learns_nothing_is_said(caplog):
+def test_nothing_is_logged_if_every_adapter_learns(caplog):
     model = with_adapters(lambda: Encoder(lambda hidden, pooled: pooled))
     optimizer = torch.optim.AdamW(adapter_parameters(model))
     coto = CoTo(model, 30)
@@ -455,11 +455,11 @@ def test_where_every_adapter_learns_nothing_is_said(caplog):
     assert not caplog.records
 
 
-# without a CoTo
+# without CoTo
 
 
 class Bypassed(nn.Module):
-    """Hands the weight of `read` to a functional, as WavLM, Swin and Mamba do."""
+    """Passes the weight of `read` to a functional, as WavLM, Swin and Mamba do."""
 
     def __init__(self):
         super().__init__()
@@ -481,11 +481,11 @@ def messages(caplog):
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad])
-def test_any_optimizer_tells_of_a_bypassed_adapter_after_its_first_step(make, caplog):
+def test_any_optimizer_reports_a_bypassed_adapter_after_its_first_step(make, caplog):
     model = with_adapters(Bypassed)
     optimizer = make(adapter_parameters(model), lr=0.1)
     with caplog.at_level(logging.INFO, logger="cotolora"):
-        optimizer.step()  # nothing has been trained
+        optimizer.step()  # before any backward
         steps(
             with_adapters(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH))),
             torch.optim.SGD([nn.Parameter(torch.ones(1))]),
@@ -499,7 +499,7 @@ def test_any_optimizer_tells_of_a_bypassed_adapter_after_its_first_step(make, ca
     assert model.called.lora_a.grad is None
 
 
-def test_it_is_told_once_whether_a_coto_sees_it_too_or_not(caplog):
+def test_a_bypassed_adapter_is_reported_once_with_and_without_coto(caplog):
     for attached in (True, False):
         caplog.clear()
         model = with_adapters(lambda: nn.Sequential(*[Bypassed() for _ in range(3)]))
@@ -514,7 +514,7 @@ def test_it_is_told_once_whether_a_coto_sees_it_too_or_not(caplog):
         assert sorted(told) == ["0.read", "1.read", "2.read"]
 
 
-def test_nothing_is_told_of_what_is_not_meant_to_learn(caplog):
+def test_nothing_is_reported_for_adapters_that_are_not_trained(caplog):
     model = with_adapters(Bypassed)
     layers = adapters(model)
     optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.1)
@@ -535,7 +535,7 @@ def test_nothing_is_told_of_what_is_not_meant_to_learn(caplog):
     assert len(messages(caplog)) == 1
 
 
-def test_a_closure_is_no_way_round_it(caplog):
+def test_a_bypassed_adapter_is_reported_with_a_closure_too(caplog):
     model = with_adapters(Bypassed)
     optimizer = torch.optim.SGD(adapter_parameters(model), lr=0.1)
 
@@ -549,9 +549,9 @@ def test_a_closure_is_no_way_round_it(caplog):
     assert len(messages(caplog)) == 1
 
 
-def test_the_hook_of_all_optimizers_is_one_and_lets_others_follow():
-    """One that removes itself while torch goes through the hooks would make it raise where others come after it."""
-    unreached.unwatch(list(unreached._watched))  # of other tests
+def test_there_is_one_global_hook_and_later_hooks_still_run():
+    """If a hook removed itself while torch iterates over the hooks, torch would raise an error."""
+    unreached.unwatch(list(unreached._watched))  # models of other tests
     model = with_adapters(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)))
     before, seen = len(_global_optimizer_post_hooks), []
     handle = register_optimizer_step_post_hook(lambda *_: seen.append(1))
@@ -563,12 +563,12 @@ def test_the_hook_of_all_optimizers_is_one_and_lets_others_follow():
     assert len(_global_optimizer_post_hooks) == before
 
 
-# merging what the model has not called
+# merging adapters that the model has not called
 
 
 @pytest.fixture
 def untraced(monkeypatch):
-    """As in a process that has traced no layer, where other tests may have."""
+    """Resets the state to that of a process that has not traced any layer."""
     monkeypatch.setattr(weights, "_traced", False)
 
 
@@ -578,7 +578,7 @@ def bypassed():
     return model
 
 
-def test_merging_an_adapter_that_was_never_called_says_so(untraced, caplog):
+def test_merging_an_adapter_that_was_never_called_is_reported(untraced, caplog):
     model = bypassed()
     for merge in (eject, lambda model: [layer.merge() for layer in adapters(model).values()]):
         caplog.clear()
@@ -590,7 +590,7 @@ def test_merging_an_adapter_that_was_never_called_says_so(untraced, caplog):
     assert not messages(caplog)
 
 
-def test_layers_that_are_merged_one_by_one_say_it_once(untraced, caplog):
+def test_merging_layers_one_by_one_is_reported_once(untraced, caplog):
     model = with_adapters(lambda: nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(4)]))
     for layer in adapters(model).values():
         layer.merge()
@@ -610,7 +610,7 @@ def test_the_warnings_of_many_layers_are_of_bounded_length(untraced, caplog):
 
 
 @pytest.mark.parametrize("case", ["called", "off", "unmerged", "fresh", "disabled", "compiled", "alone"])
-def test_merging_says_nothing_where_outputs_stay_or_no_model_is_known(case, untraced, caplog):
+def test_merging_is_not_reported_if_outputs_stay_or_no_model_is_known(case, untraced, caplog):
     model = with_adapters(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)))
     layer, x = model[0], torch.randn(3, WIDTH)
     if case == "called":
@@ -639,7 +639,7 @@ def test_merging_says_nothing_where_outputs_stay_or_no_model_is_known(case, untr
     assert not messages(caplog)
 
 
-def test_being_called_leaves_no_hook_and_nothing_to_save():
+def test_a_call_leaves_no_hook_and_no_saved_state():
     model = with_adapters(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH)))
     keys = set(model.state_dict())
     assert not any(getattr(model[0], name) for name in HOOKS)
@@ -648,7 +648,7 @@ def test_being_called_leaves_no_hook_and_nothing_to_save():
     assert not any(getattr(model[0], name) for name in HOOKS)
 
 
-# models and layers of other people
+# models and layers of other libraries
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

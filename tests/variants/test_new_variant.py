@@ -1,4 +1,4 @@
-"""A variant is one class: two that no file of the library knows are injected, gated, trained, saved and loaded."""
+"""A variant is one class: two variants defined only here are injected, gated, trained, saved and loaded."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ def added(y, x, a, b, *, scale, gate, dropout):
 
 
 class Gain(Variant):
-    """LoRA whose outputs each have a factor of their own, which trains."""
+    """LoRA with a trainable factor per output."""
 
     name = "gain"
     parts = (lora_a("gain_A"), lora_b("gain_B"), Part("lora_gain", ("out_features",), "gain_vector", "gain"))
@@ -48,7 +48,7 @@ class Gain(Variant):
 
 
 class Frozen(Variant):
-    """Two frozen factors that all layers share, cut to their sizes, and two vectors of each layer's own."""
+    """Two frozen factors that all layers share (sliced to size), and two vectors per layer."""
 
     name = "frozen"
     parts = (
@@ -145,10 +145,10 @@ def tuned(variant, seed=1, **options):
     return model
 
 
-def test_it_starts_and_is_off_at_the_base_and_trains_what_it_says(toy):
+def test_new_and_off_equal_the_base_and_only_declared_tensors_train(toy):
     model, plain = base(), base()
     layers = inject(model, variant=toy, rank=4)
-    # a fresh update is a sum of zeros, which changes no number
+    # a new update is a sum of zeros, which changes nothing
     assert torch.equal(model(X), plain(X))
     coto = CoTo(model.train(), total_steps=8, initial_p=0.2)
     optimizer = torch.optim.AdamW(adapter_parameters(model), lr=0.1)
@@ -173,7 +173,7 @@ def test_it_starts_and_is_off_at_the_base_and_trains_what_it_says(toy):
 @pytest.mark.parametrize(
     "options", [{}, {"alpha": 7.0, "dropout": 0.25, "targets": ["0", "2"]}], ids=["plain", "scaled"]
 )
-def test_what_is_saved_is_what_is_loaded(toy, options, tmp_path):
+def test_loading_gives_back_the_saved_adapter(toy, options, tmp_path):
     variant = VARIANTS[toy]
     model = tuned(toy, **options)
     save_adapter(model, tmp_path)
@@ -207,7 +207,7 @@ def test_a_file_that_does_not_fit_changes_nothing(toy, tmp_path):
 
 
 @pytest.mark.parametrize("field", ["gain_dropout", "gain_start", "r", "use_dora", "peft_type"])
-def test_its_fields_are_checked(field, tmp_path, monkeypatch):
+def test_fields_of_a_variant_are_checked(field, tmp_path, monkeypatch):
     monkeypatch.setitem(VARIANTS, "gain", Gain())
     save_adapter(tuned("gain"), tmp_path)
     save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, {"format": "pt"})
@@ -216,7 +216,7 @@ def test_its_fields_are_checked(field, tmp_path, monkeypatch):
         load_adapter(plain, tmp_path)
 
 
-def test_a_default_rank_counts_where_none_is_said(toy, tmp_path):
+def test_the_default_rank_is_used_if_none_is_given(toy, tmp_path):
     model = tuned(toy)
     save_adapter(model, tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
@@ -230,7 +230,7 @@ def test_a_default_rank_counts_where_none_is_said(toy, tmp_path):
         load_adapter(base(), tmp_path)
 
 
-def test_it_merges_and_a_merge_of_adapters_refuses_it(toy):
+def test_it_merges_into_the_weight_but_not_with_other_adapters(toy):
     model, twin = tuned(toy), tuned(toy)
     eject(twin)
     torch.testing.assert_close(twin(X), model(X), rtol=1e-4, atol=1e-5)
@@ -250,7 +250,7 @@ def test_layers_share_memory_before_and_after_a_load(frozen, tmp_path):
     assert torch.equal(other[0].lora_a, load_file(tmp_path / WEIGHTS)["base_model.frozen_A"][:, :6])
 
 
-def test_a_part_of_the_adapters_saves_what_it_needs_of_the_shared(frozen, tmp_path):
+def test_saving_some_adapters_saves_the_shared_tensors_they_need(frozen, tmp_path):
     model = tuned("frozen")
     model[0].enabled = model[2].enabled = False
     save_adapter(model, tmp_path)
@@ -275,7 +275,7 @@ def test_shared_tensors_may_come_from_the_config(frozen, tmp_path):
     torch.testing.assert_close(other(X), model(X), rtol=1e-5, atol=1e-6)
 
 
-def test_a_strangers_shared_tensor_is_refused(frozen, tmp_path):
+def test_an_unknown_shared_tensor_is_refused(frozen, tmp_path):
     save_adapter(tuned("frozen"), tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     save_file({**tensors, "base_model.other_A": torch.ones(1)}, tmp_path / WEIGHTS, {"format": "pt"})
@@ -283,7 +283,7 @@ def test_a_strangers_shared_tensor_is_refused(frozen, tmp_path):
         load_adapter(plain, tmp_path)
 
 
-def test_a_layer_passed_over_is_named(frozen, tmp_path, caplog):
+def test_a_skipped_layer_is_named(frozen, tmp_path, caplog):
     save_adapter(tuned("frozen"), tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     del tensors[PREFIX + "2.frozen_lambda_d"]

@@ -1,4 +1,4 @@
-"""DoRA, HiRA and the inits taken from W: their numbers, gates, gradients and layers."""
+"""DoRA, HiRA and the inits computed from W: results, gates, gradients and layers."""
 
 import copy
 import math
@@ -36,7 +36,7 @@ variants = pytest.mark.parametrize("variant", NAMES)
 
 
 def draw(variant, shape=(3, 2, 4), out=3, rank=2, dtype=torch.float64, bias=True):
-    """Operands by name; m differs from every norm."""
+    """Operands by name; m differs from the norms of all rows."""
     named = operands(shape, out, rank, dtype=dtype, bias=bias)._asdict()
     if variant == "dora":
         named["magnitude"] = (torch.arange(out) % 5 + 1.5).to(torch.promote_types(dtype, torch.float32))
@@ -44,7 +44,7 @@ def draw(variant, shape=(3, 2, 4), out=3, rank=2, dtype=torch.float64, bias=True
 
 
 def run(variant, named, dy, needs, **options):
-    """y and the gradients asked for, by name."""
+    """y and the requested gradients, by name."""
     leaves = {k: None if t is None else t.detach().clone().requires_grad_(k in needs) for k, t in named.items()}
     y = coto_lora_linear(**leaves, scale=SCALE, variant=variant, **options)
     asked = {k: t for k, t in leaves.items() if t is not None and t.requires_grad}
@@ -53,7 +53,7 @@ def run(variant, named, dy, needs, **options):
 
 
 def double(variant, named):
-    """In float64; A and B by way of x's dtype, where the operation takes them."""
+    """The operands in float64; A and B are first rounded to x's dtype, as in the operation."""
     via = named["x"].dtype
     return {k: t if t is None else (t if k == "magnitude" else t.to(via)).double() for k, t in named.items()}
 
@@ -64,8 +64,8 @@ def double(variant, named):
 @variants
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_the_reference_is_pefts(variant, dropout, bias):
-    """Also where the dropout falls, which one seed shows."""
+def test_the_reference_equals_peft(variant, dropout, bias):
+    """Equal seeds also show that dropout is applied at the same place."""
     peft = pytest.importorskip("peft", reason="compares with PEFT")
     torch.manual_seed(0)
     base = nn.Linear(6, 5, bias)
@@ -80,7 +80,7 @@ def test_the_reference_is_pefts(variant, dropout, bias):
     for p in parameters:
         p.requires_grad_()
     with torch.no_grad():
-        if variant == "dora":  # at the start as well
+        if variant == "dora":  # also the initial magnitude
             torch.testing.assert_close(layer.lora_magnitude, parameters[2], rtol=0, atol=0)
         for ours, p in zip(layer.adapter_parameters, parameters, strict=True):
             ours.copy_(p.add_(0.3 * torch.randn_like(p)))
@@ -97,7 +97,7 @@ def test_the_reference_is_pefts(variant, dropout, bias):
 
 
 def apply(variant, named, norm=None, *, gate=True, dropout=0.0, backend=None, scale=SCALE):
-    """The operation, of DoRA with a constant for its norm if there is one."""
+    """Calls the operation; for DoRA with `norm` as the constant norm if it is given."""
     if norm is None:
         options = {"scale": scale, "gate": gate, "dropout": dropout, "variant": variant, "backend": backend}
         return coto_lora_linear(**named, **options)
@@ -109,7 +109,7 @@ def apply(variant, named, norm=None, *, gate=True, dropout=0.0, backend=None, sc
 
 @pytest.fixture
 def merges(monkeypatch):
-    """Has W and DoRA's update merged at every size, and says how often the gradients were taken so."""
+    """Makes DoRA merge W and its update at every size; collects the calls whose gradients used this."""
     taken, right = [], addmm_dora._backward_of_merged
     monkeypatch.setattr(addmm_dora, "MERGED_ROWS", 0)
     monkeypatch.setattr(addmm_dora, "MERGED_ENTRIES", math.inf)
@@ -124,7 +124,7 @@ def of_dora(check, *arguments):
 MERGED_DORA = {
     "gradients": of_dora(conformance.gradients_are_those_of_the_function, True, 0.0),
     "no-norm": lambda: test_a_row_without_a_norm_keeps_its_length_and_its_magnitude("addmm"),
-    "output": of_dora(conformance.what_is_done_to_the_output_leaves_the_gradients_alone),
+    "output": of_dora(conformance.changing_the_output_does_not_change_the_gradients),
     "start": of_dora(conformance.a_fresh_layer_and_one_that_is_off_are_the_base, conformance.BASES["linear"], "kaiming",
                      torch.float32),
     **{
@@ -135,9 +135,9 @@ MERGED_DORA = {
 
 
 @pytest.mark.parametrize("what", MERGED_DORA)
-def test_merged_dora_holds_what_dora_holds(what, merges):
+def test_merged_dora_passes_the_tests_of_dora(what, merges):
     MERGED_DORA[what]()
-    assert merges or what == "start"  # which asks for no gradient
+    assert merges or what == "start"  # "start" computes no gradient
 
 
 @pytest.mark.parametrize("change", [{"rows": 63}, {"in_features": 257}, {"dtype": torch.bfloat16}, {"dropout": 0.1}])
@@ -175,7 +175,7 @@ def test_merged_dora_takes_a_magnitude_and_a_norm_of_any_dtype(wide, merges):
     assert merges
 
 
-def test_explain_knows_what_is_merged():
+def test_explain_reports_merging():
     merged, plain = (cotolora.explain((rows, 64, 64, 8), variant="dora", dtype=torch.float32) for rows in (64, 63))
     assert [len(half) for half in (merged.forward, merged.backward)] == [4, 8]
     assert merged.saved_bytes == 4 * 64 * 64 + 8 * 64
@@ -189,7 +189,7 @@ def test_explain_knows_what_is_merged():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_the_norm_by_blocks_is_the_norm(dtype, monkeypatch):
+def test_the_norm_computed_by_blocks_equals_the_norm(dtype, monkeypatch):
     ops = operands((1, 70), 50, 4, dtype=dtype, factors=torch.float64 if dtype == torch.float64 else torch.float32)
     lora_a, lora_b = (factor.to(dtype).double() for factor in (ops.lora_a, ops.lora_b))
     exact = torch.linalg.vector_norm(ops.weight.double() + 2.5 * lora_b @ lora_a, dim=1)
@@ -212,7 +212,7 @@ def test_a_row_that_the_update_cancels_has_a_small_norm_and_not_nan():
 
 
 class Sizes(TorchDispatchMode):
-    """The entries of every tensor that an operation makes."""
+    """Records the number of entries of every tensor that an operation creates."""
 
     def __init__(self):
         super().__init__()
@@ -226,7 +226,7 @@ class Sizes(TorchDispatchMode):
         return result
 
 
-def test_dora_never_makes_a_matrix_of_the_size_of_the_weight(monkeypatch):
+def test_dora_never_creates_a_matrix_of_the_size_of_the_weight(monkeypatch):
     monkeypatch.setattr("cotolora.backends.addmm.dora.BLOCK_CPU", 64 * 7)
     named = draw("dora", (8, 64), 96, 3, torch.float32)
     needing = [named[name].requires_grad_() for name in ("x", "lora_a", "lora_b", "magnitude")]
@@ -245,13 +245,13 @@ def test_a_row_without_a_norm_keeps_its_length_and_its_magnitude(backend):
     assert torch.equal(got["y"][..., 1], named["bias"][1].expand(3, 2))
     assert got["magnitude"][1] == 0
     assert (got["magnitude"][[0, 2]] != 0).all()
-    # its c is 1, as what leaves the row tells; each row of dy is 1
+    # c is 1 for this row, as its output shows; all entries of dy are 1
     x = named["x"].reshape(-1, 4)
     torch.testing.assert_close(got["lora_b"][1], SCALE * (x @ named["lora_a"].T).sum(0))
     torch.testing.assert_close(got["weight"][1], x.sum(0))
 
 
-def test_the_norm_is_a_constant_to_the_reference_also_where_it_computes_it():
+def test_the_reference_treats_the_norm_as_a_constant_even_if_it_computes_it():
     named = {name: t.requires_grad_() for name, t in draw("dora").items()}
     norm = reference.row_norms(named["weight"], named["lora_a"], named["lora_b"], SCALE)
     found = []
@@ -265,7 +265,7 @@ def test_the_norm_is_a_constant_to_the_reference_also_where_it_computes_it():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_small_update_of_hira_is_not_rounded_away(backend, dtype):
-    """Where W is 1, so that W ∘ (1 + 1/4096) is W in bfloat16 and float16, and the base's result is 0."""
+    """W is 1, so that W ∘ (1 + 1/4096) rounds to W in bfloat16 and float16, and the base's result is 0."""
     x = torch.tensor([[1.0, -1.0]], dtype=dtype, requires_grad=True)
     weight, lora_a, lora_b = (torch.tensor(t) for t in ([[1.0, 1.0]], [[1.0, 0.0]], [[1 / 4096]]))
     y = coto_lora_linear(x, weight.to(dtype), None, lora_a, lora_b, scale=1.0, variant="hira", backend=backend)
@@ -275,7 +275,7 @@ def test_a_small_update_of_hira_is_not_rounded_away(backend, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_small_update_of_dora_is_not_rounded_away_from_the_gradient_of_x(backend, dtype):
-    """Many rows; W's rows are alike and cancel in dy W, so that B A, 1/4096 of them, is all there is."""
+    """The rows of W are equal and cancel in dy W, so that dx consists only of B A, which is 1/4096 of W."""
     x = torch.ones(5, 1, dtype=dtype, requires_grad=True)
     weight, lora_a, lora_b = (torch.tensor(t) for t in ([[1.0], [1.0]], [[1.0]], [[1 / 4096], [0.0]]))
     named = {"weight": weight.to(dtype), "bias": None, "lora_a": lora_a, "lora_b": lora_b}
@@ -385,7 +385,7 @@ def test_meta():
     ],
     ids=str,
 )
-def test_a_layer_that_cannot_be(options, match):
+def test_impossible_layers_are_refused(options, match):
     model = nn.Sequential(nn.Linear(12, 9))
     for make in (
         lambda: CoToLoRALinear(12, 9, **options),
@@ -400,7 +400,7 @@ def test_a_layer_that_cannot_be(options, match):
 
 @pytest.mark.parametrize("alpha", [0.0, 1e-90])
 @pytest.mark.parametrize(("variant", "factor"), [("hira", "lora_b"), ("vera", "vera_lambda_b")])
-def test_a_scale_that_no_file_can_be_divided_by_is_refused(variant, factor, alpha, tmp_path):
+def test_loading_with_a_vanishing_scale_is_refused(variant, factor, alpha, tmp_path):
     def model(alpha):
         made = nn.Sequential(nn.Linear(4, 3))
         nn.init.ones_(getattr(inject(made, ["0"], rank=2, alpha=alpha, variant=variant)["0"], factor))
@@ -429,7 +429,7 @@ def test_an_alpha_of_zero_is_an_update_of_zero(options):
 # DoRA's norm in eval()
 
 
-def test_the_norm_is_that_of_the_tensors_however_they_were_written(tmp_path):
+def test_the_norm_follows_every_way_of_writing_the_tensors(tmp_path):
     model = nn.Sequential(layer_of({"variant": "dora"})).eval()
     layer = model[0]
     changes = {
@@ -473,7 +473,7 @@ def train_a_step(model):
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_factors_start_where_pefts_do_and_the_weight_stays(init, rslora):
+def test_initial_factors_equal_pefts_and_the_weight_is_unchanged(init, rslora):
     peft = pytest.importorskip("peft", reason="compares with PEFT")
     layer = layer_of({"init": init}, moved=False, use_rslora=rslora)
     weight = layer.weight.detach().clone()
@@ -490,22 +490,22 @@ def test_factors_start_where_pefts_do_and_the_weight_stays(init, rslora):
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_small_steps_from_a_start_away_from_zero_are_not_lost(init):
-    """In bfloat16 the products of both starts would cancel only to their own rounding, thousands of times the step."""
+def test_small_steps_from_a_nonzero_start_are_not_lost(init):
+    """In bfloat16, B A and the initial product would cancel only up to rounding, thousands of times the step."""
     layer = layer_of({"init": init}, torch.bfloat16, moved=False)
     with torch.no_grad():
         layer.lora_b.add_(1e-6)
-    # of which float32 has taken what it can hold
+    # the step that the float32 factors can represent
     step = layer.scale * (layer.lora_b - layer.lora_b0).double() @ layer.lora_a.double()
     torch.testing.assert_close(layer.delta_weight().double(), step, rtol=0.1, atol=1e-7)
-    # in the forward as well, which casts the factors: seen on a base that makes zeros
+    # also in the forward, which casts the factors; a base with zero output makes it visible
     a, b = layer.factors()
     x = X.bfloat16()
     got = coto_lora_linear(x, torch.zeros_like(layer.weight), None, a, b, scale=layer.scale)
-    # what rounding may do goes with the sum of magnitudes, of which some torch's own start cancels more
+    # rounding errors are relative to the sum of magnitudes, because the terms may cancel
     most = (x.double().abs() @ step.abs().T).max()
     assert (got.double() - x.double() @ step.T).abs().max() < 0.005 * most
-    # and its gradients are those of B A, whatever it started from
+    # and its gradients are those of B A for any start
     x = X.bfloat16().requires_grad_()
     got = torch.autograd.grad(layer(x).sum(), [layer.lora_a, layer.lora_b])
     plain = coto_lora_linear(x, layer.weight, layer.bias, layer.lora_a, layer.lora_b, scale=layer.scale)
@@ -544,7 +544,7 @@ def test_a_model_with_adapters_of_a_kind(options):
         torch.testing.assert_close(model(X), before)
 
 
-def test_what_is_off_has_no_gradient_of_its_magnitude_either(monkeypatch):
+def test_an_adapter_that_is_off_has_no_gradient_of_its_magnitude(monkeypatch):
     model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 9))
     layers = list(inject(model, rank=2, variant="dora").values())
     steps = cotolora.CoTo(model, 10, unit="module", gates="device")

@@ -1,4 +1,4 @@
-"""VeRA: its numbers, what its layers share, and PEFT's files. What every variant must do is tested for all of them."""
+"""VeRA: results, shared tensors, and PEFT's files. tests/conformance.py has the tests common to all variants."""
 
 import copy
 import warnings
@@ -50,7 +50,7 @@ def injected(base):
 @pytest.mark.parametrize("gate", GATES, ids=["host", "on", "off", "rows"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("backend", ["reference", "addmm"])
-def test_gradients_are_those_of_the_function(backend, dropout, gate):
+def test_gradients_equal_those_of_the_definition(backend, dropout, gate):
     torch.manual_seed(0)
     operands = [torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in SIZES.values()]
 
@@ -74,7 +74,7 @@ def test_layers_share_one_a_and_one_b_of_the_largest_sizes(base):
     assert [tuple(p.shape) for p in cotolora.adapter_parameters(injected(base))] == [(4,), (10,), (4,), (8,)]
 
 
-def test_a_fresh_model_is_the_base_and_only_the_vectors_train(base):
+def test_a_new_model_equals_the_base_and_only_the_vectors_train(base):
     model = injected(base)
     assert torch.equal(model(X), base(X))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -82,7 +82,7 @@ def test_a_fresh_model_is_the_base_and_only_the_vectors_train(base):
     assert len(trained) == 4
 
 
-def test_our_files_have_the_logits_in_peft(base, tmp_path, peft):
+def test_our_files_give_the_same_logits_in_peft(base, tmp_path, peft):
     model = moved(injected(base))
     cotolora.save_adapter(model, tmp_path)
     torch.testing.assert_close(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(X), model(X))
@@ -92,7 +92,7 @@ def test_our_files_have_the_logits_in_peft(base, tmp_path, peft):
 
 
 @pytest.mark.parametrize("saved", [True, False], ids=["projections", "seed"])
-def test_pefts_files_have_the_logits_here(base, tmp_path, peft, saved):
+def test_pefts_files_give_the_same_logits_here(base, tmp_path, peft, saved):
     config = {"r": 4, "target_modules": ["wide", "tall"], "save_projection": saved, "projection_prng_key": 3}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Specified to not save vera_A")
@@ -114,7 +114,7 @@ def test_layers_with_an_a_of_their_own_are_not_saved_as_shared(base, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_foreign_base_takes_it():
+def test_a_base_of_another_class_can_be_adapted():
     class Doubled(nn.Module):
         in_features, out_features = 6, 5
 
