@@ -186,7 +186,7 @@ def test_a_kernel_that_cannot_run_is_replaced_by_vendor_gemms_for_the_whole_grou
     monkeypatch.setattr(fused, what, broken)
     assert_equal_to_rounding(step(model, x), expected, exact)
     assert any(
-        "cannot run here, vendor GEMMs run instead: RuntimeError: no such kernel" in r.getMessage()
+        "cannot run here, so vendor GEMMs run instead: RuntimeError: no such kernel" in r.getMessage()
         for r in caplog.records
     )
     nodes = nodes_of(model(x))
