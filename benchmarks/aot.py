@@ -417,8 +417,8 @@ def main(arguments: list[str]) -> int:
     """Compiles, prints the table, and returns 1 if anything breaks its budget."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks aot", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="of most rows only the case that takes most registers")
-    parser.add_argument("--target", action="append", choices=TARGETS, help="only this one; may be repeated")
-    parser.add_argument("--kernel", action="append", choices=TABLES, help="only this family; may be repeated")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="only this GPU; may be repeated")
+    parser.add_argument("--kernel", action="append", choices=TABLES, help="only this table in tiles.py; repeatable")
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args(arguments)
     if knobs.runtime.interpret:

@@ -67,7 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="only this; may be repeated")
     parser.add_argument("--all", action="store_true", help="every form, dtype, gate, dropout and rank of layers")
-    parser.add_argument("--only", default="", help="only cases with this in their name")
+    parser.add_argument("--only", default="", help="only cases with this in their name: 'one_pass sm_90'")
     parser.add_argument("--staggered", action="store_true", help="groups of warps in turn, wgmma as late as it may be")
     parser.add_argument("--barriers", action="store_true", help="only take out barriers, and list those not noticed")
     options = parser.parse_args()
