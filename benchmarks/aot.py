@@ -27,6 +27,7 @@ from unittest import mock
 
 import torch
 import triton
+from tqdm import tqdm
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -218,6 +219,8 @@ def launch(kernel: str, tile: Tile | Stream, tma: bool, operands: Operands) -> N
             low_rank_gemm(t.x, t.weight, t.bias, t.h, t.b, t.gate, **t.scaled, tile=tile, tma=tma)
             if operands.scaled:
                 low_rank_gemm(t.dy, t.weight.T, None, t.p, t.a.T, t.gate, x_scale=column_scale, tile=tile, tma=tma)
+        case _:
+            raise ValueError(f"kernel must have a case here; got {kernel!r}, a table of kernels/tiles.py without one")
 
 
 def all_cases(target: str, quick: bool = False) -> Iterator[Case]:
@@ -418,8 +421,10 @@ def main(arguments: list[str]) -> int:
     """Compiles, prints the table, and returns 1 if any kernel exceeds its budget."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks aot", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="compile only the heaviest case of most rows")
-    parser.add_argument("--target", action="append", choices=TARGETS, help="only this target; may be repeated")
-    parser.add_argument("--kernel", action="append", choices=TABLES, help="only this kernel family; may be repeated")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="only this GPU; may be repeated")
+    parser.add_argument(
+        "--kernel", action="append", choices=TABLES, help="only this table of kernels/tiles.py; repeatable"
+    )
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args(arguments)
     if knobs.runtime.interpret:
@@ -434,7 +439,7 @@ def main(arguments: list[str]) -> int:
     )
     # spawn, because forking after torch has started its threads can hang
     with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
-        results = list(pool.map(measure_one, cases, chunksize=4))
+        results = list(tqdm(pool.map(measure_one, cases, chunksize=4), total=len(cases), desc="compiled"))
     print(table(results))
     if options.json:
         write_json(options.json, {"triton": triton.__version__, "results": [result.record() for result in results]})

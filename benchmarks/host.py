@@ -230,10 +230,10 @@ def table(kind: str, rows: list[Row]) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks host", description=__doc__.splitlines()[0])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--count", type=int, default=100, help="calls per measurement")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of layers (default: all)")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="default: all")
+    parser.add_argument("--rounds", type=int, default=9, help="measurements of each contender (default: 9)")
+    parser.add_argument("--count", type=int, default=100, help="calls per measurement (default: 100)")
     parser.add_argument("--json", type=Path, help="also write the times here")
     options = parser.parse_args(arguments)
     if min(options.rounds, options.count) < 1:

@@ -240,7 +240,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks launches", description=__doc__.splitlines()[0])
     parser.add_argument("--variant", choices=COMPARED, default="lora")
     for name, default in (("rows", 8192), ("in-features", 4096), ("out-features", 4096), ("rank", 16)):
-        parser.add_argument(f"--{name}", type=number(int), default=default)
+        parser.add_argument(f"--{name}", type=number(int), default=default, help=f"default: {default}")
     parser.add_argument("--dropout", type=float, default=0.0, help="probability in [0, 1)")
     parser.add_argument("--verbose", action="store_true", help="list every kernel with its bytes")
     parser.add_argument("--json", type=Path, help="also write every kernel here")

@@ -71,7 +71,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ptx", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="only this; may be repeated")
     parser.add_argument("--all", action="store_true", help="every form, dtype, gate, dropout and rank of layers")
-    parser.add_argument("--only", default="", help="only cases with this in their name")
+    parser.add_argument("--only", default="", help="only cases with this in their name: 'one_pass sm_90'")
     parser.add_argument("--staggered", action="store_true", help="groups of warps in turn, wgmma as late as it may be")
     parser.add_argument("--barriers", action="store_true", help="only take out barriers, and list those not noticed")
     options = parser.parse_args()
@@ -90,6 +90,8 @@ def main() -> int:
                 count, wrong = count + 1, wrong + bool(faults)
                 seconds = f"[{time.process_time():.0f} s]"
                 print("WRONG" if faults else "ok", name, text, "; ".join(faults), seconds, sep="  ", flush=True)
+    if not count:
+        parser.error(f"argument --only: no name of a case holds {options.only!r}")
     print(f"triton {triton.__version__}")
     print(f"cases {count}, wrong {wrong}")
     return int(wrong > 0)
