@@ -423,7 +423,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="compile only the heaviest case of most rows")
     parser.add_argument("--target", action="append", choices=TARGETS, help="only this GPU; may be repeated")
     parser.add_argument(
-        "--kernel", action="append", choices=TABLES, help="only this table of kernels/tiles.py; repeatable"
+        "--kernel", action="append", choices=TABLES, help="only this table of tiles.py; may be repeated"
     )
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args(arguments)
