@@ -163,6 +163,10 @@ class CoTo:
             warn_of_many_graphs(model, [[switch.layer for switch in group] for group in self._switches()])
         self._go_to(0)
 
+    def __repr__(self) -> str:
+        on = f"{int(self.mask.sum())} of {len(self.groups)} groups active"
+        return f"CoTo(step {self.current_step} of {self.total_steps}, p={self.p:.3g}, {on})"
+
     def step(self) -> None:
         """Counts one optimizer step and draws the next mask. Call it after ``optimizer.step()``."""
         if not self._warned and not any(switch.training for switch in self._layers.values()):

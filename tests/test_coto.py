@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cotolora import (
     CoTo,
+    CoToLoRALinear,
     Schedule,
     activation_probability,
     adapter_mask,
@@ -1110,3 +1111,10 @@ def test_a_captured_step_does_the_same_under_every_mask_and_trains_as_a_plain_lo
     _, first, *others = seen
     assert all(names == first for names in others)
     assert all_equal(weights, captured.train_eagerly(captured.model_of("cpu")))
+
+
+def test_its_repr_shows_where_the_run_is():
+    coto = CoTo(nn.Sequential(CoToLoRALinear(4, 4), CoToLoRALinear(4, 4)), total_steps=100)
+    assert repr(coto) == "CoTo(step 0 of 100, p=0.1, 1 of 2 groups active)"
+    coto.set_step(75)
+    assert repr(coto) == "CoTo(step 75 of 100, p=1, 2 of 2 groups active)"

@@ -299,6 +299,9 @@ def test_addmm_saves_only_what_is_needed(needs, kept):
     assert {known.get(pointer, "h") for pointer in storages(saved)} == kept
 
 
+PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "matmul", "linear")
+
+
 class CountProducts(TorchDispatchMode):
     """Counts matrix products."""
 
@@ -306,7 +309,7 @@ class CountProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        self.count += name in ("mm", "addmm", "addmm_", "bmm", "matmul", "linear")
+        self.count += name in PRODUCTS
         return func(*args, **(kwargs or {}))
 
 

@@ -86,7 +86,8 @@ def row_of(library: str, key: str, name: str) -> dict[str, Any]:
         process.join()
         code = process.exitcode or 0
         if late or code == -signal.SIGXCPU:
-            found = {"outcome": NOT_BUILT, "stage": "time", "reason": f"took more than {SECONDS} seconds"}
+            taken = f"{PATIENCE} seconds" if late else f"{SECONDS} seconds of CPU time"
+            found = {"outcome": NOT_BUILT, "stage": "time", "reason": f"took more than {taken}"}
         else:
             end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code} and no row"
             found = {"outcome": WRONG, "stage": "process", "reason": f"its process {end}"}

@@ -85,10 +85,9 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def _check_same(what: str, i: int, first: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> None:
     if first.keys() != other.keys():
-        raise ValueError(
-            f"states must hold the same {what}; only states[0] has {listed(sorted(first.keys() - other.keys()))}, "
-            f"only states[{i}] has {listed(sorted(other.keys() - first.keys()))}"
-        )
+        alone = {0: first.keys() - other.keys(), i: other.keys() - first.keys()}
+        found = ", ".join(f"only states[{at}] has {listed(sorted(names))}" for at, names in alone.items() if names)
+        raise ValueError(f"states must hold the same {what}; {found}")
     for name, shape in first.items():
         if shape != other[name]:
             raise ValueError(

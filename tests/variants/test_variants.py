@@ -19,7 +19,7 @@ from cotolora.training import reducer
 from cotolora.variants import VARIANTS
 from tests import conformance
 from tests.support.calls import Subject
-from tests.test_functional import BACKENDS, DTYPES, SCALE, operands
+from tests.test_functional import BACKENDS, DTYPES, PRODUCTS, SCALE, CountProducts, operands
 
 NAMES = {
     "dora": ("x", "weight", "bias", "lora_a", "lora_b", "magnitude"),
@@ -603,3 +603,16 @@ def test_explain_says_what_runs_a_variant():
     assert str(plan).startswith("hira, rows 8, 12 -> 9")
     dropping = cotolora.explain(layer_of({"variant": "dora"}, dropout=0.5), rows=8)
     assert any("DoRA with dropout" in reason for reason in dropping.others["triton"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_explain_lists_the_products_that_addmm_computes(variant, dtype):
+    layer = CoToLoRALinear.from_linear(nn.Linear(96, 64).to(dtype), rank=4, variant=variant)
+    plan = cotolora.explain(layer, rows=32)
+    with CountProducts() as forward:
+        y = layer(torch.ones(32, 96, dtype=dtype, requires_grad=True))
+    with CountProducts() as backward:
+        y.sum().backward()
+    listed = [sum(launch.kernel in PRODUCTS for launch in half) for half in (plan.forward, plan.backward)]
+    assert [forward.count, backward.count] == listed

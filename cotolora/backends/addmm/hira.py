@@ -24,6 +24,7 @@ from cotolora.operands import refuse_nested
 
 # number of entries in a block of W's gradient: on a CPU it fits into the cache, elsewhere it keeps the device busy
 BLOCK_CPU, BLOCK_DEVICE = 1 << 18, 1 << 24
+_PRECISE = 4  # bytes of a dtype in which ``1 + scale · B A`` keeps small updates
 
 
 class SavedHira(NamedTuple):
@@ -116,28 +117,29 @@ class HiraByAddmm:
         return Gradients(dx, dw, dbias, da, db)
 
     def launches(self, call: Call) -> Launches:
-        """The launches of the second form, which is used in low precision."""
+        """Those of the form that calls without row gates take."""
         sizes = call.sizes
         assert sizes is not None
         bytes_of, products = sizes.bytes, sizes.products
         ranks = 2 * sizes.n * sizes.k * max(16, sizes.rank)
-        update = (Launch("addmm", bytes_of("a", "b", "w"), ranks), Launch("mul_", bytes_of("w", "w", "w")))
+        linear, to_x = (
+            Launch("linear", bytes_of("x", "w", "y"), products),
+            Launch("mm", bytes_of("dy", "w", "dx"), products),
+        )
+        for_factors = (
+            Launch("mm", bytes_of("dy", "x", "w"), products),
+            Launch("mul_", bytes_of("w", "w", "w")),
+            Launch("addmm", bytes_of("w", "a", "b"), ranks),
+            Launch("addmm", bytes_of("w", "b", "a"), ranks),
+        )
+        product = Launch("addmm", bytes_of("a", "b", "w"), ranks)
+        if not call.dropout and call.dtype.itemsize >= _PRECISE:
+            whole = (product, Launch("addcmul", bytes_of("w", "w", "w")))
+            return Launches((*whole, linear), (*for_factors, *whole, to_x), 0)
+        update = (product, Launch("mul_", bytes_of("w", "w", "w")))
         return Launches(
-            (
-                Launch("linear", bytes_of("x", "w", "y"), products),
-                *update,
-                Launch("addmm_", bytes_of("x", "w", "y", "y"), products),
-            ),
-            (
-                Launch("mm", bytes_of("dy", "x", "w"), products),
-                Launch("mul_", bytes_of("w", "w", "w")),
-                Launch("addmm", bytes_of("w", "a", "b"), ranks),
-                Launch("addmm", bytes_of("w", "b", "a"), ranks),
-                *update,
-                Launch("mm", bytes_of("dy", "w", "dx"), products),
-                Launch("mm", bytes_of("dy", "w", "dx"), products),
-                Launch("add_", bytes_of("dx", "dx", "dx")),
-            ),
+            (linear, *update, Launch("addmm_", bytes_of("x", "w", "y", "y"), products)),
+            (*for_factors, *update, to_x, to_x, Launch("add_", bytes_of("dx", "dx", "dx"))),
             sizes.m * sizes.k if call.dropout else 0,
         )
 
@@ -166,7 +168,7 @@ def _of_factors(
 
 def _one_gemm_suffices(weight: Tensor, by_row: Tensor | None) -> bool:
     """Whether all rows have the same weight, and its dtype is precise enough for ``1 + scale · B A``."""
-    return by_row is None and weight.dtype.itemsize >= 4
+    return by_row is None and weight.dtype.itemsize >= _PRECISE
 
 
 def _update(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
