@@ -1,4 +1,4 @@
-"""Which layers of a parent are called with one x, learned from how they are called."""
+"""Tracks which layers of a parent module are called with the same input, and shares results between them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ logger = logging.getLogger("cotolora")
 
 
 class _Call(NamedTuple):
-    """What layers have made of one x, from the first that read it to the last.
+    """Outputs that were computed together for one x and are still waiting for their layers to be called.
 
-    first: the layer that was called.
-    outputs: of the layers that have yet to be called.
-    memory: that of x.
-    version: how often x had been written to; the rest is what x was part of, and where.
+    first: the layer whose call computed them.
+    outputs: by layer, for the layers that have not been called yet.
+    memory: a detached view of x, which shows where its data was.
+    version: the version counter of x. The remaining fields are the state of autograd and the thread at that time.
     """
 
     first: CoToLoRALinear
@@ -40,12 +40,12 @@ class _Call(NamedTuple):
     thread: int
 
     def is_for(self, x: Tensor) -> bool:
-        """Whether `x` is what the outputs were made of."""
+        """Whether the outputs were computed from this `x` in its present state."""
         return (
             self.x is x
             and self.version == x._version
             and self._has_its_memory(x)
-            # other than by the version, which detach_ and requires_grad_ leave
+            # detach_ and requires_grad_ change these but not the version
             and self.requires_grad is x.requires_grad
             and self.grad_fn is x.grad_fn
             and self.grad is torch.is_grad_enabled()
@@ -53,29 +53,29 @@ class _Call(NamedTuple):
         )
 
     def _has_its_memory(self, x: Tensor) -> bool:
-        # which x loses, without another version, where x.data is assigned to
+        # assigning to x.data replaces the memory but does not change the version
         memory = self.memory
         return memory.data_ptr() == x.data_ptr() and memory.shape == x.shape and memory.stride() == x.stride()
 
 
 class Stack:
-    """Layers of one parent that may read one x. A copy holds none.
+    """Layers of one parent that may be called with the same x. A copy of a stack holds no layers.
 
-    The first that is called with an x computes all. What it has computed for others counts only until the forward of
-    the parent ends: later it would meet layers that were trained since, or a graph that has been freed. Layers that
-    did not come are left out from then on; where gradients are recorded not before a step of an optimizer that trains
-    them, for a checkpoint must find in its recomputation what it found in its forward. For the same reason nothing is
-    shared with a checkpoint inside the forward of the parent, which is recomputed without the rest of it.
+    The first layer that is called with an x computes the outputs of all. These outputs are valid only until the forward
+    of the parent ends: later the layers may have been trained, or the graph freed. Layers that were not called with
+    that x are left out of later groups. If gradients are recorded, this takes effect only after a step of an optimizer
+    that trains them, because the recomputation of a checkpoint must make the same choices as its forward. For the same
+    reason nothing is shared with a checkpoint inside the forward of the parent, which recomputes only a part of it.
     """
 
     def __init__(self, layers: Mapping[str, CoToLoRALinear] | None = None) -> None:
         layers = layers or {}
         self._names = {weakref.ref(layer): name for name, layer in layers.items()}
-        # by whether gradients are recorded, and by the layer that comes first: those that came with it, itself too
+        # for each grad mode and first layer: the layers to compute with it, including itself
         self._together = {grad: {key: [*self._names] for key in self._names} for grad in (False, True)}
         self._left_out: set[tuple[weakref.ref[CoToLoRALinear], weakref.ref[CoToLoRALinear]]] = set()
         self._open = self._told = False
-        self._hooks: Any = None  # on saved tensors, where the forward of the parent began
+        self._hooks: Any = None  # saved-tensor hooks in force when the forward of the parent began
         self._call: _Call | None = None
         for layer in layers.values():
             vars(layer)["_stack"] = self
@@ -84,26 +84,26 @@ class Stack:
         return Stack, ()
 
     def remove(self) -> None:
-        """Leaves the layers to themselves."""
+        """Ends the stack: every layer is computed by itself again."""
         for reference in self._names:
             if (layer := reference()) is not None and vars(layer).get("_stack") is self:
                 del layer._stack
         self._open, self._call = False, None
 
     def begin(self) -> None:
-        """What a layer computes for others counts from now on."""
+        """Called when the forward of the parent begins: from now on layers may share results."""
         self._open, self._call, self._hooks = True, None, _hooks_on_saved_tensors()
 
     def end(self, output: Any) -> None:
-        """The forward of the parent has ended; it has no output where it raised."""
+        """Called when the forward of the parent has ended; `output` is None if it raised."""
         self._open, call, self._call = False, self._call, None
         if call is not None and output is not None:
             self._note_unused(call)
 
     def _note_unused(self, call: _Call) -> None:
-        """Leaves out, from the next time on, layers that were not called with the x of `call`."""
+        """Excludes layers that were not called with the x of `call` from later groups."""
         if torch._C._current_graph_task_id() != -1:
-            return  # the recomputation of a checkpoint ends where it has what it wants
+            return  # the recomputation of a checkpoint stops early, as soon as it has the tensors it needs
         first = weakref.ref(call.first)
         absent = [reference for reference in self._names if reference() in call.outputs]
         if not call.grad:
@@ -119,7 +119,7 @@ class Stack:
             )  # fmt: skip
 
     def learn(self, trained: Collection[int]) -> bool:
-        """Leaves out what has not come in earlier forwards, if A or B of a layer is among `trained`, by id."""
+        """Applies the exclusions noted so far if `trained`, ids of parameters, holds an A or B of these layers."""
         layers = [layer for reference in self._names if (layer := reference()) is not None]
         if layers and not any(id(p) in trained for layer in layers for p in layer.parameters(recurse=False)):
             return False
@@ -129,7 +129,7 @@ class Stack:
         return True
 
     def forward(self, layer: CoToLoRALinear, x: Tensor) -> Tensor | None:
-        """What `layer` makes of `x`, or None if it must be computed by itself."""
+        """The output of `layer` for `x`, or None if the layer must be computed by itself."""
         if not self._open or self._hooks != _hooks_on_saved_tensors():
             return None
         call = self._call
@@ -141,16 +141,16 @@ class Stack:
         return with_own_node(output.y) if output is not None and output.is_of(layer, x) else None
 
     def _first(self, layer: CoToLoRALinear, x: Tensor) -> Tensor | None:
-        """The same of a layer that is called with an `x` which none of the others has read."""
+        """Computes `layer` and those expected to follow, for an `x` that no other layer was called with."""
         grad = torch.is_grad_enabled()
-        together = self._together[grad].get(weakref.ref(layer), ())  # none of a copy
-        # inference tensors do not count how often they are written to
+        together = self._together[grad].get(weakref.ref(layer), ())  # a copy has no layers
+        # inference tensors have no version counter
         if len(together) < 2 or type(x) is not Tensor or x.is_inference():
             return None
         if (first := member(layer, x)) is None:
             return None
         if first.plan.stacked is None:
-            self._open = False  # nor for the others of this forward, as a rule: not to ask each
+            self._open = False  # the others will rarely differ, so they are not asked in this forward
             return None
         members = [first]
         for reference in together:
@@ -174,18 +174,18 @@ class Stack:
         return with_own_node(outputs[0].y)
 
 
-# stacks that wait for a step of an optimizer of theirs
+# stacks whose exclusions wait for a step of an optimizer that trains their layers
 _learning: weakref.WeakSet[Stack] = weakref.WeakSet()
 
 
 def _learn_after_a_step(waiting: Stack) -> None:
     _learning.add(waiting)
-    _hear_of_steps()
+    _register_step_hook()
 
 
 @functools.cache
-def _hear_of_steps() -> None:
-    # for good: torch goes through these hooks while they run, when none may be removed
+def _register_step_hook() -> None:
+    # never removed: torch iterates over these hooks while they run, so a removal then would raise
     register_optimizer_step_post_hook(_after_step)
 
 

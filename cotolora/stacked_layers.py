@@ -1,4 +1,4 @@
-"""What layers that read one x make of it together, and what each must be for that."""
+"""Computes layers that have the same input together, and decides which layers allow it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PLAIN = (nn.Parameter, Tensor)
 
 
 class Member(NamedTuple):
-    """A layer of a stack as it is computed of an x: by a plan, under a gate, None where it is on."""
+    """A layer of a stack with the plan and the gate for its call; a gate of None is active."""
 
     layer: CoToLoRALinear
     plan: Plan
@@ -32,7 +32,7 @@ class Member(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a layer has made of an x, and by what: what `_read_by` finds, and in which state each of it was."""
+    """An output of a layer with what it was computed from: the operands of `_read_by`, and the state of each."""
 
     y: Tensor
     plan: Plan
@@ -41,7 +41,7 @@ class Output(NamedTuple):
     states: Sequence[Any]
 
     def is_of(self, layer: CoToLoRALinear, x: Tensor) -> bool:
-        """Whether `layer` would make the same now."""
+        """Whether `layer` would compute the same output now."""
         return (
             _is_plain(layer, x)
             and all(map(operator.is_, self.read, now := _read_by(layer, self.gated)))
@@ -52,9 +52,10 @@ class Output(NamedTuple):
 
 
 def outputs_of(members: Sequence[Member], x: Tensor, grad: bool) -> list[Output] | None:
-    """What each layer makes of `x`; None if each must be computed by itself.
+    """The outputs of all layers for `x`, or None if each layer must be computed by itself.
 
-    As where an operand may not fit, of which its own forward says what is wrong, or where a kernel cannot run.
+    None also if an operand may not fit, because the layer's own forward raises the better error, or if a kernel cannot
+    run.
     """
     plan = stacked_plan([one.plan for one in members])
     if plan is None or plan.stacked is None:
@@ -83,12 +84,12 @@ def outputs_of(members: Sequence[Member], x: Tensor, grad: bool) -> list[Output]
 
 
 def with_own_node(y: Tensor) -> Tensor:
-    """`y` by a node of its own: hooks on it are called where it has a gradient, not where another output has one."""
+    """`y` with its own autograd node, so that its hooks do not run if only another output has a gradient."""
     return y.view_as(y) if y.requires_grad else y
 
 
 def _plan(layer: CoToLoRALinear, x: Tensor) -> Plan:
-    """How `layer` is computed of `x`."""
+    """The plan by which `layer` computes `x`."""
     dropout = layer.dropout if layer.training else 0.0
     rank = layer._parameters["lora_a"].shape[0]  # type: ignore[union-attr]
     sizes = layer.in_features, layer.out_features
@@ -96,7 +97,7 @@ def _plan(layer: CoToLoRALinear, x: Tensor) -> Plan:
 
 
 def member(layer: CoToLoRALinear, x: Tensor) -> Member | None:
-    """`layer` as it is computed of `x`; None if it must be by itself."""
+    """`layer` as a member of a group that computes `x`; None if it must be computed by itself."""
     gate = layer.active
     if gate is False or not _is_plain(layer, x):
         return None
@@ -114,18 +115,18 @@ def may_join(first: Member, other: Member) -> bool:
 
 
 def _usable(gate: Gate, plan: Plan, x: Tensor) -> Gate:
-    """A gate as a bool, or a tensor that only a device reads; False also where it does not fit x."""
+    """The gate as a bool, or as a tensor that only the device reads; also False if it does not fit x."""
     if isinstance(gate, bool):
         return gate
     fits = gate.dim() == 0 or (x.dim() > 1 and gate.shape[0] == x.shape[0])
     if not fits or type(gate) is not Tensor or gate.device != x.device:
         return False
-    # as a single layer reads it
+    # a single layer reads such a gate on the host, too
     return bool(gate) if not plan.fused and readable(gate) else gate
 
 
 def _is_plain(layer: CoToLoRALinear, x: Tensor) -> bool:
-    """Whether the tensors of `layer` are its own, whole and here, and A and B train or nothing does."""
+    """Whether `layer` has plain, unsharded tensors on the device of `x`, and trains both A and B or nothing."""
     if (
         layer._original_weight is not None or x.is_nested or x.layout is not torch.strided
         or x.shape[-1:] != (layer.in_features,)
@@ -133,7 +134,7 @@ def _is_plain(layer: CoToLoRALinear, x: Tensor) -> bool:
         return False
     weight, bias, a, b = _tensors(layer)
     if (
-        # sharded ones are of other types
+        # sharded parameters have other types
         type(a) not in _PLAIN or type(b) not in _PLAIN or type(weight) not in _PLAIN
         or (bias is not None and type(bias) not in _PLAIN)
         or not a.device == b.device == weight.device == x.device
@@ -146,20 +147,20 @@ def _is_plain(layer: CoToLoRALinear, x: Tensor) -> bool:
 
 
 def _tensors(layer: CoToLoRALinear) -> tuple[Any, Any, Any, Any]:
-    """W, the bias, A and B; something else in place of one that a wrapper has moved out of the layer's parameters."""
+    """W, the bias, A and B; a parameter that a wrapper has moved elsewhere is replaced by None or `...`."""
     own = layer._parameters
     return own.get("weight"), vars(layer).get("bias", own.get("bias", ...)), own.get("lora_a"), own.get("lora_b")
 
 
 def _read_by(layer: CoToLoRALinear, gated: bool) -> tuple[Any, ...]:
-    """Its tensors; and where it is `gated` by one its switches, of which `active` may make another tensor each time."""
+    """The tensors of `layer`, and its switches if it is `gated`; `active` may return a new tensor on every call."""
     if not gated:
         return _tensors(layer)
     return *_tensors(layer), layer._enabled, layer._gate if layer.training else True
 
 
 def _operands(layer: CoToLoRALinear, read: Sequence[Any], cast_to: torch.dtype | None) -> tuple[Any, Any, Any, Any]:
-    """W, bias, A and B as they are computed with."""
+    """W, bias, A and B in the dtypes and layouts of the computation."""
     weight, bias, a, b, *_ = read
     if layer._transposed:
         weight = weight.T
@@ -169,8 +170,8 @@ def _operands(layer: CoToLoRALinear, read: Sequence[Any], cast_to: torch.dtype |
 
 
 def _state(read: Any) -> Any:
-    """What changes when a tensor is written to, or given other memory."""
+    """A value that changes when a tensor is written to or gets new memory."""
     if not isinstance(read, Tensor):
         return None
-    # tensors made in inference mode do not count; outside it none can be written to
+    # inference tensors have no version counter, but outside inference mode they cannot be written to
     return 0 if read.is_inference() else read._version, read.data_ptr()

@@ -1,4 +1,4 @@
-"""Computes once what the adapters of projections that read one x have in common."""
+"""`stack`: adapters of projections with the same input share the low-rank products."""
 
 from __future__ import annotations
 
@@ -17,50 +17,53 @@ from cotolora.wording import listed, shown
 
 
 def stack(model: nn.Module, groups: Sequence[Sequence[str]]) -> list[list[str]]:
-    r"""Lets adapters that read one x, such as those of q, k and v, share what they compute of it.
+    r"""Lets adapters of layers with the same input, such as q, k and v, share their low-rank products.
 
-    With A = [A₁; A₂; …] of the layers that are called with the same tensor in one forward of their parent:
+    For layers that are called with the same tensor in one forward of their parent, with A = [A₁; A₂; …]:
 
         h = scale · x Aᵀ        yᵢ = x Wᵢᵀ + biasᵢ + hᵢ Bᵢᵀ
         dx = Σᵢ dyᵢ Wᵢ + p A    dA = pᵀ x    dBᵢ = dyᵢᵀ hᵢ,    pᵢ = scale · dyᵢ Bᵢ
 
-    so h, dA and the low-rank part of dx take one product each instead of one a layer, and dx is summed in place. The
-    modules stay where they are and are called as before; state dicts and files do not change. Results are those of
-    single layers but for the order in which floating-point numbers are added. They share one node of the graph: of
-    losses of different yᵢ that are differentiated one by one, all but the last need ``retain_graph=True``, and no A or
-    B of the group may be written to before the last.
+    h, dA and the low-rank part of dx take one product for the group instead of one for each layer, and dx is summed in
+    place. Modules stay where they are and are called as before; state dicts and files do not change. Results differ
+    from those of single layers only in the order of floating-point sums. All yᵢ share one autograd node: if losses of
+    different yᵢ are differentiated separately, every backward but the last needs ``retain_graph=True``, and no A or B
+    of the group may be written to before the last.
 
-    Gates may differ within a group. Where a gate is a tensor, off selects the base as in a single layer, and a gate on
-    a device is read by the device alone; a layer whose adapter the host knows to be off is computed by itself.
+    Gates may differ within a group. A tensor gate of 0 selects the base, as in a single layer, and a gate on a device
+    is read only by the device. A layer whose adapter is inactive on the host is computed by itself.
 
-    A layer is computed by itself, as without this, where it is called with another tensor than the others, or with one
-    that was written to in between, or outside a forward of its parent, or in a checkpoint or other hooks on saved
-    tensors that begin inside that forward; if the layer has changed in between; if its adapter is off, merged or of
-    another scale, or A or B has hooks on its gradient, which must see none where the layer is not used; in training
-    with dropout: each layer drops entries of x by a mask of its own, so that there is no one product, and one mask for
-    all would correlate what they drop; under torch.compile, torch.func, ``torch.jit.trace`` and
-    ``torch.inference_mode``; by the reference, whose results are what others are held to; where
-    ``set_backend("triton:one_pass")`` asks for a form that computes h in its GEMM; where the ranks of a group add up to
-    more than the fused kernels take; on a CPU where x has fewer than 256 features, which would take longer; and in
-    copies of the model.
+    A layer is computed by itself, as without `stack`,
 
-    By the fused kernels h is one launch and dA another, each with one read of x; the vendor's GEMMs add up dx. Where
-    ``backend="auto"`` has another backend for each layer, the group takes the one that is modelled fastest for all.
+    - if it is called with another tensor than the others, with a tensor that was written to in between, outside a
+      forward of its parent, or in a checkpoint (or other saved-tensor hooks) that begins inside that forward;
+    - if the layer has changed in between; if its adapter is inactive, merged or has another scale; or if A or B has
+      gradient hooks, which must not run for a layer that is not used;
+    - in training with dropout: each layer draws its own mask of x, so there is no common product, and one mask for the
+      group would correlate the layers;
+    - under torch.compile, torch.func, ``torch.jit.trace`` and ``torch.inference_mode``;
+    - with ``backend="reference"``, and with ``set_backend("triton:one_pass")``, which computes h within its GEMM;
+    - if the ranks of the group add up to more than the fused kernels support;
+    - on a CPU if x has fewer than 256 features, where stacking takes longer;
+    - in copies of the model.
+
+    With the fused kernels, h is one launch and dA another, each with one read of x, and vendor GEMMs sum dx. If
+    ``backend="auto"`` chooses different backends for the layers, the group uses the one with the least modelled time.
 
     Args:
         model: a model with adapters.
-        groups: of each group the names of its layers as they end, below one parent: ``[["q_proj", "k_proj",
-            "v_proj"], ["gate_proj", "up_proj"]]``. Every parent with two or more of a group has one. What an earlier
-            call has stacked in `model` is undone first, so that ``[]`` undoes all.
+        groups: for each group the ends of the names of its layers below one parent, for example ``[["q_proj", "k_proj",
+            "v_proj"], ["gate_proj", "up_proj"]]``. Every parent with two or more of these layers gets a group. Groups
+            of an earlier call on `model` are undone first, so ``[]`` undoes all.
 
     Returns:
-        the names of the layers of each group that was found, in the order of `groups` and of the model.
+        the names of the layers of each group found, in the order of `groups` and of the model.
 
     Raises:
         TypeError: `model` is not a module, or `groups` not a list of lists of strings.
-        ValueError: `model` has no adapters; a name is in two groups; no parent holds two layers of a group; or they
-            can never be computed together: they have different in_features, a base without a dense weight, another
-            variant than "lora" or an init from W, or their parent, as an ``nn.ModuleList``, has no forward.
+        ValueError: `model` has no adapters; a name is in two groups; no parent holds two layers of a group; or its
+            layers can never be computed together: they differ in in_features, have a base without a dense weight,
+            another variant than "lora" or an init from W, or their parent has no forward (``nn.ModuleList``).
 
     >>> from cotolora import inject
     >>> class Attention(nn.Module):
@@ -145,7 +148,7 @@ def _add(parent: nn.Module, new: Stack) -> None:
 
 
 def unstack(model: nn.Module) -> None:
-    """Undoes `stack`, and leaves nothing of it."""
+    """Undoes `stack` and removes its hooks."""
     for parent in model.modules():
         stacks, *handles = vars(parent).pop("_stacks", ((),))
         for earlier in stacks:
@@ -167,5 +170,5 @@ def _after_forward(parent: nn.Module, args: Any, output: Any) -> None:
 
 
 def _stacks_of(parent: nn.Module) -> Sequence[Stack]:
-    """None of a module that others have given the hooks of a parent."""
+    """The stacks of a parent; empty for a module to which other code has copied the hooks of a parent."""
     return vars(parent).get("_stacks", ((),))[0]

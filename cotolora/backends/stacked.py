@@ -1,4 +1,4 @@
-"""Layers that read one x: by which backend they are computed together, and their autograd Function."""
+"""Layers that share an input: the backend that computes them together, and its autograd Function."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from cotolora.backends.types import Call, Stacked
 
 
 def stacked_plan(plans: Sequence[Plan]) -> Plan | None:
-    """How layers of these plans, each of which has `stacked`, are computed together; None if they cannot be.
+    """The plan that computes layers of these plans together, or None if there is none. Each must have `stacked`.
 
-    Where auto has chosen backends for them that have no common way, it takes that which is fastest for all.
+    If `auto` has chosen backends for single layers that cannot be combined, the fastest one for the group is used.
     """
     first, calls = plans[0], tuple(each.call for each in plans)
     if all(each.stacked is first.stacked for each in plans) and _fits(first.stacked, calls):
@@ -55,7 +55,7 @@ def _fits(way: Stacked | None, calls: Sequence[Call]) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _fastest_stacked(calls: tuple[Call, ...], arch: str, captured: bool) -> str:
-    """The name of the backend that computes such a group fastest by the roofline; vendor GEMMs unless another is."""
+    """The backend that the roofline predicts to be fastest for a group; "addmm" unless another wins clearly."""
     first = calls[0]
     backends = first.variant.backends_for(first)
     ways = [one.stacked(first) for one in backends.values() if hasattr(one, "stacked")]
@@ -73,19 +73,19 @@ def _fastest_stacked(calls: tuple[Call, ...], arch: str, captured: bool) -> str:
 
 
 class StackedLinear(torch.autograd.Function):
-    """What several layers make of one x, by the `stacked` of a plan. `layers`: W, bias, A, B and the gate of each."""
+    """The outputs of several layers for one x, by the `stacked` of a plan. `layers`: W, bias, A, B, gate of each."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, plan: Plan, x: Tensor, *layers: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """Each layer's y."""
+        """Returns the output of each layer."""
         assert plan.stacked is not None
         weights, biases, factors, b, gates = (layers[i::5] for i in range(5))
         outputs, a, h = plan.stacked.forward(x, weights, biases, factors, b, gates, plan.options.scale)
         ctx.plan, ctx.ranks = plan, [one.shape[1] for one in b]  # type: ignore[union-attr]
         ctx.set_materialize_grads(False)
-        # each A goes along by reference, for its second derivative to be noticed
+        # A is saved as it is, too, so that a second derivative with respect to it is noticed
         ctx.save_for_backward(x, a, h, *gates, *b, *factors, *(weights if x.requires_grad else ()))
         return tuple(y.detach() if y._is_view() else y for y in outputs)
 
