@@ -100,14 +100,14 @@ def test_every_fused_name_selects_the_adding_kernel():
 
 
 def test_the_cost_model_chooses_the_fused_kernel_only_for_a_clear_win():
-    large, tiny = (Sizes(*sizes).call(LORA, adds=True) for sizes in ((16384, 4096, 4096, 16), (64, 768, 768, 16)))
+    large, tiny = (Sizes(*sizes).call(LORA, adds=True) for sizes in ((32768, 4096, 4096, 16), (64, 768, 768, 16)))
     name, reason = dispatch.fastest(large, "sm_90", captured=False)
     assert name == "triton:expand"
     assert "modelled, not measured" in reason
     assert dispatch.fastest(tiny, "sm_90", captured=False)[0] == "addmm"
     assert dispatch.fastest(large, "sm_75", captured=False)[0] == "addmm"
     row = {
-        "m": 16384,
+        "m": 32768,
         "n": 4096,
         "k": 4096,
         "rank": 16,
